@@ -1,0 +1,238 @@
+"""Every argument check of the public functions: one clear sentence that names the argument, what it was and
+what it may be."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft_kernels.divergences import DIVERGENCES, is_mixture
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "torch", "triton")
+
+
+def check(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    token_weight: Tensor | None,
+    labels: Tensor | None,
+    old_logprobs: Tensor | None,
+    importance_clip: float | None,
+    reduction: str,
+    vocab_size: int | None,
+    max_chunk_bytes: int | None,
+    backend: str,
+) -> tuple[int, torch.dtype]:
+    """Refuses what `fused_linear_divergence` cannot take; the compared vocabulary and the products' dtype."""
+    head("student", student_hidden, student_weight, student_bias)
+    head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    tokens, device = student_hidden.shape[0], student_hidden.device
+    if teacher_hidden.shape[0] != tokens:
+        raise ValueError(
+            f"teacher_hidden holds {teacher_hidden.shape[0]} tokens and student_hidden {tokens}: both must score "
+            "the same tokens"
+        )
+    per_token("token_weight", token_weight, tokens, device, floating=True)
+    per_token("labels", labels, tokens, device, floating=False)
+    per_token("old_logprobs", old_logprobs, tokens, device, floating=True)
+    same_device("teacher_hidden", teacher_hidden, device)
+    one_of("divergence", divergence, tuple(DIVERGENCES))
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("backend", backend, BACKENDS)
+    if is_mixture(divergence) and not 0 < number("beta", beta) < 1:
+        raise ValueError(
+            f"beta must lie strictly between 0 and 1 for {divergence}, not {beta!r}: at the ends the mixture is one "
+            "of the models; for the plain divergences ask for 'forward_kl' or 'reverse_kl' by name"
+        )
+    positive("temperature", temperature)
+    nonzero("student_logit_scale", student_logit_scale)
+    nonzero("teacher_logit_scale", teacher_logit_scale)
+    for name, value in (
+        ("student_softcap", student_softcap),
+        ("teacher_softcap", teacher_softcap),
+        ("importance_clip", importance_clip),
+    ):
+        if value is not None:
+            positive(name, value)
+    if old_logprobs is not None and labels is None:
+        raise ValueError(
+            "old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens"
+        )
+    if importance_clip is not None and old_logprobs is None:
+        raise ValueError(
+            "importance_clip needs old_logprobs: without them there are no importance weights to clip"
+        )
+    workspace(max_chunk_bytes)
+    supported_backend(backend, device)
+    vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
+    return vocab, products_dtype(
+        device,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+    )
+
+
+def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states (N, H), head (V, H) and bias (V,) of one model, named `{side}_hidden` and so on."""
+    prefix = f"{side}_" if side else ""
+    for name, tensor, shape in ((f"{prefix}hidden", hidden, "(N, H)"), (f"{prefix}weight", weight, "(V, H)")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {shape}, not {type(tensor).__name__}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, not {dtype_name(tensor)}")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{prefix}weight has {weight.shape[1]} columns and {prefix}hidden {hidden.shape[1]}: both must be the "
+            "hidden size"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight has no rows: the vocabulary must hold at least one token")
+    same_device(f"{prefix}weight", weight, hidden.device)
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{prefix}bias must be a tensor of shape (V,) or None, not {type(bias).__name__}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{prefix}bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")
+    if bias.dtype not in DTYPES:
+        raise TypeError(f"{prefix}bias must be float32, bfloat16 or float16, not {dtype_name(bias)}")
+    same_device(f"{prefix}bias", bias, hidden.device)
+
+
+def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.device, *, floating: bool) -> None:
+    """A vector over the tokens, or None."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (N,) or None, not {type(tensor).__name__}")
+    if tensor.dim() != 1 or tensor.shape[0] != tokens:
+        raise ValueError(f"{name} must have shape ({tokens},), one entry a token, not {tuple(tensor.shape)}")
+    if floating and not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, not {dtype_name(tensor)}")
+    if not floating and tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, not {dtype_name(tensor)}")
+    same_device(name, tensor, device)
+
+
+def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and the hidden states on {device}: they must share a device"
+        )
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    return value
+
+
+def positive(name: str, value: Any) -> None:
+    if not 0 < number(name, value) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, not {value!r}")
+
+
+def nonzero(name: str, value: Any) -> None:
+    if not 0 < abs(number(name, value)) < math.inf:
+        raise ValueError(f"{name} must be finite and not 0, not {value!r}")
+
+
+def workspace(max_chunk_bytes: Any) -> None:
+    if max_chunk_bytes is None:
+        return
+    if isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int):
+        raise TypeError(
+            f"max_chunk_bytes must be a number of bytes or None, not {type(max_chunk_bytes).__name__}"
+        )
+    if max_chunk_bytes <= 0:
+        raise ValueError(f"max_chunk_bytes must be positive, not {max_chunk_bytes}")
+
+
+def supported_backend(backend: str, device: torch.device) -> None:
+    if backend != "triton":
+        return
+    try:
+        from triton import knobs
+    except ImportError:
+        raise ValueError(
+            "backend is 'triton', which is not installed: `pip install triton`, or ask for 'torch'"
+        ) from None
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise ValueError(
+            f"backend is 'triton', which needs CUDA tensors (or TRITON_INTERPRET=1), and the hidden states are on "
+            f"{device}: ask for 'auto' or 'torch'"
+        )
+
+
+def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    """How many entries of both heads are compared."""
+    smaller = min(student, teacher)
+    if vocab_size is not None:
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+            raise TypeError(f"vocab_size must be a number of tokens or None, not {type(vocab_size).__name__}")
+        if not 1 <= vocab_size <= smaller:
+            raise ValueError(
+                f"vocab_size must lie in [1, {smaller}], the smaller head's size, not {vocab_size}"
+            )
+        return vocab_size
+    if student == teacher:
+        return student
+    if abs(student - teacher) > max(PADDING_TOKENS, PADDING_SHARE * smaller):
+        raise ValueError(
+            f"student_weight has {student} rows and teacher_weight {teacher}, more than padding explains: name the "
+            "shared prefix with vocab_size"
+        )
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"the heads have {student} and {teacher} entries; comparing the first {smaller}, as for padded heads "
+            "(vocab_size names the shared prefix)",
+            stacklevel=4,
+        )
+    return smaller
+
+
+def products_dtype(device: torch.device, **tensors: Tensor) -> torch.dtype:
+    """The dtype in which matrix products take their operands: autocast's where it is on, else the inputs' one."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1:
+        listed = ", ".join(f"{name} {dtype_name(tensor)}" for name, tensor in tensors.items())
+        raise TypeError(f"hidden states and heads must share a dtype outside torch.autocast, not: {listed}")
+    return dtypes.pop()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+#: Heads that differ by no more than this many entries, or this share of the smaller, are taken to be padded.
+PADDING_TOKENS = 1024
+PADDING_SHARE = 0.01

@@ -1,0 +1,169 @@
+"""The mathematics: each divergence between student p and teacher q, and its gradient in the student's logits.
+
+With z the student's logits, p = softmax(z), q = softmax(teacher logits), m = (1 - β) p + β q:
+
+    divergence          L                                dL/dz
+    reverse_kl          Σ p (log p - log q)              p (log p - log q - L)
+    forward_kl          Σ q (log q - log p)              p - q
+    jsd                 (1-β) KL(p‖m) + β KL(q‖m)        (1-β) p (log(p/m) - KL(p‖m))
+    skew_reverse_kl     KL(p‖m)                          p (g - Σ p g),  g = log(p/m) - (1-β) p/m
+    skew_forward_kl     KL(q‖m)                          p (g - Σ p g),  g = -(1-β) q/m
+
+Sources: reverse KL is what the SDFT paper writes and forward KL what its authors' published runs used
+(arXiv 2601.19897); the generalised JSD is GKD's (arXiv 2306.13649); the skewed divergences are DistiLLM's
+(arXiv 2402.03898).
+
+The functions here work on a tile of rows, in place: no logit-sized tensor is allocated. They take the
+exponentials as they come, relative to each row's maximum and not yet divided by their sum, and keep the
+row constants outside the passes over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below this log-ratio, exp(-ratio) nears the end of float32; p is then under 1e-34 q and adds nothing.
+LOWEST_LOG_RATIO = -80.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is computed for each token: the divergence, and how logits come from the matrix products.
+
+    Logits: y = scale · (h Wᵀ + b), c = softcap · tanh(y / softcap) (or y), z = c / temperature.
+    """
+
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    importance_clip: float | None = None
+
+
+@dataclass
+class Tile:
+    """A few rows of both models' logits, and what is known of them.
+
+    `student` and `teacher` are (R, V) logits less their row's maximum; `p` and `q` are their exponentials,
+    with row sums `p_sum` and `q_sum`, (R, 1). All four are scratch: a divergence may overwrite any of them.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    p: Tensor
+    q: Tensor
+    p_sum: Tensor
+    q_sum: Tensor
+
+    @property
+    def log_sum_ratio(self) -> Tensor:
+        """(R, 1): student - teacher exceeds log p - log q by this."""
+        return self.p_sum.log() - self.q_sum.log()
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a b over the vocabulary, (R, V) · (R, V) → (R, 1)."""
+    return torch.linalg.vecdot(a, b).unsqueeze(1)
+
+
+def centre_under_p(tile: Tile, g: Tensor) -> Tensor:
+    """g - Σ p g in place; returns Σ p g, (R, 1).
+
+    Where p is nearly one-hot, g at its peak and Σ p g are nearly the same number, and one float32 sum leaves a
+    difference without digits. The second sum, over what the first has left, gives them back.
+    """
+    mean = row_dot(tile.p, g) / tile.p_sum
+    remainder = row_dot(tile.p, g.sub_(mean)) / tile.p_sum
+    g.sub_(remainder)
+    return mean + remainder
+
+
+def reverse_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
+    """L = Σ p (log p - log q);  dL/dz = p (log p - log q - L)."""
+    log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
+    mean = centre_under_p(tile, log_ratio)
+    if row_weight is not None:
+        torch.mul(tile.p, log_ratio, out=tile.student).mul_(row_weight / tile.p_sum)
+    return mean - tile.log_sum_ratio
+
+
+def forward_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
+    """L = Σ q (log q - log p);  dL/dz = p - q."""
+    log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
+    loss = tile.log_sum_ratio - row_dot(tile.q, log_ratio) / tile.q_sum
+    if row_weight is not None:
+        tile.q.mul_(row_weight / tile.q_sum)
+        torch.mul(tile.p, row_weight / tile.p_sum, out=tile.student).sub_(tile.q)
+    return loss
+
+
+def jsd(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
+    """L = (1-β) KL(p‖m) + β KL(q‖m);  dL/dz = (1-β) p (log(p/m) - KL(p‖m))."""
+    p_over_m, q_over_m = _log_ratios_to_mixture(tile, beta)
+    kl_q = row_dot(tile.q, q_over_m) / tile.q_sum
+    kl_p = centre_under_p(tile, p_over_m)
+    if row_weight is not None:
+        p_over_m.mul_(tile.p).mul_(row_weight * (1 - beta) / tile.p_sum)
+    return (1 - beta) * kl_p + beta * kl_q
+
+
+def skew_reverse_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
+    """L = KL(p‖m);  dL/dz = p (g - Σ p g),  g = log(p/m) - (1-β) p/m.
+
+    Up to a constant, which the centring drops, g = x / (1 + x) - log1p(x) with x = β q / ((1-β) p): where p is far
+    above q, g is flat, and this form does not lose its small differences in two numbers near 1.
+    """
+    p_over_m, q_over_m = _log_ratios_to_mixture(tile, beta)
+    loss = row_dot(tile.p, p_over_m) / tile.p_sum
+    if row_weight is not None:
+        x = q_over_m.sub_(p_over_m).exp_().mul_(beta / (1 - beta))
+        log1p_x = torch.log1p(x, out=tile.student)
+        g = torch.sub(x.reciprocal_().add_(1).reciprocal_(), log1p_x, out=tile.student)
+        centre_under_p(tile, g)
+        g.mul_(tile.p).mul_(row_weight / tile.p_sum)
+    return loss
+
+
+def skew_forward_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
+    """L = KL(q‖m);  dL/dz = p (g - Σ p g),  g = -(1-β) q/m."""
+    _, q_over_m = _log_ratios_to_mixture(tile, beta)
+    loss = row_dot(tile.q, q_over_m) / tile.q_sum
+    if row_weight is not None:
+        q_by_m = torch.exp(q_over_m, out=tile.student)
+        centre_under_p(tile, q_by_m)
+        q_by_m.mul_(tile.p).mul_(row_weight * (beta - 1) / tile.p_sum)
+    return loss
+
+
+def _log_ratios_to_mixture(tile: Tile, beta: float) -> tuple[Tensor, Tensor]:
+    """log(p/m) in the student's buffer and log(q/m) in the teacher's, from r = log p - log q.
+
+    log(p/m) = -log1p(β expm1(-r)) keeps its digits where the models agree and r is small; log(q/m) is r less.
+    """
+    log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
+    log_ratio.sub_(tile.log_sum_ratio).clamp_(min=LOWEST_LOG_RATIO)
+    p_over_m = torch.neg(log_ratio, out=tile.student).expm1_().mul_(beta).log1p_().neg_()
+    return p_over_m, torch.sub(p_over_m, log_ratio, out=tile.teacher)
+
+
+#: Each takes a tile, β and the rows' weights, (R, 1), or None where no gradient is wanted; returns the
+#: divergence of each row, (R, 1), and leaves row_weight · dL/dz in `tile.student`.
+DIVERGENCES: dict[str, Callable[[Tile, float, Tensor | None], Tensor]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": jsd,
+    "skew_reverse_kl": skew_reverse_kl,
+    "skew_forward_kl": skew_forward_kl,
+}
+
+
+def is_mixture(divergence: str) -> bool:
+    """Whether β matters: only to the divergences from a mixture of student and teacher."""
+    return divergence in ("jsd", "skew_reverse_kl", "skew_forward_kl")

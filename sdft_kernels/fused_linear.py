@@ -1,0 +1,166 @@
+"""The public loss: checks its arguments, then calls the operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sdft_kernels import arguments
+from sdft_kernels.operator import fused_linear_divergence_op, gradients_deferred
+from sdft_kernels.outputs import DivergenceOutput
+
+
+def fused_linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    importance_clip: float | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> DivergenceOutput:
+    r"""Divergence between the next-token distributions of a student and a teacher, without their logits.
+
+    For each of N tokens, with :math:`p` the student's and :math:`q` the teacher's softmax over the whole
+    vocabulary, computes the named divergence exactly, chunk by chunk straight from hidden states and heads;
+    nothing of size N×V is ever held. Logits are float32 whatever the inputs:
+    :math:`y = \text{scale}\,(h W^\top + b)`, :math:`c = \text{softcap}\tanh(y/\text{softcap})` (or y), and the
+    softmax is of :math:`z = c / \text{temperature}`.
+
+    ======================  =======================================  ==========================================
+    ``divergence``          per token, m = (1-β) p + β q             source
+    ======================  =======================================  ==========================================
+    ``"reverse_kl"``        Σ p (log p - log q)                      SDFT as written, arXiv 2601.19897
+    ``"forward_kl"``        Σ q (log q - log p)                      SDFT as its authors ran it
+    ``"jsd"``               (1-β) KL(p‖m) + β KL(q‖m)                GKD, arXiv 2306.13649
+    ``"skew_reverse_kl"``   KL(p‖m)                                  DistiLLM, arXiv 2402.03898
+    ``"skew_forward_kl"``   KL(q‖m)                                  DistiLLM
+    ======================  =======================================  ==========================================
+
+    Gradients reach `student_hidden`, `student_weight` and `student_bias`, each computed only where it is
+    required (a frozen head costs nothing), in the forward pass while the chunk's logits are there; the
+    teacher's side, `token_weight` and `old_logprobs` never receive any. Weight gradients accumulate in float32.
+
+    Args:
+        student_hidden: (N, Hs), float32, bfloat16 or float16 (float64 is for gradient checks).
+        student_weight: (V, Hs), the student's LM head.
+        teacher_hidden: (N, Ht), the teacher's hidden states at the same tokens; Ht may differ from Hs.
+        teacher_weight: (Vt, Ht), the teacher's LM head; may be the same tensor as `student_weight`.
+        student_bias: (V,) or None.
+        teacher_bias: (Vt,) or None.
+        divergence: a name from the table above.
+        beta: the teacher's share of the mixture m, strictly between 0 and 1; unused by the two plain KLs.
+        temperature: divides the logits; positive.
+        student_logit_scale: multiplies the student's logits (Cohere multiplies; Granite divides: pass 1/x).
+        teacher_logit_scale: the teacher's.
+        student_softcap: soft cap of the student's logits (Gemma 2), positive, or None.
+        teacher_softcap: the teacher's.
+        token_weight: (N,) floating point, or None for all ones. A token of weight 0 contributes exactly
+            nothing, whatever its hidden states hold; on the CPU it is not even projected, on a device (where
+            the host cannot know without waiting) zeros are projected in its place.
+        labels: (N,) int64, the sampled tokens, or None. Not read where the weight is 0.
+        old_logprobs: (N,) log-probabilities of the labels when they were sampled, in nats; then each token's
+            weight is multiplied by exp(student_logprob - old_logprobs), without gradient through it.
+        importance_clip: upper limit of that factor, positive, or None.
+        reduction: "mean": Σ w·L / Σ w, with `token_weight` for w in the denominator · "sum": Σ w·L ·
+            "none": w·L, (N,), differentiable.
+        vocab_size: compare the first `vocab_size` entries of both heads. Without it, heads whose sizes differ
+            by at most 1 % or 1,024 entries, as padding makes them, are compared on the smaller size, with a warning.
+        max_chunk_bytes: memory for logits; None chooses 160 MiB on the CPU and 1 GiB elsewhere.
+        backend: "torch", "triton", or "auto": Triton for CUDA tensors where it is installed, else torch.
+
+    Returns:
+        A :class:`DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`,
+        `teacher_entropy`, and with labels `student_logprob` and `teacher_logprob`, all in nats.
+        With N = 0, or no weight other than 0, the loss is 0 and backpropagates zeros.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> h, w = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8)
+        >>> out = fused_linear_divergence(h, w, torch.randn(5, 8), w, divergence="forward_kl")
+        >>> out.loss.backward()
+        >>> h.grad.shape, out.token_loss.shape
+        (torch.Size([5, 8]), torch.Size([5]))
+    """
+    vocab, compute_dtype = arguments.check(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        token_weight=token_weight,
+        labels=labels,
+        old_logprobs=old_logprobs,
+        importance_clip=importance_clip,
+        reduction=reduction,
+        vocab_size=vocab_size,
+        max_chunk_bytes=max_chunk_bytes,
+        backend=backend,
+    )
+    wanted = [
+        torch.is_grad_enabled() and parameter is not None and parameter.requires_grad
+        for parameter in (student_hidden, student_weight, student_bias)
+    ]
+    if gradients_deferred(reduction, wanted[1], wanted[2]):
+        wanted = [False, False, False]
+    loss, token_loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob, *_ = (
+        fused_linear_divergence_op(
+            student_hidden,
+            student_weight,
+            student_bias,
+            teacher_hidden.detach(),
+            teacher_weight.detach(),
+            None if teacher_bias is None else teacher_bias.detach(),
+            None if token_weight is None else token_weight.detach(),
+            labels,
+            None if old_logprobs is None else old_logprobs.detach(),
+            divergence,
+            float(beta),
+            float(temperature),
+            float(student_logit_scale),
+            float(teacher_logit_scale),
+            None if student_softcap is None else float(student_softcap),
+            None if teacher_softcap is None else float(teacher_softcap),
+            None if importance_clip is None else float(importance_clip),
+            reduction,
+            vocab,
+            compute_dtype,
+            max_chunk_bytes,
+            backend,
+            *wanted,
+        )
+    )
+    return DivergenceOutput(
+        loss=loss,
+        token_loss=token_loss.detach(),
+        student_entropy=student_entropy.detach(),
+        teacher_entropy=teacher_entropy.detach(),
+        student_logprob=None if labels is None else student_logprob.detach(),
+        teacher_logprob=None if labels is None else teacher_logprob.detach(),
+    )

@@ -1,0 +1,220 @@
+"""The loss as a torch operator: its schema, its fake kernel and its autograd formula.
+
+The gradient of Σ w·L is known when the forward pass ends; the backward pass multiplies it by the upstream
+scalar. Only reduction="none" with a trainable head computes it in the backward pass, since each token has its
+own upstream gradient there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft_kernels import products
+from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
+from sdft_kernels.divergences import Objective
+from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, reads_are_free
+
+OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    token_weight: Tensor | None,
+    labels: Tensor | None,
+    old_logprobs: Tensor | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    importance_clip: float | None,
+    reduction: str,
+    vocab: int,
+    compute_dtype: torch.dtype,
+    max_chunk_bytes: int | None,
+    backend: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> OpResult:
+    """Loss; five per-token vectors; gradients of hidden states, head and bias; a factor these still lack.
+
+    What is not wanted comes back empty. Temperature and what follows it up to the soft caps: see `Objective`.
+    """
+    objective = Objective(
+        divergence,
+        beta,
+        temperature,
+        student_scale,
+        teacher_scale,
+        student_softcap,
+        teacher_softcap,
+        importance_clip,
+    )
+    wide = products.accumulation_dtype(compute_dtype)
+    live = LiveTokens(token_weight, student_hidden.shape[0])
+    weight, missing_factor = token_weights(live, token_weight, student_hidden, reduction, compute_dtype)
+    if labels is not None:
+        labels = live.take(labels)
+        check_labels(labels, vocab)
+    if old_logprobs is not None:
+        old_logprobs = live.take(old_logprobs).to(wide)
+    loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob = (
+        student_hidden.new_empty(0 if optional and labels is None else live.count, dtype=wide)
+        for optional in (False, False, False, True, True)
+    )
+    rows = TokenRows(
+        weight,
+        labels,
+        old_logprobs,
+        loss,
+        student_entropy,
+        teacher_entropy,
+        None if labels is None else student_logprob,
+        None if labels is None else teacher_logprob,
+    )
+    gradients = run_chunks(
+        Side(student_hidden, student_weight, student_bias),
+        Side(teacher_hidden, teacher_weight, teacher_bias),
+        live,
+        rows,
+        objective,
+        Wanted(want_hidden, want_weight, want_bias),
+        vocab=vocab,
+        compute_dtype=compute_dtype,
+        max_chunk_bytes=max_chunk_bytes,
+        backend=backend,
+    )
+    weighted = rows.weight * loss
+    vectors = [live.spread(v) for v in (loss, student_entropy, teacher_entropy)]
+    vectors += [v if labels is None else live.spread(v) for v in (student_logprob, teacher_logprob)]
+    total = live.spread(weighted) if reduction == "none" else weighted.sum() * missing_factor
+    return (total, *vectors, gradients.hidden, gradients.weight, gradients.bias, missing_factor)  # type: ignore[return-value]
+
+
+fused_linear_divergence_op = torch.library.custom_op(
+    "sdft_kernels::fused_linear_divergence", _forward, mutates_args=()
+)
+
+
+#: The operator's arguments, in order.
+ARGUMENTS = [argument.name for argument in fused_linear_divergence_op._opoverload._schema.arguments]
+
+
+def _named(values: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(ARGUMENTS, values, strict=True))
+
+
+@fused_linear_divergence_op.register_fake
+def _fake(*values: Any) -> OpResult:
+    given = _named(values)
+    hidden, weight = given["student_hidden"], given["student_weight"]
+    wide = products.accumulation_dtype(given["compute_dtype"])
+    tokens = hidden.shape[0]
+    labelled = 0 if given["labels"] is None else tokens
+    return (
+        hidden.new_empty((tokens,) if given["reduction"] == "none" else (), dtype=wide),
+        hidden.new_empty(tokens, dtype=wide),
+        hidden.new_empty(tokens, dtype=wide),
+        hidden.new_empty(tokens, dtype=wide),
+        hidden.new_empty(labelled, dtype=wide),
+        hidden.new_empty(labelled, dtype=wide),
+        hidden.new_empty(hidden.shape if given["want_hidden"] else (0,)),
+        hidden.new_empty(weight.shape if given["want_weight"] else (0,), dtype=wide),
+        hidden.new_empty(weight.shape[0] if given["want_bias"] else 0, dtype=wide),
+        hidden.new_empty((), dtype=wide),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: OpResult) -> None:
+    ctx.set_materialize_grads(False)
+    given = _named(inputs)
+    parameters = (given["student_hidden"], given["student_weight"], given["student_bias"])
+    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
+    ctx.per_token = given["reduction"] == "none"
+    ctx.deferred = gradients_deferred(given["reduction"], *ctx.needs_input_grad[1:3])
+    if ctx.deferred:
+        ctx.tensor_names = [name for name, value in given.items() if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(given[name] for name in ctx.tensor_names))
+        ctx.options = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+    else:
+        ctx.save_for_backward(*output[-4:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_loss is not None:
+        with torch.no_grad():
+            gradients = (
+                _deferred_gradients(ctx, grad_loss) if ctx.deferred else _ready_gradients(ctx, grad_loss)
+            )
+    if torch.is_grad_enabled():  # create_graph=True
+        gradients = tuple(None if gradient is None else _not_twice(gradient) for gradient in gradients)
+    return (*gradients, *(None,) * (len(ARGUMENTS) - len(gradients)))
+
+
+def _ready_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """What the forward pass computed, times the upstream gradient."""
+    hidden, weight, bias, missing_factor = (saved.detach() for saved in ctx.saved_tensors)
+    factor = grad_loss * missing_factor
+    gradients = (
+        # Where each token has its own upstream gradient, the head is frozen.
+        (hidden, factor.unsqueeze(1) if ctx.per_token else factor),
+        (weight, factor),
+        (bias, factor),
+    )
+    return tuple(
+        _scaled(gradient, factor).to(dtype) if needed else None
+        for (gradient, factor), dtype, needed in zip(
+            gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+        )
+    )
+
+
+def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of Σ g·w·L, computed now that the upstream gradients g are known."""
+    tensors = (saved.detach() for saved in ctx.saved_tensors)
+    given = {**ctx.options, **dict(zip(ctx.tensor_names, tensors, strict=True))}
+    weight = given["token_weight"]
+    given["token_weight"] = grad_loss if weight is None else weight * grad_loss
+    given["reduction"] = "sum"
+    needed = ctx.needs_input_grad[:3]
+    given["want_hidden"], given["want_weight"], given["want_bias"] = needed
+    gradients = fused_linear_divergence_op(**given)[-4:-1]
+    return tuple(
+        gradient.to(dtype) if need else None
+        for gradient, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)
+    )
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient · factor, in the gradient's own memory where nobody will ask for it again."""
+    if factor.dim() == 0 and reads_are_free(factor) and factor.item() == 1:
+        return gradient
+    if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * factor).to(gradient.dtype)
+    return gradient.mul_(factor)
+
+
+def _not_twice(gradient: Tensor) -> Tensor:
+    """The same, with torch's own error where somebody differentiates it: there is no second derivative here."""
+    message = b"trying to differentiate twice a function that was marked with @once_differentiable"
+    return torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
+
+
+def gradients_deferred(reduction: str, trainable_weight: bool, trainable_bias: bool) -> bool:
+    """Whether gradients have to wait for the backward pass: each token's upstream gradient enters the head's."""
+    return reduction == "none" and (trainable_weight or trainable_bias)
+
+
+fused_linear_divergence_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,22 @@
+"""What the loss returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class DivergenceOutput(NamedTuple):
+    """The result of `fused_linear_divergence`.
+
+    Everything but `loss` is detached, float32 (float64 for float64 inputs), in nats, and 0 for a token whose
+    weight is 0.
+    """
+
+    loss: Tensor  #: scalar, or (N,) for reduction="none"; differentiable
+    token_loss: Tensor  #: (N,) the divergence of each token, unweighted
+    student_entropy: Tensor  #: (N,) entropy of the student's next-token distribution
+    teacher_entropy: Tensor  #: (N,) entropy of the teacher's
+    student_logprob: Tensor | None  #: (N,) the student's log-probability of the label; None without labels
+    teacher_logprob: Tensor | None  #: (N,) the teacher's

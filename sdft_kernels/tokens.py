@@ -1,0 +1,90 @@
+"""Vectors over tokens: what the row operations read and write, and which tokens they are spared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+def reads_are_free(tensor: Tensor) -> bool:
+    """Whether the host may look at a value of this tensor without waiting: on the CPU, where there is a value."""
+    return tensor.device.type == "cpu" and is_plain(tensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether this is a tensor with values of its own, not one that stands for another while a graph is traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+@dataclass
+class TokenRows:
+    """Vectors of length N, all on one device and, but for `labels`, in the accumulation dtype.
+
+    `weight` is read as the factor of each token's gradient and multiplied in place by its importance weight.
+    The vectors from `loss` on are written.
+    """
+
+    weight: Tensor
+    labels: Tensor | None
+    old_logprobs: Tensor | None
+    loss: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+
+    def __getitem__(self, part: slice) -> TokenRows:
+        """The same vectors for some of the tokens: views, so that what is written there is written here."""
+        vectors = (getattr(self, field.name) for field in fields(self))
+        return TokenRows(*(None if vector is None else vector[part] for vector in vectors))
+
+
+class LiveTokens:
+    """The tokens whose weight is not 0; the others contribute nothing, whatever their hidden states hold.
+
+    On the CPU the others are left out. A device cannot say how many there are without making the host wait, so
+    there their rows are replaced by zeros on the way into the products.
+    """
+
+    def __init__(self, weight: Tensor | None, count: int) -> None:
+        self.given = count
+        self.count = count
+        self._index: Tensor | None = None
+        self._mask: Tensor | None = None
+        if weight is None:
+            return
+        mask = weight != 0
+        if not reads_are_free(weight):
+            self._mask = mask
+        elif not mask.all():
+            self._index = mask.nonzero().squeeze(1)
+            self.count = self._index.numel()
+
+    def take(self, tensor: Tensor, part: slice = slice(None)) -> Tensor:
+        """The rows of an (N, ...) tensor that belong to a slice of the live tokens."""
+        if self._index is not None:
+            return tensor.index_select(0, self._index[part])
+        if self._mask is not None:
+            mask = self._mask[part].view(-1, *[1] * (tensor.dim() - 1))
+            return torch.where(mask, tensor[part], 0)
+        return tensor[part]
+
+    def put(self, rows: Tensor, out: Tensor, part: slice) -> None:
+        """Writes such rows back where they belong in an (N, ...) tensor; the others' rows stay as they are."""
+        if self._index is not None:
+            out.index_copy_(0, self._index[part], rows)
+        else:
+            out[part] = rows
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """A vector over the live tokens as one over all of them, 0 for the others."""
+        if self._index is not None:
+            return vector.new_zeros(self.given).index_copy_(0, self._index, vector)
+        return vector if self._mask is None else vector.masked_fill(~self._mask, 0)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether a slice of the live tokens is a slice of all tokens."""
+        return self._index is None
