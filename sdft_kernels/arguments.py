@@ -73,13 +73,9 @@ def check(
         if value is not None:
             positive(name, value)
     if old_logprobs is not None and labels is None:
-        raise ValueError(
-            "old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens"
-        )
+        raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
     if importance_clip is not None and old_logprobs is None:
-        raise ValueError(
-            "importance_clip needs old_logprobs: without them there are no importance weights to clip"
-        )
+        raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
     workspace(max_chunk_bytes)
     supported_backend(backend, device)
     vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
@@ -138,9 +134,7 @@ def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.devic
 
 def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(
-            f"{name} is on {tensor.device} and the hidden states on {device}: they must share a device"
-        )
+        raise ValueError(f"{name} is on {tensor.device} and the hidden states on {device}: they must share a device")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -168,9 +162,7 @@ def workspace(max_chunk_bytes: Any) -> None:
     if max_chunk_bytes is None:
         return
     if isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int):
-        raise TypeError(
-            f"max_chunk_bytes must be a number of bytes or None, not {type(max_chunk_bytes).__name__}"
-        )
+        raise TypeError(f"max_chunk_bytes must be a number of bytes or None, not {type(max_chunk_bytes).__name__}")
     if max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes must be positive, not {max_chunk_bytes}")
 
@@ -198,9 +190,7 @@ def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
             raise TypeError(f"vocab_size must be a number of tokens or None, not {type(vocab_size).__name__}")
         if not 1 <= vocab_size <= smaller:
-            raise ValueError(
-                f"vocab_size must lie in [1, {smaller}], the smaller head's size, not {vocab_size}"
-            )
+            raise ValueError(f"vocab_size must lie in [1, {smaller}], the smaller head's size, not {vocab_size}")
         return vocab_size
     if student == teacher:
         return student

@@ -90,12 +90,10 @@ def run_chunks(
     teacher_head = Side(teacher.hidden, *_head(teacher, vocab, compute_dtype, wide))
     gradients = _allocate(student, wanted, wide, live, vocab)
     gradient_bytes = narrow.itemsize if separate else 0
-    plan = plan_chunks(
-        live.count, vocab, wide.itemsize, gradient_bytes, student.hidden.device, max_chunk_bytes
-    )
-    student_logits = _workspace(student.hidden, plan.chunk, vocab, wide)
-    teacher_logits = _workspace(student.hidden, plan.block, vocab, wide)
-    gradient = _workspace(student.hidden, plan.chunk, vocab, narrow) if separate else student_logits
+    plan = plan_chunks(live.count, vocab, wide.itemsize, gradient_bytes, student.hidden.device, max_chunk_bytes)
+    student_logits = make_workspace(student.hidden, plan.chunk, vocab, wide)
+    teacher_logits = make_workspace(student.hidden, plan.block, vocab, wide)
+    gradient = make_workspace(student.hidden, plan.chunk, vocab, narrow) if separate else student_logits
 
     for start in range(0, live.count, plan.chunk):
         chunk = slice(start, min(start + plan.chunk, live.count))
@@ -120,9 +118,7 @@ def run_chunks(
     return gradients
 
 
-def _head(
-    side: Side, vocab: int, compute_dtype: torch.dtype, wide: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+def _head(side: Side, vocab: int, compute_dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
     bias = None if side.bias is None else side.bias[:vocab].to(wide)
     return side.weight[:vocab].to(compute_dtype), bias
 
@@ -141,7 +137,7 @@ def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens
     return gradients
 
 
-def _workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
+def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
     """(tokens, vocab) uninitialised, its rows padded to the alignment."""
     padded = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return like.new_empty((tokens, padded), dtype=dtype)[:, :vocab]
@@ -186,6 +182,4 @@ def check_labels(labels: Tensor, vocab: int) -> None:
         torch._assert_async(inside, f"labels must lie in [0, {vocab})")
     elif not inside:
         low, high = labels.min().item(), labels.max().item()
-        raise ValueError(
-            f"labels run from {low} to {high}, but must lie in [0, {vocab}) where the weight is not 0"
-        )
+        raise ValueError(f"labels run from {low} to {high}, but must lie in [0, {vocab}) where the weight is not 0")

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below this log-ratio, exp(-ratio) nears the end of float32; p is then under 1e-34 q and adds nothing.
-LOWEST_LOG_RATIO = -80.0
+#: Log-ratios of p and q are bounded by this, near the end of float32's exponents: one of the two is then under
+#: 1e-34 of the other, and adds nothing.
+LARGEST_LOG_RATIO = 80.0
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ def forward_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
 
 def jsd(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
     """L = (1-β) KL(p‖m) + β KL(q‖m);  dL/dz = (1-β) p (log(p/m) - KL(p‖m))."""
-    p_over_m, q_over_m = _log_ratios_to_mixture(tile, beta)
-    kl_q = row_dot(tile.q, q_over_m) / tile.q_sum
-    kl_p = centre_under_p(tile, p_over_m)
+    log_ratio = _log_ratio(tile)
+    log_p_over_m = _log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
+    log_q_over_m = _log_over_mixture(log_ratio, 1 - beta)
+    kl_q = row_dot(tile.q, log_q_over_m) / tile.q_sum
+    kl_p = centre_under_p(tile, log_p_over_m)
     if row_weight is not None:
-        p_over_m.mul_(tile.p).mul_(row_weight * (1 - beta) / tile.p_sum)
+        log_p_over_m.mul_(tile.p).mul_(row_weight * (1 - beta) / tile.p_sum)
     return (1 - beta) * kl_p + beta * kl_q
 
 
@@ -120,10 +123,11 @@ def skew_reverse_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tenso
     Up to a constant, which the centring drops, g = x / (1 + x) - log1p(x) with x = β q / ((1-β) p): where p is far
     above q, g is flat, and this form does not lose its small differences in two numbers near 1.
     """
-    p_over_m, q_over_m = _log_ratios_to_mixture(tile, beta)
-    loss = row_dot(tile.p, p_over_m) / tile.p_sum
+    log_ratio = _log_ratio(tile)
+    log_p_over_m = _log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
+    loss = row_dot(tile.p, log_p_over_m) / tile.p_sum
     if row_weight is not None:
-        x = q_over_m.sub_(p_over_m).exp_().mul_(beta / (1 - beta))
+        x = log_ratio.neg_().exp_().mul_(beta / (1 - beta))
         log1p_x = torch.log1p(x, out=tile.student)
         g = torch.sub(x.reciprocal_().add_(1).reciprocal_(), log1p_x, out=tile.student)
         centre_under_p(tile, g)
@@ -133,24 +137,27 @@ def skew_reverse_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tenso
 
 def skew_forward_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
     """L = KL(q‖m);  dL/dz = p (g - Σ p g),  g = -(1-β) q/m."""
-    _, q_over_m = _log_ratios_to_mixture(tile, beta)
-    loss = row_dot(tile.q, q_over_m) / tile.q_sum
+    log_q_over_m = _log_over_mixture(_log_ratio(tile), 1 - beta)
+    loss = row_dot(tile.q, log_q_over_m) / tile.q_sum
     if row_weight is not None:
-        q_by_m = torch.exp(q_over_m, out=tile.student)
-        centre_under_p(tile, q_by_m)
-        q_by_m.mul_(tile.p).mul_(row_weight * (beta - 1) / tile.p_sum)
+        q_over_m = torch.exp(log_q_over_m, out=tile.student)
+        centre_under_p(tile, q_over_m)
+        q_over_m.mul_(tile.p).mul_(row_weight * (beta - 1) / tile.p_sum)
     return loss
 
 
-def _log_ratios_to_mixture(tile: Tile, beta: float) -> tuple[Tensor, Tensor]:
-    """log(p/m) in the student's buffer and log(q/m) in the teacher's, from r = log p - log q.
-
-    log(p/m) = -log1p(β expm1(-r)) keeps its digits where the models agree and r is small; log(q/m) is r less.
-    """
+def _log_ratio(tile: Tile) -> Tensor:
+    """r = log p - log q, bounded so that its exponentials are finite, in the teacher's buffer."""
     log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
-    log_ratio.sub_(tile.log_sum_ratio).clamp_(min=LOWEST_LOG_RATIO)
-    p_over_m = torch.neg(log_ratio, out=tile.student).expm1_().mul_(beta).log1p_().neg_()
-    return p_over_m, torch.sub(p_over_m, log_ratio, out=tile.teacher)
+    return log_ratio.sub_(tile.log_sum_ratio).clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+
+
+def _log_over_mixture(other_over_one: Tensor, share_of_other: float) -> Tensor:
+    """log(one / m) in place from log(other / one), where the mixture m holds `share_of_other` of the other.
+
+    -log1p(share · expm1(·)) keeps its digits where the models agree and the log-ratio is small.
+    """
+    return other_over_one.expm1_().mul_(share_of_other).log1p_().neg_()
 
 
 #: Each takes a tile, β and the rows' weights, (R, 1), or None where no gradient is wanted; returns the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdft_kernels import arguments
 from sdft_kernels.operator import fused_linear_divergence_op, gradients_deferred

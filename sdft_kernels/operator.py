@@ -83,18 +83,20 @@ def _forward(
         None if labels is None else student_logprob,
         None if labels is None else teacher_logprob,
     )
-    gradients = run_chunks(
-        Side(student_hidden, student_weight, student_bias),
-        Side(teacher_hidden, teacher_weight, teacher_bias),
-        live,
-        rows,
-        objective,
-        Wanted(want_hidden, want_weight, want_bias),
-        vocab=vocab,
-        compute_dtype=compute_dtype,
-        max_chunk_bytes=max_chunk_bytes,
-        backend=backend,
-    )
+    # Autocast has had its say in compute_dtype; from here on it would lower the softmax arithmetic as well.
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        gradients = run_chunks(
+            Side(student_hidden, student_weight, student_bias),
+            Side(teacher_hidden, teacher_weight, teacher_bias),
+            live,
+            rows,
+            objective,
+            Wanted(want_hidden, want_weight, want_bias),
+            vocab=vocab,
+            compute_dtype=compute_dtype,
+            max_chunk_bytes=max_chunk_bytes,
+            backend=backend,
+        )
     weighted = rows.weight * loss
     vectors = [live.spread(v) for v in (loss, student_entropy, teacher_entropy)]
     vectors += [v if labels is None else live.spread(v) for v in (student_logprob, teacher_logprob)]
@@ -102,9 +104,7 @@ def _forward(
     return (total, *vectors, gradients.hidden, gradients.weight, gradients.bias, missing_factor)  # type: ignore[return-value]
 
 
-fused_linear_divergence_op = torch.library.custom_op(
-    "sdft_kernels::fused_linear_divergence", _forward, mutates_args=()
-)
+fused_linear_divergence_op = torch.library.custom_op("sdft_kernels::fused_linear_divergence", _forward, mutates_args=())
 
 
 #: The operator's arguments, in order.
@@ -155,9 +155,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tup
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if grad_loss is not None:
         with torch.no_grad():
-            gradients = (
-                _deferred_gradients(ctx, grad_loss) if ctx.deferred else _ready_gradients(ctx, grad_loss)
-            )
+            gradients = _deferred_gradients(ctx, grad_loss) if ctx.deferred else _ready_gradients(ctx, grad_loss)
     if torch.is_grad_enabled():  # create_graph=True
         gradients = tuple(None if gradient is None else _not_twice(gradient) for gradient in gradients)
     return (*gradients, *(None,) * (len(ARGUMENTS) - len(gradients)))
@@ -175,9 +173,7 @@ def _ready_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     )
     return tuple(
         _scaled(gradient, factor).to(dtype) if needed else None
-        for (gradient, factor), dtype, needed in zip(
-            gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-        )
+        for (gradient, factor), dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     )
 
 

@@ -7,6 +7,7 @@ the values that the fused loss is measured against.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,71 +44,39 @@ def divergence_per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: fl
     log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
     kl_p = (p * (log_p - log_m)).sum(-1)
     kl_q = (q * (log_q - log_m)).sum(-1)
-    return {"jsd": (1 - beta) * kl_p + beta * kl_q, "skew_reverse_kl": kl_p, "skew_forward_kl": kl_q}[
-        divergence
-    ]
+    return {"jsd": (1 - beta) * kl_p + beta * kl_q, "skew_reverse_kl": kl_p, "skew_forward_kl": kl_q}[divergence]
 
 
-def reference_divergence(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+def divergence_of_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
     *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
     divergence: str = "reverse_kl",
     beta: float = 0.5,
-    temperature: float = 1.0,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
     token_weight: Tensor | None = None,
     labels: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     importance_clip: float | None = None,
     reduction: str = "mean",
-    vocab_size: int | None = None,
 ) -> DivergenceOutput:
-    """As `sdft_kernels.fused_linear_divergence`, which documents the arguments, with all logits held."""
-    vocab = vocab_size or min(student_weight.shape[0], teacher_weight.shape[0])
-    weight = (
-        torch.ones_like(student_hidden[:, 0])
-        if token_weight is None
-        else token_weight.to(student_hidden.dtype)
-    )
-    live = (weight != 0).unsqueeze(1)
-    log_p = logits(
-        torch.where(live, student_hidden, 0),
-        student_weight[:vocab],
-        None if student_bias is None else student_bias[:vocab],
-        scale=student_logit_scale,
-        softcap=student_softcap,
-        temperature=temperature,
-    ).log_softmax(-1)
-    with torch.no_grad():
-        log_q = logits(
-            torch.where(live, teacher_hidden, 0),
-            teacher_weight[:vocab],
-            None if teacher_bias is None else teacher_bias[:vocab],
-            scale=teacher_logit_scale,
-            softcap=teacher_softcap,
-            temperature=temperature,
-        ).log_softmax(-1)
-    token_loss = torch.where(live.squeeze(1), divergence_per_token(log_p, log_q, divergence, beta), 0)
+    """The loss of two (N, V) tensors of logits z, differentiable with respect to the student's."""
+    weight = torch.ones_like(student_logits[:, 0]) if token_weight is None else token_weight.to(student_logits.dtype)
+    live = weight != 0
+    log_p = student_logits.log_softmax(-1)
+    log_q = teacher_logits.detach().log_softmax(-1)
 
-    def reported(x: Tensor) -> Tensor:
-        return torch.where(live.squeeze(1), x.detach(), 0)
+    def spared(x: Tensor) -> Tensor:
+        return torch.where(live, x, 0)
 
+    token_loss = spared(divergence_per_token(log_p, log_q, divergence, beta))
     student_logprob = teacher_logprob = None
     effective = weight
     if labels is not None:
-        student_logprob = reported(log_p.gather(1, labels.unsqueeze(1)).squeeze(1))
-        teacher_logprob = reported(log_q.gather(1, labels.unsqueeze(1)).squeeze(1))
+        targets = torch.where(live, labels, 0).unsqueeze(1)
+        student_logprob = spared(log_p.detach().gather(1, targets).squeeze(1))
+        teacher_logprob = spared(log_q.gather(1, targets).squeeze(1))
         if old_logprobs is not None:
-            ratio = torch.exp(torch.where(live.squeeze(1), student_logprob - old_logprobs, 0))
-            effective = weight * (ratio if importance_clip is None else ratio.clamp(max=importance_clip))
+            effective = weight * spared(student_logprob - old_logprobs).exp().clamp(max=importance_clip or math.inf)
     weighted = effective * token_loss
     total = weight.sum()
     loss = {
@@ -118,8 +87,40 @@ def reference_divergence(
     return DivergenceOutput(
         loss=loss,
         token_loss=token_loss.detach(),
-        student_entropy=reported(-(log_p.exp() * log_p).sum(-1)),
-        teacher_entropy=reported(-(log_q.exp() * log_q).sum(-1)),
+        student_entropy=spared(-(log_p.exp() * log_p).sum(-1)).detach(),
+        teacher_entropy=spared(-(log_q.exp() * log_q).sum(-1)),
         student_logprob=student_logprob,
         teacher_logprob=teacher_logprob,
     )
+
+
+def reference_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    **options: Any,
+) -> DivergenceOutput:
+    """As `sdft_kernels.fused_linear_divergence`, which documents the arguments, with all logits held."""
+    vocab = vocab_size or min(student_weight.shape[0], teacher_weight.shape[0])
+    token_weight = options.get("token_weight")
+
+    def side(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+        if token_weight is not None:
+            hidden = torch.where((token_weight != 0).unsqueeze(1), hidden, 0)
+        bias = None if bias is None else bias[:vocab]
+        return logits(hidden, weight[:vocab], bias, scale=scale, softcap=softcap, temperature=temperature)
+
+    student = side(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    with torch.no_grad():
+        teacher = side(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    return divergence_of_logits(student, teacher, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ class TokenRows:
 
     def __getitem__(self, part: slice) -> TokenRows:
         """The same vectors for some of the tokens: views, so that what is written there is written here."""
-        vectors = (getattr(self, field.name) for field in fields(self))
-        return TokenRows(*(None if vector is None else vector[part] for vector in vectors))
+        vectors: list[Any] = [getattr(self, field.name) for field in fields(self)]
+        parts: list[Any] = [None if vector is None else vector[part] for vector in vectors]
+        return TokenRows(*parts)
 
 
 class LiveTokens:

@@ -55,9 +55,7 @@ def _process_tile(
     rows.teacher_entropy.copy_((q_sum.log() - row_dot(q, teacher) / q_sum).squeeze(1))
     rows.student_entropy.copy_((p_sum.log() - row_dot(p, student) / p_sum).squeeze(1))
     if rows.old_logprobs is not None and rows.student_logprob is not None:
-        rows.weight.mul_(
-            importance_weight(rows.student_logprob, rows.old_logprobs, objective.importance_clip)
-        )
+        rows.weight.mul_(importance_weight(rows.student_logprob, rows.old_logprobs, objective.importance_clip))
 
     tile = Tile(student, teacher, p, q, p_sum, q_sum)
     factor = rows.weight.unsqueeze(1) * (objective.student_scale / temperature) if with_gradient else None
@@ -86,9 +84,7 @@ def _transform(
     logits.mul_(softcap / temperature)
 
 
-def _exponentials(
-    logits: Tensor, labels: Tensor | None, *, out: Tensor, into: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _exponentials(logits: Tensor, labels: Tensor | None, *, out: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
     """Takes each row's maximum off in place; exponentials and their row sums; the labels' log-probs `into`."""
     logits.sub_(logits.amax(1, keepdim=True))
     exponentials = torch.exp(logits, out=out)

@@ -1,0 +1,138 @@
+"""Compiles for a GPU that is not there: the very kernels that a call would launch, specialised as it would be.
+
+`record_launches` runs a call on CPU tensors with every launch noted instead of done; `compile_launch` compiles one
+for a target; `resources` reads what the target's own tools say of the result. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was asked for: the kernel, its grid, and its arguments with compile options."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@contextmanager
+def _launches_noted(noted: list[Launch]) -> Iterator[None]:
+    def note(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        noted.append(Launch(kernel, tuple(grid), arguments, options))
+
+    launch = JITFunction.run
+    JITFunction.run = note
+    try:
+        yield
+    finally:
+        JITFunction.run = launch
+
+
+def record_launches(call: Callable[[], object]) -> list[Launch]:
+    """What `call` would launch. Its tensors may lie on the CPU; nothing is computed in them."""
+    noted: list[Launch] = []
+    with _launches_noted(noted):
+        call()
+    return noted
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    """The binary that this launch would compile to on the target."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, _ = bind(*launch.arguments, **launch.options)
+    options, signature, constexprs, attributes = launch.kernel._pack_args(
+        backend, launch.options, bound, specialization, None
+    )
+    source = ASTSource(launch.kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes, for each thread but for shared memory."""
+
+    registers: int
+    spills: int  # bytes of local memory, or of scratch on AMD
+    stack: int  # bytes
+    shared: int  # bytes for a program
+    widths: dict[str, int]  # global loads and stores in the binary by instruction width
+
+
+def resources(compiled: CompiledKernel, target: GPUTarget) -> Resources:
+    """From cuobjdump and the disassembly on NVIDIA, from the metadata that the assembler keeps on AMD."""
+    return _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
+
+
+def disassemble(compiled: CompiledKernel) -> str:
+    """The machine code of an NVIDIA binary, by the tool in triton's wheel."""
+    return _tool("nvdisasm", compiled, "-c")
+
+
+def _nvidia(compiled: CompiledKernel) -> Resources:
+    usage = _tool("cuobjdump", compiled, "-res-usage")
+    code = disassemble(compiled)
+    return Resources(
+        registers=_number(r"REG:(\d+)", usage),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        stack=_number(r"STACK:(\d+)", usage),
+        shared=compiled.metadata.shared,
+        widths=_count(re.findall(r"\b((?:LDG|STG)\.E(?:\.\w+)*)\b", code)),
+    )
+
+
+def _amd(compiled: CompiledKernel) -> Resources:
+    code = compiled.asm["amdgcn"]
+    return Resources(
+        registers=_number(r"\.vgpr_count:\s*(\d+)", code),
+        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code) + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
+        shared=compiled.metadata.shared,
+        widths=_count(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)\b", code)),
+    )
+
+
+def _tool(name: str, compiled: CompiledKernel, *flags: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([path, *flags, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in the compiler's output")
+    return int(found.group(1))
+
+
+def _count(names: list[str]) -> dict[str, int]:
+    return {name: names.count(name) for name in sorted(set(names))}

@@ -1,0 +1,85 @@
+"""Device functions that the Triton kernels share: elementary functions that keep their digits near 0, how logits are
+read, and the formulas of divergences.py that kernels apply to single logits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sdft_kernels.divergences import LARGEST_LOG_RATIO
+
+_LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
+#: Stands for logits beyond the vocabulary: finite, so that no difference of two of them is NaN.
+_FAR_BELOW = tl.constexpr(-1e30)
+
+
+@triton.jit
+def tanh(x):
+    """By its series near 0, where the quotient would lose digits."""
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    size = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -size, size))
+
+
+@triton.jit
+def expm1(x):
+    """By its series near 0, where the difference would lose digits."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(tl.abs(x) < 0.3, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p(x):
+    """By the series of artanh near 0, where 1 + x would lose digits."""
+    s = x / (2 + x)
+    y = s * s
+    series = 2 * s * (1 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7 + y * (1 / 9)))))
+    return tl.where(tl.abs(x) < 0.4, series, tl.log(1 + x))
+
+
+@triton.jit
+def transform(y, scale, softcap, temperature, CAPPED: tl.constexpr):
+    """z = softcap(scale · y) / temperature."""
+    if CAPPED:
+        return tanh(y * (scale / softcap)) * (softcap / temperature)
+    else:
+        return y * (scale / temperature)
+
+
+@triton.jit
+def load_logits(pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
+    """Transformed logits at `columns` of a row; far below all others past the vocabulary."""
+    raw = tl.load(pointer + columns, mask=columns < stride, other=0.0)
+    return tl.where(columns < vocab, transform(raw, scale, softcap, temperature, CAPPED), _FAR_BELOW)
+
+
+@triton.jit
+def split_columns(split, splits, vocab, BLOCK: tl.constexpr):
+    """The columns of one of a row's splits, [first, past): whole blocks, dealt out evenly, none without one."""
+    blocks = tl.cdiv(vocab, BLOCK)
+    return split * blocks // splits * BLOCK, tl.minimum((split + 1) * blocks // splits * BLOCK, vocab)
+
+
+@triton.jit
+def log_ratio_at(log_p, log_q):
+    """r = log p - log q, bounded so that its exponentials are finite."""
+    return tl.minimum(tl.maximum(log_p - log_q, -_LARGEST_LOG_RATIO), _LARGEST_LOG_RATIO)
+
+
+@triton.jit
+def log_over_mixture(other_over_one, share_of_other):
+    """log(one / m) from log(other / one), where the mixture m holds `share_of_other` of the other."""
+    return -log1p(share_of_other * expm1(other_over_one))
+
+
+@triton.jit
+def mixture_score(log_ratio, beta, DIVERGENCE: tl.constexpr):
+    """g up to a constant, where dL/dz = p (g - Σ p g): see divergences.py."""
+    if DIVERGENCE == "jsd":
+        return (1 - beta) * log_over_mixture(-log_ratio, beta)
+    elif DIVERGENCE == "skew_reverse_kl":
+        x = beta / (1 - beta) * tl.exp(-log_ratio)
+        return 1 / (1 + 1 / x) - log1p(x)
+    else:
+        return (beta - 1) * tl.exp(log_over_mixture(log_ratio, 1 - beta))

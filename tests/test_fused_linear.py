@@ -1,0 +1,252 @@
+"""The loss against its definition: values and gradients on random inputs and on real hidden states."""
+
+import pytest
+import torch
+
+from sdft_kernels import fused_linear_divergence
+from tests.cases import (
+    DIVERGENCES,
+    assert_close,
+    errors,
+    fused,
+    random_case,
+    reference,
+    reference_from_float32_logits,
+    relative_error,
+)
+
+LIMITS = {
+    # dtype: (values, gradients); low-precision gradients are rounded once on their way out
+    torch.float32: (2e-6, 2e-6),
+    torch.bfloat16: (2e-6, 5e-3),
+    torch.float16: (2e-6, 1e-3),
+}
+
+
+@pytest.fixture(params=list(LIMITS), ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_matches_the_float64_reference(divergence: str, reduction: str, dtype: torch.dtype) -> None:
+    case = random_case(
+        dtype=dtype,
+        bias=True,
+        divergence=divergence,
+        reduction=reduction,
+        beta=0.3,
+        temperature=1.3,
+        student_logit_scale=1.2,
+        teacher_logit_scale=0.8,
+        student_softcap=9.0,
+        teacher_softcap=12.0,
+        token_weight=torch.rand(37),
+        labels=torch.randint(0, 1003, (37,)),
+        old_logprobs=-torch.rand(37) * 8,
+        importance_clip=3.0,
+    )
+    # float16 cannot hold the gradients of a mean without the loss scaling that its users apply
+    upstream = torch.randn(37) if reduction == "none" else torch.tensor(700.0)
+    assert_close(fused(case, upstream, max_chunk_bytes=60_000), reference(case, upstream), *LIMITS[dtype])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shared_head", [True, False])
+@pytest.mark.parametrize("trainable", [("student_hidden", "student_weight"), ("student_hidden",), ("student_weight",)])
+def test_each_set_of_trainable_inputs(divergence: str, shared_head: bool, trainable: tuple[str, ...]) -> None:
+    case = random_case(shared_head=shared_head, divergence=divergence)
+    case.trainable = trainable
+    assert_close(fused(case), reference(case), *LIMITS[torch.float32])
+
+
+def test_nothing_trainable_gives_the_same_loss() -> None:
+    case = random_case()
+    case.trainable = ()
+    assert not fused(case).output.loss.requires_grad
+    assert_close(fused(case), reference(case), *LIMITS[torch.float32])
+    case.trainable = ("student_hidden", "student_weight")
+    with torch.no_grad():
+        tensors = [t.requires_grad_() for t in (case.student_hidden, case.student_weight)]
+        output = fused_linear_divergence(*tensors, case.teacher_hidden, case.teacher_weight)
+    assert not output.loss.requires_grad
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 36, 37, 38])
+def test_chunk_boundaries(chunk: int) -> None:
+    case = random_case(divergence="jsd", bias=True)
+    assert_close(fused(case, max_chunk_bytes=chunk * 5 * 1003), reference(case), *LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(divergence: str, reduction: str) -> None:
+    case = random_case(5, 4, 3, 11, torch.float64, bias=True)
+    student = [t.requires_grad_() for t in (case.student_hidden, case.student_weight, case.student_bias)]
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return fused_linear_divergence(
+            hidden,
+            weight,
+            case.teacher_hidden,
+            case.teacher_weight,
+            student_bias=bias,
+            divergence=divergence,
+            reduction=reduction,
+            student_softcap=4.0,
+            token_weight=torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0]),
+            max_chunk_bytes=300,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, student)
+
+
+def test_per_token_values_do_not_depend_on_the_reduction() -> None:
+    case = random_case(labels=torch.randint(0, 1003, (37,)), token_weight=torch.rand(37))
+    outputs = [fused(case.with_options(reduction=r), torch.ones(37) if r == "none" else None) for r in ("mean", "none")]
+    for mean, none in zip(outputs[0].output[1:], outputs[1].output[1:], strict=True):
+        assert torch.equal(mean, none)
+
+
+def test_a_token_of_weight_zero_contributes_nothing_whatever_it_holds() -> None:
+    weight = torch.ones(37)
+    weight[[0, 5, 36]] = 0
+    clean = random_case(
+        bias=True, token_weight=weight, labels=torch.randint(0, 1003, (37,)), old_logprobs=-torch.ones(37)
+    )
+    poisoned = random_case(bias=True)
+    poisoned = clean.with_options(labels=clean.options["labels"].clone(), old_logprobs=-torch.ones(37))
+    poisoned.student_hidden, poisoned.teacher_hidden = clean.student_hidden.clone(), clean.teacher_hidden.clone()
+    dead = weight == 0
+    poisoned.student_hidden[dead] = float("nan")
+    poisoned.teacher_hidden[dead] = float("inf")
+    poisoned.options["labels"][dead] = -100
+    poisoned.options["old_logprobs"][dead] = float("nan")
+    expected, actual = fused(clean), fused(poisoned)
+    for name, value in actual.output._asdict().items():
+        assert torch.equal(value, getattr(expected.output, name)), name
+        assert value.dim() == 0 or (value[dead] == 0).all(), name
+    for name, gradient in actual.gradients.items():
+        assert torch.equal(gradient, expected.gradients[name]), name
+    assert (actual.gradients["student_hidden"][dead] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [None, torch.zeros(0)])
+def test_no_tokens(reduction: str, weight: torch.Tensor | None) -> None:
+    case = random_case(0, reduction=reduction, token_weight=weight, labels=torch.zeros(0, dtype=torch.int64))
+    result = fused(case)
+    assert result.output.loss.shape == ((0,) if reduction == "none" else ())
+    assert result.output.loss.sum() == 0
+    assert result.gradients["student_hidden"].shape == (0, 48)
+    assert torch.equal(result.gradients["student_weight"], torch.zeros(1003, 48))
+
+
+def test_all_weights_zero() -> None:
+    result = fused(random_case(bias=True, token_weight=torch.zeros(37)))
+    assert result.output.loss == 0
+    for gradient in result.gradients.values():
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_same_student_and_teacher(divergence: str) -> None:
+    case = random_case(shared_head=True, divergence=divergence)
+    case.teacher_hidden = case.student_hidden.clone()
+    result = fused(case)
+    assert result.output.token_loss.abs().max() < 1e-6
+    scale = fused(random_case(shared_head=True, divergence=divergence)).gradients["student_hidden"].norm()
+    assert result.gradients["student_hidden"].norm() < 1e-6 * scale
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
+def test_extreme_logits_stay_finite_and_right(divergence: str, size: float) -> None:
+    """One-hot models, ties, and teacher probabilities that underflow to 0."""
+    logits = torch.tensor(
+        [
+            [1.0, 0.0, 0.0, -1.0],
+            [0.0, 0.0, 0.0, 0.0],
+            [-1.0, 1.0, 1.0, 0.0],
+            [1.0, -1.0, -1.0, -1.0],
+            [-1.0, -1.0, 0.0, 1.0],
+        ]
+    )
+    identity = torch.eye(4)
+    case = random_case(divergence=divergence)
+    case.student_hidden, case.student_weight = logits * size, identity
+    case.teacher_hidden, case.teacher_weight = logits.flip(0) * size, identity
+    actual, expected = fused(case), reference(case)
+    assert_close(actual, expected, *LIMITS[torch.float32])
+    for tensor in (*actual.output[:4], *actual.gradients.values()):
+        assert tensor is None or tensor.isfinite().all()
+
+
+def test_inputs_of_any_layout() -> None:
+    case = random_case(20, 48, 48, 1003)
+    tokens = torch.randn(40, 96)
+    case.student_hidden = tokens[::2, ::2]
+    case.student_weight = case.student_weight.T.contiguous().T
+    case.teacher_hidden = torch.randn(1, 48).expand(20, 48)
+    assert_close(fused(case), reference(case), *LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize(("student", "teacher", "vocab"), [(1003, 1019, None), (1019, 1003, None), (1003, 600, 512)])
+def test_heads_of_different_sizes(student: int, teacher: int, vocab: int | None) -> None:
+    case = random_case(vocab=max(student, teacher), vocab_size=vocab, bias=True)
+    case.student_weight, case.student_bias = case.student_weight[:student], case.student_bias[:student]
+    case.teacher_weight = case.teacher_weight[:teacher]
+    if vocab is None:
+        with pytest.warns(UserWarning, match="comparing the first 1003"):
+            actual = fused(case)
+    else:
+        actual = fused(case)
+    assert_close(actual, reference(case), *LIMITS[torch.float32])
+    assert (actual.gradients["student_weight"][vocab or 1003 :] == 0).all()
+
+
+def test_bfloat16_weight_gradient_accumulates_in_float32() -> None:
+    """Many chunks add up without losing what a bfloat16 sum would."""
+    case = random_case(512, vocab=64, dtype=torch.bfloat16, reduction="sum")
+    actual = fused(case, max_chunk_bytes=64 * 5)
+    assert errors(actual, reference(case))["grad of student_weight"] < 3e-3
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_autocast_takes_operands_in_its_dtype_and_returns_gradients_in_the_parameters(lower: torch.dtype) -> None:
+    case = random_case(bias=True)
+    case.student_hidden = case.student_hidden.to(lower)
+    rounded = random_case(seed=0, bias=True)
+    rounded.__dict__.update(case.__dict__)
+    for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"):
+        setattr(rounded, name, getattr(case, name).to(lower).float())
+    with torch.autocast("cpu", lower):
+        actual = fused(case, torch.tensor(100.0))
+    assert actual.gradients["student_weight"].dtype == torch.float32
+    assert actual.gradients["student_hidden"].dtype == lower
+    expected = reference(rounded, torch.tensor(100.0))
+    assert_close(actual, expected, 2e-6, 5e-3)
+    assert relative_error(actual.gradients["student_weight"], expected.gradients["student_weight"]) < 2e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_real_hidden_states(smollm2_hidden_states: tuple[torch.Tensor, ...], divergence: str) -> None:
+    """SmolLM2's own hidden states and head, in float32 and bfloat16.
+
+    Its states are large and its logits small differences of them: a float32 product alone moves the gradient by
+    about 5e-6. The loss may add no more than half of that.
+    """
+    student, teacher, head = smollm2_hidden_states
+    case = random_case(1, divergence=divergence)
+    case.student_hidden, case.teacher_hidden = student, teacher
+    case.student_weight = case.teacher_weight = head
+    expected = reference(case)
+    from_product_alone = errors(reference_from_float32_logits(case), expected)
+    for name, error in errors(fused(case), expected).items():
+        assert error <= max(2e-6, 1.5 * from_product_alone[name]), f"{name}: {error:.1e}, {from_product_alone}"
+        assert error <= 1e-5, name
+
+    case.student_hidden, case.teacher_hidden = student.bfloat16(), teacher.bfloat16()
+    case.student_weight = case.teacher_weight = head.bfloat16()
+    assert_close(fused(case), reference(case), 1e-5, 5e-3)

@@ -1,0 +1,98 @@
+"""The Triton row operations, run by Triton's interpreter, against the float64 reference."""
+
+import pytest
+import torch
+
+from sdft_kernels import triton_backend
+from sdft_kernels.triton_backend import BLOCK, split_rows
+from tests.cases import DIVERGENCES, Case, Result, assert_close, fused, random_case, reference
+
+
+def interpreted(case: Case, upstream: torch.Tensor | None = None, **extra: int) -> Result:
+    return fused(case, upstream, backend="triton", **extra)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_matches_the_float64_reference(divergence: str, reduction: str) -> None:
+    case = random_case(
+        9,
+        vocab=5003,
+        bias=True,
+        divergence=divergence,
+        reduction=reduction,
+        beta=0.3,
+        temperature=1.3,
+        student_logit_scale=1.2,
+        teacher_logit_scale=0.8,
+        student_softcap=9.0,
+        teacher_softcap=12.0,
+        token_weight=torch.tensor([1.0, 0.0, 0.3, 2.0, 0.0, 1.0, 1.0, 0.1, 1.0]),
+        labels=torch.randint(0, 5003, (9,)),
+        old_logprobs=-torch.rand(9) * 8,
+        importance_clip=3.0,
+    )
+    upstream = torch.randn(9) if reduction == "none" else None
+    assert_close(interpreted(case, upstream, max_chunk_bytes=100_000), reference(case, upstream), 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_options(divergence: str, dtype: torch.dtype) -> None:
+    case = random_case(5, vocab=2 * BLOCK + 17, dtype=dtype, shared_head=True, divergence=divergence)
+    assert_close(interpreted(case), reference(case), 3e-6, 3e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_vocabularies_around_the_block(vocab: int) -> None:
+    case = random_case(3, vocab=vocab, divergence="jsd")
+    assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_extreme_logits(divergence: str) -> None:
+    logits = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0], [-1.0, 1.0, 1.0, 0.0], [1.0, -1.0, -1.0, -1.0]])
+    case = random_case(4, divergence=divergence)
+    for size in (1.0, 1e2, 1e4):
+        case.student_hidden, case.student_weight = logits * size, torch.eye(4)
+        case.teacher_hidden, case.teacher_weight = logits.flip(0) * size, torch.eye(4)
+        assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_same_student_and_teacher(divergence: str) -> None:
+    case = random_case(4, vocab=BLOCK + 5, shared_head=True, divergence=divergence)
+    case.teacher_hidden = case.student_hidden.clone()
+    result = interpreted(case)
+    assert result.output.token_loss.abs().max() < 1e-6
+    assert result.gradients["student_hidden"].norm() < 1e-6
+
+
+def test_every_number_of_splits_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(2, vocab=5 * BLOCK + 3, divergence="reverse_kl")
+    expected = reference(case)
+    for splits in (1, 2, 4):
+        monkeypatch.setattr(triton_backend, "split_rows", lambda tokens, vocab, splits=splits: splits)
+        assert_close(interpreted(case), expected, 3e-6, 3e-6)
+
+
+def test_rows_are_split_only_as_far_as_they_have_blocks() -> None:
+    assert split_rows(64, 152_000) * 64 >= 132 * 4
+    assert split_rows(1, 10 * BLOCK) == 8
+    assert split_rows(1, BLOCK) == 1
+    assert split_rows(4096, 152_000) == 1
+
+
+def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdft_kernels import chunk_loop
+
+    make_workspace = chunk_loop.make_workspace
+
+    def poisoned(like: torch.Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+        workspace = make_workspace(like, tokens, vocab, dtype)
+        workspace.as_strided((tokens, workspace.stride(0)), (workspace.stride(0), 1)).fill_(float("nan"))
+        return workspace
+
+    monkeypatch.setattr(chunk_loop, "make_workspace", poisoned)
+    case = random_case(3, vocab=BLOCK + 5, divergence="jsd")
+    assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
