@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import triton
 from tqdm import tqdm
 
 from benchmarks.compiled import TARGETS, compile_launch, record_launches, resources
-from sdft_kernels import triton_backend
+from sdft_kernels import triton_divergence
 from sdft_kernels.chunk_loop import make_workspace
-from sdft_kernels.divergences import DIVERGENCES, Objective
+from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows
 
 
@@ -59,30 +60,30 @@ def call(variant: Variant) -> None:
     """The call whose launches are compiled. Nothing is computed, so the buffers hold nothing."""
     like = torch.empty(0)
 
-    def vector(wanted: bool = True) -> torch.Tensor | None:
-        return torch.empty(variant.tokens) if wanted else None
-
     student, teacher = (make_workspace(like, variant.tokens, variant.vocab, torch.float32) for _ in range(2))
     gradient = None
     if variant.gradient is not None:
         dtype = getattr(torch, variant.gradient)
         separate = make_workspace(like, variant.tokens, variant.vocab, dtype)
         gradient = student if dtype == torch.float32 else separate
+    given, written = torch.empty(variant.tokens), torch.empty(variant.tokens)
     rows = TokenRows(
-        torch.empty(variant.tokens),
-        torch.empty(variant.tokens, dtype=torch.int64) if variant.labels else None,
-        vector(variant.importance),
-        *(torch.empty(variant.tokens) for _ in range(3)),
-        vector(variant.labels),
-        vector(variant.labels),
+        weight=given,
+        labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.labels else None,
+        old_logprobs=given if variant.importance else None,
+        loss=written,
+        student_entropy=written,
+        teacher_entropy=written,
+        student_logprob=written if variant.labels else None,
+        teacher_logprob=written if variant.labels else None,
     )
     objective = Objective(
         variant.divergence,
-        student_softcap=30.0 if variant.student_capped else None,
-        teacher_softcap=30.0 if variant.teacher_capped else None,
+        student=LogitOptions(softcap=30.0 if variant.student_capped else None),
+        teacher=LogitOptions(softcap=30.0 if variant.teacher_capped else None),
         importance_clip=2.0 if variant.importance else None,
     )
-    triton_backend.process_rows(student, teacher, rows, objective, gradient)
+    triton_divergence.process_rows(student, teacher, rows, objective, gradient)
 
 
 def compile_variant(variant: Variant, target: str) -> list[dict[str, object]]:
@@ -123,8 +124,9 @@ def print_table(rows: list[dict[str, object]]) -> None:
         key = (row["kernel"], row["target"], row["divergence"])
         if key not in heaviest or int(str(row["registers"])) > int(str(heaviest[key]["registers"])):
             heaviest[key] = row
-    header = f"{'kernel':18} {'target':7} {'divergence':16} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>6}  widths"
-    print(f"compiled with triton {__import__('triton').__version__}; nothing here was run on a GPU\n{header}")
+    print(f"compiled with triton {triton.__version__}; nothing here was run on a GPU")
+    heading = f"{'kernel':18} {'target':7} {'divergence':16} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>6}"
+    print(f"{heading}  loads and stores by width")
     for row in heaviest.values():
         widths = ", ".join(f"{count} {name}" for name, count in dict(row["widths"]).items())  # type: ignore[call-overload]
         print(

@@ -1,6 +1,13 @@
 """Exact distillation losses straight from hidden states and LM heads, without the logits."""
 
-from sdft_kernels.fused_linear import fused_linear_divergence
+from sdft_kernels.fused_linear import FusedLinearDivergence, fused_linear_divergence
 from sdft_kernels.outputs import DivergenceOutput
+from sdft_kernels.scoring import TokenStats, linear_token_stats
 
-__all__ = ["DivergenceOutput", "fused_linear_divergence"]
+__all__ = [
+    "DivergenceOutput",
+    "FusedLinearDivergence",
+    "TokenStats",
+    "fused_linear_divergence",
+    "linear_token_stats",
+]

@@ -54,6 +54,49 @@ def check(
     per_token("labels", labels, tokens, device, floating=False)
     per_token("old_logprobs", old_logprobs, tokens, device, floating=True)
     same_device("teacher_hidden", teacher_hidden, device)
+    check_options(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        importance_clip=importance_clip,
+        reduction=reduction,
+        max_chunk_bytes=max_chunk_bytes,
+        backend=backend,
+    )
+    if old_logprobs is not None and labels is None:
+        raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
+    if importance_clip is not None and old_logprobs is None:
+        raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
+    supported_backend(backend, device)
+    vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
+    return vocab, products_dtype(
+        device,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+    )
+
+
+def check_options(
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    importance_clip: float | None,
+    reduction: str,
+    max_chunk_bytes: int | None,
+    backend: str,
+) -> None:
+    """Refuses settings that no tensors could make right."""
     one_of("divergence", divergence, tuple(DIVERGENCES))
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, BACKENDS)
@@ -72,20 +115,7 @@ def check(
     ):
         if value is not None:
             positive(name, value)
-    if old_logprobs is not None and labels is None:
-        raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
-    if importance_clip is not None and old_logprobs is None:
-        raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
     workspace(max_chunk_bytes)
-    supported_backend(backend, device)
-    vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
-    return vocab, products_dtype(
-        device,
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-    )
 
 
 def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -54,10 +54,10 @@ class Gradients:
     bias: Tensor
 
 
-def backend_module(name: str, device: torch.device) -> ModuleType:
-    """The row operations: Triton's for CUDA tensors, where it is installed, unless named otherwise."""
+def backend_module(name: str, device: torch.device, wide: torch.dtype) -> ModuleType:
+    """The row operations: Triton's for float32 logits on CUDA, where it is installed, unless named otherwise."""
     has_triton = importlib.util.find_spec("triton") is not None
-    if name == "triton" or (name == "auto" and device.type == "cuda" and has_triton):
+    if name == "triton" or (name == "auto" and device.type == "cuda" and wide == torch.float32 and has_triton):
         from sdft_kernels import triton_backend
 
         return triton_backend
@@ -81,8 +81,8 @@ def run_chunks(
 
     Products take their operands in `compute_dtype`; the first `vocab` entries of both heads are compared.
     """
-    process_rows = backend_module(backend, student.hidden.device).process_rows
     wide = products.accumulation_dtype(compute_dtype)
+    process_rows = backend_module(backend, student.hidden.device, wide).process_rows
     narrow = products.gradient_dtype(compute_dtype, student.hidden.device)
     separate = wanted.any and narrow != wide  # the gradient does not fit in place of the logits
 

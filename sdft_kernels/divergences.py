@@ -32,19 +32,23 @@ LARGEST_LOG_RATIO = 80.0
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is computed for each token: the divergence, and how logits come from the matrix products.
+class LogitOptions:
+    """How a model's logits z come from products: y = scale · (h Wᵀ + b), c = softcap · tanh(y / softcap) (or y),
+    z = c / temperature."""
 
-    Logits: y = scale · (h Wᵀ + b), c = softcap · tanh(y / softcap) (or y), z = c / temperature.
-    """
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is computed for each token."""
 
     divergence: str = "reverse_kl"
     beta: float = 0.5
-    temperature: float = 1.0
-    student_scale: float = 1.0
-    teacher_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
+    student: LogitOptions = LogitOptions()
+    teacher: LogitOptions = LogitOptions()
     importance_clip: float | None = None
 
 

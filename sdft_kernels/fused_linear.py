@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdft_kernels import arguments
 from sdft_kernels.operator import fused_linear_divergence_op, gradients_deferred
@@ -164,3 +166,95 @@ def fused_linear_divergence(
         student_logprob=None if labels is None else student_logprob.detach(),
         teacher_logprob=None if labels is None else teacher_logprob.detach(),
     )
+
+
+class FusedLinearDivergence(nn.Module):
+    """:func:`fused_linear_divergence` with its settings kept: a module to call with hidden states and heads.
+
+    Args:
+        divergence, beta, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
+        importance_clip, reduction, vocab_size, max_chunk_bytes, backend: as there.
+
+    Example:
+        >>> import torch
+        >>> criterion = FusedLinearDivergence("jsd", beta=0.5)
+        >>> h, w = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8)
+        >>> criterion(h, w, torch.randn(5, 8), w).loss.backward()
+    """
+
+    def __init__(
+        self,
+        divergence: str = "reverse_kl",
+        *,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        importance_clip: float | None = None,
+        reduction: str = "mean",
+        vocab_size: int | None = None,
+        max_chunk_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        arguments.check_options(
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            importance_clip=importance_clip,
+            reduction=reduction,
+            max_chunk_bytes=max_chunk_bytes,
+            backend=backend,
+        )
+        self.options: dict[str, Any] = {
+            "divergence": divergence,
+            "beta": beta,
+            "temperature": temperature,
+            "student_logit_scale": student_logit_scale,
+            "teacher_logit_scale": teacher_logit_scale,
+            "student_softcap": student_softcap,
+            "teacher_softcap": teacher_softcap,
+            "reduction": reduction,
+            "vocab_size": vocab_size,
+            "max_chunk_bytes": max_chunk_bytes,
+            "backend": backend,
+        }
+        self.importance_clip = importance_clip
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
+    ) -> DivergenceOutput:
+        """The loss of these hidden states and heads; `importance_clip` applies where `old_logprobs` are given."""
+        return fused_linear_divergence(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            token_weight=token_weight,
+            labels=labels,
+            old_logprobs=old_logprobs,
+            importance_clip=None if old_logprobs is None else self.importance_clip,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        options = {**self.options, "importance_clip": self.importance_clip}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdft_kernels import products
 from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
-from sdft_kernels.divergences import Objective
+from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, reads_are_free
 
 OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -49,16 +49,13 @@ def _forward(
 ) -> OpResult:
     """Loss; five per-token vectors; gradients of hidden states, head and bias; a factor these still lack.
 
-    What is not wanted comes back empty. Temperature and what follows it up to the soft caps: see `Objective`.
+    What is not wanted comes back empty. Scales, soft caps and temperature: see `LogitOptions`.
     """
     objective = Objective(
         divergence,
         beta,
-        temperature,
-        student_scale,
-        teacher_scale,
-        student_softcap,
-        teacher_softcap,
+        LogitOptions(student_scale, student_softcap, temperature),
+        LogitOptions(teacher_scale, teacher_softcap, temperature),
         importance_clip,
     )
     wide = products.accumulation_dtype(compute_dtype)

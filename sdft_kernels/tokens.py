@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def reads_are_free(tensor: Tensor) -> bool:
@@ -19,12 +22,21 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
+class _Vectors:
+    """Dataclasses of vectors over tokens that are cut together."""
+
+    def __getitem__(self, part: slice) -> Self:
+        """The same vectors for some of the tokens: views, so that what is written there is written here."""
+        vectors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(*(None if vector is None else vector[part] for vector in vectors))
+
+
 @dataclass
-class TokenRows:
-    """Vectors of length N, all on one device and, but for `labels`, in the accumulation dtype.
+class TokenRows(_Vectors):
+    """What the loss reads and writes for each token, (N,), on one device.
 
     `weight` is read as the factor of each token's gradient and multiplied in place by its importance weight.
-    The vectors from `loss` on are written.
+    The vectors from `loss` on are written. All but `labels` are in the accumulation dtype.
     """
 
     weight: Tensor
@@ -36,11 +48,16 @@ class TokenRows:
     student_logprob: Tensor | None
     teacher_logprob: Tensor | None
 
-    def __getitem__(self, part: slice) -> TokenRows:
-        """The same vectors for some of the tokens: views, so that what is written there is written here."""
-        vectors: list[Any] = [getattr(self, field.name) for field in fields(self)]
-        parts: list[Any] = [None if vector is None else vector[part] for vector in vectors]
-        return TokenRows(*parts)
+
+@dataclass
+class TokenScores(_Vectors):
+    """What scoring reads, `labels`, and writes for each token, (N,), on one device; `top1` is bool."""
+
+    labels: Tensor | None
+    logprob: Tensor | None
+    top1: Tensor | None
+    entropy: Tensor
+    logsumexp: Tensor
 
 
 class LiveTokens:

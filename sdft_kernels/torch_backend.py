@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdft_kernels.divergences import DIVERGENCES, Objective, Tile, row_dot
-from sdft_kernels.tokens import TokenRows
+from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, Tile, row_dot
+from sdft_kernels.tokens import TokenRows, TokenScores
 
 #: Bytes of one tile's five buffers at the most, about half of a common last-level cache.
 TILE_BYTES = 16 << 20
@@ -29,7 +29,7 @@ def process_rows(
     """
     tokens, vocab = student.shape
     size = max(1, min(tokens, TILE_BYTES // (4 * student.element_size() * vocab)))
-    scratch = student.new_empty((2 if objective.student_softcap is None else 3, size, vocab))
+    scratch = student.new_empty((2 if objective.student.softcap is None else 3, size, vocab))
     for start in range(0, tokens, size):
         part = slice(start, start + size)
         _process_tile(student[part], teacher[part], rows[part], objective, scratch, gradient is not None)
@@ -38,30 +38,44 @@ def process_rows(
 
 
 def _process_tile(
-    student: Tensor,
-    teacher: Tensor,
-    rows: TokenRows,
-    objective: Objective,
-    scratch: Tensor,
-    with_gradient: bool,
+    student: Tensor, teacher: Tensor, rows: TokenRows, objective: Objective, scratch: Tensor, with_gradient: bool
 ) -> None:
-    tokens = student.shape[0]
-    temperature = objective.temperature
-    capped = None if objective.student_softcap is None else scratch[2, :tokens]
-    _transform(student, objective.student_scale, objective.student_softcap, temperature, keep_tanh=capped)
-    _transform(teacher, objective.teacher_scale, objective.teacher_softcap, temperature)
-    q, q_sum = _exponentials(teacher, rows.labels, out=scratch[1, :tokens], into=rows.teacher_logprob)
-    p, p_sum = _exponentials(student, rows.labels, out=scratch[0, :tokens], into=rows.student_logprob)
-    rows.teacher_entropy.copy_((q_sum.log() - row_dot(q, teacher) / q_sum).squeeze(1))
-    rows.student_entropy.copy_((p_sum.log() - row_dot(p, student) / p_sum).squeeze(1))
-    if rows.old_logprobs is not None and rows.student_logprob is not None:
-        rows.weight.mul_(importance_weight(rows.student_logprob, rows.old_logprobs, objective.importance_clip))
+    options, tokens = objective.student, student.shape[0]
+    capped = None if options.softcap is None else scratch[2, :tokens]
+    _transform(student, options, keep_tanh=capped)
+    _transform(teacher, objective.teacher)
+    p, p_sum, _ = _exponentials(student, scratch[0, :tokens])
+    q, q_sum, _ = _exponentials(teacher, scratch[1, :tokens])
+    rows.student_entropy.copy_(_entropy(student, p, p_sum))
+    rows.teacher_entropy.copy_(_entropy(teacher, q, q_sum))
+    if rows.labels is not None and rows.student_logprob is not None and rows.teacher_logprob is not None:
+        rows.student_logprob.copy_(_label_logits(student, rows.labels) - p_sum.log().squeeze(1))
+        rows.teacher_logprob.copy_(_label_logits(teacher, rows.labels) - q_sum.log().squeeze(1))
+        if rows.old_logprobs is not None:
+            rows.weight.mul_(importance_weight(rows.student_logprob, rows.old_logprobs, objective.importance_clip))
 
     tile = Tile(student, teacher, p, q, p_sum, q_sum)
-    factor = rows.weight.unsqueeze(1) * (objective.student_scale / temperature) if with_gradient else None
+    factor = rows.weight.unsqueeze(1) * (options.scale / options.temperature) if with_gradient else None
     rows.loss.copy_(DIVERGENCES[objective.divergence](tile, objective.beta, factor).squeeze(1))
     if with_gradient and capped is not None:
         student.mul_(capped.square_().neg_().add_(1))
+
+
+def score_rows(logits: Tensor, scores: TokenScores, options: LogitOptions) -> None:
+    """Fills `scores` from (R, V) products of hidden states and a head, which are overwritten."""
+    tokens, vocab = logits.shape
+    size = max(1, min(tokens, TILE_BYTES // (2 * logits.element_size() * vocab)))
+    scratch = logits.new_empty((size, vocab))
+    for start in range(0, tokens, size):
+        tile, rows = logits[start : start + size], scores[start : start + size]
+        _transform(tile, options)
+        exponentials, total, largest = _exponentials(tile, scratch[: tile.shape[0]])
+        rows.entropy.copy_(_entropy(tile, exponentials, total))
+        rows.logsumexp.copy_((largest + total.log()).squeeze(1))
+        if rows.labels is not None and rows.logprob is not None and rows.top1 is not None:
+            below_largest = _label_logits(tile, rows.labels)
+            rows.logprob.copy_(below_largest - total.log().squeeze(1))
+            rows.top1.copy_(below_largest >= 0)
 
 
 def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) -> Tensor:
@@ -70,25 +84,29 @@ def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) 
     return ratio if clip is None else ratio.clamp_(max=clip)
 
 
-def _transform(
-    logits: Tensor, scale: float, softcap: float | None, temperature: float, keep_tanh: Tensor | None = None
-) -> None:
+def _transform(logits: Tensor, options: LogitOptions, keep_tanh: Tensor | None = None) -> None:
     """y → z in place; tanh(y / softcap) goes to `keep_tanh`, which its derivative needs."""
-    if softcap is None:
-        if scale != temperature:
-            logits.mul_(scale / temperature)
+    if options.softcap is None:
+        if options.scale != options.temperature:
+            logits.mul_(options.scale / options.temperature)
         return
-    logits.mul_(scale / softcap).tanh_()
+    logits.mul_(options.scale / options.softcap).tanh_()
     if keep_tanh is not None:
         keep_tanh.copy_(logits)
-    logits.mul_(softcap / temperature)
+    logits.mul_(options.softcap / options.temperature)
 
 
-def _exponentials(logits: Tensor, labels: Tensor | None, *, out: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Takes each row's maximum off in place; exponentials and their row sums; the labels' log-probs `into`."""
-    logits.sub_(logits.amax(1, keepdim=True))
-    exponentials = torch.exp(logits, out=out)
-    total = exponentials.sum(1, keepdim=True)
-    if labels is not None and into is not None:
-        into.copy_((logits.gather(1, labels.unsqueeze(1)) - total.log()).squeeze(1))
-    return exponentials, total
+def _exponentials(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes each row's maximum off in place; the exponentials, and their row sums and the maxima, (R, 1)."""
+    largest = logits.amax(1, keepdim=True)
+    exponentials = torch.exp(logits.sub_(largest), out=out)
+    return exponentials, exponentials.sum(1, keepdim=True), largest
+
+
+def _entropy(logits: Tensor, exponentials: Tensor, total: Tensor) -> Tensor:
+    """(R,) from logits less their maximum, their exponentials and the sums of these."""
+    return (total.log() - row_dot(exponentials, logits) / total).squeeze(1)
+
+
+def _label_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(1, labels.unsqueeze(1)).squeeze(1)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sdft_kernels import triton_backend
-from sdft_kernels.triton_backend import BLOCK, split_rows
+from sdft_kernels import triton_divergence
+from sdft_kernels.triton_divergence import BLOCK, split_rows
 from tests.cases import DIVERGENCES, Case, Result, assert_close, fused, random_case, reference
 
 
@@ -72,7 +72,7 @@ def test_every_number_of_splits_gives_the_same(monkeypatch: pytest.MonkeyPatch) 
     case = random_case(2, vocab=5 * BLOCK + 3, divergence="reverse_kl")
     expected = reference(case)
     for splits in (1, 2, 4):
-        monkeypatch.setattr(triton_backend, "split_rows", lambda tokens, vocab, splits=splits: splits)
+        monkeypatch.setattr(triton_divergence, "split_rows", lambda tokens, vocab, splits=splits: splits)
         assert_close(interpreted(case), expected, 3e-6, 3e-6)
 
 

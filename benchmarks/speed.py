@@ -1,0 +1,125 @@
+"""How long the loss and its gradients take, against liger-kernel, TRL, plain torch and the bare matrix products.
+
+`python -m benchmarks.speed` runs all of them in one process, in turns, on the shapes of real heads, and prints the
+median time of each, its ratio to the bare products (the floor) and to ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import machine
+from benchmarks.methods import METHODS, SHAPES, Floor, Inputs, Method, Shape, make_inputs, offers
+
+FLOOR = "bare products"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One row of the table: seconds are medians over rounds."""
+
+    shape: str
+    head: str
+    divergence: str
+    method: str
+    seconds: float
+    to_floor: float
+    to_ours: float
+
+
+def seconds_of(method: Method, inputs: Inputs, divergence: str) -> float:
+    inputs.clear()
+    gc.collect()
+    started = time.perf_counter()
+    method(inputs, divergence)
+    return time.perf_counter() - started
+
+
+def compare(
+    shape: Shape,
+    *,
+    trainable_head: bool,
+    divergence: str,
+    methods: list[str],
+    rounds: int,
+    progress: tqdm | None = None,
+) -> list[Timing]:
+    """Every method in turns, `rounds` times after one unmeasured turn (which also compiles what compiles)."""
+    inputs = make_inputs(shape, trainable_head=trainable_head)
+    runs: dict[str, Method] = {FLOOR: Floor(inputs)}
+    runs |= {name: METHODS[name] for name in methods if offers(name, divergence)}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, method in runs.items():
+            seconds = seconds_of(method, inputs, divergence)
+            if turn:
+                taken[name].append(seconds)
+            if progress is not None:
+                progress.update()
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    head = "trainable" if trainable_head else "frozen"
+    return [
+        Timing(shape.name, head, divergence, name, seconds, seconds / medians[FLOOR], seconds / medians["sdft-kernels"])
+        for name, seconds in medians.items()
+    ]
+
+
+def table(rows: list[Timing]) -> str:
+    lines = [f"{'shape':14} {'head':9} {'divergence':16} {'method':15} {'ms':>8} {'× floor':>8} {'× ours':>7}"]
+    lines += [
+        f"{row.shape:14} {row.head:9} {row.divergence:16} {row.method:15} {row.seconds * 1e3:8.0f} "
+        f"{row.to_floor:8.2f} {row.to_ours:7.2f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each method (default 5)")
+    parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
+    parser.add_argument("--heads", nargs="+", choices=["trainable", "frozen"], default=["trainable", "frozen"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--divergences", nargs="+", default=["reverse_kl"], help="reverse_kl is what the bars are for")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(given.threads)
+    methods = list(dict.fromkeys(["sdft-kernels", *given.methods]))
+    shapes = [shape for shape in SHAPES if shape.name in given.shapes]
+    cases = [(shape, head, d) for shape in shapes for head in given.heads for d in given.divergences]
+    total = sum((1 + sum(offers(m, d) for m in methods)) * (given.rounds + 1) for _, _, d in cases)
+    rows: list[Timing] = []
+    with tqdm(total=total, unit="run") as progress:
+        for shape, head, divergence in cases:
+            rows += compare(
+                shape,
+                trainable_head=head == "trainable",
+                divergence=divergence,
+                methods=methods,
+                rounds=given.rounds,
+                progress=progress,
+            )
+    print(machine.heading(), table(rows), sep="\n")
+    if given.json:
+        given.json.write_text(json.dumps({**machine.describe(), "rows": [asdict(row) for row in rows]}, indent=1))
+    if given.csv:
+        with given.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()

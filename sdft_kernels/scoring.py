@@ -1,0 +1,100 @@
+"""What a model thinks of given tokens, without its logits and without gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdft_kernels import arguments, products
+from sdft_kernels.chunk_loop import backend_module, check_labels, make_workspace
+from sdft_kernels.chunking import plan_chunks
+from sdft_kernels.divergences import LogitOptions
+from sdft_kernels.tokens import TokenScores
+
+
+class TokenStats(NamedTuple):
+    """The result of `linear_token_stats`: float32 (float64 for float64 inputs), in nats, without gradients."""
+
+    logprob: Tensor | None  #: (N,) log-probability of the label; None without labels
+    top1: Tensor | None  #: (N,) bool, whether no token is likelier than the label; None without labels
+    entropy: Tensor  #: (N,) entropy of the next-token distribution
+    logsumexp: Tensor  #: (N,) log Σ exp(z) over the vocabulary
+
+
+@torch.no_grad()
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """Log-probabilities, entropies and log-sum-exps of a model's next-token distributions, without its logits.
+
+    Logits as in :func:`fused_linear_divergence`: y = logit_scale · (hidden weightᵀ + bias), c = softcap · tanh(y /
+    softcap) (or y), z = c / temperature, in float32 whatever the inputs, a chunk of tokens at a time.
+
+    Args:
+        hidden: (N, H), float32, bfloat16 or float16 (or float64).
+        weight: (V, H), the LM head.
+        labels: (N,) int64 in [0, V), or None.
+        bias: (V,) or None.
+        temperature: positive.
+        logit_scale: finite, not 0.
+        softcap: positive, or None.
+        vocab_size: only the first `vocab_size` entries of the head take part; None means all.
+        max_chunk_bytes: memory for logits; None chooses for the device.
+        backend: "torch", "triton" or "auto".
+
+    Returns:
+        A :class:`TokenStats`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> linear_token_stats(torch.zeros(2, 8), torch.randn(100, 8), torch.tensor([3, 5])).entropy
+        tensor([4.6052, 4.6052])
+    """
+    arguments.head("", hidden, weight, bias)
+    arguments.per_token("labels", labels, hidden.shape[0], hidden.device, floating=False)
+    arguments.positive("temperature", temperature)
+    arguments.nonzero("logit_scale", logit_scale)
+    if softcap is not None:
+        arguments.positive("softcap", softcap)
+    arguments.workspace(max_chunk_bytes)
+    arguments.one_of("backend", backend, arguments.BACKENDS)
+    arguments.supported_backend(backend, hidden.device)
+    vocab = arguments.shared_vocabulary(weight.shape[0], weight.shape[0], vocab_size)
+    dtype = arguments.products_dtype(hidden.device, hidden=hidden, weight=weight)
+    if labels is not None:
+        check_labels(labels, vocab)
+
+    wide = products.accumulation_dtype(dtype)
+    options = LogitOptions(scale=logit_scale, softcap=softcap, temperature=temperature)
+    score_rows = backend_module(backend, hidden.device, wide).score_rows
+    tokens = hidden.shape[0]
+    entropy, logsumexp = (hidden.new_empty(tokens, dtype=wide) for _ in range(2))
+    logprob = None if labels is None else hidden.new_empty(tokens, dtype=wide)
+    top1 = None if labels is None else hidden.new_empty(tokens, dtype=torch.bool)
+    scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
+    weight = weight[:vocab].to(dtype)
+    bias = None if bias is None else bias[:vocab].to(wide)
+    plan = plan_chunks(tokens, vocab, wide.itemsize, 0, hidden.device, max_chunk_bytes)
+    logits = make_workspace(hidden, plan.chunk, vocab, wide)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, tokens, plan.chunk):
+            chunk = slice(start, min(start + plan.chunk, tokens))
+            part = logits[: chunk.stop - chunk.start]
+            products.logits(hidden[chunk].to(dtype), weight, bias, part)
+            score_rows(part, scores[chunk], options)
+    return TokenStats(logprob, top1, entropy, logsumexp)
