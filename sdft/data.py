@@ -1,0 +1,160 @@
+"""Rows in, token ids out: reads and checks training data, and lays out the student's and the teacher's prompts.
+
+A row has `prompt` (text or chat messages), `demonstration` (text or messages) and, where it will be scored, `answer`
+(text). Rows come from a JSONL file, a Parquet file or a `datasets.Dataset`. Everything that can be wrong with a row
+is found here, before a model runs, and is reported with the file's name and the row's number (from 1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sdft.errors import UsageError
+from sdft.templates import Message, as_messages, is_messages, teacher_messages
+
+Row = dict[str, Any]
+WHERE = "__where__"  # the key under which a checked row keeps its file's name and its number, for errors to come
+
+
+def load_rows(source: Any, *, name: str | None = None, need: Sequence[str] = ("prompt", "demonstration")) -> list[Row]:
+    """The checked rows of a JSONL or Parquet file, of a `datasets.Dataset`, or of any sequence of dictionaries.
+
+    `need` names the fields that every row must have; `name` is what errors call a source that is not a file.
+    """
+    if isinstance(source, str | Path):
+        name = str(source)
+        numbered = _read_file(Path(source))
+    elif isinstance(source, Iterable) and hasattr(source, "__len__"):
+        name = name or "dataset"
+        numbered = [(number, row) for number, row in enumerate(source, start=1)]
+    else:
+        raise UsageError(
+            f"{name or 'dataset'} is a {type(source).__name__}; it may be a JSONL or Parquet file, a datasets.Dataset "
+            "or a list of rows"
+        )
+    if not numbered:
+        raise UsageError(f"{name} is empty: it has no rows")
+    return [_check_row(row, f"{name}, row {number}", need) for number, row in numbered]
+
+
+def _read_file(path: Path) -> list[tuple[int, Any]]:
+    if not path.is_file():
+        raise UsageError(f"{path} is not there: no such file")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+        except pyarrow.ArrowInvalid as error:
+            raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append((number, json.loads(line)))
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is neither JSONL in UTF-8 nor a .parquet file: {error}") from error
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}, row {number} is not JSON: {error}") from error
+    return rows
+
+
+def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
+    if not isinstance(row, dict):
+        raise UsageError(f"{where} is a {type(row).__name__}; it must be an object with the fields {', '.join(need)}")
+    for field in need:
+        if row.get(field) in (None, "", []):
+            raise UsageError(f"{where} has no {field}")
+    for field in ("prompt", "demonstration"):
+        value = row.get(field)
+        if value is not None and not isinstance(value, str) and not is_messages(value):
+            raise UsageError(
+                f"{where}: {field} is a {type(value).__name__}; it must be text or a list of messages, "
+                "each with a role and a content"
+            )
+    if not isinstance(row.get("answer"), str | None):
+        raise UsageError(f"{where}: answer is a {type(row['answer']).__name__}; it must be text")
+    if (last := as_messages(row["prompt"])[-1]["role"]) != "user":
+        raise UsageError(f"{where}: the last message of the prompt is by {last!r}; it must be by 'user'")
+    return {WHERE: where, **row}
+
+
+def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt, ready for the model's answer: through the chat template where the tokenizer has one."""
+    if tokenizer.chat_template:
+        text = render(as_messages(prompt), tokenizer, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(message["content"] for message in prompt)
+    return tokenizer(prompt)["input_ids"]
+
+
+def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+    """The text of a chat under the tokenizer's template."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> list[int]:
+    """Token ids of the demonstration as the model itself would have to write it, its end-of-turn token included."""
+    demonstration = row["demonstration"]
+    if not tokenizer.chat_template:
+        text = demonstration if isinstance(demonstration, str) else "\n\n".join(m["content"] for m in demonstration)
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
+    messages = as_messages(row["prompt"])
+    opening = render(messages, tokenizer, add_generation_prompt=True)
+    whole = render([*messages, *answer], tokenizer, add_generation_prompt=False)
+    if not whole.startswith(opening):
+        raise UsageError(
+            f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
+            "generation prompt, so that there is no sequence to train method 'sft' on"
+        )
+    ids = tokenizer(whole[len(opening) :], add_special_tokens=False)["input_ids"]
+    last = max((position for position, token in enumerate(ids) if token in eos_ids), default=None)
+    return [*ids, tokenizer.eos_token_id] if last is None else ids[: last + 1]
+
+
+def encode_rows(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    method: str,
+    template: list[Message],
+    eos_ids: frozenset[int],
+    max_completion_length: int,
+    context: int | None,
+) -> list[Row]:
+    """The rows with the token ids that training needs, each checked against the model's context length.
+
+    `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft".
+    """
+    encoded = []
+    for row in rows:
+        ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer)}
+        room = max_completion_length
+        if method == "sft":
+            ids["completion_ids"] = encode_demonstration(row, tokenizer, eos_ids)
+            room = len(ids["completion_ids"])
+        else:
+            chat = teacher_messages(row["prompt"], row["demonstration"], template)
+            ids["teacher_prompt_ids"] = encode_prompt(chat, tokenizer)
+        for kind, text in (("prompt", "prompt_ids"), ("teacher prompt", "teacher_prompt_ids")):
+            check_context(row, kind, len(ids.get(text, ())), room, context)
+        encoded.append(ids)
+    return encoded
+
+
+def check_context(row: Row, kind: str, prompt_length: int, room: int, context: int | None) -> None:
+    """Refuse a row whose prompt leaves no room for a completion of `room` tokens in the model's context."""
+    if context is not None and prompt_length + room > context:
+        raise UsageError(
+            f"{row[WHERE]}: the {kind} has {prompt_length} tokens, and with {room} more for the completion it is "
+            f"longer than the model's context of {context}"
+        )

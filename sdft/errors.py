@@ -1,0 +1,13 @@
+"""The two kinds of failure that a user sees as one clear line: what was asked for is wrong, or the run went wrong.
+
+`sdft` (the command) ends with exit code 2 for the first and 1 for the second. Library users catch them as the
+ValueError and RuntimeError that they are.
+"""
+
+
+class UsageError(ValueError):
+    """A setting, a recipe, a file or a row that cannot be used as it is."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: a loss or a gradient that is no longer finite, a head that the loss cannot reproduce."""

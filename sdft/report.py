@@ -1,0 +1,211 @@
+"""What a run leaves to look at: metrics.jsonl while it runs, then summary.json, curves.png and a table.
+
+metrics.jsonl has one line for each log of the Trainer: step, loss, gradient norm, learning rate, entropies, completion
+lengths. summary.json has the table's numbers. curves.png shows them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from sdft.checkpoint import write_text
+
+METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"
+
+
+@dataclass
+class Summary:
+    """The numbers of a run's table; None where the run had nothing to measure it on."""
+
+    model: str
+    method: str
+    divergence: str | None
+    teacher: str | None
+    steps: int
+    loss_first: float | None
+    loss_last: float | None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    accuracy_teacher: float | None = None
+    held_out_prompts: int = 0
+    general_before: float | None = None
+    general_after: float | None = None
+    general_divergence: float | None = None
+    general_prompts: int = 0
+    training_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+def loss_ends(history: list[dict[str, Any]], share: float = 0.1) -> tuple[float | None, float | None]:
+    """The mean loss over the first and over the last tenth of the logged steps."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if not losses:
+        return None, None
+    count = max(1, int(len(losses) * share))
+    return sum(losses[:count]) / count, sum(losses[-count:]) / count
+
+
+def table(summary: Summary) -> str:
+    """The run in a few lines of text; rows that nothing was measured for are left out."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f} %"
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    rows = [
+        (
+            f"held-out prompts answered exactly ({summary.held_out_prompts})",
+            percent(summary.accuracy_before),
+            percent(summary.accuracy_after),
+            percent(summary.accuracy_teacher),
+        ),
+        (
+            f"general prompts answered ({summary.general_prompts})",
+            percent(summary.general_before),
+            percent(summary.general_after),
+            "",
+        ),
+        (
+            "divergence from the base model (nats a token)",
+            number(None if summary.general_divergence is None else 0.0),
+            number(summary.general_divergence),
+            "",
+        ),
+        ("training loss (first and last tenth)", number(summary.loss_first), number(summary.loss_last), ""),
+    ]
+    rows = [row for row in rows if any(row[1:])]
+    header = ("", "before", "after", "teacher" if any(row[3] for row in rows) else "")
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
+
+    def line(row: tuple[str, str, str, str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return "   ".join(cells).rstrip()
+
+    rule = "─" * max(len(line(row)) for row in [header, *rows])
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def describe(summary: Summary) -> str:
+    """One line: what was trained, how, and how long it took."""
+    how = "cross-entropy on the demonstrations"
+    if summary.method == "sdft":
+        how = f"self-distillation ({_name(summary.divergence)}, {summary.teacher} teacher)"
+    minutes, seconds = divmod(round(summary.total_seconds), 60)
+    return f"{summary.model}: {summary.steps} steps of {how}, {minutes} min {seconds:02d} s in all"
+
+
+def _name(divergence: str | None) -> str:
+    return str(divergence).replace("_", " ").replace("kl", "KL")
+
+
+def write_summary(folder: str | Path, summary: Summary) -> None:
+    write_text(Path(folder) / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
+
+
+def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summary) -> None:
+    """curves.png: the loss by step, and beside it what the model gained and what it lost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    blue, orange, grey = "#2a6fbb", "#e07b39", "#8a8f98"
+    gained = [("before", summary.accuracy_before, grey), ("after", summary.accuracy_after, blue)]
+    gained += [("shown the\ndemonstration", summary.accuracy_teacher, orange)]
+    kept = [("before", summary.general_before, grey), ("after", summary.general_after, blue)]
+    moved = (
+        "" if summary.general_divergence is None else f"\n{summary.general_divergence:.2f} nats a token from the base"
+    )
+    panels = []
+    for title, bars in (
+        (f"{summary.held_out_prompts} held-out prompts\nanswered exactly", gained),
+        (f"{summary.general_prompts} general prompts answered{moved}", kept),
+    ):
+        measured = [(name, 100 * value, colour) for name, value, colour in bars if value is not None]
+        if measured:
+            panels.append((title, measured))
+    figure, axes = pyplot.subplots(
+        1,
+        1 + len(panels),
+        figsize=(6 + 3 * len(panels), 4),
+        width_ratios=[2] + [1] * len(panels),
+        squeeze=False,
+        layout="constrained",
+    )
+    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    trend = [sum(window) / len(window) for window in (losses[max(0, n - 4) : n + 1] for n in range(len(losses)))]
+    curve = axes[0][0]
+    curve.plot(steps, losses, color=blue, alpha=0.35, marker="o", markersize=3, linewidth=1, label="each log")
+    curve.plot(steps, trend, color=blue, linewidth=2.2, label="mean of the last five")
+    curve.legend(frameon=False)
+    what = f"{_name(summary.divergence)} to the teacher" if summary.method == "sdft" else "cross-entropy"
+    curve.set(xlabel="optimizer step", ylabel="nats a token", title=f"loss: {what}", ylim=(min([0.0, *losses]), None))
+    curve.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis, (title, measured) in zip(axes[0][1:], panels, strict=True):
+        names, heights, colours = zip(*measured, strict=True)
+        axis.bar_label(axis.bar(names, heights, color=colours, width=0.6), fmt="%.0f %%", padding=2)
+        axis.set(ylim=(0, 112), yticks=range(0, 101, 25), title=title)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.title.set_fontsize(11)
+    figure.savefig(Path(folder) / CURVES_FILE, dpi=150)
+    pyplot.close(figure)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each log to metrics.jsonl; a run that starts from step 0 starts the file anew."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and state.global_step == 0:
+            self.path.write_text("", encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **kwargs["logs"]}) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the whole run, with the latest loss beside it."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not state.is_world_process_zero,
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" in kwargs["logs"]:
+            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()

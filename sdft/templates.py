@@ -1,0 +1,104 @@
+"""Teacher prompts: how a demonstration is put before the model, so that the same model becomes its own teacher.
+
+A template is a list of chat messages with the placeholders {prompt} and {demonstration}. It stands in for the last
+message of a prompt; earlier messages (a system prompt, earlier turns) stay before it. Two come built in:
+
+- "paper" follows arXiv 2601.19897: the question, the demonstration presented as an example response, and the
+  request to answer in one's own words;
+- "turn" shows the demonstration as an earlier turn of the same chat: question, demonstration as the assistant's
+  answer, question again. Small models copy the form of an earlier turn more readily than they follow the paper's
+  wording.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from typing import Any
+
+from sdft.errors import UsageError
+
+Message = dict[str, str]
+PLACEHOLDERS = ("{prompt}", "{demonstration}")
+
+TEMPLATES: dict[str, list[Message]] = {
+    "paper": [
+        {
+            "role": "user",
+            "content": "{prompt}\n\n"
+            "This is an example for a response to the question:\n{demonstration}\n\n"
+            "Now answer with a response of your own, including the thinking process.",
+        }
+    ],
+    "turn": [
+        {"role": "user", "content": "{prompt}"},
+        {"role": "assistant", "content": "{demonstration}"},
+        {"role": "user", "content": "{prompt}"},
+    ],
+}
+
+
+def parse_template(template: Any) -> list[Message]:
+    """The messages of a template given by name, as text, as a list of messages, or as that list in JSON."""
+    if isinstance(template, str) and template in TEMPLATES:
+        return TEMPLATES[template]
+    messages = template
+    if isinstance(template, str):
+        messages = [{"role": "user", "content": template}]
+        if template.lstrip().startswith("["):
+            with contextlib.suppress(json.JSONDecodeError):  # text may start with a bracket, too
+                messages = json.loads(template)
+    if not is_messages(messages):
+        raise UsageError(
+            f"teacher_template is {template!r}; it may be {' or '.join(map(repr, TEMPLATES))}, a text, "
+            "or a list of messages, each with a role and a content"
+        )
+    text = "\n".join(message["content"] for message in messages)
+    missing = [placeholder for placeholder in PLACEHOLDERS if placeholder not in text]
+    if missing:
+        raise UsageError(
+            f"teacher_template is {template!r}, without {' and '.join(missing)}; it may be "
+            f"{' or '.join(map(repr, TEMPLATES))}, or a text or messages with both {{prompt}} and {{demonstration}}"
+        )
+    if messages[-1]["role"] != "user":
+        raise UsageError(
+            f"teacher_template ends with a message by {messages[-1]['role']!r}; its last message must be by 'user', "
+            "so that the answer is the model's"
+        )
+    return messages
+
+
+def is_messages(value: Any) -> bool:
+    """Whether `value` is a chat: a non-empty list of messages with a role and a content that are both text."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+    )
+
+
+def fill(template: list[Message], prompt: str, demonstration: str) -> list[Message]:
+    """The template's messages with both placeholders replaced, in one pass: what is put in is never searched again."""
+    values = dict(zip(PLACEHOLDERS, (prompt, demonstration), strict=True))
+    pattern = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
+    return [
+        {"role": m["role"], "content": pattern.sub(lambda found: values[found.group()], m["content"])} for m in template
+    ]
+
+
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A prompt as a chat; text is a single message by the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def teacher_messages(
+    prompt: str | list[Message], demonstration: str | list[Message], template: list[Message]
+) -> list[Message]:
+    """The chat that the teacher sees: the prompt's earlier messages, then the template around its last one."""
+    *earlier, last = as_messages(prompt)
+    if not isinstance(demonstration, str):
+        demonstration = "\n\n".join(message["content"] for message in demonstration)
+    return [*earlier, *fill(template, last["content"], demonstration)]

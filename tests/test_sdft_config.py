@@ -1,0 +1,54 @@
+import math
+
+import pytest
+
+from sdft.config import EvalArguments, ModelArguments, SDFTConfig
+from sdft.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "may_be"),
+    [
+        ("method", "ppo", "sdft or sft"),
+        ("divergence", "kl", "reverse_kl, forward_kl or jsd"),
+        ("teacher", "live", "base or ema"),
+        ("beta", 0.0, "above 0 and below 1"),
+        ("beta", 1.0, "above 0 and below 1"),
+        ("ema_rate", 1.5, "above 0 and at most 1"),
+        ("loss_temperature", math.nan, "above 0"),
+        ("loss_temperature", math.inf, "above 0"),
+        ("rollout_temperature", 0.0, "above 0"),
+        ("rollout_top_p", "0.9", "number"),
+        ("rollout_top_k", -1, "at least 0"),
+        ("skip_tokens", 1.5, "whole number"),
+        ("skip_tokens", 256, "below max_completion_length"),
+        ("max_completion_length", 0, "at least 1"),
+        ("max_chunk_bytes", 0, "at least 1"),
+        ("remove_unused_columns", True, "False"),
+        ("teacher_template", "{prompt}", "{demonstration}"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_that_names_it(field, value, may_be, tmp_path):
+    with pytest.raises(UsageError) as refused:
+        SDFTConfig(output_dir=str(tmp_path), **{field: value})
+    message = str(refused.value)
+    assert message.startswith(f"{field} is ")
+    assert may_be in message
+    assert "\n" not in message
+
+
+def test_defaults_are_valid_and_quiet(tmp_path):
+    config = SDFTConfig(output_dir=str(tmp_path))
+    assert config.report_to == []
+    assert config.logging_nan_inf_filter is False
+    assert config.rollout_top_p == 1.0  # on-policy: the distribution that the loss sees
+    assert config.rollout_top_k == 0
+
+
+def test_model_and_evaluation_settings_are_checked():
+    with pytest.raises(UsageError, match="model is not set"):
+        ModelArguments()
+    with pytest.raises(UsageError, match="dtype is 'int8'"):
+        ModelArguments(model="x", dtype="int8")
+    with pytest.raises(UsageError, match="eval_completion_length is 0"):
+        EvalArguments(eval_completion_length=0)

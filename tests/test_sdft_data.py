@@ -1,0 +1,134 @@
+import json
+
+import datasets
+import pytest
+
+from sdft.data import WHERE, encode_demonstration, encode_prompt, encode_rows, load_rows
+from sdft.errors import UsageError
+from sdft.templates import TEMPLATES
+from tests import tiny
+
+EOS = frozenset({1})
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_same_rows_from_jsonl_parquet_dataset_and_list(tmp_path):
+    rows = tiny.rows(3)
+    jsonl = write(tmp_path / "rows.jsonl", *rows, "\n")
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    for source in (jsonl, str(jsonl), tmp_path / "rows.parquet", dataset, rows):
+        read = load_rows(source)
+        assert [{k: row[k] for k in rows[0]} for row in read] == rows
+
+
+def test_chat_messages_survive_parquet(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "a"}], "demonstration": [{"role": "assistant", "content": "b"}]}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    (read,) = load_rows(tmp_path / "rows.parquet")
+    assert read["prompt"] == row["prompt"]
+    assert read["demonstration"] == row["demonstration"]
+
+
+GOOD = {"prompt": "a", "demonstration": "b"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "is empty"),
+        (["\n", "\n"], "is empty"),
+        ([GOOD, {"prompt": "a"}], "row 2 has no demonstration"),
+        (["\n", GOOD, {"prompt": "a", "demonstration": ""}], "row 3 has no demonstration"),
+        ([{"demonstration": "b"}], "row 1 has no prompt"),
+        ([GOOD, "{not json\n"], "row 2 is not JSON"),
+        ([[1, 2]], "row 1 is a list"),
+        ([{"prompt": 3, "demonstration": "b"}], "row 1: prompt is a int"),
+        ([{"prompt": [{"role": "user"}], "demonstration": "b"}], "row 1: prompt is a list"),
+        ([{**GOOD, "answer": 3}], "row 1: answer is a int"),
+        ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),
+    ],
+)
+def test_bad_rows_are_refused_with_file_and_row(tmp_path, lines, message):
+    path = write(tmp_path / "rows.jsonl", *lines)
+    with pytest.raises(UsageError) as refused:
+        load_rows(path)
+    assert message in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_files_that_are_not_there_or_not_data_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        load_rows(tmp_path / "absent.jsonl")
+    for name in ("rows.parquet", "rows.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00PAR")
+        with pytest.raises(UsageError, match=name):
+            load_rows(tmp_path / name)
+    with pytest.raises(UsageError, match="train_dataset is a int"):
+        load_rows(3, name="train_dataset")
+
+
+def test_prompts_go_through_the_chat_template_where_there_is_one():
+    chat, plain = tiny.tiny_tokenizer(), tiny.tiny_tokenizer(chat=False)
+    assert chat.decode(encode_prompt("hi", chat)) == "<|user|>hi<eos><|assistant|>"
+    assert plain.decode(encode_prompt("hi", plain)) == "hi"
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    assert chat.decode(encode_prompt(messages, chat)) == "<|system|>s<eos><|user|>hi<eos><|assistant|>"
+    assert plain.decode(encode_prompt(messages, plain)) == "s\n\nhi"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_demonstration_ends_with_the_end_of_sequence_token(chat):
+    tokenizer = tiny.tiny_tokenizer(chat)
+    assert tokenizer.decode(encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, EOS)) == "b<eos>"
+
+
+def test_nothing_after_the_end_of_turn_is_learned():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("<eos>", "<eos>\n")
+    assert tokenizer.decode(encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, EOS)) == "b<eos>"
+
+
+def test_a_chat_template_that_rewrites_the_prompt_cannot_be_used_for_sft():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + tiny.CHAT_TEMPLATE
+    with pytest.raises(UsageError, match="does not continue"):
+        encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, EOS)
+
+
+def encode(row, method="sdft", context=None):
+    (encoded,) = encode_rows(
+        load_rows([row]),
+        tiny.tiny_tokenizer(),
+        method=method,
+        template=TEMPLATES["turn"],
+        eos_ids=EOS,
+        max_completion_length=10,
+        context=context,
+    )
+    return encoded
+
+
+def test_each_method_gets_the_token_ids_it_needs():
+    decode = tiny.tiny_tokenizer().decode
+    sdft, sft = encode(GOOD), encode(GOOD, "sft")
+    assert decode(sdft["prompt_ids"]) == "<|user|>a<eos><|assistant|>"
+    assert decode(sdft["teacher_prompt_ids"]) == "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>"
+    assert sft["prompt_ids"] == sdft["prompt_ids"]
+    assert decode(sft["completion_ids"]) == "b<eos>"
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    # 4 tokens in the student's prompt, 10 in the teacher's, 10 for the completion
+    assert encode(GOOD, context=20)
+    with pytest.raises(UsageError, match=r"row 1: the teacher prompt has 10 tokens.*context of 19"):
+        encode(GOOD, context=19)
+    with pytest.raises(UsageError, match=r"row 1: the prompt has 4 tokens.*context of 13"):
+        encode(GOOD, context=13)
+    assert encode(GOOD, "sft", context=6)
+    with pytest.raises(UsageError, match="context of 5"):
+        encode(GOOD, "sft", context=5)

@@ -1,0 +1,215 @@
+"""Layout and loss, against full logits computed here: one unpadded sequence at a time, the formulas written out."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GPTJConfig, GraniteConfig
+
+from sdft.config import SDFTConfig
+from sdft.errors import TrainingError
+from sdft.layout import Sample, lay_out, split
+from sdft.loss import check_head, demonstration_loss, distillation_loss, find_head
+from sdft.teacher import Teacher
+from tests import tiny
+
+SAMPLES = [
+    Sample([5, 6, 7], [8, 9, 10, 1], [20, 21, 22, 23, 24, 25]),
+    Sample([11], [12, 1], [30, 31, 32]),
+    Sample([13, 14, 15, 16, 17], [18, 19, 20, 21, 22, 23], [40]),
+]
+
+
+def config(tmp_path, **options):
+    return SDFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def logprobs(model, prompt, completion, temperature=1.0):
+    """log-probabilities (completion length, V) of the distributions that predict each completion token."""
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0]
+    return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+
+
+def full_logits_loss(student, teacher, samples, divergence, skip=0, temperature=1.0, beta=0.5):
+    total = torch.zeros(())
+    for s in samples:
+        p = logprobs(student, s.prompt, s.completion, temperature)[skip:]
+        with torch.no_grad():
+            q = logprobs(teacher, s.teacher_prompt, s.completion, temperature)[skip:]
+        if divergence == "reverse_kl":
+            total = total + (p.exp() * (p - q)).sum()
+        elif divergence == "forward_kl":
+            total = total + (q.exp() * (q - p)).sum()
+        else:
+            m = ((1 - beta) * p.exp() + beta * q.exp()).log()
+            total = total + ((1 - beta) * p.exp() * (p - m) + beta * q.exp() * (q - m)).sum()
+    return total
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got, expected):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        error = (got[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)
+        assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_are_those_of_full_logits(divergence, tied, tmp_path):
+    student, teacher = tiny.tiny_model(0, tied), tiny.tiny_model(1, tied)
+    settings = config(tmp_path, divergence=divergence, beta=0.3, skip_tokens=1, loss_temperature=1.7)
+    expected = full_logits_loss(student, teacher, SAMPLES, divergence, skip=1, temperature=1.7, beta=0.3)
+    expected.backward()
+    expected_gradients = gradients(student)
+    student.zero_grad()
+    total = torch.zeros(())
+    for batch in split(SAMPLES, 2, skip_tokens=1):
+        loss = distillation_loss(student, teacher, batch, settings, None).total
+        loss.backward()
+        total += loss.detach()
+    torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients(student), expected_gradients)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("chunk", [None, 101 * 4 * 3], ids=["one chunk", "three tokens a chunk"])
+def test_sft_is_cross_entropy_on_the_demonstration(chunk, tmp_path):
+    model = tiny.tiny_model()
+    expected = -sum(
+        logprobs(model, s.prompt, s.completion).gather(-1, torch.tensor(s.completion)[:, None]).sum() for s in SAMPLES
+    )
+    expected.backward()
+    expected_gradients = gradients(model)
+    model.zero_grad()
+    batch = lay_out(SAMPLES, skip_tokens=0)
+    loss = demonstration_loss(model, batch, config(tmp_path, max_chunk_bytes=chunk), None).total
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients(model), expected_gradients)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_the_same_prompt_for_student_and_frozen_teacher_gives_nothing_to_learn(divergence, tmp_path):
+    student = tiny.tiny_model()
+    teacher = Teacher(student).model
+    samples = [Sample(s.prompt, s.completion, s.prompt) for s in SAMPLES]
+    loss = distillation_loss(student, teacher, lay_out(samples, 0), config(tmp_path, divergence=divergence), None).total
+    loss.backward()
+    assert abs(loss.item()) / 12 < 1e-6
+    assert max(g.abs().max().item() for g in gradients(student).values()) < 1e-5
+
+
+def test_layout_reads_only_positions_that_predict_completion_tokens():
+    batch = lay_out(SAMPLES, skip_tokens=1)
+    rows, length = batch["input_ids"].shape
+    assert (rows, length) == (3, 11)
+    assert batch["input_ids"][1].tolist() == [11, 12, 1] + [0] * 8
+    assert batch["labels"].tolist() == [9, 10, 1, 1, 19, 20, 21, 22, 23]
+    flat, teacher_flat = batch["input_ids"].flatten(), batch["teacher_input_ids"].flatten()
+    assert flat[batch["positions"] + 1].tolist() == batch["labels"].tolist()
+    assert teacher_flat[batch["teacher_positions"] + 1].tolist() == batch["labels"].tolist()
+    assert flat[batch["positions"]].tolist() == [8, 9, 10, 12, 18, 19, 20, 21, 22]
+
+
+def test_micro_batches_hold_every_sample_once_longest_first():
+    batches = split(SAMPLES, 2, skip_tokens=0)
+    assert [len(b["input_ids"]) for b in batches] == [1, 2]
+    assert batches[0]["labels"].tolist() == SAMPLES[2].completion
+    assert sorted(torch.cat([b["labels"] for b in batches]).tolist()) == sorted(
+        t for s in SAMPLES for t in s.completion
+    )
+    for count in range(1, 9):
+        for parts in range(1, count + 1):
+            sizes = [len(b["input_ids"]) for b in split([SAMPLES[0]] * count, parts, 0)]
+            assert sum(sizes) == count
+            assert min(sizes) >= 1
+
+
+def test_completions_shorter_than_what_is_skipped_leave_nothing_and_still_backpropagate(tmp_path):
+    student, teacher = tiny.tiny_model(0), tiny.tiny_model(1)
+    batch = lay_out(SAMPLES[1:2], skip_tokens=2)
+    loss = distillation_loss(student, teacher, batch, config(tmp_path, skip_tokens=2), None).total
+    loss.backward()
+    assert loss.item() == 0
+    assert all(g.abs().max() == 0 for g in gradients(student).values())
+
+
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+FAMILIES = {
+    "cohere": CohereConfig(**SMALL, logit_scale=0.25),
+    "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
+    "granite": GraniteConfig(**SMALL, logits_scaling=4.0),
+    "gpt2": GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3),
+    "gptj": GPTJConfig(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+}
+
+
+def family(name, seed):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name]).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name == "lm_head.bias":
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scales_soft_caps_and_biases_of_heads_are_found(name, tmp_path):
+    student, teacher = family(name, 0), family(name, 1)
+    check_head(student, [5, 6, 7, 8])
+    expected = full_logits_loss(student, teacher, SAMPLES, "reverse_kl")
+    expected.backward()
+    expected_gradients = gradients(student)
+    student.zero_grad()
+    loss = distillation_loss(student, teacher, lay_out(SAMPLES, 0), config(tmp_path), None).total
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients(student), expected_gradients)
+
+
+def test_heads_are_described_as_their_configuration_says():
+    assert find_head(family("cohere", 0)).scale == 0.25
+    assert find_head(family("granite", 0)).scale == 0.25
+    assert find_head(family("gemma2", 0)).softcap == 2.0
+    assert find_head(family("gptj", 0)).bias is not None
+
+
+def test_a_head_that_is_not_reproduced_is_refused_with_the_difference():
+    model = family("cohere", 0)
+    model.config.logit_scale = 0.5  # the model keeps its own copy: 0.25
+    with pytest.raises(TrainingError, match=r"scale 0.5.*differ by 1 of the largest"):
+        check_head(model, [5, 6, 7, 8])
+
+
+def test_the_self_check_allows_for_bfloat16_and_leaves_the_mode_alone():
+    model = tiny.tiny_model().to(torch.bfloat16).train()
+    check_head(model, [5, 6, 7, 8])
+    assert model.training
+    model.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(TrainingError, match="differ by nan"):
+        check_head(model, [5, 6, 7, 8])
+
+
+def test_mixed_precision_is_close_to_float32(tmp_path):
+    student, teacher = tiny.tiny_model(0), tiny.tiny_model(1)
+    settings = config(tmp_path)
+    exact = distillation_loss(student, teacher, lay_out(SAMPLES, 0), settings, None).total
+    mixed = distillation_loss(student, teacher, lay_out(SAMPLES, 0), settings, torch.bfloat16).total
+    assert mixed.item() != exact.item()
+    assert mixed.item() == pytest.approx(exact.item(), rel=0.05)
+    mixed.backward()
+    assert student.lm_head.weight.grad.dtype == torch.float32

