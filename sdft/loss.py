@@ -102,24 +102,26 @@ def divergence(
     `autocast` is the type of mixed-precision products (None: the weights' own type); the softmax arithmetic is float32
     either way. `options` go to `fused_linear_divergence`.
     """
+    head, teacher_head = find_head(student), find_head(teacher)
     with torch.no_grad(), _autocast(student.device, autocast):
         teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"])
     with _autocast(student.device, autocast):
         student_hidden = hidden_states(student, batch["input_ids"], batch["positions"])
-    head, teacher_head = find_head(student).to(autocast), find_head(teacher).to(autocast)
-    return fused_linear_divergence(
-        student_hidden.to(head.weight.dtype),
-        head.weight,
-        teacher_hidden.to(teacher_head.weight.dtype),
-        teacher_head.weight,
-        student_bias=head.bias,
-        teacher_bias=teacher_head.bias,
-        student_logit_scale=head.scale,
-        teacher_logit_scale=teacher_head.scale,
-        student_softcap=head.softcap,
-        teacher_softcap=teacher_head.softcap,
-        **options,
-    )
+        if autocast is None:
+            student_hidden, teacher_hidden = student_hidden.to(head.weight.dtype), teacher_hidden.to(head.weight.dtype)
+        return fused_linear_divergence(
+            student_hidden,
+            head.weight,
+            teacher_hidden,
+            teacher_head.weight,
+            student_bias=head.bias,
+            teacher_bias=teacher_head.bias,
+            student_logit_scale=head.scale,
+            teacher_logit_scale=teacher_head.scale,
+            student_softcap=head.softcap,
+            teacher_softcap=teacher_head.softcap,
+            **options,
+        )
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def train(
         general_before=_accuracy(general_before),
         general_after=_accuracy(general_after),
         general_divergence=moved,
-        general_prompts=len(exam.general_rows),
+        general_prompts=0 if general_before is None else len(general_before.right),
         training_seconds=training_seconds,
         total_seconds=time.perf_counter() - started,
     )

@@ -99,14 +99,16 @@ def run_chunks(
         chunk = slice(start, min(start + plan.chunk, live.count))
         size = chunk.stop - chunk.start
         hidden = live.take(student.hidden, chunk).to(compute_dtype)
+        products.logits(hidden, student_head.weight, student_head.bias, student_logits[:size])
         for first in range(0, size, plan.block):
             last = min(first + plan.block, size)
             block = slice(start + first, start + last)
             block_logits, block_targets = student_logits[first:last], teacher_logits[: last - first]
-            products.logits(hidden[first:last], student_head.weight, student_head.bias, block_logits)
             teacher_hidden = live.take(teacher.hidden, block).to(compute_dtype)
             products.logits(teacher_hidden, teacher_head.weight, teacher_head.bias, block_targets)
-            block_gradient = gradient[first:last] if wanted.any else None
+            block_gradient = None
+            if wanted.any:
+                block_gradient = gradient[first:last] if separate else block_logits
             process_rows(block_logits, block_targets, rows[block], objective, block_gradient)
         if wanted.hidden:
             _hidden_gradient(gradient[:size], student_head.weight, gradients.hidden, live, chunk)

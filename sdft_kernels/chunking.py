@@ -14,8 +14,9 @@ import torch
 #: Workspace for logits where the caller names none: small beside what a model on that device takes.
 DEFAULT_BUDGET = {"cpu": 160 << 20, "cuda": 1 << 30}
 
-#: A block is this part of a chunk.
-BLOCKS_PER_CHUNK = 4
+#: Blocks in a chunk: two on the CPU, where memory is what the teacher's buffer costs; one on a device, where every
+#: further block costs launches.
+BLOCKS_PER_CHUNK = {"cpu": 2, "cuda": 1}
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def plan_chunks(
     """
     if budget is None:
         budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
-    per_token = vocab * (logit_bytes + gradient_bytes + logit_bytes / BLOCKS_PER_CHUNK)
+    blocks = BLOCKS_PER_CHUNK.get(device.type, BLOCKS_PER_CHUNK["cuda"])
+    per_token = vocab * (logit_bytes + gradient_bytes + logit_bytes / blocks)
     most = max(1, int(budget / per_token))
     chunks = max(1, -(-tokens // most))
     chunk = max(1, -(-tokens // chunks))
-    return ChunkPlan(chunk=chunk, block=max(1, -(-chunk // BLOCKS_PER_CHUNK)))
+    return ChunkPlan(chunk=chunk, block=max(1, -(-chunk // blocks)))

@@ -1,8 +1,10 @@
-"""Shared set-up: Triton's kernels run on CPU tensors here, through its interpreter, chosen before triton is imported."""
+"""Shared set-up: Triton's kernels run on CPU tensors here, through its interpreter, chosen before it is imported."""
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+# Threads that spin while they wait make small operations many times slower on a machine that is busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path

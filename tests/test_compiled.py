@@ -50,4 +50,4 @@ def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None
             assert widths["LDG.E.128"] == 8, row
         if row["kernel"] == "gradient_kernel":
             wide = "buffer_store_dwordx4" if row["target"] == "gfx942" else "STG.E.128"
-            assert set(name for name in widths if "STG" in name or "store" in name) == {wide}, row
+            assert {name for name in widths if "STG" in name or "store" in name} == {wide}, row

@@ -33,12 +33,10 @@ def test_opcheck(divergence: str, reduction: str) -> None:
     hidden, weight, teacher_hidden, teacher_weight = small_inputs()
     bias = torch.randn(50, requires_grad=True)
     wanted = [reduction != "none"] * 3
-    torch.library.opcheck(
-        fused_linear_divergence_op,
-        (hidden, weight, bias, teacher_hidden, teacher_weight, None)
-        + (torch.rand(12), torch.randint(0, 50, (12,)), -torch.rand(12))
-        + (divergence, 0.5, 1.0, 1.0, 1.0, None, 5.0, 2.0, reduction, 50, torch.float32, None, "auto", *wanted),
-    )
+    per_token = torch.rand(12), torch.randint(0, 50, (12,)), -torch.rand(12)
+    options = (divergence, 0.5, 1.0, 1.0, 1.0, None, 5.0, 2.0, reduction, 50, torch.float32, None, "auto", *wanted)
+    arguments = (hidden, weight, bias, teacher_hidden, teacher_weight, None, *per_token, *options)
+    torch.library.opcheck(fused_linear_divergence_op, arguments)
 
 
 class Model(nn.Module):
