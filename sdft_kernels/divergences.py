@@ -93,10 +93,13 @@ def centre_under_p(tile: Tile, g: Tensor) -> Tensor:
 def reverse_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
     """L = Σ p (log p - log q);  dL/dz = p (log p - log q - L)."""
     log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
-    mean = centre_under_p(tile, log_ratio)
+    mean = row_dot(tile.p, log_ratio) / tile.p_sum
+    # As in centre_under_p, but what is summed for the remainder is the gradient itself, short of that remainder.
+    gradient = torch.mul(tile.p, log_ratio.sub_(mean), out=tile.student)
+    remainder = gradient.sum(1, keepdim=True) / tile.p_sum
     if row_weight is not None:
-        torch.mul(tile.p, log_ratio, out=tile.student).mul_(row_weight / tile.p_sum)
-    return mean - tile.log_sum_ratio
+        gradient.sub_(tile.p.mul_(remainder)).mul_(row_weight / tile.p_sum)
+    return mean + remainder - tile.log_sum_ratio
 
 
 def forward_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
