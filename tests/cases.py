@@ -121,7 +121,7 @@ def reference_from_float32_logits(case: Case) -> Result:
     student = (case.student_hidden @ case.student_weight.T).double().requires_grad_()
     teacher = (case.teacher_hidden @ case.teacher_weight.T).double()
     output = divergence_of_logits(student, teacher, **case.options)
-    output.loss.backward()
+    output.loss.sum().backward()
     assert student.grad is not None
     gradients = {
         "student_hidden": student.grad @ case.student_weight.double(),
