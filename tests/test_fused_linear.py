@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdft_kernels import fused_linear_divergence
+from sdft_kernels import FusedLinearDivergence, fused_linear_divergence
 from tests.cases import (
     DIVERGENCES,
     assert_close,
@@ -228,6 +228,21 @@ def test_autocast_takes_operands_in_its_dtype_and_returns_gradients_in_the_param
     expected = reference(rounded, torch.tensor(100.0))
     assert_close(actual, expected, 2e-6, 5e-3)
     assert relative_error(actual.gradients["student_weight"], expected.gradients["student_weight"]) < 2e-6
+
+
+def test_the_module_is_the_function_with_its_settings_kept() -> None:
+    case = random_case(labels=torch.randint(0, 1003, (37,)), old_logprobs=-torch.rand(37) * 8)
+    criterion = FusedLinearDivergence("jsd", beta=0.2, temperature=1.5, importance_clip=2.0, reduction="sum")
+    tensors = (case.student_hidden, case.student_weight, case.teacher_hidden, case.teacher_weight)
+    actual = criterion(*tensors, **case.options)
+    options = {"divergence": "jsd", "beta": 0.2, "temperature": 1.5, "importance_clip": 2.0, "reduction": "sum"}
+    expected = fused_linear_divergence(*tensors, **case.options, **options)
+    for name, value in actual._asdict().items():
+        assert torch.equal(value, getattr(expected, name)), name
+    assert torch.equal(criterion(*tensors).token_loss, expected.token_loss)  # without old log-probs, nothing to clip
+    assert "divergence='jsd', beta=0.2" in repr(criterion)
+    with pytest.raises(ValueError, match="beta must lie strictly between 0 and 1 for jsd, not 1"):
+        FusedLinearDivergence("jsd", beta=1)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

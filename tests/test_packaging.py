@@ -24,20 +24,26 @@ except ImportError:
 """
 
 
-@pytest.mark.slow
-def test_the_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that holds the built wheel and what it asks for, nothing else."""
+    folder = tmp_path_factory.mktemp("wheel")
     run = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(ROOT)],
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    (wheel,) = tmp_path.glob("sdft_kernels-0.1.0-*.whl")
-    venv.create(tmp_path / "empty", with_pip=True)
-    python = tmp_path / "empty" / "bin" / "python"
-    constraints = ROOT / "constraints.txt"
+    (wheel,) = folder.glob("sdft_kernels-0.1.0-*.whl")
+    venv.create(folder / "empty", with_pip=True)
+    python = folder / "empty" / "bin" / "python"
     for wanted in ("torch", str(wheel)):
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", constraints, wanted], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wanted], check=True)
+    return python
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_empty_environment(python: Path, tmp_path: Path) -> None:
     done = subprocess.run([python, "-c", SMOKE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no transformers here" in done.stdout
@@ -47,3 +53,28 @@ def test_importing_the_kernels_imports_no_training_stack() -> None:
     code = "import sys, sdft_kernels; print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'triton')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+USER_CODE = """
+import torch
+from sdft_kernels import FusedLinearDivergence, fused_linear_divergence, linear_token_stats
+
+h, w = torch.randn(5, 8), torch.randn(100, 8)
+out = fused_linear_divergence(h, w, h, w, divergence="jsd")
+reveal_type(out.loss)
+reveal_type(linear_token_stats(h, w).logprob)
+fused_linear_divergence(h, w, h)
+FusedLinearDivergence(beta="half")
+"""
+
+
+@pytest.mark.slow
+def test_types_reach_a_users_mypy(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER_CODE)
+    command = [sys.executable, "-m", "mypy", "--python-executable", str(python), "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = [line.partition(": ")[2] for line in done.stdout.splitlines()]
+    assert found[0] == 'note: Revealed type is "torch._tensor.Tensor"', done.stdout
+    assert found[1] == 'note: Revealed type is "torch._tensor.Tensor | None"', done.stdout
+    assert found[2].startswith("error: Missing positional argument"), done.stdout
+    assert found[3].startswith('error: Argument "beta" to "FusedLinearDivergence" has incompatible type "str"')

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sdft_kernels import triton_divergence
+from sdft_kernels import chunk_loop, triton_divergence
+from sdft_kernels.divergences import Objective
+from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_divergence import BLOCK, split_rows
 from tests.cases import DIVERGENCES, Case, Result, assert_close, fused, random_case, reference
 
@@ -84,8 +86,6 @@ def test_rows_are_split_only_as_far_as_they_have_blocks() -> None:
 
 
 def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdft_kernels import chunk_loop
-
     make_workspace = chunk_loop.make_workspace
 
     def poisoned(like: torch.Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
@@ -96,3 +96,31 @@ def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(chunk_loop, "make_workspace", poisoned)
     case = random_case(3, vocab=BLOCK + 5, divergence="jsd")
     assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_rows_past_two_to_the_31st_element(divergence: str) -> None:
+    """Three rows 2³⁰ elements apart, in memory that is only mapped: pages that are not touched do not exist."""
+    apart, vocab = 2**30, 40
+
+    def spaced(values: torch.Tensor) -> torch.Tensor:
+        rows = torch.empty(2 * apart + 2 * BLOCK).as_strided((3, vocab), (apart, 1))
+        return rows.copy_(values)
+
+    logits = torch.randn(2, 3, vocab)
+    results = []
+    for student, teacher in ((spaced(logits[0]), spaced(logits[1])), _padded(logits)):
+        rows = TokenRows(torch.ones(3), None, None, *torch.empty(3, 3).unbind(), None, None)
+        triton_divergence.process_rows(student, teacher, rows, Objective(divergence), student)
+        results.append((rows.loss, student.clone()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def _padded(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same logits in rows as the chunk loop lays them out."""
+    student, teacher = (
+        chunk_loop.make_workspace(logits, logits.shape[1], logits.shape[2], torch.float32).copy_(part)
+        for part in logits
+    )
+    return student, teacher
