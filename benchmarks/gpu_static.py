@@ -20,10 +20,10 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.compiled import TARGETS, compile_launch, record_launches, resources
-from sdft_kernels import triton_divergence
+from sdft_kernels import triton_divergence, triton_scoring
 from sdft_kernels.chunk_loop import make_workspace
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
-from sdft_kernels.tokens import TokenRows
+from sdft_kernels.tokens import TokenRows, TokenScores
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Variant:
     vocab: int = 50257  # odd, so that alignment has to come from the workspace
 
 
-def variants(quick: bool) -> Iterator[Variant]:
+def variants(quick: bool) -> Iterator[Variant | ScoringVariant]:
     """Every combination that changes a kernel, or two a divergence that between them take every branch."""
+    yield from (ScoringVariant(capped, labels) for capped in (False, True) for labels in (False, True))
     if quick:
         for divergence in DIVERGENCES:
             yield Variant(divergence)
@@ -86,10 +87,36 @@ def call(variant: Variant) -> None:
     triton_divergence.process_rows(student, teacher, rows, objective, gradient)
 
 
-def compile_variant(variant: Variant, target: str) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class ScoringVariant:
+    """One way of scoring a single model's tokens."""
+
+    capped: bool
+    labels: bool
+    tokens: int = 2048
+    vocab: int = 50257
+    divergence: str = "(scoring)"
+
+
+def score(variant: ScoringVariant) -> None:
+    """As `call`, for the kernel of `linear_token_stats`."""
+    written = torch.empty(variant.tokens)
+    scores = TokenScores(
+        labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.labels else None,
+        logprob=written if variant.labels else None,
+        top1=torch.empty(variant.tokens, dtype=torch.bool) if variant.labels else None,
+        entropy=written,
+        logsumexp=written,
+    )
+    logits = make_workspace(written, variant.tokens, variant.vocab, torch.float32)
+    triton_scoring.score_rows(logits, scores, LogitOptions(softcap=30.0 if variant.capped else None))
+
+
+def compile_variant(variant: Variant | ScoringVariant, target: str) -> list[dict[str, object]]:
     """A row of the report for each kernel that this call would launch on this target."""
     rows = []
-    for launch in record_launches(lambda: call(variant)):
+    launches = record_launches(lambda: score(variant) if isinstance(variant, ScoringVariant) else call(variant))
+    for launch in launches:
         found = resources(compile_launch(launch, TARGETS[target]), TARGETS[target])
         rows.append({"kernel": launch.name, "target": target, **asdict(variant), **asdict(found)})
     return rows

@@ -118,7 +118,7 @@ def draw(rows: list[Errors], path: Path) -> None:
             axis.grid(axis="y", alpha=0.25)
             axis.set_axisbelow(True)
         axes[0][column].set_ylabel("relative error against float64" if column == 0 else "")
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
