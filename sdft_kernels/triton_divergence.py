@@ -32,6 +32,8 @@ from sdft_kernels.triton_math import (
 
 #: Vocabulary entries a program handles at once; 16 bytes a thread and load, four times.
 BLOCK = 2048
+#: The same for the second pass of a mixture, whose elementary functions take more registers.
+MIXTURE_BLOCK = 1024
 WARPS = 4
 
 #: Programs that keep a large device busy: 132 multiprocessors, several programs each.
@@ -67,7 +69,7 @@ def process_rows(
     partials_kernel[grid](*logits, partial, **settings, BLOCK=BLOCK, num_warps=WARPS)
     if is_mixture(objective.divergence):
         mixture_kernel[grid](
-            *logits, partial, mixture, objective.beta, **settings, SPLITS=splits, BLOCK=BLOCK, num_warps=WARPS
+            *logits, partial, mixture, objective.beta, **settings, SPLITS=splits, BLOCK=MIXTURE_BLOCK, num_warps=WARPS
         )
     combine_kernel[(tokens,)](
         *logits,
