@@ -86,15 +86,15 @@ class Resources:
     widths: dict[str, int]  # global loads and stores in the binary by instruction width
 
 
+#: What was read of binaries so far, by their hash: many calls launch the same ones.
+_KNOWN: dict[str, Resources] = {}
+
+
 def resources(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     """From cuobjdump and the disassembly on NVIDIA, from the metadata that the assembler keeps on AMD."""
     if compiled.hash not in _KNOWN:
         _KNOWN[compiled.hash] = _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
     return _KNOWN[compiled.hash]
-
-
-#: What was read of binaries so far, by their hash: many calls launch the same ones.
-_KNOWN: dict[str, Resources] = {}
 
 
 def disassemble(compiled: CompiledKernel) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -112,7 +113,7 @@ def score(variant: ScoringVariant) -> None:
     triton_scoring.score_rows(logits, scores, LogitOptions(softcap=30.0 if variant.capped else None))
 
 
-def compile_variant(variant: Variant | ScoringVariant, target: str) -> list[dict[str, object]]:
+def compile_variant(variant: Variant | ScoringVariant, target: str) -> list[dict[str, Any]]:
     """A row of the report for each kernel that this call would launch on this target."""
     rows = []
     launches = record_launches(lambda: score(variant) if isinstance(variant, ScoringVariant) else call(variant))
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     work = [(variant, target) for variant in variants(given.quick) for target in given.targets]
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for found in tqdm(pool.map(compile_variant, *zip(*work, strict=True)), total=len(work), unit="call"):
             rows += found
@@ -144,18 +145,18 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if spilling else 0
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     """The heaviest specialisation of each kernel on each target."""
-    heaviest: dict[tuple[object, ...], dict[str, object]] = {}
+    heaviest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = (row["kernel"], row["target"], row["divergence"])
-        if key not in heaviest or int(str(row["registers"])) > int(str(heaviest[key]["registers"])):
+        if key not in heaviest or row["registers"] > heaviest[key]["registers"]:
             heaviest[key] = row
     print(f"compiled with triton {triton.__version__}; nothing here was run on a GPU")
     heading = f"{'kernel':18} {'target':7} {'divergence':16} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>6}"
     print(f"{heading}  loads and stores by width")
     for row in heaviest.values():
-        widths = ", ".join(f"{count} {name}" for name, count in dict(row["widths"]).items())  # type: ignore[call-overload]
+        widths = ", ".join(f"{count} {name}" for name, count in row["widths"].items())
         print(
             f"{row['kernel']:18} {row['target']:7} {row['divergence']:16} {row['registers']:>9} {row['spills']:>6} "
             f"{row['stack']:>5} {row['shared']:>6}  {widths}"

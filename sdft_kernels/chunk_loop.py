@@ -111,7 +111,8 @@ def run_chunks(
                 block_gradient = gradient[first:last] if separate else block_logits
             process_rows(block_logits, block_targets, rows[block], objective, block_gradient)
         if wanted.hidden:
-            _hidden_gradient(gradient[:size], student_head.weight, gradients.hidden, live, chunk)
+            with live.rows_of(gradients.hidden, chunk) as out:
+                products.hidden_gradient(gradient[:size], student_head.weight, out)
         if wanted.weight:
             total = gradients.weight[:vocab]
             products.add_weight_gradient(gradient[:size], hidden, total, first=start == 0)
@@ -133,7 +134,7 @@ def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens
         weight=hidden.new_empty(weight.shape if wanted.weight else (0,), dtype=wide),
         bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )
-    if not live.contiguous:
+    if live.some_left_out:
         gradients.hidden.zero_()
     gradients.weight[vocab if live.count else 0 :].zero_()
     return gradients
@@ -143,15 +144,6 @@ def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) ->
     """(tokens, vocab) uninitialised, its rows padded to the alignment."""
     padded = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return like.new_empty((tokens, padded), dtype=dtype)[:, :vocab]
-
-
-def _hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor, live: LiveTokens, chunk: slice) -> None:
-    if live.contiguous:
-        products.hidden_gradient(gradient, weight, out[chunk])
-    else:
-        rows = out.new_empty((gradient.shape[0], out.shape[1]))
-        products.hidden_gradient(gradient, weight, rows)
-        live.put(rows, out, chunk)
 
 
 def token_weights(
@@ -184,4 +176,4 @@ def check_labels(labels: Tensor, vocab: int) -> None:
         torch._assert_async(inside, f"labels must lie in [0, {vocab})")
     elif not inside:
         low, high = labels.min().item(), labels.max().item()
-        raise ValueError(f"labels run from {low} to {high}, but must lie in [0, {vocab}) where the weight is not 0")
+        raise ValueError(f"labels run from {low} to {high}, but must lie in [0, {vocab})")

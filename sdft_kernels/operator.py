@@ -66,20 +66,9 @@ def _forward(
         check_labels(labels, vocab)
     if old_logprobs is not None:
         old_logprobs = live.take(old_logprobs).to(wide)
-    loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob = (
-        student_hidden.new_empty(0 if optional and labels is None else live.count, dtype=wide)
-        for optional in (False, False, False, True, True)
-    )
-    rows = TokenRows(
-        weight,
-        labels,
-        old_logprobs,
-        loss,
-        student_entropy,
-        teacher_entropy,
-        None if labels is None else student_logprob,
-        None if labels is None else teacher_logprob,
-    )
+    loss, student_entropy, teacher_entropy = (student_hidden.new_empty(live.count, dtype=wide) for _ in range(3))
+    logprobs = [None if labels is None else torch.empty_like(loss) for _ in range(2)]
+    rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, *logprobs)
     # Autocast has had its say in compute_dtype; from here on it would lower the softmax arithmetic as well.
     with torch.autocast(student_hidden.device.type, enabled=False):
         gradients = run_chunks(
@@ -95,10 +84,19 @@ def _forward(
             backend=backend,
         )
     weighted = rows.weight * loss
-    vectors = [live.spread(v) for v in (loss, student_entropy, teacher_entropy)]
-    vectors += [v if labels is None else live.spread(v) for v in (student_logprob, teacher_logprob)]
-    total = live.spread(weighted) if reduction == "none" else weighted.sum() * missing_factor
-    return (total, *vectors, gradients.hidden, gradients.weight, gradients.bias, missing_factor)  # type: ignore[return-value]
+    student_logprob, teacher_logprob = (loss.new_empty(0) if v is None else live.spread(v) for v in logprobs)
+    return (
+        live.spread(weighted) if reduction == "none" else weighted.sum() * missing_factor,
+        live.spread(loss),
+        live.spread(student_entropy),
+        live.spread(teacher_entropy),
+        student_logprob,
+        teacher_logprob,
+        gradients.hidden,
+        gradients.weight,
+        gradients.bias,
+        missing_factor,
+    )
 
 
 fused_linear_divergence_op = torch.library.custom_op("sdft_kernels::fused_linear_divergence", _forward, mutates_args=())

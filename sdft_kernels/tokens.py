@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -22,12 +24,13 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
+@dataclass
 class _Vectors:
-    """Dataclasses of vectors over tokens that are cut together."""
+    """Vectors over tokens that are cut together."""
 
     def __getitem__(self, part: slice) -> Self:
         """The same vectors for some of the tokens: views, so that what is written there is written here."""
-        vectors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        vectors = [getattr(self, field.name) for field in fields(self)]
         return type(self)(*(None if vector is None else vector[part] for vector in vectors))
 
 
@@ -90,12 +93,15 @@ class LiveTokens:
             return torch.where(mask, tensor[part], 0)
         return tensor[part]
 
-    def put(self, rows: Tensor, out: Tensor, part: slice) -> None:
-        """Writes such rows back where they belong in an (N, ...) tensor; the others' rows stay as they are."""
-        if self._index is not None:
-            out.index_copy_(0, self._index[part], rows)
+    @contextmanager
+    def rows_of(self, tensor: Tensor, part: slice) -> Iterator[Tensor]:
+        """Rows to write for a slice of the live tokens: the (N, ...) tensor's own, or some put there after."""
+        if self._index is None:
+            yield tensor[part]
         else:
-            out[part] = rows
+            rows = tensor.new_empty((len(self._index[part]), *tensor.shape[1:]))
+            yield rows
+            tensor.index_copy_(0, self._index[part], rows)
 
     def spread(self, vector: Tensor) -> Tensor:
         """A vector over the live tokens as one over all of them, 0 for the others."""
@@ -104,6 +110,6 @@ class LiveTokens:
         return vector if self._mask is None else vector.masked_fill(~self._mask, 0)
 
     @property
-    def contiguous(self) -> bool:
-        """Whether a slice of the live tokens is a slice of all tokens."""
-        return self._index is None
+    def some_left_out(self) -> bool:
+        """Whether there are tokens that no slice of the live ones covers."""
+        return self._index is not None

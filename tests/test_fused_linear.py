@@ -102,6 +102,17 @@ def test_gradcheck(divergence: str, reduction: str) -> None:
     assert torch.autograd.gradcheck(loss, student)
 
 
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_frozen_head_rescales_rows(dtype: torch.dtype, left_out: bool) -> None:
+    """reduction="none" then needs no second pass: each token's gradient is multiplied by its upstream one."""
+    weight = torch.rand(37)
+    weight[:: 2 if left_out else 40] = 0 if left_out else 1
+    case = random_case(dtype=dtype, reduction="none", token_weight=weight)
+    case.trainable = ("student_hidden",)
+    upstream = torch.randn(37) * 100
+    assert_close(fused(case, upstream, max_chunk_bytes=60_000), reference(case, upstream), *LIMITS[dtype])
+
+
 def test_per_token_values_do_not_depend_on_the_reduction() -> None:
     case = random_case(labels=torch.randint(0, 1003, (37,)), token_weight=torch.rand(37))
     outputs = [fused(case.with_options(reduction=r), torch.ones(37) if r == "none" else None) for r in ("mean", "none")]
