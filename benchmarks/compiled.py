@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 TARGETS = {
@@ -43,22 +45,20 @@ class Launch:
 
 
 @contextmanager
-def _launches_noted(noted: list[Launch]) -> Iterator[None]:
-    def note(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
-        noted.append(Launch(kernel, tuple(grid), arguments, options))
+def launches_noted(note: Callable[[Launch], None]) -> Iterator[None]:
+    """Every launch of a Triton kernel goes to `note` instead of a device or the interpreter."""
 
-    launch = JITFunction.run
-    JITFunction.run = note
-    try:
+    def run(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        note(Launch(kernel, tuple(grid), arguments, options))
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(InterpretedFunction, "run", run):
         yield
-    finally:
-        JITFunction.run = launch
 
 
 def record_launches(call: Callable[[], object]) -> list[Launch]:
     """What `call` would launch. Its tensors may lie on the CPU; nothing is computed in them."""
     noted: list[Launch] = []
-    with _launches_noted(noted):
+    with launches_noted(noted.append):
         call()
     return noted
 

@@ -90,14 +90,21 @@ def run_chunks(
     teacher_head = Side(teacher.hidden, *_head(teacher, vocab, compute_dtype, wide))
     gradients = _allocate(student, wanted, wide, live, vocab)
     gradient_bytes = narrow.itemsize if separate else 0
-    plan = plan_chunks(live.count, vocab, wide.itemsize, gradient_bytes, student.hidden.device, max_chunk_bytes)
+    plan = plan_chunks(
+        live.count,
+        vocab,
+        wide.itemsize,
+        gradient_bytes,
+        student.hidden.device,
+        max_chunk_bytes,
+        trainable_head=wanted.weight,
+    )
     student_logits = make_workspace(student.hidden, plan.chunk, vocab, wide)
     teacher_logits = make_workspace(student.hidden, plan.block, vocab, wide)
     gradient = make_workspace(student.hidden, plan.chunk, vocab, narrow) if separate else student_logits
 
-    for start in range(0, live.count, plan.chunk):
-        chunk = slice(start, min(start + plan.chunk, live.count))
-        size = chunk.stop - chunk.start
+    for chunk in plan.slices(live.count):
+        start, size = chunk.start, chunk.stop - chunk.start
         hidden = live.take(student.hidden, chunk).to(compute_dtype)
         products.logits(hidden, student_head.weight, student_head.bias, student_logits[:size])
         for first in range(0, size, plan.block):

@@ -83,7 +83,8 @@ def fused_linear_divergence(
             "none": w·L, (N,), differentiable.
         vocab_size: compare the first `vocab_size` entries of both heads. Without it, heads whose sizes differ
             by at most 1 % or 1,024 entries, as padding makes them, are compared on the smaller size, with a warning.
-        max_chunk_bytes: memory for logits; None chooses 160 MiB on the CPU and 1 GiB elsewhere.
+        max_chunk_bytes: memory for logits; None chooses 160 MiB on the CPU, and elsewhere what keeps the device busy,
+            up to 3 GiB.
         backend: "torch", "triton", or "auto": Triton for CUDA tensors where it is installed, else torch.
 
     Returns:

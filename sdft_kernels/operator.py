@@ -167,7 +167,7 @@ def _ready_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (bias, factor),
     )
     return tuple(
-        _scaled(gradient, factor).to(dtype) if needed else None
+        _scaled(gradient, factor, dtype) if needed else None
         for (gradient, factor), dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     )
 
@@ -188,13 +188,16 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
     )
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient · factor, in the gradient's own memory where nobody will ask for it again."""
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · factor in `dtype`, in the gradient's own memory where that will do and nobody asks for it again."""
     if factor.dim() == 0 and reads_are_free(factor) and factor.item() == 1:
-        return gradient
+        return gradient.to(dtype)
+    if gradient.dtype != dtype and gradient.device.type != "cpu":
+        # Both in one pass over a head's worth of memory; on the CPU torch would put the product in between anyway.
+        return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
     if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (gradient * factor).to(gradient.dtype)
-    return gradient.mul_(factor)
+        return (gradient * factor).to(dtype)
+    return gradient.mul_(factor).to(dtype)
 
 
 def _not_twice(gradient: Tensor) -> Tensor:

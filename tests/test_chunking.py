@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdft_kernels.chunking import plan_chunks
+from sdft_kernels.chunking import DEFAULT_BUDGET, ENOUGH_TOKENS, TILE_ROWS, plan_chunks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -30,3 +30,24 @@ def test_a_budget_too_small_for_one_token_still_works() -> None:
 
 def test_no_tokens() -> None:
     assert plan_chunks(0, 100, 4, 0, CPU).chunk == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 1024, 1200, 5000, 16_384, 131_072])
+@pytest.mark.parametrize("vocab", [32_000, 151_936, 256_000])
+@pytest.mark.parametrize("trainable_head", [True, False])
+def test_chunks_on_a_device(tokens: int, vocab: int, trainable_head: bool) -> None:
+    """Whole tiles, even, inside the budget, and enough tokens in each where there are any and the budget allows."""
+    plan = plan_chunks(tokens, vocab, 4, 2, CUDA, trainable_head=trainable_head)
+    sizes = [part.stop - part.start for part in plan.slices(tokens)]
+    assert sum(sizes) == tokens and max(sizes) <= plan.chunk == plan.block
+    assert plan.chunk * vocab * 10 <= DEFAULT_BUDGET["cuda"]
+    assert all(size % TILE_ROWS == 0 for size in sizes[:-1])
+    assert max(sizes) - min(sizes) < 2 * TILE_ROWS
+    enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"]
+    if enough * vocab * 10 <= DEFAULT_BUDGET["cuda"] / 2:
+        assert min(sizes) > min(tokens, enough) - TILE_ROWS
+
+
+def test_a_budget_on_a_device_is_used_up() -> None:
+    plan = plan_chunks(10_000, 1000, 4, 2, CUDA, 1000 * 10 * 3000)
+    assert plan.chunk == 2560 and [part.stop - part.start for part in plan.slices(10_000)][-1] == 2448
