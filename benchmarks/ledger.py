@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -16,6 +17,11 @@ from benchmarks.methods import METHODS, Inputs, Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.operator import _forward, fused_linear_divergence_op
+
+_TRL_STATISTICS = (
+    *("s_max_ptr", "s_sum_ptr", "s_x_sum_ptr"),
+    *("t_max_ptr", "t_sum_ptr", "t_weighted_gap_ptr", "s_weighted_gap_ptr"),
+)
 
 #: By module and kernel. Left out is the one logit a row that `combine_kernel` reads at a label.
 TRAFFIC = {
@@ -37,11 +43,7 @@ TRAFFIC = {
     "triton_divergence.gradient_kernel": Traffic(
         ("student_pointer", "teacher_pointer", "constants_pointer"), ("gradient_pointer",)
     ),
-    "chunked_divergence._stats_kernel": Traffic(
-        ("s_ptr", "t_ptr", "s_max_ptr", "s_sum_ptr", "s_x_sum_ptr", "t_max_ptr", "t_sum_ptr")
-        + ("t_weighted_gap_ptr", "s_weighted_gap_ptr"),
-        ("s_max_ptr", "s_sum_ptr", "s_x_sum_ptr", "t_max_ptr", "t_sum_ptr", "t_weighted_gap_ptr", "s_weighted_gap_ptr"),
-    ),
+    "chunked_divergence._stats_kernel": Traffic(("s_ptr", "t_ptr", *_TRL_STATISTICS), _TRL_STATISTICS),
     "chunked_divergence._jsd_kernel": Traffic(
         ("s_ptr", "t_ptr", "s_log_z_ptr", "t_log_z_ptr", "jsd_ptr", "kl_student_ptr"), ("jsd_ptr", "kl_student_ptr")
     ),
@@ -57,9 +59,16 @@ IMPLEMENTATIONS = {fused_linear_divergence_op._opoverload: _forward}
 PEER_CHUNK = {"Liger eager": 1024, "Liger compiled": 1024, "TRL": 4096}
 
 
+OURS = "sdft-kernels"
+COMPARED = (OURS, "TRL", "Liger eager", "Liger compiled")
+
+#: Tokens at which the printed ledger is taken.
+TOKENS = 8192
+
+
 @dataclass(frozen=True)
 class Ledger:
-    """One method at one shape. Rates are per chunk or per logit, N·V of them; bytes are what has to move."""
+    """One method at one shape, forward and backward."""
 
     method: str
     shape: Shape
@@ -73,12 +82,6 @@ class Ledger:
         return sum(op.flops for op in self.ops) / (2 * self.shape.tokens * self.shape.hidden * self.shape.vocab)
 
     @property
-    def bytes_per_logit(self) -> float:
-        """Device memory moved for logits, their gradients and what else has their shape."""
-        touches = (touch for op in self.ops for touch in (*op.reads, *op.writes))
-        return sum(t.nbytes for t in touches if self._is_logits(t)) / (self.shape.tokens * self.shape.vocab)
-
-    @property
     def launches(self) -> int:
         return sum(bool(op.writes) for op in self.ops)
 
@@ -87,14 +90,10 @@ class Ledger:
         """Times the host waits for the device."""
         return sum(op.waits for op in self.ops)
 
-    def _is_logits(self, touch: Touch) -> bool:
-        """Tokens by (a tile of) the vocabulary, either way round."""
-        return sum(size >= 64 for size in touch.shape) >= 2 and self.shape.hidden not in touch.shape
-
 
 def chunk_size(method: str, shape: Shape, *, trainable_head: bool) -> int:
     """Tokens that a method works on at once where there are many."""
-    if method != "sdft-kernels":
+    if method != OURS:
         return PEER_CHUNK[method]
     cuda = torch.device("cuda")
     return plan_chunks(1 << 17, shape.vocab, 4, 2, cuda, trainable_head=trainable_head).chunk
@@ -102,14 +101,32 @@ def chunk_size(method: str, shape: Shape, *, trainable_head: bool) -> int:
 
 def count(method: str, shape: Shape, *, trainable_head: bool, divergence: str = "reverse_kl") -> Ledger:
     """Follows one call and its backward pass in bfloat16. Liger compiled is Liger eager, fused without any loss."""
-    inputs = _inputs(shape, trainable_head=trainable_head)
     followed = "Liger eager" if method == "Liger compiled" else method
-    noted = record(lambda: METHODS[followed](inputs, divergence), TRAFFIC, IMPLEMENTATIONS)
+    noted, returned = _follow(followed, shape, trainable_head, divergence)
     if method == "Liger compiled":
         noted = fused(noted)
-    gradients = [g for g in (inputs.student_hidden.grad, inputs.student_weight.grad) if g is not None]
-    returned = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
     return Ledger(method, shape, trainable_head, tuple(noted.ops), max(0, noted.peak - returned))
+
+
+@lru_cache(maxsize=2)
+def _follow(method: str, shape: Shape, trainable_head: bool, divergence: str) -> tuple[Record, int]:
+    """The record of a call, and the bytes of the gradients that it returns."""
+    inputs = meta_inputs(shape, trainable_head=trainable_head)
+    noted = record(lambda: METHODS[method](inputs, divergence), TRAFFIC, IMPLEMENTATIONS)
+    gradients = [g for g in (inputs.student_hidden.grad, inputs.student_weight.grad) if g is not None]
+    return noted, sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+
+
+def bytes_per_logit(method: str, shape: Shape, *, trainable_head: bool) -> float:
+    """Device memory moved for logits, their gradients and whatever else is tokens by vocabulary (or by a tile of it).
+
+    Counted with a hidden size that no other dimension has, so that neither weights nor hidden states pass for logits.
+    """
+    marked = replace(shape, hidden=96)
+    ops = count(method, marked, trainable_head=trainable_head).ops
+    touches = (touch for op in ops for touch in (*op.reads, *op.writes))
+    moved = sum(t.nbytes for t in touches if 96 not in t.shape and sum(size >= 64 for size in t.shape) >= 2)
+    return moved / (shape.tokens * shape.vocab)
 
 
 def launches_per_chunk(method: str, shape: Shape, *, trainable_head: bool) -> int:
@@ -126,19 +143,20 @@ def fused(noted: Record) -> Record:
     """The same as the best compiler would have it: what lies between two matrix products is one launch, which reads
     what comes from outside once and writes what is wanted outside once."""
     regions = [list(ops) for _, ops in groupby(noted.ops, key=lambda op: (op.flops > 0, op.waits))]
+    last_read = {touch.storage: n for n, region in enumerate(regions) for op in region for touch in op.reads}
     ops: list[Op] = []
     for number, region in enumerate(regions):
         if region[0].flops or region[0].waits:
             ops += region
             continue
-        later = {touch.storage for after in regions[number + 1 :] for op in after for touch in op.reads}
         made: set[int] = set()
         reads: list[Touch] = []
         for op in region:
             reads += [touch for touch in op.reads if touch.storage not in made]
             made |= {touch.storage for touch in op.writes}
-        writes = [t for op in region for t in op.writes if t.storage in later or t.storage in noted.kept]
-        ops.append(Op("fused", _largest(reads), _largest(writes)))
+        written = [touch for op in region for touch in op.writes]
+        wanted = [t for t in written if last_read.get(t.storage, -1) > number or t.storage in noted.kept]
+        ops.append(Op("fused", _largest(reads), _largest(wanted)))
     return Record(ops, noted.peak, noted.kept)
 
 
@@ -151,7 +169,7 @@ def _largest(touches: Iterable[Touch]) -> tuple[Touch, ...]:
     return tuple(best.values())
 
 
-def _inputs(shape: Shape, *, trainable_head: bool) -> Inputs:
+def meta_inputs(shape: Shape, *, trainable_head: bool) -> Inputs:
     """Tensors without values, student and teacher sharing a head."""
 
     def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -165,3 +183,69 @@ def _inputs(shape: Shape, *, trainable_head: bool) -> Inputs:
         teacher_weight=weight.detach(),
         labels=empty(shape.tokens, dtype=torch.int64),
     )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the printed ledger."""
+
+    method: str
+    model: str
+    head: str
+    tokens: int
+    units: float
+    bytes_per_logit: float
+    gigabytes: float  # everything moved
+    chunk: int
+    launches_per_chunk: int
+    waits: int
+    workspace: int
+
+
+def entry(method: str, shape: Shape, *, trainable_head: bool) -> Entry:
+    whole = count(method, shape, trainable_head=trainable_head)
+    return Entry(
+        method=method,
+        model=shape.name,
+        head="trainable" if trainable_head else "frozen",
+        tokens=shape.tokens,
+        units=whole.units,
+        bytes_per_logit=bytes_per_logit(method, shape, trainable_head=trainable_head),
+        gigabytes=sum(op.nbytes for op in whole.ops) / 1e9,
+        chunk=chunk_size(method, shape, trainable_head=trainable_head),
+        launches_per_chunk=launches_per_chunk(method, shape, trainable_head=trainable_head),
+        waits=whole.waits,
+        workspace=whole.workspace,
+    )
+
+
+def broken_bars(entries: list[Entry]) -> list[str]:
+    """Ours: the dense floor of products, 30 bytes a logit, 8 launches a chunk, no waits."""
+    broken = []
+    for line in entries:
+        bars = {
+            "units": (line.units, 4 if line.head == "trainable" else 3),
+            "bytes a logit": (line.bytes_per_logit, 30),
+            "launches a chunk": (line.launches_per_chunk, 8),
+            "waits": (line.waits, 0),
+        }
+        for name, (found, most) in bars.items():
+            if line.method == OURS and found > most:
+                broken.append(f"{found:g} {name} with a {line.head} head of {line.model}, at most {most}")
+    return broken
+
+
+def table(entries: list[Entry]) -> str:
+    lines = [
+        f"bfloat16 inputs, reverse KL, {entries[0].tokens} tokens. Workspace: above inputs and returned gradients.",
+        "Liger compiled: each chunk's element-wise work in as few launches and bytes as could be; workspace as eager.",
+        f"{'model':14} {'head':9} {'method':15} {'units':>5} {'bytes/logit':>11} {'GB moved':>8} {'chunk':>5} "
+        f"{'launches/chunk':>14} {'waits':>5} {'workspace MiB':>13}",
+    ]
+    lines += [
+        f"{line.model:14} {line.head:9} {line.method:15} {line.units:5.2f} {line.bytes_per_logit:11.2f} "
+        f"{line.gigabytes:8.1f} {line.chunk:5} {line.launches_per_chunk:14} {line.waits:5} "
+        f"{line.workspace / 2**20:13.0f}"
+        for line in entries
+    ]
+    return "\n".join(lines)

@@ -7,6 +7,7 @@ GPU; nothing is computed. Views are free. A launch reads each of its inputs and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -79,25 +80,26 @@ def record(call: Callable[[], object], traffic: dict[str, Traffic], implementati
     are run in place of custom operators, whose fake kernels would hide what they do.
     """
     recorder = _Recorder(traffic, implementations)
-    backward = BackwardCFunction.apply
-
-    def apply(node: Any, *gradients: Any) -> Any:  # autograd's engine leaves the mode that is on around it
-        with recorder.passes_for_cuda:
-            return backward(node, *gradients)
-
-    with (
-        launches_noted(recorder.launched),
-        mock.patch.object(BackwardCFunction, "apply", apply),
-        recorder.passes_for_cuda,
-        recorder,
-    ):
+    with launches_noted(recorder.launched), passing_for_cuda(recorder.passes_for_cuda), recorder:
         call()
     return recorder.finish()
 
 
-class _PassForCuda(TorchFunctionMode):
+@contextmanager
+def passing_for_cuda(mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """Meta tensors say that they are on a GPU, and what is made on a GPU is a meta tensor."""
+    mode = mode or _PassForCuda()
+    backward = BackwardCFunction.apply
 
+    def apply(node: Any, *gradients: Any) -> Any:  # autograd's engine leaves the mode that is on around it
+        with mode:
+            return backward(node, *gradients)
+
+    with mock.patch.object(BackwardCFunction, "apply", apply), mode:
+        yield
+
+
+class _PassForCuda(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]

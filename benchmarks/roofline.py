@@ -6,9 +6,10 @@ bandwidth, and launches overlap with what was launched before them. The same for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
-from benchmarks.ledger import Ledger
+from benchmarks.ledger import COMPARED, OURS, Ledger, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op
 
@@ -17,7 +18,7 @@ LABEL = "predicted from compiled code and the ledger, not measured"
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bfloat16 operations and bytes of device memory a second, and multiprocessors."""
+    """Dense bfloat16 operations, and bytes of device memory, a second."""
 
     name: str
     flops: float
@@ -40,20 +41,28 @@ LAUNCH_SECONDS = 3e-6
 
 @dataclass(frozen=True)
 class Model:
-    """A language model's head; the tokens of a shape are filled in."""
+    """A language model's head. The caps change no entry of the ledger, and Liger leaves them out."""
 
-    shape: Shape
+    name: str
+    hidden: int
+    vocab: int
     softcap: float | None = None
+
+    def at(self, tokens: int) -> Shape:
+        return Shape(self.name, tokens, self.hidden, self.vocab)
 
 
 #: From the models' own config.json: hidden_size, vocab_size, final_logit_softcapping.
-MODELS = (
-    Model(Shape("Qwen2.5-0.5B", 0, 896, 151_936)),
-    Model(Shape("Qwen2.5-7B", 0, 3584, 152_064)),
-    Model(Shape("Qwen3-4B", 0, 2560, 151_936)),
-    Model(Shape("Llama-3.1-8B", 0, 4096, 128_256)),
-    Model(Shape("Gemma-2-9B", 0, 3584, 256_000), softcap=30.0),
-)
+MODELS = {
+    model.name: model
+    for model in (
+        Model("Qwen2.5-0.5B", 896, 151_936),
+        Model("Qwen2.5-7B", 3584, 152_064),
+        Model("Qwen3-4B", 2560, 151_936),
+        Model("Llama-3.1-8B", 4096, 128_256),
+        Model("Gemma-2-9B", 3584, 256_000, softcap=30.0),
+    )
+}
 
 TOKENS = tuple(1024 << power for power in range(8))  # 1k to 128k
 
@@ -82,5 +91,98 @@ def share_waiting_for_memory(ledger: Ledger, gpu: Gpu) -> float:
     return 1 - operations / whole
 
 
-def at(model: Model, tokens: int) -> Shape:
-    return replace(model.shape, tokens=tokens)
+@dataclass(frozen=True)
+class Prediction:
+    """One method on one GPU."""
+
+    gpu: str
+    model: str
+    head: str
+    tokens: int
+    method: str
+    seconds: float
+    microseconds_per_token: float
+    waiting_for_memory: float  # share of the time in matrix products
+
+
+#: Most that our predicted time may be of TRL's.
+BARS = {"trainable": 0.72, "frozen": 0.65}
+
+
+def predict(model: Model, tokens: int, *, trainable_head: bool) -> list[Prediction]:
+    """Every method on every GPU."""
+    head = "trainable" if trainable_head else "frozen"
+    ledgers = [count(method, model.at(tokens), trainable_head=trainable_head) for method in COMPARED]
+    return [
+        Prediction(gpu.name, model.name, head, tokens, ledger.method, time, time / tokens * 1e6, waiting)
+        for gpu in GPUS
+        for ledger in ledgers
+        for time, waiting in [(seconds(ledger, gpu), share_waiting_for_memory(ledger, gpu))]
+    ]
+
+
+def ratios(predictions: list[Prediction]) -> dict[tuple[str, str, int, str, str], float]:
+    """Ours over each peer's, by model, head, tokens, GPU and peer."""
+    times = {(p.model, p.head, p.tokens, p.gpu, p.method): p.seconds for p in predictions}
+    return {key: times[(*key[:-1], OURS)] / time for key, time in times.items() if key[-1] != OURS}
+
+
+def broken_bars(predictions: list[Prediction]) -> list[str]:
+    return [
+        f"{ratio:.3f} × the time of TRL predicted on {gpu} for {tokens} tokens of {model} with a {head} head"
+        for (model, head, tokens, gpu, peer), ratio in ratios(predictions).items()
+        if peer == "TRL" and ratio > BARS[head]
+    ]
+
+
+def table(predictions: list[Prediction]) -> str:
+    peers = [method for method in COMPARED if method != OURS]
+    found = ratios(predictions)
+    ours = {(p.model, p.head, p.tokens, p.gpu): p.microseconds_per_token for p in predictions if p.method == OURS}
+    lines = [
+        f"{LABEL}. Products at {PRODUCT_EFFICIENCY:.0%} of the peak, for all; {LAUNCH_SECONDS * 1e6:g} µs a launch.",
+        "On each GPU: our µs a token, then our time over that of " + ", ".join(peers) + ".",
+        f"{'model':14} {'head':9} {'tokens':>6}" + "".join(f" | {gpu.name:>7}{'':15}" for gpu in GPUS),
+    ]
+    for model, head, tokens in dict.fromkeys(key[:3] for key in ours):
+        cells = [
+            f" | {ours[model, head, tokens, gpu.name]:7.3f}"
+            + "".join(f" {found[model, head, tokens, gpu.name, peer]:4.2f}" for peer in peers)
+            for gpu in GPUS
+        ]
+        lines.append(f"{model:14} {head:9} {tokens:6}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def draw(predictions: list[Prediction], path: Path) -> None:
+    """Time a token by model, at the number of tokens nearest to 16k: a row for each head, a column for each GPU."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tokens = min({p.tokens for p in predictions}, key=lambda number: abs(number - 16_384))
+    colours = dict(zip(COMPARED, ("#2a6fbb", "#e07b39", "#c9ccd1", "#8a8f98"), strict=True))
+    models = list(dict.fromkeys(p.model for p in predictions))
+    figure, axes = pyplot.subplots(2, len(GPUS), figsize=(15, 7), layout="constrained", sharey="row")
+    for line, head in enumerate(BARS):
+        for column, gpu in enumerate(GPUS):
+            axis = axes[line][column]
+            for number, method in enumerate(COMPARED):
+                times = {
+                    p.model: p.microseconds_per_token
+                    for p in predictions
+                    if (p.gpu, p.head, p.tokens, p.method) == (gpu.name, head, tokens, method)
+                }
+                places = [place + (number - 1.5) * 0.2 for place in range(len(models))]
+                axis.bar(places, [times[m] for m in models], width=0.2, color=colours[method], label=method)
+            axis.set_title(f"{gpu.name}, {head} head")
+            axis.set_xticks(range(len(models)), models, rotation=30, ha="right")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", alpha=0.25)
+            axis.set_axisbelow(True)
+        axes[line][0].set_ylabel("µs a token")
+    figure.suptitle(f"Loss and gradients, {tokens} tokens: {LABEL}")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COMPARED))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

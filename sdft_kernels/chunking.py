@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -41,7 +42,7 @@ class ChunkPlan:
         """All the tokens in even chunks, whole tiles each but for the last."""
         tiles = _divide_up(tokens, self.tile)
         ends = [min(tiles * number // self.chunks * self.tile, tokens) for number in range(self.chunks + 1)]
-        return (slice(*pair) for pair in zip(ends, ends[1:], strict=False) if pair[0] < pair[1])
+        return (slice(first, past) for first, past in pairwise(ends) if first < past)
 
 
 def plan_chunks(

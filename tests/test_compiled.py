@@ -15,14 +15,19 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def every_row(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     report = tmp_path_factory.mktemp("compiled") / "report.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu_static", "--quick", "--json", str(report)]
+    command = [sys.executable, "-m", "benchmarks.gpu_static", "--only", "kernels", "--quick", "--json", str(report)]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(report.read_text())
+    return json.loads(report.read_text())["kernels"]
+
+
+@pytest.fixture(scope="module")
+def rows(every_row: list[dict]) -> list[dict]:
+    return [row for row in every_row if row["package"] == "sdft-kernels"]
 
 
 def test_every_kernel_is_there_for_every_target(rows: list[dict]) -> None:
@@ -52,3 +57,41 @@ def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None
         if row["kernel"] == "gradient_kernel":
             wide = "buffer_store_dwordx4" if row["target"] == "gfx942" else "STG.E.128"
             assert {name for name in widths if "STG" in name or "store" in name} == {wide}, row
+
+
+def test_the_inner_loop_reaches_rows_16_bytes_at_a_time(rows: list[dict]) -> None:
+    for row in rows:
+        if row["kernel"] == "combine_kernel":
+            continue
+        inner = row["inner"]
+        assert row["narrow"] == 0, row
+        assert inner["loops"] == (row["kernel"] != "gradient_kernel"), row
+        # Two models' logits or one's, 4 bytes each, in loads of 16.
+        wide = sum(n for name, n in inner["accesses"].items() if name in ("LDG.E.128", "buffer_load_dwordx4"))
+        models = 1 if row["kernel"] == "score_kernel" else 2
+        assert wide * 4 == models * row["elements"], row
+        assert inner["special"] >= models * row["elements"], row  # an exponential for each
+
+
+def test_occupancy() -> None:
+    """By hand: 128 threads of 202 registers, in warps of 208 · 32; and what shared memory and places allow."""
+    from benchmarks.compiled import TARGETS as targets
+    from benchmarks.compiled import occupancy
+
+    assert occupancy(202, 16, 4, targets["sm_90"]) == 8 / 64
+    assert occupancy(32, 16, 4, targets["sm_90"]) == 1
+    assert occupancy(32, 100 << 10, 4, targets["sm_90"]) == 8 / 64
+    assert occupancy(16, 0, 1, targets["sm_80"]) == 32 / 64
+    assert occupancy(126, 16, 4, targets["gfx942"]) == 16 / 32
+
+
+def test_peers_kernels_are_compiled_too(every_row: list[dict]) -> None:
+    peers = {(row["package"], row["kernel"]) for row in every_row if row["package"] != "sdft-kernels"}
+    assert peers == {
+        ("TRL", "_stats_kernel"),
+        ("TRL", "_jsd_kernel"),
+        ("TRL", "_backward_kernel"),
+        ("TRL, whole logits", "_forward_kernel"),
+        ("TRL, whole logits", "_backward_kernel"),
+        ("Liger", "_jsd_kernel"),
+    }

@@ -1,0 +1,70 @@
+"""The loop in which a compiled kernel spends its time, found in its machine code, and what it does there."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+#: (label, instruction, branch target) patterns of nvdisasm's and of LLVM's listings.
+_NVIDIA = (r"^(\.L\w+):", r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", r"\bBRA\b.*?(\.L\w+)")
+_AMD = (r"^(\.LBB\w+):", r"^\t([a-z]\w+)", r"^\ts_c?branch\w*\s+(\.LBB\w+)")
+
+_SPECIAL = re.compile(r"MUFU|v_(?:exp|log|rcp|rsq|sqrt|sin|cos)_f")
+_SHUFFLE = re.compile(r"SHFL|C?REDUX|\w+_dpp|ds_swizzle|ds_(?:b)?permute|v_permlane|v_readlane")
+_ACCESS = re.compile(r"(?:LDG|STG)\.E(?:\.\w+)*|(?:global|buffer)_(?:load|store)_\w+")
+_WIDE = re.compile(r"\.128$|_dwordx4$|_b128$")
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """One turn of the loop, of one thread; of the whole kernel where there is none."""
+
+    loops: bool
+    instructions: int
+    special: int  # exponentials, logarithms and reciprocals
+    shuffles: int  # and other exchanges between the threads of a warp
+    accesses: dict[str, int]  # of global memory, by instruction with its width
+
+    @property
+    def narrow(self) -> int:
+        """Accesses of fewer than 16 bytes; without a loop only stores count, for row constants are loaded there."""
+        ours = {name: n for name, n in self.accesses.items() if self.loops or "STG" in name or "store" in name}
+        return sum(n for name, n in ours.items() if not _WIDE.search(name))
+
+    @property
+    def wide_loads(self) -> int:
+        return sum(n for name, n in self.accesses.items() if _WIDE.search(name) and ("LDG" in name or "load" in name))
+
+
+def inner_loop(code: str, backend: str) -> InnerLoop:
+    """From nvdisasm's listing ("cuda") or LLVM's ("hip")."""
+    label, instruction, branch = _NVIDIA if backend == "cuda" else _AMD
+    lines = code.splitlines()
+    starts = {found.group(1): number for number, line in enumerate(lines) if (found := re.match(label, line))}
+    loops = []
+    for number, line in enumerate(lines):
+        target = re.search(branch, line)
+        if target and starts.get(target.group(1), number) < number - 1:  # one line long: the trap after the end
+            loops.append((starts[target.group(1)], number))
+    inner = [loop for loop in loops if not any(other != loop and _within(other, loop) for other in loops)]
+    spans = inner or [(0, len(lines))]
+    bodies = [_instructions(lines[first : last + 1], instruction) for first, last in spans]
+    # Of several loops, the one that reads the rows.
+    body = max(bodies, key=lambda names: (sum(bool(_ACCESS.fullmatch(name)) for name in names), len(names)))
+    return InnerLoop(
+        loops=bool(inner),
+        instructions=len(body),
+        special=sum(bool(_SPECIAL.match(name)) for name in body),
+        shuffles=sum(bool(_SHUFFLE.match(name)) for name in body),
+        accesses=dict(sorted(Counter(name for name in body if _ACCESS.fullmatch(name)).items())),
+    )
+
+
+def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _instructions(lines: list[str], pattern: str) -> list[str]:
+    names = [found.group(1) for line in lines if (found := re.match(pattern, line))]
+    return [name for name in names if name not in ("NOP", "s_nop")]

@@ -1,0 +1,222 @@
+"""The Triton kernels of the loss and of its peers, compiled for GPUs that are not here, and what they take there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.compiled import TARGETS, Launch, compile_launch, record_launches, resources
+from benchmarks.ledger import OURS, meta_inputs
+from benchmarks.methods import METHODS, PEER_BETA, Shape
+from benchmarks.recorder import passing_for_cuda
+from sdft_kernels import triton_divergence, triton_scoring
+from sdft_kernels.chunk_loop import make_workspace
+from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
+from sdft_kernels.tokens import TokenRows, TokenScores
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of calling the row operations; kernels are specialised for every field."""
+
+    divergence: str
+    student_capped: bool = False
+    teacher_capped: bool = False
+    labels: bool = False
+    importance: bool = False
+    gradient: str | None = "float32"
+    tokens: int = 2048  # few tokens: rows split over several programs
+    vocab: int = 50257  # odd, so that alignment has to come from the workspace
+
+
+def variants(quick: bool) -> Iterator[Variant | ScoringVariant | PeerVariant]:
+    """Every combination that changes a kernel, or two a divergence that between them take every branch; the peers'
+    kernels as their own code launches them."""
+    yield from (ScoringVariant(capped, labels) for capped in (False, True) for labels in (False, True))
+    yield from (
+        PeerVariant(package, divergence) for package in ("TRL", "Liger") for divergence in ("reverse_kl", "jsd")
+    )
+    yield PeerVariant("TRL, whole logits", "(scoring)")
+    if quick:
+        for divergence in DIVERGENCES:
+            yield Variant(divergence)
+            yield Variant(divergence, True, True, True, True, "bfloat16", tokens=64)
+        return
+    for divergence in DIVERGENCES:
+        for capped in ((False, False), (True, False), (False, True), (True, True)):
+            for gradient in ("float32", "bfloat16", "float16"):
+                yield Variant(divergence, *capped, gradient=gradient)
+            for tokens in (64, 128, 256, 512, 2048):
+                for labels, importance in ((False, False), (True, False), (True, True)):
+                    yield Variant(divergence, *capped, labels, importance, None, tokens)
+
+
+def call(variant: Variant) -> None:
+    """The call whose launches are compiled. Nothing is computed, so the buffers hold nothing."""
+    like = torch.empty(0)
+
+    student, teacher = (make_workspace(like, variant.tokens, variant.vocab, torch.float32) for _ in range(2))
+    gradient = None
+    if variant.gradient is not None:
+        dtype = getattr(torch, variant.gradient)
+        separate = make_workspace(like, 4, variant.vocab, dtype)
+        gradient = student if dtype == torch.float32 else separate
+    given, written = torch.empty(variant.tokens), torch.empty(variant.tokens)
+    rows = TokenRows(
+        weight=given,
+        labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.labels else None,
+        old_logprobs=given if variant.importance else None,
+        loss=written,
+        student_entropy=written,
+        teacher_entropy=written,
+        student_logprob=written if variant.labels else None,
+        teacher_logprob=written if variant.labels else None,
+    )
+    objective = Objective(
+        variant.divergence,
+        student=LogitOptions(softcap=30.0 if variant.student_capped else None),
+        teacher=LogitOptions(softcap=30.0 if variant.teacher_capped else None),
+        importance_clip=2.0 if variant.importance else None,
+    )
+    triton_divergence.process_rows(student, teacher, rows, objective, gradient)
+
+
+@dataclass(frozen=True)
+class ScoringVariant:
+    """One way of scoring a single model's tokens."""
+
+    capped: bool
+    labels: bool
+    tokens: int = 2048
+    vocab: int = 50257
+    divergence: str = "(scoring)"
+
+
+def score(variant: ScoringVariant) -> None:
+    """As `call`, for the kernel of `linear_token_stats`."""
+    written = torch.empty(variant.tokens)
+    scores = TokenScores(
+        labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.labels else None,
+        logprob=written if variant.labels else None,
+        top1=torch.empty(variant.tokens, dtype=torch.bool) if variant.labels else None,
+        entropy=written,
+        logsumexp=written,
+    )
+    logits = make_workspace(written, variant.tokens, variant.vocab, torch.float32)
+    triton_scoring.score_rows(logits, scores, LogitOptions(softcap=30.0 if variant.capped else None))
+
+
+@dataclass(frozen=True)
+class PeerVariant:
+    """One way of calling a peer."""
+
+    package: str
+    divergence: str
+    vocab: int = 151_936
+
+
+def _trl(variant: PeerVariant) -> None:
+    """TRL's chunked divergence: its own loop, on tensors that pass for CUDA ones."""
+    with passing_for_cuda():
+        METHODS["TRL"](meta_inputs(Shape("", 4, 64, variant.vocab), trainable_head=True), variant.divergence)
+
+
+def _trl_logprob_entropy(variant: PeerVariant) -> None:
+    """TRL's kernels on whole logits, which have no divergence."""
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    logits = torch.zeros(4, variant.vocab, dtype=torch.bfloat16, requires_grad=True)
+    logprobs, entropy = selective_log_softmax_and_entropy(logits, torch.zeros(4, dtype=torch.int64))
+    (logprobs.sum() + entropy.sum()).backward()
+
+
+def _liger(variant: PeerVariant) -> None:
+    """Liger's JSD kernel, which takes finished log-probabilities. Its chunked loss is plain torch."""
+    from liger_kernel.ops.backends._triton.jsd import jsd_loss_and_grad_triton
+
+    logits = torch.zeros(4, variant.vocab)
+    jsd_loss_and_grad_triton(logits, logits, None, PEER_BETA[variant.divergence], -100, 4.0)
+
+
+PEERS: dict[str, Callable[[PeerVariant], None]] = {
+    "TRL": _trl,
+    "TRL, whole logits": _trl_logprob_entropy,
+    "Liger": _liger,
+}
+
+
+def launches(variant: Variant | ScoringVariant | PeerVariant) -> list[Launch]:
+    """What the call launches, each kernel once."""
+
+    def calls() -> None:
+        if isinstance(variant, PeerVariant):
+            PEERS[variant.package](variant)
+        elif isinstance(variant, ScoringVariant):
+            score(variant)
+        else:
+            call(variant)
+
+    return list({launch.name: launch for launch in reversed(record_launches(calls))}.values())[::-1]
+
+
+def compile_variant(variant: Variant | ScoringVariant | PeerVariant, target: str) -> list[dict[str, Any]]:
+    """A row of the report for each kernel that this call would launch on this target."""
+    return [
+        {
+            "package": OURS,
+            "kernel": launch.name,
+            "target": target,
+            "elements": _elements(launch, target),
+            **asdict(variant),
+            **asdict(found := resources(compile_launch(launch, TARGETS[target]), TARGETS[target])),
+            "narrow": found.inner.narrow,
+        }
+        for launch in launches(variant)
+    ]
+
+
+def _elements(launch: Launch, target: str) -> int:
+    """Vocabulary entries that a thread handles in one turn of the loop; 1 where there are no blocks of them."""
+    block = launch.options.get("BLOCK", launch.options.get("BLOCK_SIZE", 1))
+    return max(1, block // (TARGETS[target].warp_size * launch.options.get("num_warps", 4)))
+
+
+def broken_bars(rows: list[dict[str, Any]]) -> list[str]:
+    """Our kernels neither spill nor use a stack on NVIDIA, and reach rows 16 bytes at a time everywhere."""
+    broken = []
+    for row in rows:
+        if row["package"] != OURS:
+            continue
+        where = f"{row['kernel']} on {row['target']} ({row['divergence']})"
+        if row["spills"] or row["stack"]:
+            broken.append(f"{where} spills {row['spills']} and has a stack of {row['stack']} bytes: {row}")
+        if row["narrow"] and row["kernel"] != "combine_kernel":  # which reads no rows
+            broken.append(f"{where} reaches rows with {row['narrow']} accesses under 16 bytes: {row}")
+    return broken
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The heaviest specialisation of each kernel on each target."""
+    heaviest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["package"], row["kernel"], row["target"], row["divergence"])
+        if key not in heaviest or row["registers"] > heaviest[key]["registers"]:
+            heaviest[key] = row
+    lines = [
+        "for each thread; the right half counts one turn of the inner loop (without one, the kernel) per logit of each",
+        f"{'package':17} {'kernel':16} {'target':6} {'divergence':16} {'regs':>4} {'spills':>6} {'stack':>5} "
+        f"{'shared':>6} {'warps':>5} | {'special':>7} {'shuffles':>8} {'instr.':>6}  loads and stores",
+    ]
+    for row in heaviest.values():
+        inner, elements = row["inner"], row["elements"]
+        accesses = ", ".join(f"{n} {name}" for name, n in inner["accesses"].items())
+        lines.append(
+            f"{row['package']:17} {row['kernel']:16} {row['target']:6} {row['divergence']:16} {row['registers']:4} "
+            f"{row['spills']:6} {row['stack']:5} {row['shared']:6} {row['occupancy']:5.0%} | "
+            f"{inner['special'] / elements:7.2f} {inner['shuffles'] / elements:8.2f} "
+            f"{inner['instructions'] / elements:6.1f}  {accesses}"
+        )
+    return "\n".join(lines)
