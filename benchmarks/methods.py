@@ -52,18 +52,24 @@ class Inputs:
         self.student_hidden.grad = self.student_weight.grad = None
 
 
-def make_inputs(shape: Shape, *, trainable_head: bool, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+def make_inputs(
+    shape: Shape, *, trainable_head: bool, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> Inputs:
     """Random inputs whose logits have a language model's spread, teacher and student close to each other."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(shape.tokens, shape.hidden, generator=generator)
-    teacher = hidden + 0.3 * torch.randn(shape.tokens, shape.hidden, generator=generator)
-    weight = (torch.randn(shape.vocab, shape.hidden, generator=generator) * 2 / shape.hidden**0.5).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    hidden = normal(shape.tokens, shape.hidden)
+    teacher = hidden + 0.3 * normal(shape.tokens, shape.hidden)
+    weight = (normal(shape.vocab, shape.hidden) * 2 / shape.hidden**0.5).to(dtype)
     return Inputs(
         student_hidden=hidden.to(dtype).requires_grad_(),
         student_weight=weight.requires_grad_(trainable_head),
         teacher_hidden=teacher.to(dtype),
         teacher_weight=weight.detach(),
-        labels=torch.randint(0, shape.vocab, (shape.tokens,), generator=generator),
+        labels=torch.randint(0, shape.vocab, (shape.tokens,), generator=generator, device=device),
     )
 
 

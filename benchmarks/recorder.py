@@ -155,9 +155,9 @@ class _Recorder(TorchDispatchMode):
         reads, writes = _accesses(func, args, kwargs)
         before = {value.untyped_storage()._cdata for value in given}
         made = [value for value in results if value.untyped_storage()._cdata not in before]
-        if packet in ALLOCATES:
-            self._touches(made)
-        elif writes or made:
+        for value in made:
+            self._number(value, nbytes=value.untyped_storage().nbytes())
+        if packet not in ALLOCATES and (writes or made):
             self._note(
                 Op(
                     str(packet),
@@ -177,11 +177,12 @@ class _Recorder(TorchDispatchMode):
     def _touches(self, tensors: list[Tensor]) -> tuple[Touch, ...]:
         return tuple(Touch(self._number(tensor), tuple(tensor.shape), _distinct_bytes(tensor)) for tensor in tensors)
 
-    def _number(self, tensor: Tensor) -> int:
+    def _number(self, tensor: Tensor, nbytes: int = 0) -> int:
+        """The storage's number; what is seen before it is made was there before the call, and weighs nothing."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
             self._numbers += 1
-            self._storages[storage._cdata] = (self._numbers, StorageWeakRef(storage), storage.nbytes())
+            self._storages[storage._cdata] = (self._numbers, StorageWeakRef(storage), nbytes)
         return self._storages[storage._cdata][0]
 
     def _weigh(self) -> None:
