@@ -1,13 +1,13 @@
 """The loop over chunks of tokens: hidden states and heads in, per-token values and gradients out.
 
 Per chunk: two products make logits, a backend turns them into per-token values and the gradient of the student's
-logits, and up to two products carry that gradient to the hidden states and the head. The teacher's logits are
-made and used up a block at a time. Nothing of size N×V exists.
+logits, and up to two products carry that gradient to the hidden states and the head. Nothing of size N×V exists.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdft_kernels import products, torch_backend
 from sdft_kernels.chunking import plan_chunks
-from sdft_kernels.divergences import Objective
+from sdft_kernels.divergences import Objective, is_mixture
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
 
 #: Rows of logits start at multiples of this many elements, so that kernels load and store 16 bytes at a time.
@@ -82,50 +82,90 @@ def run_chunks(
     Products take their operands in `compute_dtype`; the first `vocab` entries of both heads are compared.
     """
     wide = products.accumulation_dtype(compute_dtype)
-    process_rows = backend_module(backend, student.hidden.device, wide).process_rows
-    narrow = products.gradient_dtype(compute_dtype, student.hidden.device)
-    separate = wanted.any and narrow != wide  # the gradient does not fit in place of the logits
-
-    student_head = Side(student.hidden, *_head(student, vocab, compute_dtype, wide))
-    teacher_head = Side(teacher.hidden, *_head(teacher, vocab, compute_dtype, wide))
+    work = backend_module(backend, student.hidden.device, wide)
+    run = _run_in_tiles if work is torch_backend else _run_in_rows
+    heads = [torch_backend.Head(*_head(side, vocab, compute_dtype, wide)) for side in (student, teacher)]
     gradients = _allocate(student, wanted, wide, live, vocab)
-    gradient_bytes = narrow.itemsize if separate else 0
-    plan = plan_chunks(
-        live.count,
-        vocab,
-        wide.itemsize,
-        gradient_bytes,
-        student.hidden.device,
-        max_chunk_bytes,
-        trainable_head=wanted.weight,
-    )
-    student_logits = make_workspace(student.hidden, plan.chunk, vocab, wide)
-    teacher_logits = make_workspace(student.hidden, plan.block, vocab, wide)
-    gradient = make_workspace(student.hidden, plan.chunk, vocab, narrow) if separate else student_logits
+    run(student, teacher, heads, live, rows, objective, wanted, gradients, wide, max_chunk_bytes)
+    return gradients
 
+
+def _run_in_tiles(
+    student: Side,
+    teacher: Side,
+    heads: list[torch_backend.Head],
+    live: LiveTokens,
+    rows: TokenRows,
+    objective: Objective,
+    wanted: Wanted,
+    gradients: Gradients,
+    wide: torch.dtype,
+    max_chunk_bytes: int | None,
+) -> None:
+    """By the torch backend, a slab of the vocabulary at a time."""
+    vocab, device, dtype = len(heads[0].weight), student.hidden.device, heads[0].weight.dtype
+    plan = plan_chunks(live.count, vocab, 2 * wide.itemsize, device, max_chunk_bytes, trainable_head=wanted.weight)
+    keep = wanted.any or is_mixture(objective.divergence)
+    workspace = torch_backend.Workspace(student.hidden, plan.chunk, vocab, wide, keep=keep)
     for chunk in plan.slices(live.count):
-        start, size = chunk.start, chunk.stop - chunk.start
-        hidden = live.take(student.hidden, chunk).to(compute_dtype)
+        with live.rows_of(gradients.hidden, chunk) if wanted.hidden else nullcontext() as out:
+            torch_backend.process_chunk(
+                live.take(student.hidden, chunk).to(dtype),
+                live.take(teacher.hidden, chunk).to(dtype),
+                *heads,
+                rows[chunk],
+                objective,
+                torch_backend.ChunkGradients(
+                    out,
+                    gradients.weight[:vocab] if wanted.weight else None,
+                    gradients.bias[:vocab] if wanted.bias else None,
+                    first=chunk.start == 0,
+                ),
+                workspace,
+            )
+
+
+def _run_in_rows(
+    student: Side,
+    teacher: Side,
+    heads: list[torch_backend.Head],
+    live: LiveTokens,
+    rows: TokenRows,
+    objective: Objective,
+    wanted: Wanted,
+    gradients: Gradients,
+    wide: torch.dtype,
+    max_chunk_bytes: int | None,
+) -> None:
+    """By the Triton backend, whole rows of logits at a time."""
+    from sdft_kernels import triton_backend
+
+    vocab, device, dtype = len(heads[0].weight), student.hidden.device, heads[0].weight.dtype
+    narrow = products.gradient_dtype(dtype, device)
+    separate = wanted.any and narrow != wide  # the gradient does not fit in place of the logits
+    per_logit = 2 * wide.itemsize + (narrow.itemsize if separate else 0)
+    plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
+    student_logits, teacher_logits = (make_workspace(student.hidden, plan.chunk, vocab, wide) for _ in range(2))
+    gradient = make_workspace(student.hidden, plan.chunk, vocab, narrow) if separate else student_logits
+    student_head, teacher_head = heads
+    for chunk in plan.slices(live.count):
+        size = chunk.stop - chunk.start
+        hidden = live.take(student.hidden, chunk).to(dtype)
         products.logits(hidden, student_head.weight, student_head.bias, student_logits[:size])
-        for first in range(0, size, plan.block):
-            last = min(first + plan.block, size)
-            block = slice(start + first, start + last)
-            block_logits, block_targets = student_logits[first:last], teacher_logits[: last - first]
-            teacher_hidden = live.take(teacher.hidden, block).to(compute_dtype)
-            products.logits(teacher_hidden, teacher_head.weight, teacher_head.bias, block_targets)
-            block_gradient = None
-            if wanted.any:
-                block_gradient = gradient[first:last] if separate else block_logits
-            process_rows(block_logits, block_targets, rows[block], objective, block_gradient)
+        teacher_hidden = live.take(teacher.hidden, chunk).to(dtype)
+        products.logits(teacher_hidden, teacher_head.weight, teacher_head.bias, teacher_logits[:size])
+        chunk_gradient = gradient[:size] if wanted.any else None
+        triton_backend.process_rows(
+            student_logits[:size], teacher_logits[:size], rows[chunk], objective, chunk_gradient
+        )
         if wanted.hidden:
             with live.rows_of(gradients.hidden, chunk) as out:
                 products.hidden_gradient(gradient[:size], student_head.weight, out)
         if wanted.weight:
             total = gradients.weight[:vocab]
-            products.add_weight_gradient(gradient[:size], hidden, total, first=start == 0)
+            products.add_weight_gradient(gradient[:size], hidden, total, first=chunk.start == 0)
         if wanted.bias:
             gradients.bias[:vocab] += gradient[:size].sum(0, dtype=wide)
-    return gradients
 
 
 def _head(side: Side, vocab: int, compute_dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:

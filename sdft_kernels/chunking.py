@@ -1,8 +1,7 @@
 """How many tokens are worked on at once, from a memory budget and the shapes.
 
-A chunk is the tokens whose logit gradients are held together: the larger it is, the fewer times the weight
-gradient is read and written. Within it, a block is the tokens whose teacher logits are held: they are needed
-only until the block's gradients are written, so their buffer is smaller.
+A chunk is the tokens whose logits are held together: the larger it is, the fewer times the head and its gradient
+are read and written.
 """
 
 from __future__ import annotations
@@ -21,20 +20,16 @@ DEFAULT_BUDGET = {"cpu": 160 << 20, "cuda": 3 << 30}
 #: with a frozen head it only reads the head. From A100 to B200, hidden sizes from 896: benchmarks/roofline.py.
 ENOUGH_TOKENS = {"trainable": 1152, "frozen": 512}
 
-#: Rows that a device's matrix product works on at once: a chunk that ends within a tile wastes the rest of it.
-TILE_ROWS = 128
-
-#: Blocks in a chunk: two on the CPU, where memory is what the teacher's buffer costs; one on a device, where every
-#: further block costs launches.
-BLOCKS_PER_CHUNK = {"cpu": 2, "cuda": 1}
+#: A chunk is a multiple of this many tokens where it can be: rows that a device's matrix product works on at once,
+#: the rest of which a chunk that ends within a tile would waste; on the CPU, vectors that columns are loaded in.
+TILE_TOKENS = {"cpu": 16, "cuda": 128}
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Tokens in a chunk, and in each of its blocks, at the most."""
+    """Tokens in a chunk at the most, and how many chunks there are."""
 
     chunk: int
-    block: int
     chunks: int = 1
     tile: int = 1
 
@@ -48,8 +43,7 @@ class ChunkPlan:
 def plan_chunks(
     tokens: int,
     vocab: int,
-    logit_bytes: int,
-    gradient_bytes: int,
+    bytes_per_logit: int,
     device: torch.device,
     budget: int | None = None,
     *,
@@ -57,21 +51,19 @@ def plan_chunks(
 ) -> ChunkPlan:
     """Splits `tokens` evenly into as few chunks as `budget` bytes of logits allow, or are any use on a device.
 
-    A token of a chunk holds its student logits, `logit_bytes` per vocabulary entry, and `gradient_bytes` per
-    entry where the gradient has a buffer of its own; a token of a block holds its teacher logits besides. A
-    budget too small for one token still gives chunks of one.
+    `bytes_per_logit` counts all that is held for a token and vocabulary entry: both models' logits, and the
+    gradient where it has a buffer of its own. A budget too small for one token still gives chunks of one.
     """
     on_device = device.type != "cpu"
     enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"] if on_device and budget is None else tokens
     if budget is None:
         budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
-    blocks = BLOCKS_PER_CHUNK.get(device.type, BLOCKS_PER_CHUNK["cuda"])
-    per_token = vocab * (logit_bytes + gradient_bytes + logit_bytes / blocks)
-    most = max(1, int(budget / per_token))
-    tile = TILE_ROWS if on_device and most >= TILE_ROWS else 1
+    most = max(1, budget // (vocab * bytes_per_logit))
+    tile = TILE_TOKENS.get(device.type, TILE_TOKENS["cuda"])
+    tile = tile if most >= tile else 1
     chunks = max(1, _divide_up(tokens, most // tile * tile), tokens // max(1, enough))
     chunk = max(1, min(tokens, _divide_up(_divide_up(tokens, tile), chunks) * tile))
-    return ChunkPlan(chunk, _divide_up(chunk, blocks), chunks, tile)
+    return ChunkPlan(chunk, chunks, tile)
 
 
 def _divide_up(total: int, part: int) -> int:

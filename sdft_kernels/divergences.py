@@ -13,9 +13,11 @@ Sources: reverse KL is what the SDFT paper writes and forward KL what its author
 (arXiv 2601.19897); the generalised JSD is GKD's (arXiv 2306.13649); the skewed divergences are DistiLLM's
 (arXiv 2402.03898).
 
-The functions here work on a tile of rows, in place: no logit-sized tensor is allocated. They take the
-exponentials as they come, relative to each row's maximum and not yet divided by their sum, and keep the
-row constants outside the passes over the vocabulary.
+The functions here work on a tile, a slab of the vocabulary for a chunk of tokens, in place. They take exponentials
+as they come, relative to each token's maximum in the tile and not yet divided by their sum: what is the same for
+all of a token's entries in a tile stays outside the passes over them, in float64. Whatever the divergence, they
+leave two arrays A and B in the tile from which the gradient is w · (x A + y B), with w, x and y for each token and
+tile known once all tiles have been seen.
 """
 
 from __future__ import annotations
@@ -54,109 +56,106 @@ class Objective:
 
 @dataclass
 class Tile:
-    """A few rows of both models' logits, and what is known of them.
+    """A slab of v vocabulary entries for C tokens: (v, C) each, all scratch.
 
-    `student` and `teacher` are (R, V) logits less their row's maximum; `p` and `q` are their exponentials,
-    with row sums `p_sum` and `q_sum`, (R, 1). All four are scratch: a divergence may overwrite any of them.
+    `student` and `teacher` are logits less each token's maximum in the tile; `p` and `q` are their exponentials.
     """
 
     student: Tensor
     teacher: Tensor
     p: Tensor
     q: Tensor
-    p_sum: Tensor
-    q_sum: Tensor
-
-    @property
-    def log_sum_ratio(self) -> Tensor:
-        """(R, 1): student - teacher exceeds log p - log q by this."""
-        return self.p_sum.log() - self.q_sum.log()
 
 
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b over the vocabulary, (R, V) · (R, V) → (R, 1)."""
-    return torch.linalg.vecdot(a, b).unsqueeze(1)
+@dataclass
+class Sums:
+    """What tiles say of a chunk's tokens: (C,) for one tile, (tiles, C) in float64 for all of them.
+
+    With `p` and `q` as in the tile: `loss` is the divergence's own sum over the tile, under q or p as the formula
+    says; `mean` + `remainder` is the mean of the score g under p.
+    """
+
+    loss: Tensor | None = None
+    mean: Tensor | None = None
+    remainder: Tensor | None = None
 
 
-def centre_under_p(tile: Tile, g: Tensor) -> Tensor:
-    """g - Σ p g in place; returns Σ p g, (R, 1).
+@dataclass
+class Shares:
+    """Of a chunk's tokens in each tile, (tiles, C) in float64: `p` and `q` times these are probabilities.
 
-    Where p is nearly one-hot, g at its peak and Σ p g are nearly the same number, and one float32 sum leaves a
+    `p_mass` and `q_mass` are the tile's whole probabilities; log p - log q = student - teacher + `log_ratio`.
+    """
+
+    p: Tensor
+    q: Tensor
+    p_mass: Tensor
+    q_mass: Tensor
+    log_ratio: Tensor
+
+
+def column_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
+    """Σ a b over the vocabulary, (v, C) · (v, C) → (C,)."""
+    return torch.mul(a, b, out=scratch).sum(0)
+
+
+def centre_under_p(tile: Tile, g: Tensor, loss: Tensor | None = None) -> Sums:
+    """Leaves A = p (g - mean) and B = p in the tile; `g` is one of its arrays, but not `p` or `q`.
+
+    Where p is nearly one-hot, g at its peak and its mean are nearly the same number, and one float32 sum leaves a
     difference without digits. The second sum, over what the first has left, gives them back.
     """
-    mean = row_dot(tile.p, g) / tile.p_sum
-    remainder = row_dot(tile.p, g.sub_(mean)) / tile.p_sum
-    g.sub_(remainder)
-    return mean + remainder
+    total = tile.p.sum(0)
+    mean = column_dot(tile.p, g, tile.q) / total
+    centred = torch.mul(tile.p, g.sub_(mean), out=tile.student)
+    tile.teacher.copy_(tile.p)
+    return Sums(loss, mean, centred.sum(0) / total)
 
 
-def reverse_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
-    """L = Σ p (log p - log q);  dL/dz = p (log p - log q - L)."""
-    log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
-    mean = row_dot(tile.p, log_ratio) / tile.p_sum
-    # As in centre_under_p, but what is summed for the remainder is the gradient itself, short of that remainder.
-    gradient = torch.mul(tile.p, log_ratio.sub_(mean), out=tile.student)
-    remainder = gradient.sum(1, keepdim=True) / tile.p_sum
-    if row_weight is not None:
-        gradient.sub_(tile.p.mul_(remainder)).mul_(row_weight / tile.p_sum)
-    return mean + remainder - tile.log_sum_ratio
+def reverse_kl(tile: Tile) -> Sums:
+    """g = log p - log q, but for what is constant in the tile."""
+    return centre_under_p(tile, torch.sub(tile.student, tile.teacher, out=tile.teacher))
 
 
-def forward_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
-    """L = Σ q (log q - log p);  dL/dz = p - q."""
-    log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
-    loss = tile.log_sum_ratio - row_dot(tile.q, log_ratio) / tile.q_sum
-    if row_weight is not None:
-        tile.q.mul_(row_weight / tile.q_sum)
-        torch.mul(tile.p, row_weight / tile.p_sum, out=tile.student).sub_(tile.q)
-    return loss
+def forward_kl(tile: Tile) -> Sums:
+    """Leaves A = p and B = q; the loss is Σ q (log q - log p), but for what is constant in the tile."""
+    loss = column_dot(tile.q, tile.teacher.sub_(tile.student), tile.student)
+    tile.student.copy_(tile.p)
+    tile.teacher.copy_(tile.q)
+    return Sums(loss)
 
 
-def jsd(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
-    """L = (1-β) KL(p‖m) + β KL(q‖m);  dL/dz = (1-β) p (log(p/m) - KL(p‖m))."""
-    log_ratio = _log_ratio(tile)
+def jsd(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
+    """g = (1-β) log(p/m); the loss is Σ q log(q/m)."""
     log_p_over_m = _log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
-    log_q_over_m = _log_over_mixture(log_ratio, 1 - beta)
-    kl_q = row_dot(tile.q, log_q_over_m) / tile.q_sum
-    kl_p = centre_under_p(tile, log_p_over_m)
-    if row_weight is not None:
-        log_p_over_m.mul_(tile.p).mul_(row_weight * (1 - beta) / tile.p_sum)
-    return (1 - beta) * kl_p + beta * kl_q
+    loss = column_dot(tile.q, _log_over_mixture(log_ratio, 1 - beta), tile.q)
+    return centre_under_p(tile, log_p_over_m.mul_(1 - beta), loss)
 
 
-def skew_reverse_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
-    """L = KL(p‖m);  dL/dz = p (g - Σ p g),  g = log(p/m) - (1-β) p/m.
+def skew_reverse_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
+    """g = log(p/m) - (1-β) p/m; the loss is Σ p log(p/m).
 
     Up to a constant, which the centring drops, g = x / (1 + x) - log1p(x) with x = β q / ((1-β) p): where p is far
     above q, g is flat, and this form does not lose its small differences in two numbers near 1.
     """
-    log_ratio = _log_ratio(tile)
     log_p_over_m = _log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
-    loss = row_dot(tile.p, log_p_over_m) / tile.p_sum
-    if row_weight is not None:
-        x = log_ratio.neg_().exp_().mul_(beta / (1 - beta))
-        log1p_x = torch.log1p(x, out=tile.student)
-        g = torch.sub(x.reciprocal_().add_(1).reciprocal_(), log1p_x, out=tile.student)
-        centre_under_p(tile, g)
-        g.mul_(tile.p).mul_(row_weight / tile.p_sum)
-    return loss
+    loss = column_dot(tile.p, log_p_over_m, tile.q)
+    x = log_ratio.neg_().exp_().mul_(beta / (1 - beta))
+    log1p_x = torch.log1p(x, out=tile.student)
+    return centre_under_p(tile, x.reciprocal_().add_(1).reciprocal_().sub_(log1p_x), loss)
 
 
-def skew_forward_kl(tile: Tile, beta: float, row_weight: Tensor | None) -> Tensor:
-    """L = KL(q‖m);  dL/dz = p (g - Σ p g),  g = -(1-β) q/m."""
-    log_q_over_m = _log_over_mixture(_log_ratio(tile), 1 - beta)
-    loss = row_dot(tile.q, log_q_over_m) / tile.q_sum
-    if row_weight is not None:
-        q_over_m = torch.exp(log_q_over_m, out=tile.student)
-        centre_under_p(tile, q_over_m)
-        q_over_m.mul_(tile.p).mul_(row_weight * (beta - 1) / tile.p_sum)
-    return loss
+def skew_forward_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
+    """g = -(1-β) q/m; the loss is Σ q log(q/m)."""
+    log_q_over_m = _log_over_mixture(log_ratio, 1 - beta)
+    loss = column_dot(tile.q, log_q_over_m, tile.q)
+    return centre_under_p(tile, log_q_over_m.exp_().mul_(beta - 1), loss)
 
 
-def _log_ratio(tile: Tile) -> Tensor:
-    """r = log p - log q, bounded so that its exponentials are finite, in the teacher's buffer."""
+def log_ratio_in(tile: Tile, constant: Tensor) -> Tensor:
+    """log p - log q, bounded so that its exponentials are finite, in the teacher's array."""
     log_ratio = torch.sub(tile.student, tile.teacher, out=tile.teacher)
-    return log_ratio.sub_(tile.log_sum_ratio).clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return log_ratio.add_(constant).clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
 def _log_over_mixture(other_over_one: Tensor, share_of_other: float) -> Tensor:
@@ -167,17 +166,35 @@ def _log_over_mixture(other_over_one: Tensor, share_of_other: float) -> Tensor:
     return other_over_one.expm1_().mul_(share_of_other).log1p_().neg_()
 
 
-#: Each takes a tile, β and the rows' weights, (R, 1), or None where no gradient is wanted; returns the
-#: divergence of each row, (R, 1), and leaves row_weight · dL/dz in `tile.student`.
-DIVERGENCES: dict[str, Callable[[Tile, float, Tensor | None], Tensor]] = {
-    "reverse_kl": reverse_kl,
-    "forward_kl": forward_kl,
+#: The first pass over a tile; the divergences from a mixture need every tile's sums before they can start.
+PLAIN: dict[str, Callable[[Tile], Sums]] = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}
+
+#: The second pass, with the tile's log p - log q, which lies in the teacher's array, and β.
+MIXTURES: dict[str, Callable[[Tile, Tensor, float], Sums]] = {
     "jsd": jsd,
     "skew_reverse_kl": skew_reverse_kl,
     "skew_forward_kl": skew_forward_kl,
 }
 
+DIVERGENCES = (*PLAIN, *MIXTURES)
+
+
+def finish(divergence: str, beta: float, sums: Sums, shares: Shares) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence, (C,), and the gradient's x and y, (tiles, C), from all tiles' sums."""
+    if divergence == "forward_kl":
+        assert sums.loss is not None
+        return (shares.q * sums.loss - shares.q_mass * shares.log_ratio).sum(0), shares.p, -shares.q
+    assert sums.mean is not None and sums.remainder is not None
+    mean = sums.mean + shares.log_ratio if divergence == "reverse_kl" else sums.mean
+    centre = (shares.p_mass * (mean + sums.remainder)).sum(0)
+    loss = centre
+    if sums.loss is not None:
+        under_p = divergence == "skew_reverse_kl"
+        own = ((shares.p if under_p else shares.q) * sums.loss).sum(0)
+        loss = centre + beta * own if divergence == "jsd" else own
+    return loss, shares.p, shares.p * (mean - centre)
+
 
 def is_mixture(divergence: str) -> bool:
     """Whether β matters: only to the divergences from a mixture of student and teacher."""
-    return divergence in ("jsd", "skew_reverse_kl", "skew_forward_kl")
+    return divergence in MIXTURES

@@ -89,7 +89,7 @@ def linear_token_stats(
     scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
     weight = weight[:vocab].to(dtype)
     bias = None if bias is None else bias[:vocab].to(wide)
-    plan = plan_chunks(tokens, vocab, wide.itemsize, 0, hidden.device, max_chunk_bytes)
+    plan = plan_chunks(tokens, vocab, wide.itemsize, hidden.device, max_chunk_bytes)
     logits = make_workspace(hidden, plan.chunk, vocab, wide)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, tokens, plan.chunk):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdft_kernels.chunking import DEFAULT_BUDGET, ENOUGH_TOKENS, TILE_ROWS, plan_chunks
+from sdft_kernels.chunking import DEFAULT_BUDGET, ENOUGH_TOKENS, TILE_TOKENS, plan_chunks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -13,23 +13,23 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize("gradient_bytes", [0, 2])
 def test_chunks_fit_the_budget(tokens: int, vocab: int, gradient_bytes: int) -> None:
     budget = 200 << 20
-    plan = plan_chunks(tokens, vocab, 4, gradient_bytes, CPU, budget)
-    assert plan.chunk * vocab * (4 + gradient_bytes) + plan.block * vocab * 4 <= budget
-    assert 1 <= plan.block <= plan.chunk <= tokens
+    plan = plan_chunks(tokens, vocab, 8 + gradient_bytes, CPU, budget)
+    assert plan.chunk * vocab * (8 + gradient_bytes) <= budget
+    assert 1 <= plan.chunk <= tokens
 
 
 def test_chunks_are_even() -> None:
-    plan = plan_chunks(1000, 1000, 4, 0, CPU, 6 * 1000 * 400)
-    assert plan.chunk == 334
+    plan = plan_chunks(1000, 1000, 8, CPU, 8 * 1000 * 400)
+    assert [part.stop - part.start for part in plan.slices(1000)] == [336, 336, 328]
 
 
 def test_a_budget_too_small_for_one_token_still_works() -> None:
-    plan = plan_chunks(10, 262_144, 4, 0, CPU, 1)
-    assert (plan.chunk, plan.block) == (1, 1)
+    plan = plan_chunks(10, 262_144, 8, CPU, 1)
+    assert plan.chunk == 1
 
 
 def test_no_tokens() -> None:
-    assert plan_chunks(0, 100, 4, 0, CPU).chunk == 1
+    assert plan_chunks(0, 100, 8, CPU).chunk == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 1024, 1200, 5000, 16_384, 131_072])
@@ -37,17 +37,17 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("trainable_head", [True, False])
 def test_chunks_on_a_device(tokens: int, vocab: int, trainable_head: bool) -> None:
     """Whole tiles, even, inside the budget, and enough tokens in each where there are any and the budget allows."""
-    plan = plan_chunks(tokens, vocab, 4, 2, CUDA, trainable_head=trainable_head)
+    plan = plan_chunks(tokens, vocab, 10, CUDA, trainable_head=trainable_head)
     sizes = [part.stop - part.start for part in plan.slices(tokens)]
-    assert sum(sizes) == tokens and max(sizes) <= plan.chunk == plan.block
+    assert sum(sizes) == tokens and max(sizes) <= plan.chunk
     assert plan.chunk * vocab * 10 <= DEFAULT_BUDGET["cuda"]
-    assert all(size % TILE_ROWS == 0 for size in sizes[:-1])
-    assert max(sizes) - min(sizes) < 2 * TILE_ROWS
+    assert all(size % TILE_TOKENS["cuda"] == 0 for size in sizes[:-1])
+    assert max(sizes) - min(sizes) < 2 * TILE_TOKENS["cuda"]
     enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"]
     if enough * vocab * 10 <= DEFAULT_BUDGET["cuda"] / 2:
-        assert min(sizes) > min(tokens, enough) - TILE_ROWS
+        assert min(sizes) > min(tokens, enough) - TILE_TOKENS["cuda"]
 
 
 def test_a_budget_on_a_device_is_used_up() -> None:
-    plan = plan_chunks(10_000, 1000, 4, 2, CUDA, 1000 * 10 * 3000)
+    plan = plan_chunks(10_000, 1000, 10, CUDA, 1000 * 10 * 3000)
     assert plan.chunk == 2560 and [part.stop - part.start for part in plan.slices(10_000)][-1] == 2448
