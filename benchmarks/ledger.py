@@ -96,7 +96,7 @@ def chunk_size(method: str, shape: Shape, *, trainable_head: bool) -> int:
     if method != OURS:
         return PEER_CHUNK[method]
     cuda = torch.device("cuda")
-    return plan_chunks(1 << 17, shape.vocab, 4, 2, cuda, trainable_head=trainable_head).chunk
+    return plan_chunks(1 << 17, shape.vocab, 10, cuda, trainable_head=trainable_head).chunk
 
 
 def count(method: str, shape: Shape, *, trainable_head: bool, divergence: str = "reverse_kl") -> Ledger:

@@ -84,7 +84,9 @@ def run_chunks(
     wide = products.accumulation_dtype(compute_dtype)
     work = backend_module(backend, student.hidden.device, wide)
     run = _run_in_tiles if work is torch_backend else _run_in_rows
-    heads = [torch_backend.Head(*_head(side, vocab, compute_dtype, wide)) for side in (student, teacher)]
+    student_head = torch_backend.Head(*_head(student, vocab, compute_dtype, wide))
+    teacher_head = torch_backend.Head(*_head(teacher, vocab, compute_dtype, wide))
+    heads = (student_head, teacher_head)
     gradients = _allocate(student, wanted, wide, live, vocab)
     run(student, teacher, heads, live, rows, objective, wanted, gradients, wide, max_chunk_bytes)
     return gradients
@@ -93,7 +95,7 @@ def run_chunks(
 def _run_in_tiles(
     student: Side,
     teacher: Side,
-    heads: list[torch_backend.Head],
+    heads: tuple[torch_backend.Head, torch_backend.Head],
     live: LiveTokens,
     rows: TokenRows,
     objective: Objective,
@@ -128,7 +130,7 @@ def _run_in_tiles(
 def _run_in_rows(
     student: Side,
     teacher: Side,
-    heads: list[torch_backend.Head],
+    heads: tuple[torch_backend.Head, torch_backend.Head],
     live: LiveTokens,
     rows: TokenRows,
     objective: Objective,
