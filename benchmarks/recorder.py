@@ -102,7 +102,7 @@ def passing_for_cuda(mode: TorchFunctionMode | None = None) -> Iterator[None]:
 class _PassForCuda(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.device.__get__:
             return torch.device("cuda")
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True

@@ -124,7 +124,7 @@ def predict(model: Model, tokens: int, *, trainable_head: bool) -> list[Predicti
 def ratios(predictions: list[Prediction]) -> dict[tuple[str, str, int, str, str], float]:
     """Ours over each peer's, by model, head, tokens, GPU and peer."""
     times = {(p.model, p.head, p.tokens, p.gpu, p.method): p.seconds for p in predictions}
-    return {key: times[(*key[:-1], OURS)] / time for key, time in times.items() if key[-1] != OURS}
+    return {key: times[(key[0], key[1], key[2], key[3], OURS)] / time for key, time in times.items() if key[-1] != OURS}
 
 
 def broken_bars(predictions: list[Prediction]) -> list[str]:

@@ -77,7 +77,7 @@ class Workspace:
             part = slice(start, min(start + self.tile, self.vocab))
             size = (part.stop - part.start) * width
             logits = self._logits[start * width if self.keep else 0 :][:size]
-            yield part, *(buffer[:size].view(-1, width) for buffer in (logits, self._exponentials, self._scratch))
+            yield part, *(buffer[:size].view(-1, width) for buffer in (logits, self._exponentials, self._scratch))  # type: ignore[misc]
 
 
 def process_chunk(
@@ -239,13 +239,13 @@ def score_rows(logits: Tensor, scores: TokenScores, options: LogitOptions) -> No
     for start in range(0, tokens, size):
         tile, rows = logits[start : start + size].T, scores[start : start + size]
         _transform(tile, options)
-        found = _softmax(tile, *(buffer[: tile.shape[1]].T for buffer in buffers), rows.labels)
+        found = _softmax(tile, *(buffer[: tile.shape[1]].T for buffer in buffers), rows.labels)  # type: ignore[call-arg]
         whole = _Whole([found], 0, rows.labels, vocab)
         rows.entropy.copy_(whole.entropy)
         rows.logsumexp.copy_(whole.logsumexp)
         if whole.logprob is not None and rows.logprob is not None and rows.top1 is not None:
             rows.logprob.copy_(whole.logprob)
-            rows.top1.copy_(whole.is_largest)
+            rows.top1.copy_(whole.is_largest)  # type: ignore[arg-type]
 
 
 def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) -> Tensor:
