@@ -23,6 +23,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $@
 
 # The kernels under an older triton, in an environment of its own: run by the interpreter, and compiled for each GPU.
+# Its interpreter makes numbers of arrays with one element, which numpy 2.4 refuses.
 OLD_TRITON := .venv-triton-3.6
 
 test-triton-3.6: $(OLD_TRITON)/.installed
@@ -34,4 +35,5 @@ $(OLD_TRITON)/.installed: pyproject.toml setup.py constraints.txt
 	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt torch 'triton==3.6.*'
 	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt \
 		-e '.[train,dev,bench]' 'triton==3.6.*'
+	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install 'numpy<2.4'
 	touch $@

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -164,6 +164,8 @@ def launches(variant: Variant | ScoringVariant | PeerVariant) -> list[Launch]:
 
 def compile_variant(variant: Variant | ScoringVariant | PeerVariant, target: str) -> list[dict[str, Any]]:
     """A row of the report for each kernel that this call would launch on this target."""
+    if isinstance(variant, Variant) and variant.gradient and TARGETS[target].backend == "hip":
+        variant = replace(variant, gradient="float32")  # all there is on ROCm: products.gradient_dtype
     return [
         {
             "package": OURS,
@@ -199,22 +201,23 @@ def broken_bars(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The heaviest specialisation of each kernel on each target."""
+    """The heaviest specialisation of each kernel on each target, with and without soft-capped logits."""
     heaviest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = (row["package"], row["kernel"], row["target"], row["divergence"])
+        capped = row.get("capped", row.get("student_capped", False) or row.get("teacher_capped", False))
+        key = (row["package"], row["kernel"], row["target"], row["divergence"], "capped" if capped else "")
         if key not in heaviest or row["registers"] > heaviest[key]["registers"]:
             heaviest[key] = row
     lines = [
         "for each thread; the right half counts one turn of the inner loop (without one, the kernel) per logit of each",
-        f"{'package':17} {'kernel':16} {'target':6} {'divergence':16} {'regs':>4} {'spills':>6} {'stack':>5} "
-        f"{'shared':>6} {'warps':>5} | {'special':>7} {'shuffles':>8} {'instr.':>6}  loads and stores",
+        f"{'package':17} {'kernel':16} {'target':6} {'divergence':16} {'logits':6} {'regs':>4} {'spills':>6} "
+        f"{'stack':>5} {'shared':>6} {'warps':>5} | {'special':>7} {'shuffles':>8} {'instr.':>6}  loads and stores",
     ]
-    for row in heaviest.values():
+    for (package, kernel, target, divergence, capped), row in heaviest.items():
         inner, elements = row["inner"], row["elements"]
         accesses = ", ".join(f"{n} {name}" for name, n in inner["accesses"].items())
         lines.append(
-            f"{row['package']:17} {row['kernel']:16} {row['target']:6} {row['divergence']:16} {row['registers']:4} "
+            f"{package:17} {kernel:16} {target:6} {divergence:16} {capped:6} {row['registers']:4} "
             f"{row['spills']:6} {row['stack']:5} {row['shared']:6} {row['occupancy']:5.0%} | "
             f"{inner['special'] / elements:7.2f} {inner['shuffles'] / elements:8.2f} "
             f"{inner['instructions'] / elements:6.1f}  {accesses}"

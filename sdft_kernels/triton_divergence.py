@@ -32,7 +32,7 @@ from sdft_kernels.triton_math import (
 
 #: Vocabulary entries a program handles at once; 16 bytes a thread and load, four times.
 BLOCK = 2048
-#: The same for the second pass of a mixture, whose elementary functions take more registers.
+#: The same for the second pass and the gradient of a mixture, whose elementary functions take more registers.
 MIXTURE_BLOCK = 1024
 WARPS = 4
 
@@ -85,14 +85,15 @@ def process_rows(
         num_warps=1,
     )
     if gradient is not None:
-        gradient_kernel[(tokens, triton.cdiv(vocab, BLOCK))](
+        block = MIXTURE_BLOCK if is_mixture(objective.divergence) else BLOCK
+        gradient_kernel[(tokens, triton.cdiv(vocab, block))](
             *logits,
             gradient,
             gradient.stride(0),
             constants,
             objective.beta,
             **settings,
-            BLOCK=BLOCK,
+            BLOCK=block,
             num_warps=WARPS,
         )
 

@@ -49,9 +49,10 @@ def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None
         if row["kernel"] == "combine_kernel":
             continue
         widths = row["widths"]
-        loads = {"score_kernel": 4, "mixture_kernel": 4}.get(row["kernel"], 8)  # a block of each model it reads
+        models = 1 if row["kernel"] == "score_kernel" else 2
+        loads = models * row["elements"] // 4  # of 4 logits each, for a thread
         if row["target"] == "gfx942":
-            assert widths["buffer_load_dwordx4"] >= loads // 2, row
+            assert widths["buffer_load_dwordx4"] >= loads, row
         else:
             assert widths["LDG.E.128"] == loads, row
         if row["kernel"] == "gradient_kernel":
@@ -70,7 +71,7 @@ def test_the_inner_loop_reaches_rows_16_bytes_at_a_time(rows: list[dict]) -> Non
         wide = sum(n for name, n in inner["accesses"].items() if name in ("LDG.E.128", "buffer_load_dwordx4"))
         models = 1 if row["kernel"] == "score_kernel" else 2
         assert wide * 4 == models * row["elements"], row
-        assert inner["special"] >= models * row["elements"], row  # an exponential for each
+        assert inner["special"] >= row["elements"], row  # reverse KL's gradient has one exponential a logit: p
 
 
 def test_occupancy() -> None:
