@@ -62,10 +62,10 @@ def _forward(
     live = LiveTokens(token_weight, student_hidden.shape[0])
     weight, missing_factor = token_weights(live, token_weight, student_hidden, reduction, compute_dtype)
     if labels is not None:
-        labels = live.take(labels)
+        labels = live.take(labels).contiguous()
         check_labels(labels, vocab)
     if old_logprobs is not None:
-        old_logprobs = live.take(old_logprobs).to(wide)
+        old_logprobs = live.take(old_logprobs).to(wide).contiguous()
     loss, student_entropy, teacher_entropy = (student_hidden.new_empty(live.count, dtype=wide) for _ in range(3))
     logprobs = [None if labels is None else torch.empty_like(loss) for _ in range(2)]
     rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, *logprobs)

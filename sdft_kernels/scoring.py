@@ -77,6 +77,7 @@ def linear_token_stats(
     vocab = arguments.shared_vocabulary(weight.shape[0], weight.shape[0], vocab_size)
     dtype = arguments.products_dtype(hidden.device, hidden=hidden, weight=weight)
     if labels is not None:
+        labels = labels.contiguous()
         check_labels(labels, vocab)
 
     wide = products.accumulation_dtype(dtype)

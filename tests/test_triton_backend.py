@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sdft_kernels import chunk_loop, triton_divergence
+from sdft_kernels import chunk_loop, linear_token_stats, triton_divergence
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_divergence import BLOCK, split_rows
-from tests.cases import DIVERGENCES, Case, Result, assert_close, fused, random_case, reference
+from tests.cases import DIVERGENCES, Case, Result, assert_close, fused, random_case, reference, relative_error
 
 
 def interpreted(case: Case, upstream: torch.Tensor | None = None, **extra: int) -> Result:
@@ -96,6 +96,17 @@ def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(chunk_loop, "make_workspace", poisoned)
     case = random_case(3, vocab=BLOCK + 5, divergence="jsd")
     assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
+
+
+def test_vectors_over_tokens_that_are_not_contiguous() -> None:
+    case = random_case(6, vocab=300, labels=torch.randint(0, 300, (6,)), old_logprobs=-torch.rand(6) * 8)
+    expected = reference(case)
+    stats = linear_token_stats(case.student_hidden, case.student_weight, case.options["labels"])
+    for name in ("labels", "old_logprobs"):
+        case.options[name] = torch.stack((case.options[name], torch.zeros_like(case.options[name])), 1)[:, 0]
+    assert_close(interpreted(case), expected, 3e-6, 3e-6)
+    strided = linear_token_stats(case.student_hidden, case.student_weight, case.options["labels"], backend="triton")
+    assert relative_error(strided.logprob, stats.logprob) <= 3e-6
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
