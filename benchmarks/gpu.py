@@ -7,18 +7,16 @@ roofline predicts for this GPU, and the most memory above inputs and returned gr
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import json
 import statistics
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks import rows as files
 from benchmarks.ledger import COMPARED, OURS, count
 from benchmarks.methods import METHODS, Inputs, make_inputs
 from benchmarks.roofline import GPUS, LABEL, MODELS, Gpu, Model, seconds
@@ -143,8 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16_384], help="(default 1k, 4k, 16k)")
     parser.add_argument("--methods", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each method (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV")
+    files.add_arguments(parser)
     given = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu measures on a CUDA GPU, and torch sees none here; see benchmarks.gpu_static instead.")
@@ -162,13 +159,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress=progress,
             )
     print(machine.heading(), table(rows), sep="\n")
-    if given.json:
-        given.json.write_text(json.dumps({**machine.describe(), "rows": [asdict(row) for row in rows]}, indent=1))
-    if given.csv:
-        with given.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    files.write(rows, given)
 
 
 if __name__ == "__main__":

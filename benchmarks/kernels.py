@@ -13,9 +13,9 @@ from benchmarks.ledger import OURS, meta_inputs
 from benchmarks.methods import METHODS, PEER_BETA, Shape
 from benchmarks.recorder import passing_for_cuda
 from sdft_kernels import triton_divergence, triton_scoring
-from sdft_kernels.chunk_loop import make_workspace
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
+from sdft_kernels.triton_backend import make_workspace
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks import rows as files
 from benchmarks.methods import METHODS, SHAPES, Inputs, Shape, make_inputs
 
 MEBIBYTE = 2**20
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tokens", type=int, nargs="+", help="instead of each shape's own number")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
+    files.add_arguments(parser)
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     shapes = [s for s in SHAPES if s.name in given.shapes]
@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         mebibytes = measure_apart(shape, method, trainable_head=head == "trainable", threads=given.threads)
         rows.append(Peak(shape.name, shape.tokens, head, method, mebibytes))
     print(machine.heading(), table(rows), sep="\n")
-    if given.json:
-        given.json.write_text(json.dumps({**machine.describe(), "rows": [asdict(row) for row in rows]}, indent=1))
+    files.write(rows, given)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ float64 from there on.
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks import rows as files
 from benchmarks.methods import METHODS, Inputs, offers
 from benchmarks.rollouts import smollm2_states
 from sdft_kernels.divergences import DIVERGENCES
@@ -126,7 +126,7 @@ def draw(rows: list[Errors], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
     parser.add_argument("--prompts", type=int, default=16, help="rollouts whose hidden states are taken (default 16)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
+    files.add_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the errors there (PNG or SVG)")
     given = parser.parse_args(argv)
     states = smollm2_states(given.prompts)
@@ -135,8 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, divergence in tqdm(work, unit="divergence"):
         rows += measure(inputs_in(DTYPES[name], states), name, divergence)
     print(machine.heading(), f"{len(states[0])} tokens of SmolLM2-135M-Instruct's own rollouts", table(rows), sep="\n")
-    if given.json:
-        given.json.write_text(json.dumps({**machine.describe(), "rows": [asdict(row) for row in rows]}, indent=1))
+    files.write(rows, given)
     if given.plot:
         draw(rows, given.plot)
 

@@ -104,7 +104,7 @@ class _PassForCuda(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == torch.Tensor.device.__get__:
             return torch.device("cuda")
-        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]  # a bool in torch's stubs
             return True
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             kwargs["device"] = "meta"

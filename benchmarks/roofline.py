@@ -1,7 +1,8 @@
 """How long a ledger should take on a GPU: every launch waits for its operations or for its bytes, whichever is more.
 
 A prediction, not a measurement: matrix products reach one share of the peak, everything else the memory's full
-bandwidth, and launches overlap with what was launched before them. The same for every package.
+bandwidth, and launches overlap with what was launched before them. The same for every package. How many instructions
+and resident warps the compiled kernels have is not in the times: gpu_static prints them beside.
 """
 
 from __future__ import annotations
@@ -123,8 +124,12 @@ def predict(model: Model, tokens: int, *, trainable_head: bool) -> list[Predicti
 
 def ratios(predictions: list[Prediction]) -> dict[tuple[str, str, int, str, str], float]:
     """Ours over each peer's, by model, head, tokens, GPU and peer."""
-    times = {(p.model, p.head, p.tokens, p.gpu, p.method): p.seconds for p in predictions}
-    return {key: times[(key[0], key[1], key[2], key[3], OURS)] / time for key, time in times.items() if key[-1] != OURS}
+    ours = {(p.model, p.head, p.tokens, p.gpu): p.seconds for p in predictions if p.method == OURS}
+    return {
+        (p.model, p.head, p.tokens, p.gpu, p.method): ours[p.model, p.head, p.tokens, p.gpu] / p.seconds
+        for p in predictions
+        if p.method != OURS
+    }
 
 
 def broken_bars(predictions: list[Prediction]) -> list[str]:
@@ -164,7 +169,7 @@ def draw(predictions: list[Prediction], path: Path) -> None:
     tokens = min({p.tokens for p in predictions}, key=lambda number: abs(number - 16_384))
     colours = dict(zip(COMPARED, ("#2a6fbb", "#e07b39", "#c9ccd1", "#8a8f98"), strict=True))
     models = list(dict.fromkeys(p.model for p in predictions))
-    figure, axes = pyplot.subplots(2, len(GPUS), figsize=(15, 7), layout="constrained", sharey="row")
+    figure, axes = pyplot.subplots(2, len(GPUS), figsize=(15, 7), layout="constrained", sharey="col")
     for line, head in enumerate(BARS):
         for column, gpu in enumerate(GPUS):
             axis = axes[line][column]
@@ -181,7 +186,7 @@ def draw(predictions: list[Prediction], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", alpha=0.25)
             axis.set_axisbelow(True)
-        axes[line][0].set_ylabel("µs a token")
+        axes[line][0].set_ylabel("µs a token, predicted")
     figure.suptitle(f"Loss and gradients, {tokens} tokens: {LABEL}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COMPARED))
     figure.savefig(path, dpi=150)

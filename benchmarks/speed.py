@@ -7,18 +7,16 @@ median time of each, its ratio to the bare products (the floor) and to ours.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks import rows as files
 from benchmarks.methods import METHODS, SHAPES, Floor, Inputs, Method, Shape, make_inputs, offers
 
 FLOOR = "bare products"
@@ -92,8 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--divergences", nargs="+", default=["reverse_kl"], help="reverse_kl is what the bars are for")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV")
+    files.add_arguments(parser)
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     methods = list(dict.fromkeys(["sdft-kernels", *given.methods]))
@@ -112,13 +109,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress=progress,
             )
     print(machine.heading(), table(rows), sep="\n")
-    if given.json:
-        given.json.write_text(json.dumps({**machine.describe(), "rows": [asdict(row) for row in rows]}, indent=1))
-    if given.csv:
-        with given.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    files.write(rows, given)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def check_options(
     backend: str,
 ) -> None:
     """Refuses settings that no tensors could make right."""
-    one_of("divergence", divergence, tuple(DIVERGENCES))
+    one_of("divergence", divergence, DIVERGENCES)
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, BACKENDS)
     if is_mixture(divergence) and not 0 < number("beta", beta) < 1:

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from sdft_kernels import products, torch_backend
+from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.chunking import plan_chunks
-from sdft_kernels.divergences import Objective, is_mixture
+from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
-
-#: Rows of logits start at multiples of this many elements, so that kernels load and store 16 bytes at a time.
-ROW_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -81,98 +79,40 @@ def run_chunks(
 
     Products take their operands in `compute_dtype`; the first `vocab` entries of both heads are compared.
     """
-    wide = products.accumulation_dtype(compute_dtype)
-    work = backend_module(backend, student.hidden.device, wide)
-    run = _run_in_tiles if work is torch_backend else _run_in_rows
-    student_head = torch_backend.Head(*_head(student, vocab, compute_dtype, wide))
-    teacher_head = torch_backend.Head(*_head(teacher, vocab, compute_dtype, wide))
-    heads = (student_head, teacher_head)
+    wide, device = products.accumulation_dtype(compute_dtype), student.hidden.device
+    work = backend_module(backend, device, wide)
+    student_head = make_head(student.weight, student.bias, vocab, compute_dtype)
+    teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype)
+    if not student.weight.is_meta and student.weight.is_set_to(teacher.weight):
+        # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.
+        teacher_head = Head(student_head.weight, teacher_head.bias)
     gradients = _allocate(student, wanted, wide, live, vocab)
-    run(student, teacher, heads, live, rows, objective, wanted, gradients, wide, max_chunk_bytes)
+    per_logit = work.bytes_per_logit(compute_dtype, device, with_gradient=wanted.any)
+    plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
+    workspace = work.loss_workspace(
+        student.hidden, plan.chunk, vocab, compute_dtype, objective, with_gradient=wanted.any
+    )
+    weight = gradients.weight[:vocab] if wanted.weight else None
+    bias = gradients.bias[:vocab] if wanted.bias else None
+    for chunk in plan.slices(live.count):
+        with live.rows_of(gradients.hidden, chunk) if wanted.hidden else nullcontext() as hidden:
+            work.process_chunk(
+                live.take(student.hidden, chunk).to(compute_dtype),
+                live.take(teacher.hidden, chunk).to(compute_dtype),
+                student_head,
+                teacher_head,
+                rows[chunk],
+                objective,
+                ChunkGradients(hidden, weight, bias, first=chunk.start == 0),
+                workspace,
+            )
     return gradients
 
 
-def _run_in_tiles(
-    student: Side,
-    teacher: Side,
-    heads: tuple[torch_backend.Head, torch_backend.Head],
-    live: LiveTokens,
-    rows: TokenRows,
-    objective: Objective,
-    wanted: Wanted,
-    gradients: Gradients,
-    wide: torch.dtype,
-    max_chunk_bytes: int | None,
-) -> None:
-    """By the torch backend, a slab of the vocabulary at a time."""
-    vocab, device, dtype = len(heads[0].weight), student.hidden.device, heads[0].weight.dtype
-    plan = plan_chunks(live.count, vocab, 2 * wide.itemsize, device, max_chunk_bytes, trainable_head=wanted.weight)
-    keep = wanted.any or is_mixture(objective.divergence)
-    workspace = torch_backend.Workspace(student.hidden, plan.chunk, vocab, wide, keep=keep)
-    for chunk in plan.slices(live.count):
-        with live.rows_of(gradients.hidden, chunk) if wanted.hidden else nullcontext() as out:
-            torch_backend.process_chunk(
-                live.take(student.hidden, chunk).to(dtype),
-                live.take(teacher.hidden, chunk).to(dtype),
-                *heads,
-                rows[chunk],
-                objective,
-                torch_backend.ChunkGradients(
-                    out,
-                    gradients.weight[:vocab] if wanted.weight else None,
-                    gradients.bias[:vocab] if wanted.bias else None,
-                    first=chunk.start == 0,
-                ),
-                workspace,
-            )
-
-
-def _run_in_rows(
-    student: Side,
-    teacher: Side,
-    heads: tuple[torch_backend.Head, torch_backend.Head],
-    live: LiveTokens,
-    rows: TokenRows,
-    objective: Objective,
-    wanted: Wanted,
-    gradients: Gradients,
-    wide: torch.dtype,
-    max_chunk_bytes: int | None,
-) -> None:
-    """By the Triton backend, whole rows of logits at a time."""
-    from sdft_kernels import triton_backend
-
-    vocab, device, dtype = len(heads[0].weight), student.hidden.device, heads[0].weight.dtype
-    narrow = products.gradient_dtype(dtype, device)
-    separate = wanted.any and narrow != wide  # the gradient does not fit in place of the logits
-    per_logit = 2 * wide.itemsize + (narrow.itemsize if separate else 0)
-    plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
-    student_logits, teacher_logits = (make_workspace(student.hidden, plan.chunk, vocab, wide) for _ in range(2))
-    gradient = make_workspace(student.hidden, plan.chunk, vocab, narrow) if separate else student_logits
-    student_head, teacher_head = heads
-    for chunk in plan.slices(live.count):
-        size = chunk.stop - chunk.start
-        hidden = live.take(student.hidden, chunk).to(dtype)
-        products.logits(hidden, student_head.weight, student_head.bias, student_logits[:size])
-        teacher_hidden = live.take(teacher.hidden, chunk).to(dtype)
-        products.logits(teacher_hidden, teacher_head.weight, teacher_head.bias, teacher_logits[:size])
-        chunk_gradient = gradient[:size] if wanted.any else None
-        triton_backend.process_rows(
-            student_logits[:size], teacher_logits[:size], rows[chunk], objective, chunk_gradient
-        )
-        if wanted.hidden:
-            with live.rows_of(gradients.hidden, chunk) as out:
-                products.hidden_gradient(gradient[:size], student_head.weight, out)
-        if wanted.weight:
-            total = gradients.weight[:vocab]
-            products.add_weight_gradient(gradient[:size], hidden, total, first=chunk.start == 0)
-        if wanted.bias:
-            gradients.bias[:vocab] += gradient[:size].sum(0, dtype=wide)
-
-
-def _head(side: Side, vocab: int, compute_dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    bias = None if side.bias is None else side.bias[:vocab].to(wide)
-    return side.weight[:vocab].to(compute_dtype), bias
+def make_head(weight: Tensor, bias: Tensor | None, vocab: int, compute_dtype: torch.dtype) -> Head:
+    """The first `vocab` entries, in the dtypes that products take them in."""
+    wide = products.accumulation_dtype(compute_dtype)
+    return Head(weight[:vocab].to(compute_dtype), None if bias is None else bias[:vocab].to(wide))
 
 
 def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens, vocab: int) -> Gradients:
@@ -187,12 +127,6 @@ def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens
         gradients.hidden.zero_()
     gradients.weight[vocab if live.count else 0 :].zero_()
     return gradients
-
-
-def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """(tokens, vocab) uninitialised, its rows padded to the alignment."""
-    padded = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return like.new_empty((tokens, padded), dtype=dtype)[:, :vocab]
 
 
 def token_weights(

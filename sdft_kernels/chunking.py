@@ -30,8 +30,8 @@ class ChunkPlan:
     """Tokens in a chunk at the most, and how many chunks there are."""
 
     chunk: int
-    chunks: int = 1
-    tile: int = 1
+    chunks: int
+    tile: int
 
     def slices(self, tokens: int) -> Iterator[slice]:
         """All the tokens in even chunks, whole tiles each but for the last."""

@@ -56,15 +56,17 @@ class Objective:
 
 @dataclass
 class Tile:
-    """A slab of v vocabulary entries for C tokens: (v, C) each, all scratch.
+    """A slab of v vocabulary entries for C tokens: (v, C) each, all scratch but the sum.
 
-    `student` and `teacher` are logits less each token's maximum in the tile; `p` and `q` are their exponentials.
+    `student` and `teacher` are logits less each token's maximum in the tile; `p` and `q` are their exponentials, and
+    `p_sum`, (C,), is Σ p.
     """
 
     student: Tensor
     teacher: Tensor
     p: Tensor
     q: Tensor
+    p_sum: Tensor
 
 
 @dataclass
@@ -105,11 +107,10 @@ def centre_under_p(tile: Tile, g: Tensor, loss: Tensor | None = None) -> Sums:
     Where p is nearly one-hot, g at its peak and its mean are nearly the same number, and one float32 sum leaves a
     difference without digits. The second sum, over what the first has left, gives them back.
     """
-    total = tile.p.sum(0)
-    mean = column_dot(tile.p, g, tile.q) / total
+    mean = column_dot(tile.p, g, tile.q) / tile.p_sum
     centred = torch.mul(tile.p, g.sub_(mean), out=tile.student)
     tile.teacher.copy_(tile.p)
-    return Sums(loss, mean, centred.sum(0) / total)
+    return Sums(loss, mean, centred.sum(0) / tile.p_sum)
 
 
 def reverse_kl(tile: Tile) -> Sums:

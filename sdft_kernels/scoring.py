@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels import arguments, products
-from sdft_kernels.chunk_loop import backend_module, check_labels, make_workspace
+from sdft_kernels.chunk_loop import backend_module, check_labels, make_head
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import LogitOptions
 from sdft_kernels.tokens import TokenScores
@@ -82,20 +82,16 @@ def linear_token_stats(
 
     wide = products.accumulation_dtype(dtype)
     options = LogitOptions(scale=logit_scale, softcap=softcap, temperature=temperature)
-    score_rows = backend_module(backend, hidden.device, wide).score_rows
+    work = backend_module(backend, hidden.device, wide)
     tokens = hidden.shape[0]
     entropy, logsumexp = (hidden.new_empty(tokens, dtype=wide) for _ in range(2))
     logprob = None if labels is None else hidden.new_empty(tokens, dtype=wide)
     top1 = None if labels is None else hidden.new_empty(tokens, dtype=torch.bool)
     scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
-    weight = weight[:vocab].to(dtype)
-    bias = None if bias is None else bias[:vocab].to(wide)
+    head = make_head(weight, bias, vocab, dtype)
     plan = plan_chunks(tokens, vocab, wide.itemsize, hidden.device, max_chunk_bytes)
-    logits = make_workspace(hidden, plan.chunk, vocab, wide)
+    workspace = work.scoring_workspace(hidden, plan.chunk, vocab, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, tokens, plan.chunk):
-            chunk = slice(start, min(start + plan.chunk, tokens))
-            part = logits[: chunk.stop - chunk.start]
-            products.logits(hidden[chunk].to(dtype), weight, bias, part)
-            score_rows(part, scores[chunk], options)
+        for chunk in plan.slices(tokens):
+            work.score_chunk(hidden[chunk].to(dtype), head, scores[chunk], options, workspace)
     return TokenStats(logprob, top1, entropy, logsumexp)

@@ -14,6 +14,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from sdft_kernels import products
+from sdft_kernels.chunk import ChunkGradients, Head
+from sdft_kernels.chunking import TILE_TOKENS
 from sdft_kernels.divergences import (
     MIXTURES,
     PLAIN,
@@ -29,44 +32,22 @@ from sdft_kernels.divergences import (
 )
 from sdft_kernels.tokens import TokenRows, TokenScores
 
-#: Bytes of both models' logits in a tile; a call's scratch is three times that.
-TILE_BYTES = 2 << 20
+#: Bytes of both models' logits in a tile, of which a call's scratch is twice as much. Smaller tiles make slower products,
+#: larger ones leave the cache: of 1, 2, 3 and 4 MiB, 3 was fastest on two cores with 32 MiB of last-level cache.
+TILE_BYTES = 3 << 20
 
 #: Matrix products are slower where the number of tokens is no multiple of this, so zeros fill up the last chunk.
-TOKENS_ALIGNED = 16
-
-
-@dataclass(frozen=True)
-class Head:
-    """A model's head (V, H), in any dtype, and its bias (V,) or None, in the accumulation dtype."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass
-class ChunkGradients:
-    """Where a chunk's gradients go: (C, H) to be written; (V, H) and (V,) to be added to, or written if `first`."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    first: bool
-
-    @property
-    def any(self) -> bool:
-        return self.hidden is not None or self.weight is not None or self.bias is not None
+TOKENS_ALIGNED = TILE_TOKENS["cpu"]
 
 
 class Workspace:
-    """Buffers for chunks of up to `tokens` tokens: both models' logits side by side, and two arrays for a tile.
+    """Buffers for (V, width) logits, and two arrays for a tile of them.
 
     Without `keep` there is only one tile's worth of logits: enough where nothing comes after the first pass.
     """
 
-    def __init__(self, like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, *, keep: bool) -> None:
+    def __init__(self, like: Tensor, width: int, vocab: int, dtype: torch.dtype, *, keep: bool) -> None:
         self.vocab, self.keep = vocab, keep
-        width = 2 * _aligned(tokens)
         self.tile = min(vocab, max(64, TILE_BYTES // (width * dtype.itemsize) // 16 * 16))
         self._logits = like.new_empty((vocab if keep else self.tile) * width, dtype=dtype)
         self._exponentials, self._scratch = (like.new_empty(self.tile * width, dtype=dtype) for _ in range(2))
@@ -76,8 +57,22 @@ class Workspace:
         for start in range(0, self.vocab, self.tile):
             part = slice(start, min(start + self.tile, self.vocab))
             size = (part.stop - part.start) * width
-            logits = self._logits[start * width if self.keep else 0 :][:size]
-            yield part, *(buffer[:size].view(-1, width) for buffer in (logits, self._exponentials, self._scratch))  # type: ignore[misc]
+            logits = self._logits[start * width if self.keep else 0 :]
+            buffers = [buffer[:size].view(-1, width) for buffer in (logits, self._exponentials, self._scratch)]
+            yield part, buffers[0], buffers[1], buffers[2]
+
+
+def bytes_per_logit(dtype: torch.dtype, device: torch.device, *, with_gradient: bool) -> int:
+    """Of the loss's workspace, for inputs in `dtype`: both models' logits, in whose place the gradient comes."""
+    return 2 * products.accumulation_dtype(dtype).itemsize
+
+
+def loss_workspace(
+    like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
+) -> Workspace:
+    """For chunks of up to `tokens` tokens, both models' logits side by side."""
+    keep = with_gradient or is_mixture(objective.divergence)
+    return Workspace(like, 2 * _aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=keep)
 
 
 def process_chunk(
@@ -92,29 +87,34 @@ def process_chunk(
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     dtype, tokens, width = rows.loss.dtype, len(rows.loss), _aligned(len(rows.loss))
-    hidden = _padded(student_hidden, width, dtype)
-    sides = [(student, hidden, objective.student), (teacher, _padded(teacher_hidden, width, dtype), objective.teacher)]
+    hidden, teacher_hidden = _padded(student_hidden, width, dtype), _padded(teacher_hidden, width, dtype)
+    both = torch.cat((hidden, teacher_hidden)) if student.weight is teacher.weight else None
     labels = None if rows.labels is None else torch.nn.functional.pad(rows.labels, (0, width - tokens)).repeat(2)
     capped = objective.student.softcap is not None and gradients.any
     seen: list[_Softmax] = []
     sums: list[Sums] = []
     for part, logits, exponentials, scratch in workspace.tiles(2 * width):
-        _multiply(sides, part, logits)
-        _transform(logits[:, :width], objective.student)
-        _transform(logits[:, width:], objective.teacher)
+        student_logits, teacher_logits = logits.split(width, 1)
+        if both is not None:
+            _multiply(student.weight, both, part, logits)
+        else:
+            _multiply(student.weight, hidden, part, student_logits)
+            _multiply(teacher.weight, teacher_hidden, part, teacher_logits)
+        _transform(student_logits, student.bias, part, objective.student)
+        _transform(teacher_logits, teacher.bias, part, objective.teacher)
         seen.append(_softmax(logits, exponentials, scratch, None if labels is None else labels - part.start))
         if objective.divergence in PLAIN:
-            slope = _slope(logits[:, :width], seen[-1].peak, objective.student) if capped else None
-            sums.append(PLAIN[objective.divergence](_tile(logits, exponentials, width)))
+            slope = _slope(student_logits, seen[-1], objective.student, scratch) if capped else None
+            sums.append(PLAIN[objective.divergence](_tile(logits, exponentials, seen[-1])))
             if slope is not None:
                 _apply(slope, logits)
-    softmax = _Whole(seen, width, labels, workspace.tile)
+    softmax = _Whole(seen, labels, workspace.tile)
     shares = softmax.shares()
     if is_mixture(objective.divergence):
-        for number, (_, logits, exponentials, _) in enumerate(workspace.tiles(2 * width)):
+        for number, (_, logits, exponentials, scratch) in enumerate(workspace.tiles(2 * width)):
             torch.exp(logits, out=exponentials)
-            slope = _slope(logits[:, :width], seen[number].peak, objective.student) if capped else None
-            tile = _tile(logits, exponentials, width)
+            slope = _slope(logits[:, :width], seen[number], objective.student, scratch) if capped else None
+            tile = _tile(logits, exponentials, seen[number])
             log_ratio = log_ratio_in(tile, shares.log_ratio[number].to(dtype))
             sums.append(MIXTURES[objective.divergence](tile, log_ratio, objective.beta))
             if slope is not None:
@@ -135,18 +135,9 @@ def process_chunk(
         _carry_back(hidden, student, (factor * x).to(dtype), (factor * y).to(dtype), gradients, workspace)
 
 
-def _multiply(sides: list[tuple[Head, Tensor, LogitOptions]], part: slice, logits: Tensor) -> None:
-    """Products of a tile of each head with its hidden states, side by side; one product where the head is shared."""
-    (student, hidden, _), (teacher, teacher_hidden, _) = sides
-    width, dtype = len(hidden), hidden.dtype
-    if _same(student.weight, teacher.weight):
-        torch.mm(student.weight[part].to(dtype), torch.cat((hidden, teacher_hidden)).T, out=logits)
-    else:
-        torch.mm(student.weight[part].to(dtype), hidden.T, out=logits[:, :width])
-        torch.mm(teacher.weight[part].to(dtype), teacher_hidden.T, out=logits[:, width:])
-    for head, half in ((student, logits[:, :width]), (teacher, logits[:, width:])):
-        if head.bias is not None:
-            half.add_(head.bias[part].unsqueeze(1))
+def _multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
+    """out ← a tile of the head times hidden states; (v, H), (C, H) → (v, C)."""
+    torch.mm(weight[part].to(hidden.dtype), hidden.T, out=out)
 
 
 def _carry_back(
@@ -163,7 +154,7 @@ def _carry_back(
         if gradients.weight is not None:
             gradients.weight[part].addmm_(gradient, hidden, beta=kept)
         if gradients.bias is not None:
-            gradients.bias[part].mul_(kept).add_(gradient.sum(1))
+            gradients.bias[part] += gradient.sum(1)
     if gradients.hidden is not None:
         gradients.hidden.copy_(total[:, : len(gradients.hidden)].T)
 
@@ -188,33 +179,34 @@ def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, labels: Tens
 
 
 class _Whole:
-    """The softmax of the whole vocabulary from its tiles', in float64; both models' tokens side by side."""
+    """The softmax of the whole vocabulary from its tiles', in float64: (C,), and (tiles, C) what differs in each."""
 
-    def __init__(self, tiles: list[_Softmax], width: int, labels: Tensor | None, tile: int) -> None:
-        self.width = width
-        peak, self.total, dot = (torch.stack([getattr(t, n) for t in tiles]).double() for n in ("peak", "total", "dot"))
+    def __init__(self, tiles: list[_Softmax], labels: Tensor | None, tile: int) -> None:
+        peak, total, dot = (
+            torch.stack([getattr(t, name) for t in tiles]).double() for name in ("peak", "total", "dot")
+        )
         largest = peak.amax(0)
-        self.below = peak - largest
-        self.scale = self.below.exp()
-        whole = (self.scale * self.total).sum(0)
-        self.log_sum = whole.log()
-        self.scale /= whole
-        self.entropy = self.log_sum - (self.scale * (dot + self.below * self.total)).sum(0)
-        self.logsumexp = largest + self.log_sum
+        below = peak - largest
+        whole = (below.exp() * total).sum(0)
+        log_sum = whole.log()
+        self.share = below.exp() / whole
+        self.mass = self.share * total
+        self.log_share = below - log_sum
+        self.entropy = log_sum - (self.share * (dot + below * total)).sum(0)
+        self.logsumexp = largest + log_sum
+        self.below_largest: Tensor | None = None
         self.logprob: Tensor | None = None
-        self.is_largest: Tensor | None = None
         if labels is not None:
-            picked = torch.stack([t.label for t in tiles if t.label is not None]).double() + self.below
-            picked = picked.gather(0, (labels // tile).unsqueeze(0)).squeeze(0)
-            self.logprob, self.is_largest = picked - self.log_sum, picked >= 0
+            picked = torch.stack([t.label for t in tiles if t.label is not None]).double() + below
+            self.below_largest = picked.gather(0, (labels // tile).unsqueeze(0)).squeeze(0)
+            self.logprob = self.below_largest - log_sum
 
     def shares(self) -> Shares:
-        """Of the student's tokens, in the first half, and the teacher's."""
-        p, q = self.scale.split(self.width, 1)
-        p_total, q_total = self.total.split(self.width, 1)
-        constant = self.below - self.log_sum
-        log_p, log_q = constant.split(self.width, 1)
-        return Shares(p, q, p * p_total, q * q_total, log_p - log_q)
+        """Where the first half of the tokens are the student's and the others the teacher's."""
+        (p, q), (p_mass, q_mass), (log_p, log_q) = (
+            values.chunk(2, 1) for values in (self.share, self.mass, self.log_share)
+        )
+        return Shares(p, q, p_mass, q_mass, log_p - log_q)
 
 
 def _stack(sums: list[Sums]) -> Sums:
@@ -227,25 +219,33 @@ def _stack(sums: list[Sums]) -> Sums:
     return Sums(**{field.name: of(field.name) for field in fields(Sums)})
 
 
-def _tile(logits: Tensor, exponentials: Tensor, width: int) -> Tile:
-    return Tile(*logits.split(width, 1), *exponentials.split(width, 1))
+def _tile(logits: Tensor, exponentials: Tensor, seen: _Softmax) -> Tile:
+    (student, teacher), (p, q) = logits.chunk(2, 1), exponentials.chunk(2, 1)
+    return Tile(student, teacher, p, q, seen.total[: p.shape[1]])
 
 
-def score_rows(logits: Tensor, scores: TokenScores, options: LogitOptions) -> None:
-    """Fills `scores` from (R, V) products of hidden states and a head, which are overwritten."""
-    tokens, vocab = logits.shape
-    size = max(1, min(tokens, TILE_BYTES // (logits.element_size() * vocab)))
-    buffers = [logits.new_empty((size, vocab)) for _ in range(2)]
-    for start in range(0, tokens, size):
-        tile, rows = logits[start : start + size].T, scores[start : start + size]
-        _transform(tile, options)
-        found = _softmax(tile, *(buffer[: tile.shape[1]].T for buffer in buffers), rows.labels)  # type: ignore[call-arg]
-        whole = _Whole([found], 0, rows.labels, vocab)
-        rows.entropy.copy_(whole.entropy)
-        rows.logsumexp.copy_(whole.logsumexp)
-        if whole.logprob is not None and rows.logprob is not None and rows.top1 is not None:
-            rows.logprob.copy_(whole.logprob)
-            rows.top1.copy_(whole.is_largest)  # type: ignore[arg-type]
+def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:
+    """For chunks of up to `tokens` tokens."""
+    return Workspace(like, _aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=False)
+
+
+def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Workspace) -> None:
+    """Fills `scores` for C tokens' hidden states, (C, H)."""
+    tokens, width = len(hidden), _aligned(len(hidden))
+    hidden = _padded(hidden, width, scores.entropy.dtype)
+    labels = None if scores.labels is None else torch.nn.functional.pad(scores.labels, (0, width - tokens))
+    seen: list[_Softmax] = []
+    for part, logits, exponentials, scratch in workspace.tiles(width):
+        _multiply(head.weight, hidden, part, logits)
+        _transform(logits, head.bias, part, options)
+        seen.append(_softmax(logits, exponentials, scratch, None if labels is None else labels - part.start))
+    softmax = _Whole(seen, labels, workspace.tile)
+    scores.entropy.copy_(softmax.entropy[:tokens])
+    scores.logsumexp.copy_(softmax.logsumexp[:tokens])
+    if softmax.logprob is not None and softmax.below_largest is not None:
+        assert scores.logprob is not None and scores.top1 is not None
+        scores.logprob.copy_(softmax.logprob[:tokens])
+        scores.top1.copy_(softmax.below_largest[:tokens] >= 0)
 
 
 def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) -> Tensor:
@@ -254,19 +254,22 @@ def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) 
     return ratio if clip is None else ratio.clamp_(max=clip)
 
 
-def _transform(logits: Tensor, options: LogitOptions) -> None:
-    """y → z in place."""
+def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions) -> None:
+    """A tile of products to z, in place."""
+    if bias is not None:
+        logits.add_(bias[part].unsqueeze(1))
     if options.softcap is not None:
         logits.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap / options.temperature)
     elif options.scale != options.temperature:
         logits.mul_(options.scale / options.temperature)
 
 
-def _slope(logits: Tensor, peak: Tensor, options: LogitOptions) -> Tensor:
+def _slope(student: Tensor, seen: _Softmax, options: LogitOptions, scratch: Tensor) -> Tensor:
     """The soft cap's derivative, 1 - tanh²(y / softcap), from z less its maximum."""
     assert options.softcap is not None
-    tanh = (logits + peak[: logits.shape[1]]).mul_(options.temperature / options.softcap)
-    return tanh.square_().neg_().add_(1)
+    width = student.shape[1]
+    z = torch.add(student, seen.peak[:width], out=scratch[:, :width])
+    return z.mul_(options.temperature / options.softcap).square_().neg_().add_(1)
 
 
 def _apply(slope: Tensor, logits: Tensor) -> None:
@@ -275,12 +278,9 @@ def _apply(slope: Tensor, logits: Tensor) -> None:
         half.mul_(slope)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
 def _aligned(tokens: int) -> int:
-    return -(-tokens // TOKENS_ALIGNED) * TOKENS_ALIGNED
+    """Columns for so many tokens; a budget for fewer than a whole vector of them is kept to."""
+    return tokens if tokens < TOKENS_ALIGNED else -(-tokens // TOKENS_ALIGNED) * TOKENS_ALIGNED
 
 
 def _padded(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,96 @@
-"""The row operations of `torch_backend`, as Triton kernels: same names, same arguments."""
+"""The loss of a chunk of tokens by Triton kernels, on whole rows of logits: the same names as in `torch_backend`.
 
+Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs' dtype where
+products of that accumulate in float32, else in place of the student's logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdft_kernels import products
+from sdft_kernels.chunk import ChunkGradients, Head
+from sdft_kernels.divergences import LogitOptions, Objective
+from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import process_rows
 from sdft_kernels.triton_scoring import score_rows
 
-__all__ = ["process_rows", "score_rows"]
+#: Rows of logits start at multiples of this many elements, so that kernels load and store 16 bytes at a time.
+ROW_ALIGNMENT = 16
+
+
+def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """(tokens, vocab) uninitialised, its rows padded to the alignment."""
+    padded = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return like.new_empty((tokens, padded), dtype=dtype)[:, :vocab]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Rows for a chunk's logits and their gradient, which may be the student's rows."""
+
+    student: Tensor
+    teacher: Tensor
+    gradient: Tensor
+
+
+def _gradient_apart(dtype: torch.dtype, device: torch.device, with_gradient: bool) -> bool:
+    """Whether the gradient is in another dtype than the logits, and so does not fit in their place."""
+    return with_gradient and products.gradient_dtype(dtype, device) != products.accumulation_dtype(dtype)
+
+
+def bytes_per_logit(dtype: torch.dtype, device: torch.device, *, with_gradient: bool) -> int:
+    """Of the loss's workspace, for products of operands in `dtype`."""
+    apart = products.gradient_dtype(dtype, device).itemsize if _gradient_apart(dtype, device, with_gradient) else 0
+    return 2 * products.accumulation_dtype(dtype).itemsize + apart
+
+
+def loss_workspace(
+    like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
+) -> Workspace:
+    """For chunks of up to `tokens` tokens."""
+    wide = products.accumulation_dtype(dtype)
+    student, teacher = (make_workspace(like, tokens, vocab, wide) for _ in range(2))
+    if not _gradient_apart(dtype, like.device, with_gradient):
+        return Workspace(student, teacher, student)
+    return Workspace(student, teacher, make_workspace(like, tokens, vocab, products.gradient_dtype(dtype, like.device)))
+
+
+def process_chunk(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    student: Head,
+    teacher: Head,
+    rows: TokenRows,
+    objective: Objective,
+    gradients: ChunkGradients,
+    workspace: Workspace,
+) -> None:
+    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
+    tokens = len(student_hidden)
+    student_logits, teacher_logits = workspace.student[:tokens], workspace.teacher[:tokens]
+    gradient = workspace.gradient[:tokens]
+    products.logits(student_hidden, student.weight, student.bias, student_logits)
+    products.logits(teacher_hidden, teacher.weight, teacher.bias, teacher_logits)
+    process_rows(student_logits, teacher_logits, rows, objective, gradient if gradients.any else None)
+    if gradients.hidden is not None:
+        products.hidden_gradient(gradient, student.weight, gradients.hidden)
+    if gradients.weight is not None:
+        products.add_weight_gradient(gradient, student_hidden, gradients.weight, first=gradients.first)
+    if gradients.bias is not None:
+        gradients.bias += gradient.sum(0, dtype=gradients.bias.dtype)
+
+
+def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """For chunks of up to `tokens` tokens."""
+    return make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
+
+
+def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Tensor) -> None:
+    """Fills `scores` for C tokens' hidden states, (C, H)."""
+    logits = workspace[: len(hidden)]
+    products.logits(hidden, head.weight, head.bias, logits)
+    score_rows(logits, scores, options)

@@ -15,9 +15,9 @@ from benchmarks import ledger, roofline
 from benchmarks.ledger import COMPARED, OURS, TRAFFIC, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
-from sdft_kernels.chunk_loop import make_workspace
 from sdft_kernels.divergences import DIVERGENCES, Objective
 from sdft_kernels.tokens import TokenRows
+from sdft_kernels.triton_backend import make_workspace
 from sdft_kernels.triton_divergence import process_rows, split_rows
 
 HEADS = (True, False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdft_kernels import chunk_loop, linear_token_stats, triton_divergence
+from sdft_kernels import linear_token_stats, triton_backend, triton_divergence
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_divergence import BLOCK, split_rows
@@ -86,14 +86,14 @@ def test_rows_are_split_only_as_far_as_they_have_blocks() -> None:
 
 
 def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_workspace = chunk_loop.make_workspace
+    make_workspace = triton_backend.make_workspace
 
     def poisoned(like: torch.Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
         workspace = make_workspace(like, tokens, vocab, dtype)
         workspace.as_strided((tokens, workspace.stride(0)), (workspace.stride(0), 1)).fill_(float("nan"))
         return workspace
 
-    monkeypatch.setattr(chunk_loop, "make_workspace", poisoned)
+    monkeypatch.setattr(triton_backend, "make_workspace", poisoned)
     case = random_case(3, vocab=BLOCK + 5, divergence="jsd")
     assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
 
@@ -129,9 +129,9 @@ def test_rows_past_two_to_the_31st_element(divergence: str) -> None:
 
 
 def _padded(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same logits in rows as the chunk loop lays them out."""
+    """The same logits in rows as the backend lays them out."""
     student, teacher = (
-        chunk_loop.make_workspace(logits, logits.shape[1], logits.shape[2], torch.float32).copy_(part)
+        triton_backend.make_workspace(logits, logits.shape[1], logits.shape[2], torch.float32).copy_(part)
         for part in logits
     )
     return student, teacher
