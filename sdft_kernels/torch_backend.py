@@ -32,8 +32,8 @@ from sdft_kernels.divergences import (
 )
 from sdft_kernels.tokens import TokenRows, TokenScores
 
-#: Bytes of both models' logits in a tile, of which a call's scratch is twice as much. Smaller tiles make slower products,
-#: larger ones leave the cache: of 1, 2, 3 and 4 MiB, 3 was fastest on two cores with 32 MiB of last-level cache.
+#: Bytes of both models' logits in a tile; a call's scratch is twice that. Smaller tiles make slower products, larger
+#: ones leave the cache: of 1, 2, 3 and 4 MiB, 3 was fastest on two cores with 32 MiB of last-level cache.
 TILE_BYTES = 3 << 20
 
 #: Matrix products are slower where the number of tokens is no multiple of this, so zeros fill up the last chunk.
