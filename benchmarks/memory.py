@@ -1,7 +1,7 @@
 """The most memory the loss takes above its inputs and the gradients it returns, each method in a process of its own.
 
 `python -m benchmarks.memory` reads the kernel's own high-water mark of resident memory, reset after a small warm-up
-call, so that what libraries allocate once is not counted.
+call, so that what libraries allocate once is not counted. It prints a table and writes it as CSV and as a plot.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks import machine, plots
 from benchmarks import rows as files
 from benchmarks.methods import METHODS, SHAPES, Inputs, Shape, make_inputs
 
@@ -79,6 +79,23 @@ def table(rows: list[Peak]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[Peak], path: Path) -> None:
+    """A panel for each head, a group of bars for each shape and number of tokens."""
+    heads = list(dict.fromkeys(row.head for row in rows))
+    cases = list(dict.fromkeys((row.shape, row.tokens) for row in rows))
+    names = {case: f"{case[0]}\n{case[1]} tokens" for case in cases}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    size = (max(5.0, 2.2 * len(cases)) * len(heads), 4.2)
+    with plots.panels(path, 1, len(heads), size, sharey=True) as axes:
+        for axis, head in zip(axes[0], heads, strict=True):
+            heights = {
+                method: {names[r.shape, r.tokens]: r.mebibytes for r in rows if (r.method, r.head) == (method, head)}
+                for method in methods
+            }
+            plots.bars(axis, list(names.values()), heights)
+            axis.set_title(f"{head} head: MiB above inputs and gradients")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
@@ -86,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tokens", type=int, nargs="+", help="instead of each shape's own number")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    files.add_arguments(parser)
+    files.add_arguments(parser, "memory")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     shapes = [s for s in SHAPES if s.name in given.shapes]
@@ -99,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(Peak(shape.name, shape.tokens, head, method, mebibytes))
     print(machine.heading(), table(rows), sep="\n")
     files.write(rows, given)
+    draw(rows, given.plot)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks import machine, plots
 from benchmarks import rows as files
 from benchmarks.methods import METHODS, Inputs, offers
 from benchmarks.rollouts import smollm2_states
@@ -95,32 +95,22 @@ def table(rows: list[Errors]) -> str:
 
 def draw(rows: list[Errors], path: Path) -> None:
     """The errors of the hidden gradient and of the loss, a panel for each dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     methods = list(dict.fromkeys(row.method for row in rows))
-    colours = dict(zip(methods, ("#8a8f98", "#2a6fbb", "#e07b39", "#5a9e6f", "#b05aa0"), strict=False))
-    figure, axes = pyplot.subplots(2, len(DTYPES), figsize=(11, 7), layout="constrained", sharey="col")
-    for column, dtype in enumerate(DTYPES):
-        here = [row for row in rows if row.dtype == dtype]
-        names = list(dict.fromkeys(row.divergence for row in here))
-        for line, value in enumerate(("loss", "grad_hidden")):
-            axis = axes[line][column]
-            for number, method in enumerate(methods):
-                offset = (number - (len(methods) - 1) / 2) * 0.8 / len(methods)
-                points = [(names.index(r.divergence) + offset, getattr(r, value)) for r in here if r.method == method]
-                axis.bar(*zip(*points, strict=True), width=0.8 / len(methods), color=colours[method], label=method)
-            axis.set(yscale="log", title=f"{dtype}: {'loss' if value == 'loss' else 'gradient of the hidden states'}")
-            axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=15)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(axis="y", alpha=0.25)
-            axis.set_axisbelow(True)
-        axes[0][column].set_ylabel("relative error against float64" if column == 0 else "")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with plots.panels(path, 2, len(DTYPES), (11, 7), sharey="col") as axes:
+        for column, dtype in enumerate(DTYPES):
+            here = [row for row in rows if row.dtype == dtype]
+            names = list(dict.fromkeys(row.divergence.replace("_", " ") for row in here))
+            for axis, value in zip(axes[:, column], ("loss", "grad_hidden"), strict=True):
+                heights = {
+                    method: {r.divergence.replace("_", " "): getattr(r, value) for r in here if r.method == method}
+                    for method in methods
+                }
+                plots.bars(axis, names, heights)
+                axis.set(
+                    yscale="log", title=f"{dtype}: {'loss' if value == 'loss' else 'gradient of the hidden states'}"
+                )
+                axis.tick_params("x", rotation=15)
+        axes[0][0].set_ylabel("relative error against float64")
 
 
 def main(argv: list[str] | None = None) -> None:

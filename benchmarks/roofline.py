@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import plots
 from benchmarks.ledger import COMPARED, OURS, Ledger, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op
@@ -161,33 +162,18 @@ def table(predictions: list[Prediction]) -> str:
 
 def draw(predictions: list[Prediction], path: Path) -> None:
     """Time a token by model, at the number of tokens nearest to 16k: a row for each head, a column for each GPU."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     tokens = min({p.tokens for p in predictions}, key=lambda number: abs(number - 16_384))
-    colours = dict(zip(COMPARED, ("#2a6fbb", "#e07b39", "#c9ccd1", "#8a8f98"), strict=True))
     models = list(dict.fromkeys(p.model for p in predictions))
-    figure, axes = pyplot.subplots(2, len(GPUS), figsize=(15, 7), layout="constrained", sharey="col")
-    for line, head in enumerate(BARS):
-        for column, gpu in enumerate(GPUS):
-            axis = axes[line][column]
-            for number, method in enumerate(COMPARED):
-                times = {
-                    p.model: p.microseconds_per_token
-                    for p in predictions
-                    if (p.gpu, p.head, p.tokens, p.method) == (gpu.name, head, tokens, method)
-                }
-                places = [place + (number - 1.5) * 0.2 for place in range(len(models))]
-                axis.bar(places, [times[m] for m in models], width=0.2, color=colours[method], label=method)
-            axis.set_title(f"{gpu.name}, {head} head")
-            axis.set_xticks(range(len(models)), models, rotation=30, ha="right")
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(axis="y", alpha=0.25)
-            axis.set_axisbelow(True)
-        axes[line][0].set_ylabel("µs a token, predicted")
-    figure.suptitle(f"Loss and gradients, {tokens} tokens: {LABEL}")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COMPARED))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with plots.panels(path, len(BARS), len(GPUS), (15, 7), sharey="col") as axes:
+        for line, head in enumerate(BARS):
+            for axis, gpu in zip(axes[line], GPUS, strict=True):
+                here = [p for p in predictions if (p.gpu, p.head, p.tokens) == (gpu.name, head, tokens)]
+                plots.bars(
+                    axis,
+                    models,
+                    {m: {p.model: p.microseconds_per_token for p in here if p.method == m} for m in COMPARED},
+                )
+                axis.set_title(f"{gpu.name}, {head} head")
+                axis.tick_params("x", rotation=30)
+            axes[line][0].set_ylabel("µs a token, predicted")
+        axes[0][0].figure.suptitle(f"Loss and gradients, {tokens} tokens: {LABEL}")

@@ -1,7 +1,7 @@
 """How long the loss and its gradients take, against liger-kernel, TRL, plain torch and the bare matrix products.
 
-`python -m benchmarks.speed` runs all of them in one process, in turns, on the shapes of real heads, and prints the
-median time of each, its ratio to the bare products (the floor) and to ours.
+`python -m benchmarks.speed` runs all of them in one process, in turns, on the shapes of real heads, prints the median
+time of each, its ratio to the bare products (the floor) and to ours, and writes them as CSV and as a plot.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import gc
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks import machine, plots
 from benchmarks import rows as files
 from benchmarks.methods import METHODS, SHAPES, Floor, Inputs, Method, Shape, make_inputs, offers
 
@@ -82,6 +83,25 @@ def table(rows: list[Timing]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[Timing], path: Path) -> None:
+    """Time over the floor's: a panel for each head, a group of bars for each shape and divergence."""
+    heads = list(dict.fromkeys(row.head for row in rows))
+    cases = list(dict.fromkeys((row.shape, row.divergence) for row in rows))
+    several = len({divergence for _, divergence in cases}) > 1
+    names = {case: "\n".join(case if several else case[:1]).replace("_", " ") for case in cases}
+    methods = [name for name in dict.fromkeys(row.method for row in rows) if name != FLOOR]
+    size = (max(5.0, 2.2 * len(cases)) * len(heads), 4.2)
+    with plots.panels(path, 1, len(heads), size, sharey=True) as axes:
+        for axis, head in zip(axes[0], heads, strict=True):
+            heights = {
+                method: {names[r.shape, r.divergence]: r.to_floor for r in rows if (r.method, r.head) == (method, head)}
+                for method in methods
+            }
+            plots.bars(axis, list(names.values()), heights)
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_title(f"{head} head: time over the bare products'")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each method (default 5)")
@@ -90,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--divergences", nargs="+", default=["reverse_kl"], help="reverse_kl is what the bars are for")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    files.add_arguments(parser)
+    files.add_arguments(parser, "speed")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     methods = list(dict.fromkeys(["sdft-kernels", *given.methods]))
@@ -110,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     print(machine.heading(), table(rows), sep="\n")
     files.write(rows, given)
+    draw(rows, given.plot)
 
 
 if __name__ == "__main__":

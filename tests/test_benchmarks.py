@@ -1,0 +1,80 @@
+"""The benchmarks that measure here: on shapes of no interest, that every number, table, file and plot comes out."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import linearity, memory, rows, speed
+from benchmarks.methods import METHODS, Shape
+
+TINY = Shape("tiny", 8, 16, 64)
+
+
+def given(tmp_path: Path, name: str) -> argparse.Namespace:
+    """The arguments of a benchmark whose files go to a folder that is not there yet."""
+    parser = argparse.ArgumentParser()
+    rows.add_arguments(parser, name)
+    defaults = parser.parse_args([])
+    assert defaults.csv == Path(f"runs/benchmarks/{name}.csv") and defaults.plot == Path(f"runs/benchmarks/{name}.png")
+    return parser.parse_args([f"--{kind}={tmp_path / 'new' / f'{name}.{kind}'}" for kind in ("json", "csv", "plot")])
+
+
+def check_files(found: list[Any], files: argparse.Namespace, draw: Any) -> None:
+    rows.write(found, files)
+    report = json.loads(files.json.read_text())
+    assert report["machine"] and report["versions"] and report["date"]
+    assert len(report["rows"]) == len(list(csv.DictReader(files.csv.open()))) == len(found)
+    plot = files.plot.with_suffix(".png")
+    draw(found, plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.peers
+def test_speed_compares_every_method_in_turns(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    methods = [name for name in METHODS if name != "Liger compiled"]
+    found = [
+        row
+        for trainable in (True, False)
+        for row in speed.compare(TINY, trainable_head=trainable, divergence="jsd", methods=methods, rounds=1)
+    ]
+    assert [row.method for row in found] == [speed.FLOOR, *methods] * 2
+    for row in found:
+        floor, ours = (
+            next(r.seconds for r in found if (r.head, r.method) == (row.head, name))
+            for name in (speed.FLOOR, "sdft-kernels")
+        )
+        assert row.to_floor == row.seconds / floor and row.to_ours == row.seconds / ours
+    assert speed.table(found).count("\n") == len(found)
+    check_files(found, given(tmp_path, "speed"), speed.draw)
+
+
+@pytest.mark.slow
+def test_memory_counts_what_is_held_at_once(tmp_path: Path) -> None:
+    """Plain torch holds several arrays of the logits' size at once; ours a part of one."""
+    shape = Shape("small", 256, 64, 32_768)
+    found = [
+        memory.Peak(shape.name, 256, "frozen", name, memory.measure_apart(shape, name, trainable_head=False, threads=2))
+        for name in ("sdft-kernels", "plain torch")
+    ]
+    logits = 256 * 32_768 * 4 / 2**20
+    assert 3 * logits < found[1].mebibytes < 10 * logits
+    assert found[0].mebibytes < found[1].mebibytes / 2
+    check_files(found, given(tmp_path, "memory"), memory.draw)
+
+
+@pytest.mark.slow
+def test_linearity_measures_each_point(tmp_path: Path) -> None:
+    shapes = [Shape("tokens", tokens, 16, 512) for tokens in (8, 16)] + [Shape("vocabulary", 8, 16, 256)]
+    found = [linearity.measure(shape, trainable_head=True, rounds=1) for shape in shapes]
+    assert [(p.growing, p.tokens, p.vocabulary) for p in found] == [(s.name, s.tokens, s.vocab) for s in shapes]
+    for point in found:
+        assert point.nanoseconds_per_logit == pytest.approx(point.seconds * 1e9 / (point.tokens * point.vocabulary))
+    check_files(found, given(tmp_path, "linearity"), linearity.draw)
