@@ -128,7 +128,7 @@ class LinearVariant:
 
 
 def linear_variants(quick: bool) -> Iterator[LinearVariant]:
-    """As `variants`: every combination; or all of the options, which take the most registers, once a kernel and head."""
+    """As `variants`: every combination; or all of the options, which take most registers, once a kernel and head."""
     if quick:
         yield LinearVariant("(scoring)", True, True, True, True)
         yield LinearVariant("reverse_kl", True, True, True, True)
