@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -40,6 +41,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    tuned: bool = False  # one of several configurations that the tuner would try
 
     @property
     def name(self) -> str:
@@ -48,13 +50,33 @@ class Launch:
 
 @contextmanager
 def launches_noted(note: Callable[[Launch], None]) -> Iterator[None]:
-    """Every launch of a Triton kernel goes to `note` instead of a device or the interpreter."""
+    """Every launch of a Triton kernel goes to `note` instead of a device or the interpreter, tuned ones once a
+    configuration."""
+    tuned: list[bool] = []
 
-    def run(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
-        note(Launch(kernel, tuple(grid), arguments, options))
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        sizes = grid(options) if callable(grid) else grid
+        note(Launch(kernel, tuple(sizes), arguments, options, tuned=bool(tuned)))
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(InterpretedFunction, "run", run):
+    def tune(tuner: Autotuner, *arguments: Any, **options: Any) -> None:
+        tuned.append(True)
+        for config in tuner.configs:
+            tuner.fn.run(*arguments, **options, **config.all_kwargs())
+        tuned.pop()
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(InterpretedFunction, "run", run),
+        mock.patch.object(Autotuner, "run", tune),
+    ):
         yield
+
+
+def for_device(launch: Launch, options: dict[str, dict[str, int]], backend: str) -> Launch:
+    """A tuned launch with the `options`, by backend, of another device than this torch is built for."""
+    others = {name for of_device in options.values() for name in of_device}
+    tile = {name: value for name, value in launch.options.items() if name not in others}
+    return replace(launch, options=tile | options[backend]) if launch.tuned else launch
 
 
 def record_launches(call: Callable[[], object]) -> list[Launch]:
@@ -85,6 +107,8 @@ class Resources:
     spills: int  # bytes of local memory, or of scratch on AMD
     stack: int  # bytes
     shared: int  # bytes for a program
+    scalar_spills: int  # AMD: scalar registers kept in lanes of a vector register, for want of room; not in memory
+    tensor_core: dict[str, int]  # matrix instructions in the binary, by name
     widths: dict[str, int]  # global loads and stores in the binary by instruction width
     occupancy: float  # resident warps over the most that a multiprocessor holds
     inner: InnerLoop
@@ -150,7 +174,9 @@ def _nvidia(compiled: CompiledKernel, target: GPUTarget) -> Resources:
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         stack=_number(r"STACK:(\d+)", usage),
         shared=compiled.metadata.shared,
-        widths=_count(re.findall(r"\b((?:LDG|STG)\.E(?:\.\w+)*)\b", code)),
+        scalar_spills=0,
+        tensor_core=_count(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
+        widths=_count(re.findall(r"\b((?:LDG|LDGSTS|STG)\.E(?:\.\w+)*)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
         inner=inner_loop(code, target.backend),
     )
@@ -161,9 +187,11 @@ def _amd(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     registers = _number(r"\.vgpr_count:\s*(\d+)", code)
     return Resources(
         registers=registers,
-        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code) + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code),
         stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
         shared=compiled.metadata.shared,
+        scalar_spills=_number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        tensor_core={"MFMA": n} if (n := len(re.findall(r"\bv_mfma_\w+", code))) else {},
         widths=_count(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
         inner=inner_loop(code, target.backend),

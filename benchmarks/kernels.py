@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 
-from benchmarks.compiled import TARGETS, Launch, compile_launch, record_launches, resources
+from benchmarks.compiled import TARGETS, Launch, compile_launch, for_device, record_launches, resources
 from benchmarks.ledger import OURS, meta_inputs
 from benchmarks.methods import METHODS, PEER_BETA, Shape
 from benchmarks.recorder import passing_for_cuda
-from sdft_kernels import triton_divergence, triton_scoring
+from sdft_kernels import triton_divergence, triton_linear, triton_scoring
+from sdft_kernels.chunk import Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_backend import make_workspace
@@ -32,10 +34,11 @@ class Variant:
     vocab: int = 50257  # odd, so that alignment has to come from the workspace
 
 
-def variants(quick: bool) -> Iterator[Variant | ScoringVariant | PeerVariant]:
+def variants(quick: bool) -> Iterator[AnyVariant]:
     """Every combination that changes a kernel, or two a divergence that between them take every branch; the peers'
     kernels as their own code launches them."""
     yield from (ScoringVariant(capped, labels) for capped in (False, True) for labels in (False, True))
+    yield from linear_variants(quick)
     yield from (
         PeerVariant(package, divergence) for package in ("TRL", "Liger") for divergence in ("reverse_kl", "jsd")
     )
@@ -110,6 +113,55 @@ def score(variant: ScoringVariant) -> None:
 
 
 @dataclass(frozen=True)
+class LinearVariant:
+    """One way of starting from hidden states and heads instead of logits."""
+
+    divergence: str
+    shared_head: bool
+    capped: bool = False
+    bias: bool = False
+    labels: bool = False
+    dtype: str = "bfloat16"
+    tokens: int = 2048
+    vocab: int = 50257
+    size: int = 1600  # of hidden states
+
+
+def linear_variants(quick: bool) -> Iterator[LinearVariant]:
+    """As `variants`: every combination; or all of the options, which take most registers, once a kernel and head."""
+    if quick:
+        yield LinearVariant("(scoring)", True, True, True, True)
+        yield LinearVariant("reverse_kl", True, True, True, True)
+        yield LinearVariant("forward_kl", False, True, True, True, "float16", tokens=64, size=577)
+        return
+    for divergence, shared_head in (("(scoring)", True), *product(("reverse_kl", "forward_kl"), (True, False))):
+        for capped, bias, labels in product((False, True), repeat=3):
+            yield LinearVariant(divergence, shared_head, capped, bias, labels)
+            yield LinearVariant(divergence, shared_head, capped, bias, labels, "float16", tokens=64, size=577)
+
+
+def multiply(variant: LinearVariant) -> None:
+    """As `call`, for the kernels that do the products themselves."""
+    dtype, labels, logprob = getattr(torch, variant.dtype), None, None
+    hidden = torch.empty(variant.tokens, variant.size, dtype=dtype)
+    bias = torch.empty(variant.vocab) if variant.bias else None
+    head = Head(torch.empty(variant.vocab, variant.size, dtype=dtype), bias)
+    teacher_head = Head(head.weight if variant.shared_head else torch.empty_like(head.weight), bias)
+    written = torch.empty(variant.tokens)
+    if variant.labels:
+        labels, logprob = torch.empty(variant.tokens, dtype=torch.int64), written
+    options = LogitOptions(softcap=30.0 if variant.capped else None)
+    if variant.divergence == "(scoring)":
+        top1 = torch.empty(variant.tokens, dtype=torch.bool) if variant.labels else None
+        scores = TokenScores(labels, logprob, top1, written, written)
+        triton_linear.score_hidden(hidden, head, scores, options)
+    else:
+        rows = TokenRows(written, labels, None, written, written, written, logprob, logprob)
+        objective = Objective(variant.divergence, student=options, teacher=options)
+        triton_linear.process_hidden(hidden, hidden, head, teacher_head, rows, objective)
+
+
+@dataclass(frozen=True)
 class PeerVariant:
     """One way of calling a peer."""
 
@@ -148,21 +200,32 @@ PEERS: dict[str, Callable[[PeerVariant], None]] = {
 }
 
 
-def launches(variant: Variant | ScoringVariant | PeerVariant) -> list[Launch]:
-    """What the call launches, each kernel once."""
+AnyVariant = Variant | ScoringVariant | LinearVariant | PeerVariant
+
+
+def launches(variant: AnyVariant, backend: str) -> list[Launch]:
+    """What the call launches, each kernel once, or once for each configuration that the tuner would try."""
 
     def calls() -> None:
         if isinstance(variant, PeerVariant):
             PEERS[variant.package](variant)
         elif isinstance(variant, ScoringVariant):
             score(variant)
+        elif isinstance(variant, LinearVariant):
+            multiply(variant)
         else:
             call(variant)
 
-    return list({launch.name: launch for launch in reversed(record_launches(calls))}.values())[::-1]
+    noted = [for_device(launch, triton_linear.DEVICE_OPTIONS, backend) for launch in record_launches(calls)]
+    return list({(launch.name, *_tile(launch)): launch for launch in reversed(noted)}.values())[::-1]
 
 
-def compile_variant(variant: Variant | ScoringVariant | PeerVariant, target: str) -> list[dict[str, Any]]:
+def _tile(launch: Launch) -> list[int]:
+    """Tokens, vocabulary entries and hidden entries that a program multiplies at once, where the tuner chooses them."""
+    return [launch.options[f"BLOCK_{name}"] for name in "MNK"] if launch.tuned else []
+
+
+def compile_variant(variant: AnyVariant, target: str) -> list[dict[str, Any]]:
     """A row of the report for each kernel that this call would launch on this target."""
     if isinstance(variant, Variant) and variant.gradient and TARGETS[target].backend == "hip":
         variant = replace(variant, gradient="float32")  # all there is on ROCm: products.gradient_dtype
@@ -172,11 +235,12 @@ def compile_variant(variant: Variant | ScoringVariant | PeerVariant, target: str
             "kernel": launch.name,
             "target": target,
             "elements": _elements(launch, target),
+            "tile": _tile(launch),
             **asdict(variant),
             **asdict(found := resources(compile_launch(launch, TARGETS[target]), TARGETS[target])),
             "narrow": found.inner.narrow,
         }
-        for launch in launches(variant)
+        for launch in launches(variant, TARGETS[target].backend)
     ]
 
 
@@ -184,6 +248,11 @@ def _elements(launch: Launch, target: str) -> int:
     """Vocabulary entries that a thread handles in one turn of the loop; 1 where there are no blocks of them."""
     block = launch.options.get("BLOCK", launch.options.get("BLOCK_SIZE", 1))
     return max(1, block // (TARGETS[target].warp_size * launch.options.get("num_warps", 4)))
+
+
+#: What multiplies on the tensor cores of each target: warps on Ampere, groups of warps on Hopper, the tcgen05
+#: instruction on Blackwell, matrix cores on AMD.
+WANTED_MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
 
 def broken_bars(rows: list[dict[str, Any]]) -> list[str]:
@@ -195,7 +264,10 @@ def broken_bars(rows: list[dict[str, Any]]) -> list[str]:
         where = f"{row['kernel']} on {row['target']} ({row['divergence']})"
         if row["spills"] or row["stack"]:
             broken.append(f"{where} spills {row['spills']} and has a stack of {row['stack']} bytes: {row}")
-        if row["narrow"] and row["kernel"] != "combine_kernel":  # which reads no rows
+        if row["tile"]:
+            if missing := {WANTED_MATRIX_INSTRUCTIONS[row["target"]]} - set(row["tensor_core"]):
+                broken.append(f"{where} has no {missing.pop()} for tiles of {row['tile']}: {row}")
+        elif row["narrow"] and "combine" not in row["kernel"]:  # which read no rows
             broken.append(f"{where} reaches rows with {row['narrow']} accesses under 16 bytes: {row}")
     return broken
 
@@ -205,19 +277,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     heaviest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         capped = row.get("capped", row.get("student_capped", False) or row.get("teacher_capped", False))
-        key = (row["package"], row["kernel"], row["target"], row["divergence"], "capped" if capped else "")
+        name = " ".join([row["kernel"].removesuffix("_kernel"), "×".join(map(str, row["tile"]))]).strip()
+        key = (row["package"], name, row["target"], row["divergence"], "capped" if capped else "")
         if key not in heaviest or row["registers"] > heaviest[key]["registers"]:
             heaviest[key] = row
     lines = [
         "for each thread; the right half counts one turn of the inner loop (without one, the kernel) per logit of each",
-        f"{'package':17} {'kernel':16} {'target':6} {'divergence':16} {'logits':6} {'regs':>4} {'spills':>6} "
+        f"{'package':17} {'kernel':26} {'target':6} {'divergence':16} {'logits':6} {'regs':>4} {'spills':>6} "
         f"{'stack':>5} {'shared':>6} {'warps':>5} | {'special':>7} {'shuffles':>8} {'instr.':>6}  loads and stores",
     ]
     for (package, kernel, target, divergence, capped), row in heaviest.items():
         inner, elements = row["inner"], row["elements"]
         accesses = ", ".join(f"{n} {name}" for name, n in inner["accesses"].items())
         lines.append(
-            f"{package:17} {kernel:16} {target:6} {divergence:16} {capped:6} {row['registers']:4} "
+            f"{package:17} {kernel:26} {target:6} {divergence:16} {capped:6} {row['registers']:4} "
             f"{row['spills']:6} {row['stack']:5} {row['shared']:6} {row['occupancy']:5.0%} | "
             f"{inner['special'] / elements:7.2f} {inner['shuffles'] / elements:8.2f} "
             f"{inner['instructions'] / elements:6.1f}  {accesses}"

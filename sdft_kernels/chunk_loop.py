@@ -87,7 +87,7 @@ def run_chunks(
         # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.
         teacher_head = Head(student_head.weight, teacher_head.bias)
     gradients = _allocate(student, wanted, wide, live, vocab)
-    per_logit = work.bytes_per_logit(compute_dtype, device, with_gradient=wanted.any)
+    per_logit = work.bytes_per_logit(compute_dtype, device, objective, with_gradient=wanted.any)
     plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
     workspace = work.loss_workspace(
         student.hidden, plan.chunk, vocab, compute_dtype, objective, with_gradient=wanted.any

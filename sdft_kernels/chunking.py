@@ -52,8 +52,11 @@ def plan_chunks(
     """Splits `tokens` evenly into as few chunks as `budget` bytes of logits allow, or are any use on a device.
 
     `bytes_per_logit` counts all that is held for a token and vocabulary entry: both models' logits, and the
-    gradient where it has a buffer of its own. A budget too small for one token still gives chunks of one.
+    gradient where it has a buffer of its own. Where it is 0, no logit is held, and all tokens are one chunk. A budget
+    too small for one token still gives chunks of one.
     """
+    if bytes_per_logit == 0:
+        return ChunkPlan(tokens, 1, 1)
     on_device = device.type != "cpu"
     enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"] if on_device and budget is None else tokens
     if budget is None:
