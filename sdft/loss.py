@@ -7,9 +7,9 @@ own logits before anything is trained on it. The divergence itself is `sdft_kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
+from sdft.forward import Result, as_forward_of
 from sdft.layout import Batch
 from sdft.teacher import Teacher
 from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
@@ -59,6 +60,12 @@ def find_head(model: PreTrainedModel) -> Head:
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
     return Head(weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def at_head(model: PreTrainedModel, function: Callable[[Head], Result]) -> Result:
+    """What `function` makes of the head, run as the head's forward pass: a sharded head is whole only there."""
+    layer = cast(nn.Module, model.get_output_embeddings())
+    return as_forward_of(layer, layer, lambda: function(find_head(model)))
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -107,7 +114,8 @@ class View:
 def teacher_view(teacher: PreTrainedModel, batch: Batch, autocast: torch.dtype | None = None) -> View:
     """The teacher's view of the batch's completions, after its own prompts and without a graph."""
     with _autocast(batch["labels"].device, autocast):
-        return View(hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"]), find_head(teacher))
+        hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"])
+        return View(hidden, at_head(teacher, lambda head: head))
 
 
 def divergence(
@@ -124,9 +132,9 @@ def divergence(
     either way. `options` go to `fused_linear_divergence`.
     """
     seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
-    head, teacher_hidden = find_head(student), seen.hidden
-    with _autocast(student.device, autocast):
-        student_hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+
+    def compare(head: Head) -> DivergenceOutput:
+        student_hidden, teacher_hidden = hidden, seen.hidden
         if autocast is None:
             student_hidden, teacher_hidden = student_hidden.to(head.weight.dtype), teacher_hidden.to(head.weight.dtype)
         return fused_linear_divergence(
@@ -143,16 +151,19 @@ def divergence(
             **options,
         )
 
+    with _autocast(student.device, autocast):
+        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        return at_head(student, compare)
+
 
 @torch.no_grad()
 def completion_logprobs(
     student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
 ) -> Tensor:
     """(N,) float32 log-probability of each completion token of the batch, at the loss's temperature."""
-    head = find_head(student)
-    with _autocast(student.device, autocast):
-        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
-        scores = linear_token_stats(
+
+    def score(head: Head) -> Tensor | None:
+        return linear_token_stats(
             hidden if autocast else hidden.to(head.weight.dtype),
             head.weight,
             labels=batch["labels"],
@@ -161,13 +172,16 @@ def completion_logprobs(
             softcap=head.softcap,
             temperature=config.loss_temperature,
             max_chunk_bytes=config.max_chunk_bytes,
-        )
-    assert scores.logprob is not None
-    return scores.logprob
+        ).logprob
+
+    with _autocast(student.device, autocast):
+        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        logprob = at_head(student, score)
+    assert logprob is not None
+    return logprob
 
 
-@dataclass(frozen=True)
-class StepLoss:
+class StepLoss(NamedTuple):
     """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging."""
 
     total: Tensor
@@ -209,15 +223,19 @@ def demonstration_loss(
     """
     with _autocast(student.device, autocast):
         hidden = hidden_states(student, batch["input_ids"], batch["positions"])
-    head = find_head(student).to(autocast)
-    hidden = hidden.to(head.weight.dtype)
-    budget = config.max_chunk_bytes or 256 * 2**20
-    chunk = max(1, budget // (4 * head.weight.shape[0]))
-    weight = batch.get("token_weight", hidden.new_ones(len(hidden), dtype=torch.float32))
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part in zip(hidden.split(chunk), batch["labels"].split(chunk), weight.split(chunk), strict=True):
-        total = total + checkpoint(_cross_entropy, head, *part, use_reentrant=False)
-    return StepLoss(total, {})
+
+    def cross_entropy(head: Head) -> Tensor:
+        head = head.to(autocast)
+        states = hidden.to(head.weight.dtype)
+        budget = config.max_chunk_bytes or 256 * 2**20
+        chunk = max(1, budget // (4 * head.weight.shape[0]))
+        weight = batch.get("token_weight", states.new_ones(len(states), dtype=torch.float32))
+        total = states.new_zeros((), dtype=torch.float32)
+        for part in zip(states.split(chunk), batch["labels"].split(chunk), weight.split(chunk), strict=True):
+            total = total + checkpoint(_cross_entropy, head, *part, use_reentrant=False)
+        return total
+
+    return StepLoss(at_head(student, cross_entropy), {})
 
 
 def _cross_entropy(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

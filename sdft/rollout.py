@@ -9,11 +9,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch.distributed.fsdp import FSDPModule
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from sdft.errors import TrainingError
+from sdft.sampling import RowSampler, sample_rows, seed_of
 
 
 @torch.no_grad()
@@ -26,10 +27,12 @@ def generate(
     temperature: float | None = None,
     top_p: float = 1.0,
     top_k: int = 0,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """A completion for each prompt: up to and with its end-of-sequence token, or `max_new_tokens` long.
 
-    Greedy where `temperature` is None. The model's own generation defaults (repetition penalties, top-k and the like)
+    Greedy where `temperature` is None; otherwise sampled, with `seeds`, one for each prompt, by random numbers of each
+    prompt's own, and without by torch's. The model's own generation defaults (repetition penalties, top-k and the like)
     are set aside, so that tokens come from the distribution that the loss sees.
     """
     longest = max(map(len, prompts))
@@ -44,17 +47,25 @@ def generate(
     )
     if temperature is not None:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    processors = LogitsProcessorList()
+    if temperature is not None and seeds is not None:
+        processors = sample_rows(settings, seeds, model.device)
     with _generating(model):
         try:
             output = cast(Any, model).generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
+                logits_processor=processors,
+                synced_gpus=is_sharded(model),
             )
         except RuntimeError as error:
             if "probability tensor" in str(error):
                 raise TrainingError("the student's logits are no longer finite, so it cannot be sampled") from error
             raise
+    for processor in processors:
+        if isinstance(processor, RowSampler):
+            processor.check()
     return [cut(row, eos_ids) for row in output[:, longest:].tolist()]
 
 
@@ -64,6 +75,11 @@ def cut(tokens: list[int], eos_ids: frozenset[int]) -> list[int]:
         if token in eos_ids:
             return tokens[: position + 1]
     return tokens
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether each process has but a part of the weights, so that all must go on until the last has its answers."""
+    return isinstance(model, FSDPModule)
 
 
 @contextlib.contextmanager
@@ -86,7 +102,6 @@ def seeded(device: torch.device, *entropy: int) -> Iterator[None]:
     With (seed, step, process) a resumed run samples the rollouts that the uninterrupted one would have, whatever was
     drawn before.
     """
-    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of(*entropy))
         yield

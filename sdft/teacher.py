@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sdft.errors import UsageError
@@ -85,7 +86,7 @@ class _Average:
     def follow(self, student: nn.Module) -> None:
         for name, parameter in student.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter.float(), self.rate)
+                self.average[name].lerp_(whole(parameter).float(), self.rate)
 
     def save(self, folder: str) -> None:
         save_file(self.average, os.path.join(folder, AVERAGE_FILE), metadata={"format": "pt"})
@@ -164,6 +165,11 @@ class AdapterAverageTeacher(Teacher):
 
     def load(self, folder: str) -> None:
         self._average.load(folder)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The parameter, gathered from all processes where each has a shard of it (FSDP2)."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

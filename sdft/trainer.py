@@ -18,8 +18,8 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,15 @@ from sdft.config import SDFTConfig
 from sdft.data import Row, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import answer
+from sdft.forward import as_forward_of
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, lay_out, split
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, load_model
 from sdft.repeats import RepeatedRows, load_samples, save_samples
-from sdft.rollout import generate, seeded
+from sdft.rollout import generate
+from sdft.sampling import seed_of
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
-
-Result = TypeVar("Result")
-
 
 class SDFTTrainer(Trainer):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
@@ -196,11 +195,7 @@ class SDFTTrainer(Trainer):
         if self.args.method == "sft":
             return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
         started = time.perf_counter()
-        device = self.args.device
-        with (
-            seeded(device, self.args.seed, self.state.global_step, self.args.process_index),
-            self.accelerator.autocast(),
-        ):
+        with self.accelerator.autocast():
             completions = generate(
                 self.student,
                 [row["prompt_ids"] for row in rows],
@@ -209,6 +204,7 @@ class SDFTTrainer(Trainer):
                 temperature=self.args.rollout_temperature,
                 top_p=self.args.rollout_top_p,
                 top_k=self.args.rollout_top_k,
+                seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in self._places(len(rows))],
             )
         self._count(
             completions=len(rows),
@@ -220,6 +216,14 @@ class SDFTTrainer(Trainer):
             Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
             for row, completion in zip(rows, completions, strict=True)
         ]
+
+    def _places(self, count: int) -> list[int]:
+        """The place in the step's batch, over all processes, of each of this process's rows.
+
+        The sampler's batches go to the processes in turn.
+        """
+        size, processes, process = self.args.train_batch_size, self.args.world_size, self.args.process_index
+        return [(n // size * processes + process) * size + n % size for n in range(count)]
 
     def compute_loss(
         self,
@@ -395,25 +399,3 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (its type is known at run time only)
-
-
-def as_forward_of(wrapper: nn.Module, module: nn.Module, function: Callable[[], Result]) -> Result:
-    """Run `function` as the forward pass of `wrapper`, so that DDP or FSDP around `module` sees and prepares it."""
-    if wrapper is module:
-        return function()
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.forward = own
-
-    def redirected() -> Result:
-        restore()
-        return function()
-
-    module.forward = redirected
-    try:
-        return wrapper()
-    finally:
-        restore()

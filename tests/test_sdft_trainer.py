@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
 from sdft.repeats import RepeatedRows
-from sdft.trainer import as_forward_of
+from sdft.forward import as_forward_of
 from tests import tiny
 
 
