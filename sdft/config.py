@@ -8,6 +8,7 @@ The field's help texts are what `sdft train --help` prints.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,6 +243,8 @@ class SDFTConfig(TrainingArguments):
             raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
         parse_template(self.teacher_template)
         super().__post_init__()
+        # The teacher is a copy of the model, so each process must load it, not only the first.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -42,6 +42,7 @@ from sdft.sampling import seed_of
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
 
+
 class SDFTTrainer(Trainer):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
@@ -101,6 +102,8 @@ class SDFTTrainer(Trainer):
             **kwargs,
         )
         bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
+        if self.is_fsdp_enabled:  # where the Trainer leaves the model until it is sharded, and copies would be made
+            nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
         if rows is not None:
             check_head(self.student, rows[0]["prompt_ids"][:16])
@@ -367,11 +370,20 @@ class SDFTTrainer(Trainer):
             return
         folder = output_dir or str(self.args.output_dir)
         with self._staging(folder) as staged:
-            super().save_model(staged, _internal_call=True)
+            if self.is_fsdp_enabled:  # in one piece, however the checkpoints are kept
+                self._save(staged, state_dict=self.accelerator.get_state_dict(self.learner))
+            else:
+                super().save_model(staged, _internal_call=True)
             if self.args.should_save:
                 checkpoint.publish_files(staged, folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None:  # gathered from all processes: tied weights have come as two
+            tied = self.student.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
 
 class TeacherFollows(TrainerCallback):

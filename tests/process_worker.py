@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import state
-from transformers import TrainerCallback
+from safetensors.torch import save_file
 
 from sdft import SDFTConfig, SDFTTrainer
 from tests import tiny
@@ -20,11 +20,11 @@ GLOBAL_BATCH = 4
 CASES = {
     "base": {"gradient_accumulation_steps": 2, "rollout_top_p": 0.9, "rollout_temperature": 0.9},
     "average": {"teacher": "ema", "ema_rate": 0.2, "save_strategy": "steps", "save_steps": 2},
-    "sft": {"method": "sft", "gradient_accumulation_steps": 2},
+    "sft": {"method": "sft", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2},
     "live": {"teacher": "live", "loss_normalisation": "sequence", "demonstration_weight": 0.3},
-    "repeats": {"num_iterations": 2, "divergence": "jsd"},
+    "repeats": {"num_iterations": 2, "divergence": "forward_kl"},
     "frozen embeddings": {"freeze_embeddings": True, "tied": True, "teacher": "ema"},
-    "mostly skipped": {"skip_tokens": 5, "optim": "sgd"},
+    "mostly skipped": {"skip_tokens": 2, "gradient_accumulation_steps": 2},
 }
 
 
@@ -42,19 +42,20 @@ def shard_on_the_cpu():
     state.AcceleratorState.__init__ = prepared
 
 
-
 def trainer(folder, processes, **options):
     tied = options.pop("tied", False)
     accumulation = options.get("gradient_accumulation_steps", 1)
     if os.environ.get("FSDP"):
         options["fsdp"] = True
+        if options.get("method") == "sft":  # checkpoints in pieces; the saved model is whole all the same
+            options["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT"}
     config = SDFTConfig(
         output_dir=str(folder),
         **{
             "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
             "max_steps": 4,
             "max_completion_length": 8,
-            "learning_rate": 1e-2,
+            "learning_rate": 1e-3,
             "teacher_template": "turn",
             "save_strategy": "no",
             "use_cpu": True,
@@ -67,7 +68,7 @@ def trainer(folder, processes, **options):
     with torch.no_grad():
         model.get_output_embeddings().weight[1] *= 3
     rows = tiny.rows(16)
-    return SDFTTrainer(model, config, train_dataset=rows, processing_class=tiny.tiny_tokenizer())
+    return SDFTTrainer(model, config, train_dataset=rows, eval_dataset=rows[:4], processing_class=tiny.tiny_tokenizer())
 
 
 def main(folder):
@@ -76,9 +77,9 @@ def main(folder):
         shard_on_the_cpu()
     for name, options in CASES.items():
         finish(trainer(folder / name, processes, **options), folder / name)
-    # Goes on from the checkpoint at step 2 of a run that was cut off there.
-    again = trainer(folder / "resumed", processes, **CASES["average"])
-    finish(again, folder / "resumed", resume=str(folder / "average" / "checkpoint-2"))
+    for name in ("average", "sft"):
+        again = trainer(folder / f"{name} resumed", processes, **CASES[name])
+        finish(again, folder / f"{name} resumed", resume=str(folder / name / "checkpoint-2"))
 
 
 def finish(run, folder, resume=None):
@@ -93,14 +94,15 @@ def finish(run, folder, resume=None):
     run.samples = samples
     run.train(resume_from_checkpoint=resume)
     run.save_model()
+    accuracy = run.evaluate()["eval_accuracy"]
     process = run.args.process_index
     (folder / f"lengths-{process}.json").write_text(json.dumps(lengths))
     if process == 0:
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         norms = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
-        (folder / "history.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+        (folder / "history.json").write_text(json.dumps({"losses": losses, "norms": norms, "accuracy": [accuracy]}))
         if hasattr(run.teacher, "average"):
-            torch.save(run.teacher.average, folder / "average.pt")
+            save_file(run.teacher.average, folder / "average.safetensors")
     wrapped = type(run.model_wrapped).__mro__
     (folder / f"wrapped-{process}.json").write_text(json.dumps([kind.__name__ for kind in wrapped]))
 
