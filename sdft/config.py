@@ -43,6 +43,15 @@ class ModelArguments:
         "The type its weights are kept in: float32, bfloat16, or auto (the type they are stored in). For mixed "
         "precision keep float32 and set bf16.",
     )
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    allow_pickle: bool = setting(
+        False, "Load weights that are only there in pickled form (.bin), which can run code as it is loaded."
+    )
+
+    @property
+    def trust(self) -> dict[str, bool]:
+        """What may run when the model is loaded, as arguments of `load_model`."""
+        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
     def __post_init__(self) -> None:
         if not self.model:

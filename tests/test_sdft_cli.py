@@ -211,10 +211,18 @@ def test_a_student_that_broke_is_one_line_and_exit_code_1(recipe, tmp_path, caps
     assert "model.safetensors" not in os.listdir("out")
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_line_and_exit_code_1(recipe, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_measured(
+    recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sdft.run.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
     (tmp_path / "file").write_text("")
-    message = fails(capsys, ["train", recipe(output_dir="file/out")], 1)
-    assert "file/out" in message
+    message = fails(capsys, ["train", recipe(output_dir="file/out")], 2)
+    assert "output_dir is 'file/out', which cannot be made" in message
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path / "locked"))  # root may everywhere
+    (tmp_path / "locked").mkdir()
+    message = fails(capsys, ["train", recipe(output_dir="locked/out")], 2)
+    assert "output_dir is 'locked/out', which cannot be written" in message
+    assert not list((tmp_path / "locked").iterdir())
 
 
 def test_interruption_is_clean(recipe, capsys, monkeypatch):
