@@ -51,7 +51,8 @@ def staging(folder: str, *, owner: bool = True) -> Iterator[str]:
 def failing_clearly(what: str, folder: str) -> Iterator[None]:
     """TrainingError in one sentence if `what` cannot be written to `folder`.
 
-    A full disk looks different to each writer: torch.save raises a RuntimeError, safetensors an error of its own, and everything else an OSError.
+    A full disk looks different to each writer: torch.save raises a RuntimeError, safetensors an error of its own, and
+    everything else an OSError.
     """
     try:
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import TrainingArguments
 
@@ -27,6 +27,13 @@ DTYPES = ("float32", "bfloat16", "auto")
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
+
+
+class Trust(TypedDict):
+    """Whether code may run that comes with a model; both are off unless asked for."""
+
+    trust_remote_code: bool
+    allow_pickle: bool
 
 
 @dataclass
@@ -49,7 +56,7 @@ class ModelArguments:
     )
 
     @property
-    def trust(self) -> dict[str, bool]:
+    def trust(self) -> Trust:
         """What may run when the model is loaded, as arguments of `load_model`."""
         return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 

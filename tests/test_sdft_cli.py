@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft.cli import main
 from sdft.report import Summary, loss_ends, table
+from sdft.trainer import SDFTTrainer
 from tests import tiny
 
 
@@ -231,6 +233,26 @@ def test_interruption_is_clean(recipe, capsys, monkeypatch):
 
     monkeypatch.setattr("sdft.run.load_model", interrupt)
     assert fails(capsys, ["train", recipe()], 130) == "sdft: interrupted"
+
+
+def test_sigterm_ends_training_with_a_checkpoint_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
+    samples = SDFTTrainer.samples
+
+    def told_to_stop(trainer, rows):
+        if trainer.state.global_step + 1 == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return samples(trainer, rows)
+
+    assert main(["train", recipe(), "--output_dir", "straight"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(SDFTTrainer, "samples", told_to_stop)
+        capsys.readouterr()
+        assert main(["train", recipe()]) == 0
+    assert "stopped by SIGTERM after step 2 of 4: checkpoint-2 is in out/" in capsys.readouterr().out
+    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl"]
+    assert main(["train", recipe(), "--resume_from_checkpoint", "last"]) == 0
+    with open("out/model.safetensors", "rb") as resumed, open("straight/model.safetensors", "rb") as straight:
+        assert resumed.read() == straight.read()
 
 
 def test_help_is_there_and_the_first_one_is_quick(capsys):
