@@ -60,7 +60,7 @@ def failing_clearly(what: str, folder: str) -> Iterator[None]:
         free = shutil.disk_usage(folder).free / 2**20 if os.path.isdir(folder) else 0.0
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         kept = f"{os.path.basename(last)} is whole" if last else "there was no checkpoint before it"
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = "the disk is full" if free < 1 else (str(error) or type(error).__name__).strip().splitlines()[0]
         raise TrainingError(
             f"{what} could not be written to {folder} ({free:.0f} MiB free): {reason}; {kept}"
         ) from error
