@@ -35,7 +35,7 @@ from sdft.evaluate import answer
 from sdft.forward import as_forward_of
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, lay_out, split
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
-from sdft.models import causal_lm, context_length, eos_token_ids, load_model
+from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import generate
 from sdft.sampling import seed_of
@@ -112,6 +112,8 @@ class SDFTTrainer(Trainer):
             check_head(self.student, rows[0]["prompt_ids"][:16])
         self.teacher: Teacher | None = None
         if args.method == "sdft":
+            if self.is_fsdp_enabled and args.teacher == "ema" and has_adapter(self.learner):
+                raise UsageError("teacher is 'ema'; of a sharded (FSDP) model with an adapter it may be base or live")
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
         self._reused: list[Sample] | None = None

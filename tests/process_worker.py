@@ -24,10 +24,12 @@ CASES = {
     "average": {"teacher": "ema", "ema_rate": 0.2, "save_strategy": "steps", "save_steps": 2},
     "sft": {"method": "sft", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2},
     "live": {"teacher": "live", "loss_normalisation": "sequence", "demonstration_weight": 0.3},
-    "repeats": {"num_iterations": 2, "divergence": "forward_kl"},
+    "repeats": {"num_iterations": 2, "divergence": "forward_kl", "save_strategy": "steps", "save_steps": 1},
     "frozen embeddings": {"freeze_embeddings": True, "tied": True, "teacher": "ema"},
     "mostly skipped": {"skip_tokens": 2, "gradient_accumulation_steps": 2},
 }
+
+RESUMED = {"average": 2, "sft": 2, "repeats": 1}  # from which step's checkpoint
 
 
 def shard_on_the_cpu():
@@ -79,9 +81,9 @@ def main(folder):
         shard_on_the_cpu()
     for name, options in CASES.items():
         finish(trainer(folder / name, processes, **options), folder / name)
-    for name in ("average", "sft"):
+    for name, step in RESUMED.items():
         again = trainer(folder / f"{name} resumed", processes, **CASES[name])
-        finish(again, folder / f"{name} resumed", resume=str(folder / name / "checkpoint-2"))
+        finish(again, folder / f"{name} resumed", resume=str(folder / name / f"checkpoint-{step}"))
 
     stopped = trainer(folder / "stopped", processes, **{**CASES["average"], "save_strategy": "no"})
     with FinishOnSignal() as signalled:

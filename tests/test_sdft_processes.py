@@ -14,7 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from tests import process_worker
 
-TRAININGS = [*process_worker.CASES, "average resumed", "sft resumed", "stopped", "stopped resumed"]
+TRAININGS = [
+    *process_worker.CASES,
+    *(f"{case} resumed" for case in process_worker.RESUMED),
+    "stopped",
+    "stopped resumed",
+]
 ROOT = Path(__file__).parent.parent
 
 
@@ -87,7 +92,7 @@ def test_the_model_that_two_processes_save_loads_with_from_pretrained(case, two_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["average", "sft", "stopped"])
+@pytest.mark.parametrize("case", [*process_worker.RESUMED, "stopped"])
 def test_two_processes_that_resume_end_with_the_weights_of_those_that_did_not(case, two_processes):
     """Also where SIGTERM to one of the two ended training in both."""
     uninterrupted = "average" if case == "stopped" else case
