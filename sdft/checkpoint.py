@@ -41,9 +41,19 @@ def publish_files(staged: str, final: str) -> None:
         os.replace(os.path.join(staged, name), os.path.join(final, name))
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in one move."""
+@contextlib.contextmanager
+def in_one_move(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` at the end, or goes if something went wrong."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.saving")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in one move."""
+    with in_one_move(path) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +14,33 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sdft.config import DataArguments, EvalArguments, EvalCommand, ModelArguments, SDFTConfig
-from sdft.data import Row, load_rows
+from sdft.checkpoint import write_text
+from sdft.config import (
+    DataArguments,
+    EvalArguments,
+    EvalCommand,
+    EvalSettings,
+    GenerateCommand,
+    ModelArguments,
+    SDFTConfig,
+)
+from sdft.data import WHERE, Row, load_rows
 from sdft.errors import UsageError
-from sdft.evaluate import Answers, answer, contains, forgetting, prompts_for
-from sdft.models import load_model
-from sdft.report import MetricsFile, ProgressBar, Summary, describe, draw_curves, loss_ends, table, write_summary
-from sdft.templates import Message, parse_template
+from sdft.evaluate import Answers, answer, complete, forgetting, prompts_for
+from sdft.models import eos_token_ids, load_model
+from sdft.report import (
+    ANSWERED,
+    MetricsFile,
+    ProgressBar,
+    Summary,
+    describe,
+    draw_curves,
+    loss_ends,
+    table,
+    write_summary,
+)
+from sdft.scorers import SCORERS, check_answers
+from sdft.templates import TEMPLATES, Message, parse_template
 from sdft.trainer import SDFTTrainer
 
 
@@ -28,11 +51,12 @@ def train(
     _quiet()
     rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
-    exam = Exam(of_eval, config.per_device_eval_batch_size, template, silent=bool(config.disable_tqdm))
+    exam = Exam(of_eval, config, config.per_device_eval_batch_size, config.seed, silent=bool(config.disable_tqdm))
+    shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
     resume = checkpoint_to_resume(config.resume_from_checkpoint, folder)
     model, tokenizer = load_model(of_model.model, of_model.dtype)
-    exam.check(model, tokenizer, as_teacher=True)
+    exam.check(model, tokenizer, shown)
     try:
         trainer = SDFTTrainer(
             model, config, train_dataset=rows, eval_dataset=exam.eval_rows or None, processing_class=tokenizer
@@ -42,14 +66,15 @@ def train(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
-    if not config.disable_tqdm:
-        trainer.add_callback(ProgressBar())
+    bar = ProgressBar(silent=bool(config.disable_tqdm))
+    trainer.add_callback(bar)
 
-    teacher = exam.held_out(trainer.student, tokenizer, "teacher, held-out prompts", as_teacher=True)
+    teacher = exam.held_out(trainer.student, tokenizer, "teacher, held-out prompts", template) if shown else None
     before = exam.held_out(trainer.student, tokenizer, "before, held-out prompts")
     general_before = exam.general(trainer.student, tokenizer, "before, general prompts")
     train_started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    with contextlib.closing(bar):
+        trainer.train(resume_from_checkpoint=resume)
     training_seconds = time.perf_counter() - train_started
     trainer.save_model()
     after = exam.held_out(trainer.student, tokenizer, "after, held-out prompts")
@@ -89,6 +114,8 @@ def train(
         general_prompts=0 if general_before is None else len(general_before.right),
         training_seconds=training_seconds,
         total_seconds=time.perf_counter() - started,
+        scorer=config.scorer,
+        general_scorer=config.general_scorer,
     )
     draw_curves(folder, trainer.state.log_history, summary)
     write_summary(folder, summary)
@@ -99,24 +126,35 @@ def train(
 def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:
     """`sdft eval`: the accuracy of a model, of the model as a teacher, and its divergence from a base model."""
     _quiet()
-    exam = Exam(of_eval, of_command.per_device_eval_batch_size, parse_template(of_command.teacher_template))
+    exam = Exam(of_eval, of_command, of_command.per_device_eval_batch_size, of_command.seed)
     if not exam.eval_rows and not exam.general_rows:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if of_command.teacher and not exam.has_demonstrations:
+        raise UsageError(
+            f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
+            "demonstration, for the teacher is shown it"
+        )
+    templates = teacher_templates(of_command.teacher_template) if of_command.teacher else {}
+    device = _device()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device)
-    exam.check(model, tokenizer, as_teacher=of_command.teacher)
+    exam.check(model, tokenizer, list(templates.values()))
     held_out = exam.held_out(model, tokenizer, "held-out prompts")
-    teacher = (
-        exam.held_out(model, tokenizer, "teacher, held-out prompts", as_teacher=True) if of_command.teacher else None
-    )
+    teachers = {
+        name: exam.held_out(model, tokenizer, f"teacher ({name}), held-out prompts", template)
+        for name, template in templates.items()
+    }
     general = exam.general(model, tokenizer, "general prompts")
     lines = []
     if held_out is not None:
-        lines.append(f"held-out prompts answered exactly ({len(held_out.right)}): {held_out.accuracy:.1%}")
-    if teacher is not None:
-        lines.append(f"the same, shown the demonstration ({len(teacher.right)}): {teacher.accuracy:.1%}")
+        how = ANSWERED[of_command.scorer]
+        lines.append(f"held-out prompts {how} ({len(exam.eval_rows)}): {held_out.accuracy:.1%}")
+    if teachers:
+        lines.append("the same, shown the demonstration under teacher_template")
+        width = max(map(len, teachers))
+        lines += [f"  {name.ljust(width)}  {_accuracy(answers):>6.1%}" for name, answers in teachers.items()]
     if general is not None and general.right:
-        lines.append(f"general prompts answered ({len(general.right)}): {general.accuracy:.1%}")
+        how = ANSWERED[of_command.general_scorer]
+        lines.append(f"general prompts {how} ({len(general.right)}): {general.accuracy:.1%}")
     if general is not None and of_command.base_model not in (None, of_model.model):
         base, _ = load_model(of_command.base_model, of_model.dtype, device)
         base_answers = exam.general(base, tokenizer, "base model, general prompts")
@@ -132,36 +170,97 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     print("\n".join(lines))
 
 
+def teacher_templates(wanted: list[Message] | str | None) -> dict[str, list[Message]]:
+    """The templates to measure the teacher under: the built-in one called `wanted`, or all of them and one's own."""
+    if isinstance(wanted, str) and wanted in TEMPLATES:
+        return {wanted: TEMPLATES[wanted]}
+    own = {} if wanted is None else {"your own": parse_template(wanted)}
+    return {**TEMPLATES, **own}
+
+
+def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
+    """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
+    _quiet()
+    if of_command.prompt_file:
+        rows = load_rows(of_command.prompt_file, need=("prompt",))
+    else:
+        rows = load_rows([{"prompt": of_command.prompt}], name="prompt", need=("prompt",))
+    if of_command.output_file is not None:
+        _check_output_file(of_command.output_file)
+    model, tokenizer = load_model(of_model.model, of_model.dtype, _device())
+    completions = complete(
+        model,
+        tokenizer,
+        prompts_for(model, tokenizer, rows, of_command.max_completion_length),
+        max_new_tokens=of_command.max_completion_length,
+        batch_size=of_command.per_device_eval_batch_size,
+        temperature=of_command.temperature,
+        top_p=of_command.top_p,
+        top_k=of_command.top_k,
+        seed=of_command.seed,
+        progress="answers",
+    )
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    if of_command.output_file is None:
+        print(texts[0])
+        return
+    eos_ids = eos_token_ids(model, tokenizer)
+    lines = []
+    for row, completion, text in zip(rows, completions, texts, strict=True):
+        given = {name: value for name, value in row.items() if name != WHERE}
+        answered = {"completion": text, "finished": bool(completion) and completion[-1] in eos_ids}
+        lines.append(json.dumps({**given, **answered}, ensure_ascii=False, default=str) + "\n")  # Parquet has dates
+    write_text(of_command.output_file, "".join(lines))
+    print(f"{of_command.output_file} has the answers to {len(rows)} {'prompt' if len(rows) == 1 else 'prompts'}")
+
+
+def _check_output_file(name: str) -> None:
+    """Find out before the work is done that its result could not be written."""
+    path = Path(name)
+    if path.is_dir():
+        raise UsageError(f"output_file is {name!r}, a folder; it must be a JSONL file to write")
+    if not path.parent.is_dir():
+        raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
+
+
 class Exam:
     """The held-out and general prompts of a run, read and checked once, put to a model as often as asked."""
 
     def __init__(
-        self, settings: EvalArguments, batch_size: int, template: list[Message], *, silent: bool = False
+        self, files: EvalArguments, settings: EvalSettings, batch_size: int, seed: int, *, silent: bool = False
     ) -> None:
-        self.settings, self.batch_size, self.template, self.silent = settings, batch_size, template, silent
+        self.settings, self.batch_size, self.seed, self.silent = settings, batch_size, seed, silent
         self.eval_rows: list[Row] = []
         self.general_rows: list[Row] = []
-        if settings.eval_file:
-            self.eval_rows = load_rows(settings.eval_file, need=("prompt", "answer"))
-        if settings.general_file:
-            self.general_rows = load_rows(settings.general_file, need=("prompt",))
+        if files.eval_file:
+            self.eval_rows = load_rows(files.eval_file, need=("prompt", "answer"))
+        if files.general_file:
+            self.general_rows = load_rows(files.general_file, need=("prompt",))
+        check_answers(self.eval_rows, settings.scorer)
+        check_answers(self.general_rows, settings.general_scorer)
         self.has_demonstrations = bool(self.eval_rows) and all(row.get("demonstration") for row in self.eval_rows)
 
     def progress(self, description: str) -> str | None:
         """The description of a progress bar, or None for no bar."""
         return None if self.silent else description
 
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, as_teacher: bool) -> None:
-        """Find a prompt that is too long for the model before anything runs."""
-        prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length)
+    def check(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]]
+    ) -> None:
+        """Find a prompt that is too long for the model, or for the teacher under a template, before anything runs."""
         prompts_for(model, tokenizer, self.general_rows, self.settings.general_completion_length)
-        if as_teacher and self.has_demonstrations:
-            prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length, self.template)
+        for template in (None, *templates):
+            prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length, template)
 
     def held_out(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: str, *, as_teacher: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: str,
+        template: list[Message] | None = None,
     ) -> Answers | None:
-        if not self.eval_rows or (as_teacher and not self.has_demonstrations):
+        """The model's answers to the held-out prompts, with a template those of the teacher; None without prompts."""
+        if not self.eval_rows:
             return None
         return answer(
             model,
@@ -169,7 +268,11 @@ class Exam:
             self.eval_rows,
             max_new_tokens=self.settings.eval_completion_length,
             batch_size=self.batch_size,
-            template=self.template if as_teacher else None,
+            scorer=SCORERS[self.settings.scorer],
+            template=template,
+            temperature=self.settings.eval_temperature,
+            samples=self.settings.eval_samples,
+            seed=self.seed,
             progress=self.progress(progress),
         )
 
@@ -182,7 +285,7 @@ class Exam:
             self.general_rows,
             max_new_tokens=self.settings.general_completion_length,
             batch_size=self.batch_size,
-            scorer=contains,
+            scorer=SCORERS[self.settings.general_scorer],
             progress=self.progress(progress),
         )
 
@@ -204,6 +307,10 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
 
 def _accuracy(answers: Answers | None) -> float | None:
     return None if answers is None else answers.accuracy
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _quiet() -> None:

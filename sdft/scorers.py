@@ -94,10 +94,10 @@ _ANOTHER = re.compile(r"\s*(?:,|/|&|,?\s*(?:and|or)\b)\s*[(\[]?[A-Z](?![\w'’])
 def find_choice(text: str) -> str | None:
     """The letter (upper case) that an answer to a multiple-choice question chooses, or None where it chooses none."""
     text = _DECORATION.sub("", _without_thinking(text))
-    said = [(m.start("letter"), m["letter"]) for m in _SAID.finditer(text) if _stands_as_a_letter(m)]
-    said += [(m.start("letter"), m["letter"]) for m in _CALLED_RIGHT.finditer(text)]
+    said = [m for m in _SAID.finditer(text) if _stands_as_a_letter(m) and not _is_cut_off(m)]
+    said += _CALLED_RIGHT.finditer(text)
     if said:
-        return max(said)[1].upper()
+        return max(said, key=lambda match: match.start("letter"))["letter"].upper()
     shown = {m["letter"] for m in _OPENS_LINE.finditer(text) if _stands_as_a_letter(m) and _opens_as_a_choice(m)}
     shown |= {m["both"] or m["right"] for m in _MARKED.finditer(text)}
     letters = {letter.upper() for letter in shown}
@@ -109,11 +109,14 @@ def _stands_as_a_letter(match: re.Match[str]) -> bool:
     rest = match["rest"]
     if _ANOTHER.match(rest):
         return False  # "A or B", "A, B" choose neither
-    if match["open"] and match["close"]:
-        return True
-    if match["letter"] in "ai" and not match["close"] and not rest.strip():
-        return False  # a sentence that was cut off: "The answer is a"
+    if match["open"]:
+        return bool(match["close"])
     return _GOES_ON.match(rest) is not None or bool(match["close"])
+
+
+def _is_cut_off(match: re.Match[str]) -> bool:
+    """Whether the letter may be the first word of what was never finished: "The answer is a"."""
+    return match["letter"] in "ai" and not match["close"] and not match["rest"].strip()
 
 
 def _opens_as_a_choice(match: re.Match[str]) -> bool:

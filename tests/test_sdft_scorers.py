@@ -88,6 +88,11 @@ def test_the_choice_is_b(text):
     assert not SCORERS["choice"](text, "A")
 
 
+@pytest.mark.parametrize("text", ["A", "a", "a.", "(a)", "A.", "A) a dog", "A: dogs", "The answer is A", "answer: a."])
+def test_the_letter_that_is_a_word_can_be_chosen_too(text):
+    assert find_choice(text) == "A"
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -128,6 +133,8 @@ def test_the_choice_is_b(text):
         "B-trees",
         "Vitamin C is healthy.",
         "f(x) grows",
+        '{"a": 1}',
+        "(a dog barks)",
         "apple(s)",
         "The options are many.",
         "e.g. a dog",
