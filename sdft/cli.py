@@ -106,12 +106,12 @@ def _run(command: str, rest: list[str], started: float) -> int:
 
 
 def _train(argv: list[str], started: float) -> None:
-    from sdft.config import DataArguments, EvalArguments, ModelArguments, SDFTConfig
+    from sdft.config import DataArguments, EvalArguments, LoraArguments, ModelArguments, SDFTConfig
     from sdft.recipe import RecipeParser, parse
     from sdft.run import train
 
     parser = RecipeParser(
-        [ModelArguments, DataArguments, EvalArguments, SDFTConfig],
+        [ModelArguments, LoraArguments, DataArguments, EvalArguments, SDFTConfig],
         prog="sdft train",
         usage="sdft train [RECIPE.yaml] [--field value ...]",
         description=TRAIN_HELP,

@@ -14,12 +14,13 @@ from typing import Any
 from transformers import TrainingArguments
 
 from sdft.errors import UsageError
+from sdft.layout import NORMALISATIONS
 from sdft.scorers import SCORERS
 from sdft.templates import TEMPLATES, parse_template
+from sdft_kernels.divergences import DIVERGENCES
 
 METHODS = ("sdft", "sft")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-TEACHERS = ("base", "ema")
+TEACHERS = ("base", "ema", "live")
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -47,6 +48,22 @@ class ModelArguments:
         if not self.model:
             raise UsageError("model is not set; it may be a hub name, a folder, a GGUF file or smollm2-135m-instruct")
         check_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class LoraArguments:
+    """Whether all weights learn or an adapter, which needs no second copy of the model for its teacher."""
+
+    lora_rank: int = setting(0, "The rank of a LoRA adapter (peft), which then is all that trains; 0: all weights do.")
+    lora_alpha: int = setting(32, "The adapter's scale is this over its rank.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "The layers that the adapter is in, by name; all-linear is all but the output head."},
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least("lora_rank", self.lora_rank, 0)
+        check_at_least("lora_alpha", self.lora_alpha, 1)
 
 
 @dataclass
@@ -188,13 +205,30 @@ class SDFTConfig(EvalSettings, TrainingArguments):
     )
     divergence: str = setting(
         "reverse_kl",
-        "What is minimised per token between student p and teacher q: reverse_kl KL(p||q), forward_kl KL(q||p), or "
-        "jsd, the generalised Jensen-Shannon divergence.",
+        "What is minimised per token between student p and teacher q: reverse_kl KL(p||q), forward_kl KL(q||p), jsd, "
+        "the generalised Jensen-Shannon divergence, or against the mixture m of both, skew_reverse_kl KL(p||m) and "
+        "skew_forward_kl KL(q||m).",
     )
-    beta: float = setting(0.5, "The teacher's share of jsd's mixture, above 0 and below 1.")
+    beta: float = setting(0.5, "The teacher's share of the mixture (jsd and skew_*), above 0 and below 1.")
     loss_temperature: float = setting(1.0, "Both models' logits are divided by this before they are compared.")
     skip_tokens: int = setting(
         0, "Leave out of the loss this many tokens at the start of each completion (the paper skips the first few)."
+    )
+    loss_normalisation: str = setting(
+        "token",
+        "What the loss of a step is the mean of: token (all its tokens count alike) or sequence (all its completions "
+        "do, whatever their length).",
+    )
+    demonstration_weight: float = setting(
+        0.0,
+        "Mix in plain cross-entropy on the demonstration: the loss is (1 - this) times the divergence plus this times "
+        "the cross-entropy.",
+    )
+    num_iterations: int = setting(
+        1, "How many optimizer steps each batch of rollouts serves; above 1 tokens get importance weights."
+    )
+    importance_clip: float = setting(
+        2.0, "The largest importance weight, the ratio of a token's probability now to when it was sampled."
     )
     max_chunk_bytes: int | None = setting(
         None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
@@ -202,16 +236,22 @@ class SDFTConfig(EvalSettings, TrainingArguments):
 
     teacher: str = setting(
         "base",
-        "Who scores the rollouts: base (the model as it was before training) or ema (an exponential moving average of "
-        "the student, kept in float32).",
+        "Who scores the rollouts: base (the model as it was before training), ema (an exponential moving average of "
+        "the student, kept in float32) or live (the student itself, as it is at each step).",
     )
-    ema_rate: float = setting(0.01, "How far the average moves to the student at each step (teacher: ema).")
+    ema_rate: float = setting(0.01, "How far the average moves to the student at each update (teacher: ema).")
+    ema_interval: int = setting(1, "Update the average every so many steps (teacher: ema).")
+    teacher_offload: bool = setting(
+        False,
+        "Keep the base teacher's layers on the CPU and bring each to the device as it computes (full fine-tuning).",
+    )
     teacher_template: list[dict[str, str]] | str | None = field(
         default="paper",
         metadata={
             "help": "How the teacher is shown the demonstration: paper (the question, the demonstration as an example "
-            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), or your "
-            "own text or list of messages with both {prompt} and {demonstration}."
+            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), first (the "
+            "demonstration before the question), or your own text or list of messages with both {prompt} and "
+            "{demonstration}."
         },
     )
 
@@ -249,6 +289,17 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
         check_at_least("rollout_top_k", self.rollout_top_k, 0)
         check_at_least("skip_tokens", self.skip_tokens, 0)
+        check_choice("loss_normalisation", self.loss_normalisation, NORMALISATIONS)
+        if self.demonstration_weight != 0:
+            check_between("demonstration_weight", self.demonstration_weight, 0, 1)
+        check_at_least("num_iterations", self.num_iterations, 1)
+        check_between("importance_clip", self.importance_clip, 0, math.inf)
+        check_at_least("ema_interval", self.ema_interval, 1)
+        if self.teacher_offload and self.teacher != "base":
+            raise UsageError(
+                f"teacher_offload is {self.teacher_offload!r}; it is for teacher 'base', and teacher is "
+                f"{self.teacher!r}"
+            )
         check_at_least("max_completion_length", self.max_completion_length, 1)
         if self.max_chunk_bytes is not None:
             check_at_least("max_chunk_bytes", self.max_chunk_bytes, 1)

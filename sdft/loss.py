@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
 from sdft.layout import Batch
-from sdft_kernels import DivergenceOutput, fused_linear_divergence
+from sdft.teacher import Teacher
+from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ def find_head(model: PreTrainedModel) -> Head:
     """The head that the model's configuration describes."""
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
+    if getattr(layer, "active_adapters", None) and not hasattr(layer, "modules_to_save"):
+        raise TrainingError(
+            f"{type(model).__name__} has an adapter in its output head, whose weight is not one matrix then; leave the "
+            "head out of the adapter's target modules, or name it in modules_to_save"
+        )
     if not isinstance(weight, Tensor):
         raise TrainingError(f"{type(model).__name__} has no linear output head, and the loss needs one")
     config = model.config.get_text_config()
@@ -89,9 +95,24 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class View:
+    """What a model makes of each completion token: the hidden state (N, H) that predicts it, and the head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@torch.no_grad()
+def teacher_view(teacher: PreTrainedModel, batch: Batch, autocast: torch.dtype | None = None) -> View:
+    """The teacher's view of the batch's completions, after its own prompts and without a graph."""
+    with _autocast(batch["labels"].device, autocast):
+        return View(hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"]), find_head(teacher))
+
+
 def divergence(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | View,
     batch: Batch,
     *,
     autocast: torch.dtype | None = None,
@@ -102,9 +123,8 @@ def divergence(
     `autocast` is the type of mixed-precision products (None: the weights' own type); the softmax arithmetic is float32
     either way. `options` go to `fused_linear_divergence`.
     """
-    head, teacher_head = find_head(student), find_head(teacher)
-    with torch.no_grad(), _autocast(student.device, autocast):
-        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"])
+    seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
+    head, teacher_hidden = find_head(student), seen.hidden
     with _autocast(student.device, autocast):
         student_hidden = hidden_states(student, batch["input_ids"], batch["positions"])
         if autocast is None:
@@ -113,15 +133,37 @@ def divergence(
             student_hidden,
             head.weight,
             teacher_hidden,
-            teacher_head.weight,
+            seen.head.weight,
             student_bias=head.bias,
-            teacher_bias=teacher_head.bias,
+            teacher_bias=seen.head.bias,
             student_logit_scale=head.scale,
-            teacher_logit_scale=teacher_head.scale,
+            teacher_logit_scale=seen.head.scale,
             student_softcap=head.softcap,
-            teacher_softcap=teacher_head.softcap,
+            teacher_softcap=seen.head.softcap,
             **options,
         )
+
+
+@torch.no_grad()
+def completion_logprobs(
+    student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+) -> Tensor:
+    """(N,) float32 log-probability of each completion token of the batch, at the loss's temperature."""
+    head = find_head(student)
+    with _autocast(student.device, autocast):
+        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        scores = linear_token_stats(
+            hidden if autocast else hidden.to(head.weight.dtype),
+            head.weight,
+            labels=batch["labels"],
+            bias=head.bias,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            temperature=config.loss_temperature,
+            max_chunk_bytes=config.max_chunk_bytes,
+        )
+    assert scores.logprob is not None
+    return scores.logprob
 
 
 @dataclass(frozen=True)
@@ -133,17 +175,24 @@ class StepLoss:
 
 
 def distillation_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
 ) -> StepLoss:
     """Self-distillation: the summed divergence between the student and the teacher who sees the demonstration."""
+    with teacher.scoring() as scorer:
+        seen = teacher_view(scorer, batch, autocast)
+    old_logprobs = batch.get("old_logprobs")
     out = divergence(
         student,
-        teacher,
+        seen,
         batch,
         autocast=autocast,
         divergence=config.divergence,
         beta=config.beta,
         temperature=config.loss_temperature,
+        token_weight=batch.get("token_weight"),
+        labels=None if old_logprobs is None else batch["labels"],
+        old_logprobs=old_logprobs,
+        importance_clip=None if old_logprobs is None else config.importance_clip,
         reduction="sum",
         max_chunk_bytes=config.max_chunk_bytes,
     )
@@ -154,7 +203,7 @@ def distillation_loss(
 def demonstration_loss(
     student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
 ) -> StepLoss:
-    """The summed cross-entropy of the demonstration's tokens: the baseline, supervised fine-tuning.
+    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning.
 
     The logits of a chunk are made again in the backward pass, so that no more than a chunk of them is ever there.
     """
@@ -164,14 +213,15 @@ def demonstration_loss(
     hidden = hidden.to(head.weight.dtype)
     budget = config.max_chunk_bytes or 256 * 2**20
     chunk = max(1, budget // (4 * head.weight.shape[0]))
+    weight = batch.get("token_weight", hidden.new_ones(len(hidden), dtype=torch.float32))
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, labels in zip(hidden.split(chunk), batch["labels"].split(chunk), strict=True):
-        total = total + checkpoint(_cross_entropy, head, states, labels, use_reentrant=False)
+    for part in zip(hidden.split(chunk), batch["labels"].split(chunk), weight.split(chunk), strict=True):
+        total = total + checkpoint(_cross_entropy, head, *part, use_reentrant=False)
     return StepLoss(total, {})
 
 
-def _cross_entropy(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="sum")
+def _cross_entropy(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return (nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="none") * weight).sum()
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

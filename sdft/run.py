@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -19,15 +17,15 @@ from sdft.config import (
     DataArguments,
     EvalArguments,
     EvalCommand,
-    EvalSettings,
     GenerateCommand,
+    LoraArguments,
     ModelArguments,
     SDFTConfig,
 )
-from sdft.data import WHERE, Row, load_rows
+from sdft.data import WHERE, load_rows
 from sdft.errors import UsageError
-from sdft.evaluate import Answers, answer, complete, forgetting, prompts_for
-from sdft.models import eos_token_ids, load_model
+from sdft.evaluate import Answers, Exam, complete, prompts_for
+from sdft.models import add_lora, eos_token_ids, load_model
 from sdft.report import (
     ANSWERED,
     MetricsFile,
@@ -39,19 +37,38 @@ from sdft.report import (
     table,
     write_summary,
 )
-from sdft.scorers import SCORERS, check_answers
+from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
 from sdft.trainer import SDFTTrainer
 
 
 def train(
-    of_model: ModelArguments, of_data: DataArguments, of_eval: EvalArguments, config: SDFTConfig, *, started: float
+    of_model: ModelArguments,
+    of_lora: LoraArguments,
+    of_data: DataArguments,
+    of_eval: EvalArguments,
+    config: SDFTConfig,
+    *,
+    started: float,
 ) -> None:
     """`sdft train`: check everything, measure, train, measure again, and leave the model and the report."""
     _quiet()
     rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
-    exam = Exam(of_eval, config, config.per_device_eval_batch_size, config.seed, silent=bool(config.disable_tqdm))
+    exam = Exam(
+        of_eval.eval_file or None,
+        of_eval.general_file or None,
+        config,
+        batch_size=config.per_device_eval_batch_size,
+        seed=config.seed,
+        silent=bool(config.disable_tqdm),
+    )
+    as_it_goes = config.eval_strategy != "no"
+    if as_it_goes and not exam.eval_rows and not exam.general_rows:
+        raise UsageError(
+            "eval_strategy asks for evaluation during training, and eval_file and general_file are not set; at least "
+            "one must be, or there is nothing to evaluate on"
+        )
     shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
     resume = checkpoint_to_resume(config.resume_from_checkpoint, folder)
@@ -59,7 +76,12 @@ def train(
     exam.check(model, tokenizer, shown)
     try:
         trainer = SDFTTrainer(
-            model, config, train_dataset=rows, eval_dataset=exam.eval_rows or None, processing_class=tokenizer
+            add_lora(model, of_lora),
+            config,
+            train_dataset=rows,
+            eval_dataset=exam.eval_rows or None,
+            processing_class=tokenizer,
+            general_dataset=exam.general_rows if as_it_goes and exam.general_rows else None,
         )
     except ValueError as error:  # settings that the Trainer finds do not go together
         raise UsageError(str(error)) from error
@@ -81,16 +103,8 @@ def train(
     general_after = exam.general(trainer.student, tokenizer, "after, general prompts")
     moved = None
     if general_before is not None:
-        base = trainer.teacher.model if trainer.teacher is not None and config.teacher == "base" else None
-        if base is None:
-            base = load_model(of_model.model, of_model.dtype, trainer.student.device)[0]
-        moved = forgetting(
-            trainer.student,
-            base,
-            general_before,
-            batch_size=exam.batch_size,
-            progress=exam.progress("divergence from the base model"),
-        )
+        start = trainer.start or Teacher(load_model(of_model.model, of_model.dtype, trainer.student.device)[0])
+        moved = exam.forgetting(trainer.student, tokenizer, start)
     if not trainer.is_world_process_zero():
         return
 
@@ -126,7 +140,13 @@ def train(
 def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:
     """`sdft eval`: the accuracy of a model, of the model as a teacher, and its divergence from a base model."""
     _quiet()
-    exam = Exam(of_eval, of_command, of_command.per_device_eval_batch_size, of_command.seed)
+    exam = Exam(
+        of_eval.eval_file or None,
+        of_eval.general_file or None,
+        of_command,
+        batch_size=of_command.per_device_eval_batch_size,
+        seed=of_command.seed,
+    )
     if not exam.eval_rows and not exam.general_rows:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
     if of_command.teacher and not exam.has_demonstrations:
@@ -157,15 +177,7 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
         lines.append(f"general prompts {how} ({len(general.right)}): {general.accuracy:.1%}")
     if general is not None and of_command.base_model not in (None, of_model.model):
         base, _ = load_model(of_command.base_model, of_model.dtype, device)
-        base_answers = exam.general(base, tokenizer, "base model, general prompts")
-        assert base_answers is not None
-        moved = forgetting(
-            model,
-            base,
-            base_answers,
-            batch_size=exam.batch_size,
-            progress=exam.progress("divergence from the base model"),
-        )
+        moved = exam.forgetting(model, tokenizer, Teacher(base))
         lines.append(f"divergence from {of_command.base_model}: {moved:.3f} nats a token")
     print("\n".join(lines))
 
@@ -221,73 +233,6 @@ def _check_output_file(name: str) -> None:
         raise UsageError(f"output_file is {name!r}, a folder; it must be a JSONL file to write")
     if not path.parent.is_dir():
         raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
-
-
-class Exam:
-    """The held-out and general prompts of a run, read and checked once, put to a model as often as asked."""
-
-    def __init__(
-        self, files: EvalArguments, settings: EvalSettings, batch_size: int, seed: int, *, silent: bool = False
-    ) -> None:
-        self.settings, self.batch_size, self.seed, self.silent = settings, batch_size, seed, silent
-        self.eval_rows: list[Row] = []
-        self.general_rows: list[Row] = []
-        if files.eval_file:
-            self.eval_rows = load_rows(files.eval_file, need=("prompt", "answer"))
-        if files.general_file:
-            self.general_rows = load_rows(files.general_file, need=("prompt",))
-        check_answers(self.eval_rows, settings.scorer)
-        check_answers(self.general_rows, settings.general_scorer)
-        self.has_demonstrations = bool(self.eval_rows) and all(row.get("demonstration") for row in self.eval_rows)
-
-    def progress(self, description: str) -> str | None:
-        """The description of a progress bar, or None for no bar."""
-        return None if self.silent else description
-
-    def check(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]]
-    ) -> None:
-        """Find a prompt that is too long for the model, or for the teacher under a template, before anything runs."""
-        prompts_for(model, tokenizer, self.general_rows, self.settings.general_completion_length)
-        for template in (None, *templates):
-            prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length, template)
-
-    def held_out(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        progress: str,
-        template: list[Message] | None = None,
-    ) -> Answers | None:
-        """The model's answers to the held-out prompts, with a template those of the teacher; None without prompts."""
-        if not self.eval_rows:
-            return None
-        return answer(
-            model,
-            tokenizer,
-            self.eval_rows,
-            max_new_tokens=self.settings.eval_completion_length,
-            batch_size=self.batch_size,
-            scorer=SCORERS[self.settings.scorer],
-            template=template,
-            temperature=self.settings.eval_temperature,
-            samples=self.settings.eval_samples,
-            seed=self.seed,
-            progress=self.progress(progress),
-        )
-
-    def general(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: str) -> Answers | None:
-        if not self.general_rows:
-            return None
-        return answer(
-            model,
-            tokenizer,
-            self.general_rows,
-            max_new_tokens=self.settings.general_completion_length,
-            batch_size=self.batch_size,
-            scorer=SCORERS[self.settings.general_scorer],
-            progress=self.progress(progress),
-        )
 
 
 def checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:

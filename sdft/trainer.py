@@ -13,6 +13,8 @@ not the checkpoint, and loads the checkpoint into the student.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -27,12 +29,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from sdft import checkpoint
 from sdft.config import SDFTConfig
-from sdft.data import Row, encode_rows, load_rows
+from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
-from sdft.evaluate import answer
-from sdft.layout import Batch, Sample, split
-from sdft.loss import StepLoss, check_head, demonstration_loss, distillation_loss
-from sdft.models import context_length, eos_token_ids, load_model
+from sdft.evaluate import Exam
+from sdft.layout import Batch, Sample, count_items, demonstrations_of, lay_out, split
+from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
+from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
+from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import generate, seeded
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
@@ -43,9 +46,12 @@ Result = TypeVar("Result")
 class SDFTTrainer(Trainer):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
-    `model` is a model, or a name for `sdft.models.load_model`; `processing_class` its tokenizer (found with a name);
+    `model` is a transformers model, with a peft adapter or without, or a name for `sdft.models.load_model`;
+    `peft_config` gives it an adapter. What trains is the adapter where there is one. `processing_class` is the
+    tokenizer (found with a name);
     `train_dataset` a `datasets.Dataset`, a list of rows, or a JSONL or Parquet file; `eval_dataset` the same with
-    `prompt` and `answer`, for the greedy accuracy that `evaluate` reports. Other arguments are the Trainer's.
+    `prompt` and `answer`, for the accuracy that `evaluate` reports; `general_dataset` the same with `prompt`, of other
+    kinds, for how far the model has moved from where it started. Other arguments are the Trainer's.
 
     >>> SDFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", SDFTConfig(), train_dataset=rows).train()
     """
@@ -54,53 +60,81 @@ class SDFTTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: nn.Module | str,
         args: SDFTConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: Any = None,
+        general_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
+        learner: nn.Module
         if isinstance(model, str):
-            model, tokenizer = load_model(model)
+            learner, tokenizer = load_model(model)
             processing_class = processing_class or tokenizer
+        else:
+            learner = model
         if processing_class is None:
             raise UsageError("processing_class is not set; it must be the model's tokenizer")
-        self.eos_ids = eos_token_ids(model, processing_class)
-        rows = None if train_dataset is None else self._encode(train_dataset, model, args, processing_class)
-        eval_rows = (
-            None if eval_dataset is None else load_rows(eval_dataset, name="eval_dataset", need=("prompt", "answer"))
-        )
+        bare = causal_lm(learner)
+        self.eos_ids = eos_token_ids(bare, processing_class)
+        rows = None if train_dataset is None else self._encode(train_dataset, bare, args, processing_class)
+        self.exam = exam_by(args, eval_dataset, general_dataset)
+        self.exam.check(bare, processing_class)
         if args.freeze_embeddings:
-            model.get_input_embeddings().requires_grad_(False)
-        switch_off_dropout(model)
+            bare.get_input_embeddings().requires_grad_(False)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            learner = get_peft_model(bare, peft_config)
+        switch_off_dropout(learner)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs take `accelerate launch`: DataParallel cannot split our batches
-        use_cache = model.config.use_cache
+        use_cache = bare.config.use_cache
         super().__init__(
-            model=model,
+            model=learner,
             args=args,
             data_collator=keep_rows,
             train_dataset=rows,
-            eval_dataset=eval_rows,
+            # The Trainer evaluates only where it has a dataset to; for us general prompts are enough.
+            eval_dataset=self.exam.eval_rows or self.exam.general_rows or None,
             processing_class=processing_class,
             **kwargs,
         )
-        model.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
+        bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
         if rows is not None:
             check_head(self.student, rows[0]["prompt_ids"][:16])
+        elif self.exam.general_rows:
+            check_head(self.student, encode_prompt(self.exam.general_rows[0]["prompt"], processing_class)[:16])
         self.teacher: Teacher | None = None
         if args.method == "sdft":
-            self.teacher = make_teacher(args.teacher, self.student, args.ema_rate)
-            self.add_callback(TeacherFollows(self.teacher))
+            self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
+            self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
+        self.start = self._starting_model()
+        self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
         self._saving_in: str | None = None
 
     @property
+    def learner(self) -> nn.Module:
+        """The model that learns, with its adapter where there is one."""
+        return cast(nn.Module, self.model)
+
+    @property
     def student(self) -> PreTrainedModel:
-        """The model that learns, without what distributed training wraps around it."""
-        return cast(PreTrainedModel, self.model)
+        """The transformers model that learns, without what distributed training and peft wrap around it."""
+        return causal_lm(self.learner)
+
+    def _starting_model(self) -> Teacher | None:
+        """What lends the model that training starts from, at the price of a copy only where forgetting is measured."""
+        if self.teacher is not None and self.args.teacher == "base":
+            return self.teacher
+        if has_adapter(self.learner) or self.exam.general_rows:
+            return make_teacher("base", self.learner, self.args.ema_rate)
+        return None
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -108,6 +142,7 @@ class SDFTTrainer(Trainer):
             load_rows(source, name="train_dataset"),
             tokenizer,
             method=args.method,
+            with_demonstration=args.demonstration_weight > 0,
             template=parse_template(args.teacher_template),
             eos_ids=eos_token_ids(model, tokenizer),
             max_completion_length=args.max_completion_length,
@@ -116,19 +151,58 @@ class SDFTTrainer(Trainer):
 
     # One optimizer step: rollouts, layout, loss
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return RepeatedRows(len(rows), group, args.num_iterations, args.data_seed or args.seed)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The step's micro-batches, with the students' answers in them, and the number of tokens in its loss."""
+        """The step's micro-batches, with the students' answers in them, and what its summed loss is divided by."""
         batches: list[list[Row]] = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        samples = self.samples([row for batch in batches for row in batch])
-        micro_batches = split(samples, len(batches), self.args.skip_tokens)
-        tokens = torch.tensor(sum(batch["labels"].numel() for batch in micro_batches), device=device)
+        samples = self.step_samples([row for batch in batches for row in batch])
+        micro_batches = split(samples, len(batches), self.args.skip_tokens, self.args.loss_normalisation)
+        parts = [micro_batches, [demonstrations_of(batch) for batch in micro_batches]]
+        items = torch.tensor([sum(count_items(b) for b in part if b) for part in parts], device=device)
         if self.args.average_tokens_across_devices:
-            tokens = self.accelerator.reduce(tokens, "sum")
-        return micro_batches, tokens.clamp(min=1)
+            items = self.accelerator.reduce(items, "sum")
+        items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
+        for batch in micro_batches:
+            batch["demonstration_items"] = demonstration_items
+        return micro_batches, items
+
+    def step_samples(self, rows: list[Row]) -> list[Sample]:
+        """A completion for each row: new ones, or those of the last step while they serve several."""
+        iterations = self.args.num_iterations
+        if iterations == 1 or self.args.method == "sft":
+            return self.samples(rows)
+        if self._reused is None or self.state.global_step % iterations == 0:
+            self._reused = self._with_old_logprobs(self.samples(rows))
+        return self._reused
+
+    def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with the log-probabilities that their tokens have now."""
+        size, skip = self.args.per_device_train_batch_size, self.args.skip_tokens
+        order = sorted(range(len(samples)), key=lambda number: len(samples[number]), reverse=True)
+        for numbers in (order[start : start + size] for start in range(0, len(order), size)):
+            batch = self._prepare_inputs(lay_out([samples[number] for number in numbers], skip))
+            score = functools.partial(completion_logprobs, self.student, batch, self.args, self._autocast)
+            logprobs = as_forward_of(self.model_wrapped, self.learner, score)
+            lengths = [len(samples[number].completion[skip:]) for number in numbers]
+            for number, values in zip(numbers, logprobs.split(lengths), strict=True):
+                samples[number] = dataclasses.replace(samples[number], old_logprobs=values.tolist())
+        return samples
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        """The type of mixed-precision products, None where there are none."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def samples(self, rows: list[Row]) -> list[Sample]:
         """A completion for each row: for "sdft" a rollout of the student, for "sft" the demonstration."""
@@ -156,7 +230,7 @@ class SDFTTrainer(Trainer):
             rollout_seconds=time.perf_counter() - started,
         )
         return [
-            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"])
+            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
             for row, completion in zip(rows, completions, strict=True)
         ]
 
@@ -167,18 +241,26 @@ class SDFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean loss over the step's tokens."""
-        student = self.accelerator.unwrap_model(model)
-        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        """This micro-batch's share of the step's mean loss."""
+        module = self.accelerator.unwrap_model(model)
+        share = self.args.demonstration_weight
+        items = count_items(inputs) if num_items_in_batch is None else num_items_in_batch
 
         def forward() -> StepLoss:
+            student = causal_lm(module)
             if self.teacher is None:
-                return demonstration_loss(student, inputs, self.args, autocast)
-            return distillation_loss(student, self.teacher.model, inputs, self.args, autocast)
+                out = demonstration_loss(student, inputs, self.args, self._autocast)
+                return StepLoss(out.total / items, out.sums)
+            out = distillation_loss(student, self.teacher, inputs, self.args, self._autocast)
+            loss = out.total / items
+            if share:
+                shown = demonstration_loss(student, demonstrations_of(inputs), self.args, self._autocast)
+                loss = (1 - share) * loss + share * shown.total / inputs["demonstration_items"]
+            return StepLoss(loss, out.sums)
 
-        step_loss = as_forward_of(model, student, forward)
+        step_loss = as_forward_of(model, module, forward)
         self._count(tokens=inputs["labels"].numel(), **step_loss.sums)
-        loss = step_loss.total / (inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch)
+        loss = step_loss.total
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: training stopped before the weights "
@@ -224,18 +306,22 @@ class SDFTTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Greedy accuracy: the share of prompts whose answer is exactly the row's `answer`."""
-        rows: Any = self.eval_dataset
+        """What the model can do and what it has forgotten, where there are prompts to measure it on.
+
+        `eval_accuracy`: the share of answers to held-out prompts that the scorer calls right. `eval_forgetting`: the
+        mean divergence from the model that training started from on general prompts, in nats a token.
+        """
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        exam = self.exam
         if eval_dataset is not None:
-            rows = load_rows(eval_dataset, name="eval_dataset", need=("prompt", "answer"))
-        answers = answer(
-            self.student,
-            cast(PreTrainedTokenizerBase, self.processing_class),
-            rows,
-            max_new_tokens=self.args.max_completion_length,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
-        metrics = {f"{metric_key_prefix}_accuracy": answers.accuracy or 0.0}
+            exam = exam_by(self.args, eval_dataset)
+            exam.check(self.student, tokenizer)
+        held_out = exam.held_out(self.student, tokenizer, "held-out prompts")
+        measured = {
+            "accuracy": None if held_out is None else held_out.accuracy,
+            "forgetting": None if self.start is None else self.exam.forgetting(self.student, tokenizer, self.start),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -255,6 +341,8 @@ class SDFTTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_in = None
+            if self._reused is not None:
+                save_samples(staged, self.args.process_index, self._reused)
             if self.args.should_save:
                 if self.teacher is not None:
                     self.teacher.save(staged)
@@ -283,6 +371,7 @@ class SDFTTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             self.teacher.load(resume_from_checkpoint)
+        self._reused = load_samples(resume_from_checkpoint, self.args.process_index)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that `from_pretrained` loads it, each file in one move."""
@@ -299,15 +388,22 @@ class SDFTTrainer(Trainer):
 
 
 class TeacherFollows(TrainerCallback):
-    """Lets the teacher follow the student after each optimizer step."""
+    """Lets the teacher follow the student, every `interval` optimizer steps."""
 
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: Teacher, interval: int) -> None:
+        self.teacher, self.interval = teacher, interval
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.teacher.update(kwargs["model"])
+        if (state.global_step + 1) % self.interval == 0:  # the step is counted only after this
+            self.teacher.update(kwargs["model"])
+
+
+def exam_by(args: SDFTConfig, held_out: Any, general: Any = None) -> Exam:
+    """The prompts to evaluate on during training, under the run's settings and without progress bars of their own."""
+    size, seed = args.per_device_eval_batch_size, args.seed
+    return Exam(held_out, general, args, batch_size=size, seed=seed, silent=True)
 
 
 def keep_rows(rows: list[Row]) -> Any:

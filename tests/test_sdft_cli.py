@@ -91,6 +91,17 @@ def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path):
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4, 3, 4]
 
 
+def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
+    assert main(["train", recipe(eval_strategy="steps", eval_steps=2, scorer="contains")]) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    evaluated = [entry for entry in metrics if "eval_accuracy" in entry]
+    assert [entry["step"] for entry in evaluated] == [2, 4]
+    assert evaluated[-1]["eval_accuracy"] == summary["accuracy_after"]
+    assert evaluated[-1]["eval_forgetting"] == pytest.approx(summary["general_divergence"], rel=1e-6)
+    assert summary["scorer"] == "contains"
+
+
 @pytest.mark.parametrize("options", [["--method", "sft"], ["--teacher", "ema"]], ids=" ".join)
 def test_other_methods_run_too(options, recipe, tmp_path):
     assert main(["train", recipe(max_steps=1), *options]) == 0
@@ -137,7 +148,7 @@ def test_the_teacher_is_measured_under_the_templates_asked_for(options, expected
         asked.append(template)
         return Answers([], [], [], [template == TEMPLATES["turn"], False])
 
-    monkeypatch.setattr("sdft.run.answer", one_is_right)
+    monkeypatch.setattr("sdft.evaluate.answer", one_is_right)
     assert main(["eval", recipe(general_file=None), "--teacher", *options]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [(" ".join(name), share) for *name, share in rows] == [
@@ -245,7 +256,7 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
         ({"model": None}, None, ["model", "not set"]),
         ({"resume_from_checkpoint": "last"}, None, ["resume_from_checkpoint", "no such checkpoint"]),
         ({"resume_from_checkpoint": "x/checkpoint-3"}, None, ["x/checkpoint-3", "no such checkpoint"]),
-        ({"eval_strategy": "steps", "eval_file": None}, None, ["eval_strategy", "eval_dataset"]),
+        ({"eval_strategy": "steps", "eval_file": None, "general_file": None}, None, ["eval_strategy", "eval_file"]),
         ({"train_file": None}, None, ["train_file", "not set"]),
     ],
     ids=str,
