@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors by name, and under "samples" what they were made of, where that is to be logged
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,15 @@ def _pack(prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_t
 
 
 def split(samples: Sequence[Sample], parts: int, skip_tokens: int) -> list[Batch]:
-    """`parts` micro-batches of about equal size, samples of similar length together so that little is padding.
+    """The micro-batches of `group`, laid out."""
+    return [lay_out(members, skip_tokens) for members in group(samples, parts)]
+
+
+def group(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """`parts` groups of about equal size, samples of similar length together so that little is padding.
 
     The longest come first: a step that does not fit into memory fails at once.
     """
     ordered = sorted(samples, key=len, reverse=True)
     bounds = [part * len(ordered) // parts for part in range(parts + 1)]
-    return [lay_out(ordered[a:b], skip_tokens) for a, b in itertools.pairwise(bounds)]
+    return [ordered[a:b] for a, b in itertools.pairwise(bounds)]

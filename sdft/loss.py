@@ -8,7 +8,7 @@ own logits before anything is trained on it. The divergence itself is `sdft_kern
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -126,14 +126,24 @@ def divergence(
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging."""
+    """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging.
+
+    `tokens`, where it was asked for: `divergence`, `student_logprob` and `teacher_logprob` of each, (N,) float32.
+    """
 
     total: Tensor
     sums: dict[str, Tensor]
+    tokens: dict[str, Tensor | None] = field(default_factory=dict)
 
 
 def distillation_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Batch,
+    config: SDFTConfig,
+    autocast: torch.dtype | None,
+    *,
+    per_token: bool = False,
 ) -> StepLoss:
     """Self-distillation: the summed divergence between the student and the teacher who sees the demonstration."""
     out = divergence(
@@ -146,9 +156,17 @@ def distillation_loss(
         temperature=config.loss_temperature,
         reduction="sum",
         max_chunk_bytes=config.max_chunk_bytes,
+        labels=batch["labels"] if per_token else None,
     )
     entropies = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
-    return StepLoss(out.loss, entropies)
+    if not per_token:
+        return StepLoss(out.loss, entropies)
+    tokens = {
+        "divergence": out.token_loss,
+        "student_logprob": out.student_logprob,
+        "teacher_logprob": out.teacher_logprob,
+    }
+    return StepLoss(out.loss, entropies, tokens)
 
 
 def demonstration_loss(
