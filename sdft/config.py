@@ -152,8 +152,9 @@ class SDFTConfig(TrainingArguments):
     rollout_min_p: float = setting(
         0.0, "Rollouts: leave out tokens with less than this share of the likeliest token's probability; 0 leaves none."
     )
-    rollout_stop: list[str] | None = setting(
-        None, "Rollouts: texts that end a rollout, as an end-of-sequence token does; the text stays in it."
+    rollout_stop: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rollouts: texts that end a rollout, as an end-of-sequence token does; the text stays in."},
     )
     rollout_from: str = setting(
         "student",

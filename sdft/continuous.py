@@ -87,10 +87,10 @@ def _refusal(model: PreTrainedModel, reason: object) -> RuntimeError:
     if "probability tensor" in str(reason):
         return RuntimeError(str(reason))
     attention = model.config._attn_implementation
+    advice = "a smaller rollout_batch_size needs less" if "emory" in str(reason) else "rollout_backend: generate may do"
     return TrainingError(
         f"continuous batching of {type(model).__name__} with {attention} attention in {model.dtype} on "
-        f"{model.device.type} failed: {reason} (rollout_backend: generate always works, and a smaller "
-        "rollout_batch_size needs a smaller cache)"
+        f"{model.device.type} failed: {reason} ({advice})"
     )
 
 

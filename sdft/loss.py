@@ -133,7 +133,7 @@ class StepLoss:
 
     total: Tensor
     sums: dict[str, Tensor]
-    tokens: dict[str, Tensor | None] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 def distillation_loss(
@@ -159,14 +159,10 @@ def distillation_loss(
         labels=batch["labels"] if per_token else None,
     )
     entropies = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
-    if not per_token:
+    if out.student_logprob is None or out.teacher_logprob is None:
         return StepLoss(out.loss, entropies)
-    tokens = {
-        "divergence": out.token_loss,
-        "student_logprob": out.student_logprob,
-        "teacher_logprob": out.teacher_logprob,
-    }
-    return StepLoss(out.loss, entropies, tokens)
+    logprobs = {"student_logprob": out.student_logprob, "teacher_logprob": out.teacher_logprob}
+    return StepLoss(out.loss, entropies, {"divergence": out.token_loss, **logprobs})
 
 
 def demonstration_loss(

@@ -26,14 +26,15 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from sdft import checkpoint
+from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
 from sdft.data import Row, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import answer
-from sdft.layout import Batch, Sample, split
+from sdft.layout import Batch, Sample, group, split
 from sdft.loss import StepLoss, check_head, demonstration_loss, distillation_loss
 from sdft.models import context_length, eos_token_ids, load_model
-from sdft.rollout import generate, seeded
+from sdft.rollout import Sampling, finished, sample, seeded
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
 
@@ -67,7 +68,15 @@ class SDFTTrainer(Trainer):
             processing_class = processing_class or tokenizer
         if processing_class is None:
             raise UsageError("processing_class is not set; it must be the model's tokenizer")
-        self.eos_ids = eos_token_ids(model, processing_class)
+        self.sampling = Sampling(
+            max_new_tokens=args.max_completion_length,
+            eos_ids=eos_token_ids(model, processing_class),
+            temperature=args.rollout_temperature,
+            top_p=args.rollout_top_p,
+            top_k=args.rollout_top_k,
+            min_p=args.rollout_min_p,
+            stop=tuple(args.rollout_stop or ()),
+        )
         rows = None if train_dataset is None else self._encode(train_dataset, model, args, processing_class)
         eval_rows = (
             None if eval_dataset is None else load_rows(eval_dataset, name="eval_dataset", need=("prompt", "answer"))
@@ -94,6 +103,12 @@ class SDFTTrainer(Trainer):
         if args.method == "sdft":
             self.teacher = make_teacher(args.teacher, self.student, args.ema_rate)
             self.add_callback(TeacherFollows(self.teacher))
+        self.completions: CompletionsFile | None = None
+        if args.method == "sdft" and args.log_completions:
+            self.completions = CompletionsFile(
+                str(args.output_dir), args.log_completions, processing_class, args.skip_tokens
+            )
+            self.add_callback(self.completions)
         self._sums: dict[str, Tensor] = {}
         self._saving_in: str | None = None
 
@@ -125,40 +140,50 @@ class SDFTTrainer(Trainer):
             return [], None
         samples = self.samples([row for batch in batches for row in batch])
         micro_batches = split(samples, len(batches), self.args.skip_tokens)
+        if self.completions is not None and self.completions.wants(self.state.global_step + 1):
+            for batch, members in zip(micro_batches, group(samples, len(batches)), strict=True):
+                batch["samples"] = members
         tokens = torch.tensor(sum(batch["labels"].numel() for batch in micro_batches), device=device)
         if self.args.average_tokens_across_devices:
             tokens = self.accelerator.reduce(tokens, "sum")
         return micro_batches, tokens.clamp(min=1)
 
     def samples(self, rows: list[Row]) -> list[Sample]:
-        """A completion for each row: for "sdft" a rollout of the student, for "sft" the demonstration."""
+        """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
         if self.args.method == "sft":
             return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
-        started = time.perf_counter()
-        device = self.args.device
-        with (
-            seeded(device, self.args.seed, self.state.global_step, self.args.process_index),
-            self.accelerator.autocast(),
-        ):
-            completions = generate(
-                self.student,
-                [row["prompt_ids"] for row in rows],
-                max_new_tokens=self.args.max_completion_length,
-                eos_ids=self.eos_ids,
-                temperature=self.args.rollout_temperature,
-                top_p=self.args.rollout_top_p,
-                top_k=self.args.rollout_top_k,
-            )
-        self._count(
-            completions=len(rows),
-            completion_length=sum(map(len, completions)),
-            finished=sum(bool(c) and c[-1] in self.eos_ids for c in completions),
-            rollout_seconds=time.perf_counter() - started,
-        )
+        rows = [row for row in rows for _ in range(self.args.rollouts_per_prompt)]
+        completions = self.rollouts(rows)
         return [
             Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"])
             for row, completion in zip(rows, completions, strict=True)
         ]
+
+    def rollouts(self, rows: list[Row]) -> list[list[int]]:
+        """A completion for each row, by the student or by the teacher who sees the row's demonstration."""
+        started = time.perf_counter()
+        device = self.args.device
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        by_teacher = self.teacher is not None and self.args.rollout_from == "teacher"
+        with (
+            seeded(device, self.args.seed, self.state.global_step, self.args.process_index),
+            self.accelerator.autocast(),
+        ):
+            completions = sample(
+                self.teacher.model if self.teacher is not None and by_teacher else self.student,
+                [row["teacher_prompt_ids" if by_teacher else "prompt_ids"] for row in rows],
+                self.sampling,
+                tokenizer=tokenizer,
+                backend=self.args.rollout_backend,
+                batch_size=self.args.rollout_batch_size,
+            )
+        self._count(
+            completions=len(rows),
+            completion_length=sum(map(len, completions)),
+            finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
+            rollout_seconds=time.perf_counter() - started,
+        )
+        return completions
 
     def compute_loss(
         self,
@@ -174,9 +199,13 @@ class SDFTTrainer(Trainer):
         def forward() -> StepLoss:
             if self.teacher is None:
                 return demonstration_loss(student, inputs, self.args, autocast)
-            return distillation_loss(student, self.teacher.model, inputs, self.args, autocast)
+            return distillation_loss(
+                student, self.teacher.model, inputs, self.args, autocast, per_token="samples" in inputs
+            )
 
         step_loss = as_forward_of(model, student, forward)
+        if self.completions is not None and "samples" in inputs:
+            self.completions.add(inputs["samples"], step_loss.tokens)
         self._count(tokens=inputs["labels"].numel(), **step_loss.sums)
         loss = step_loss.total / (inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch)
         if not torch.isfinite(loss):
