@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from sdft.errors import TrainingError
 
 PAGE = 32  # tokens in a page of the cache
-STEP_TOKENS = 1024  # the most tokens in a step; without flash attention its mask has this many rows
+STEP_TOKENS = 512  # the most tokens in a step; without flash attention, rows of a mask as wide as the cache
 
 
 def generate_continuously(

@@ -180,6 +180,96 @@ def test_rollouts_depend_on_seed_and_step_alone(tmp_path):
     assert completions() != first
 
 
+def test_several_rollouts_of_a_prompt_are_side_by_side_and_differ(tmp_path):
+    run = trainer(tmp_path, rollouts_per_prompt=3, rollout_batch_size=4)
+    samples = run.samples(run.train_dataset[:2])
+    assert [s.prompt for s in samples] == [row["prompt_ids"] for row in run.train_dataset[:2] for _ in range(3)]
+    assert len({tuple(s.completion) for s in samples}) == 6
+    run.train()
+    assert run.state.global_step == 4
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_rollouts_can_come_from_the_teacher_who_sees_the_demonstration(backend, tmp_path):
+    run = trainer(tmp_path, rollout_from="teacher", rollout_temperature=1e-4, rollout_backend=backend)
+    run.model.lm_head.weight.data.neg_()  # the student would write something else
+    teacher = tiny.tiny_model()
+    for sample in run.samples(run.train_dataset[:2]):
+        ids = list(sample.teacher_prompt)
+        for token in sample.completion:
+            assert teacher(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+        assert sample.prompt in [row["prompt_ids"] for row in run.train_dataset[:2]]
+
+
+def test_stop_strings_end_rollouts_and_count_as_finished(tmp_path):
+    run = trainer(tmp_path, max_completion_length=40, max_steps=1, rollout_stop=["a", "e", "i", "o", "u", " ", "r"])
+    run.train()
+    log = run.state.log_history[0]
+    assert log["finished"] == 1
+    assert log["completion_length"] < 40
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+
+
+def test_logged_completions_have_the_numbers_of_full_logits(tmp_path):
+    run = trainer(
+        tmp_path,
+        max_steps=1,
+        skip_tokens=2,
+        loss_temperature=1.7,
+        gradient_accumulation_steps=2,
+        rollouts_per_prompt=2,
+        log_completions=True,
+    )
+    seen = []
+    sample = run.samples
+    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    run.train()
+    student, teacher, tokenizer = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_tokenizer()
+    logged = lines(tmp_path)
+    assert len(logged) == len(seen) == 8
+    for s in seen:
+        completion = torch.tensor(s.completion)
+        record = next(r for r in logged if r["completion_ids"] == s.completion)
+        assert record["step"] == 1
+        assert record["prompt"] == tokenizer.decode(s.prompt)
+        assert record["completion"] == tokenizer.decode(s.completion)
+        p, q = (
+            (model(torch.tensor([[*prompt, *s.completion]])).logits[0, len(prompt) - 1 : -1] / 1.7).log_softmax(-1)
+            for model, prompt in ((student, s.prompt), (teacher, s.teacher_prompt))
+        )
+        expected = {
+            "divergence": (p.exp() * (p - q)).sum(-1),
+            "student_logprob": p.gather(-1, completion[:, None])[:, 0],
+            "teacher_logprob": q.gather(-1, completion[:, None])[:, 0],
+        }
+        for name, values in expected.items():
+            assert record[name][:2] == [None] * min(2, len(completion))
+            torch.testing.assert_close(torch.tensor(record[name][2:]), values[2:], rtol=1e-4, atol=2e-6)
+
+
+def test_a_resumed_run_logs_each_completion_once(tmp_path):
+    steps = {"max_steps": 6, "num_train_epochs": 2, "log_completions": 2, "save_strategy": "steps", "save_steps": 3}
+    straight = trained(tmp_path / "straight", **steps)
+    assert [r["step"] for r in lines(tmp_path / "straight")] == [2, 2, 4, 4, 6, 6]
+    whole = (tmp_path / "straight" / "completions.jsonl").read_bytes()
+    trained(tmp_path / "broken", **steps)
+    path = tmp_path / "broken" / "completions.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])  # killed while it wrote
+    resumed = trainer(tmp_path / "broken", **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-3"))
+    assert path.read_bytes() == whole
+    unlogged = trained(tmp_path / "unlogged", **{**steps, "log_completions": 0})
+    assert not (tmp_path / "unlogged" / "completions.jsonl").exists()
+    assert_equal_weights(weights(unlogged.model), weights(straight.model))
+    assert_equal_weights(weights(resumed.model), weights(straight.model))
+    trained(tmp_path / "straight", **{**steps, "max_steps": 2})  # a new run in the same folder starts anew
+    assert [r["step"] for r in lines(tmp_path / "straight")] == [2, 2]
+
+
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     run = trainer(tmp_path, save_strategy="steps", save_steps=2, teacher="ema")
     save = run.teacher.save
