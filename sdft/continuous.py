@@ -65,6 +65,7 @@ def _configuration(
         max_batch_tokens=STEP_TOKENS,
         seed=seed,
         auto_switch_to_flash=model.dtype in (torch.float16, torch.bfloat16),  # flash attention takes no other
+        disable_nccl_graph_mixing=False,  # the environment is not ours to change
     )
 
 
