@@ -87,12 +87,12 @@ def _run(command: str, rest: list[str], started: float) -> int:
 
 
 def _train(argv: list[str], started: float) -> None:
-    from sdft.config import DataArguments, EvalArguments, ModelArguments, SDFTConfig
+    from sdft.config import DataArguments, EvalArguments, LoraArguments, ModelArguments, SDFTConfig
     from sdft.recipe import RecipeParser, parse
     from sdft.run import train
 
     parser = RecipeParser(
-        [ModelArguments, DataArguments, EvalArguments, SDFTConfig],
+        [ModelArguments, LoraArguments, DataArguments, EvalArguments, SDFTConfig],
         prog="sdft train",
         usage="sdft train [RECIPE.yaml] [--field value ...]",
         description=TRAIN_HELP,
@@ -104,7 +104,7 @@ def _train(argv: list[str], started: float) -> None:
 def _eval(argv: list[str], started: float) -> None:
     from dataclasses import fields
 
-    from sdft.config import DataArguments, EvalArguments, EvalCommand, ModelArguments, SDFTConfig
+    from sdft.config import DataArguments, EvalArguments, EvalCommand, LoraArguments, ModelArguments, SDFTConfig
     from sdft.recipe import RecipeParser, parse
     from sdft.run import evaluate
 
@@ -114,7 +114,7 @@ def _eval(argv: list[str], started: float) -> None:
         usage="sdft eval [RECIPE.yaml] [--field value ...]",
         description=EVAL_HELP,
     )
-    of_train = {field.name for dataclass in (DataArguments, SDFTConfig) for field in fields(dataclass)}
+    of_train = {field.name for dataclass in (LoraArguments, DataArguments, SDFTConfig) for field in fields(dataclass)}
     ignored = of_train - {"teacher_template", "per_device_eval_batch_size"}
     evaluate(*parse(parser, argv, ignored=ignored, copied={"base_model": "model"}))
 

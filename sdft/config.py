@@ -8,18 +8,20 @@ The field's help texts are what `sdft train --help` prints.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from sdft.errors import UsageError
+from sdft.layout import NORMALISATIONS
 from sdft.rollout import BACKENDS
 from sdft.templates import parse_template
+from sdft_kernels.divergences import DIVERGENCES
 
 METHODS = ("sdft", "sft")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-TEACHERS = ("base", "ema")
+TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -48,6 +50,22 @@ class ModelArguments:
         if not self.model:
             raise UsageError("model is not set; it may be a hub name, a folder, a GGUF file or smollm2-135m-instruct")
         check_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class LoraArguments:
+    """Whether all weights learn or an adapter, which needs no second copy of the model for its teacher."""
+
+    lora_rank: int = setting(0, "The rank of a LoRA adapter (peft), which then is all that trains; 0: all weights do.")
+    lora_alpha: int = setting(32, "The adapter's scale is this over its rank.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "The layers that the adapter is in, by name; all-linear is all but the output head."},
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least("lora_rank", self.lora_rank, 0)
+        check_at_least("lora_alpha", self.lora_alpha, 1)
 
 
 @dataclass
@@ -95,7 +113,9 @@ class EvalCommand:
     )
     teacher_template: list[dict[str, str]] | str | None = field(
         default="paper",
-        metadata={"help": "How the teacher is shown the demonstration: paper, turn, or your own text or messages."},
+        metadata={
+            "help": "How the teacher is shown the demonstration: paper, turn, first, or your own text or messages."
+        },
     )
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
 
@@ -118,13 +138,30 @@ class SDFTConfig(TrainingArguments):
     )
     divergence: str = setting(
         "reverse_kl",
-        "What is minimised per token between student p and teacher q: reverse_kl KL(p||q), forward_kl KL(q||p), or "
-        "jsd, the generalised Jensen-Shannon divergence.",
+        "What is minimised per token between student p and teacher q: reverse_kl KL(p||q), forward_kl KL(q||p), jsd, "
+        "the generalised Jensen-Shannon divergence, or against the mixture m of both, skew_reverse_kl KL(p||m) and "
+        "skew_forward_kl KL(q||m).",
     )
-    beta: float = setting(0.5, "The teacher's share of jsd's mixture, above 0 and below 1.")
+    beta: float = setting(0.5, "The teacher's share of the mixture (jsd and skew_*), above 0 and below 1.")
     loss_temperature: float = setting(1.0, "Both models' logits are divided by this before they are compared.")
     skip_tokens: int = setting(
         0, "Leave out of the loss this many tokens at the start of each completion (the paper skips the first few)."
+    )
+    loss_normalisation: str = setting(
+        "token",
+        "What the loss of a step is the mean of: token (all its tokens count alike) or sequence (all its completions "
+        "do, whatever their length).",
+    )
+    demonstration_weight: float = setting(
+        0.0,
+        "Mix in plain cross-entropy on the demonstration: the loss is (1 - this) times the divergence plus this times "
+        "the cross-entropy.",
+    )
+    num_iterations: int = setting(
+        1, "How many optimizer steps each batch of rollouts serves; above 1 tokens get importance weights."
+    )
+    importance_clip: float = setting(
+        2.0, "The largest importance weight, the ratio of a token's probability now to when it was sampled."
     )
     max_chunk_bytes: int | None = setting(
         None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
@@ -132,16 +169,22 @@ class SDFTConfig(TrainingArguments):
 
     teacher: str = setting(
         "base",
-        "Who scores the rollouts: base (the model as it was before training) or ema (an exponential moving average of "
-        "the student, kept in float32).",
+        "Who scores the rollouts: base (the model as it was before training), ema (an exponential moving average of "
+        "the student, kept in float32) or live (the student itself, as it is at each step).",
     )
-    ema_rate: float = setting(0.01, "How far the average moves to the student at each step (teacher: ema).")
+    ema_rate: float = setting(0.01, "How far the average moves to the student at each update (teacher: ema).")
+    ema_interval: int = setting(1, "Update the average every so many steps (teacher: ema).")
+    teacher_offload: bool = setting(
+        False,
+        "Keep the base teacher's layers on the CPU and bring each to the device as it computes (full fine-tuning).",
+    )
     teacher_template: list[dict[str, str]] | str | None = field(
         default="paper",
         metadata={
             "help": "How the teacher is shown the demonstration: paper (the question, the demonstration as an example "
-            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), or your "
-            "own text or list of messages with both {prompt} and {demonstration}."
+            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), first (the "
+            "demonstration before the question), or your own text or list of messages with both {prompt} and "
+            "{demonstration}."
         },
     )
 
@@ -217,6 +260,17 @@ class SDFTConfig(TrainingArguments):
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)
         check_at_least("skip_tokens", self.skip_tokens, 0)
+        check_choice("loss_normalisation", self.loss_normalisation, NORMALISATIONS)
+        if self.demonstration_weight != 0:
+            check_between("demonstration_weight", self.demonstration_weight, 0, 1)
+        check_at_least("num_iterations", self.num_iterations, 1)
+        check_between("importance_clip", self.importance_clip, 0, math.inf)
+        check_at_least("ema_interval", self.ema_interval, 1)
+        if self.teacher_offload and self.teacher != "base":
+            raise UsageError(
+                f"teacher_offload is {self.teacher_offload!r}; it is for teacher 'base', and teacher is "
+                f"{self.teacher!r}"
+            )
         check_at_least("max_completion_length", self.max_completion_length, 1)
         if self.max_chunk_bytes is not None:
             check_at_least("max_chunk_bytes", self.max_chunk_bytes, 1)
@@ -229,6 +283,8 @@ class SDFTConfig(TrainingArguments):
             raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
         parse_template(self.teacher_template)
         super().__post_init__()
+        # The teacher is a copy of the model, so each process must load it, not only the first.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -15,37 +15,46 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from sdft.errors import TrainingError
+from sdft.sampling import RowSampler
 
 PAGE = 32  # tokens in a page of the cache
 STEP_TOKENS = 512  # the most tokens in a step; without flash attention, rows of a mask as wide as the cache
 
 
 def generate_continuously(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    processors: LogitsProcessorList,
 ) -> list[list[int]]:
     """A completion for each prompt, up to and with its end-of-sequence token or `settings.max_new_tokens` long.
 
+    A RowSampler among the processors draws for each prompt what it would in a batch with a row for each of them.
     Raises TrainingError where the model or its attention cannot be served this way, or the cache finds no room.
     """
     if settings.eos_token_id is None:
         settings.eos_token_id = -1
     new_tokens = cast(int, settings.max_new_tokens)
+    graphs = False if processors else None  # a graph would repeat the draw that it was captured with
     hints = WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
     with _own_random_numbers(model.device) as seed, _own_attention(model), _no_warnings():
         try:
             manager = cast(Any, model).init_continuous_batching(
-                settings, _configuration(model, prompts, new_tokens, seed), workload_hints=hints
+                settings, _configuration(model, prompts, new_tokens, seed, graphs), workload_hints=hints
             )
         except (ValueError, AttributeError) as error:
             raise _refusal(model, error) from error
         names = manager.add_requests([list(prompt) for prompt in prompts])
+        _process_with(manager, processors, names)
         manager.start()
         try:
             completions = _collect(model, manager, len(names))
@@ -56,7 +65,7 @@ def generate_continuously(
 
 
 def _configuration(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, graphs: bool | None
 ) -> ContinuousBatchingConfig:
     pages = sum(-(-(len(prompt) + new_tokens) // PAGE) + 1 for prompt in prompts)
     return ContinuousBatchingConfig(
@@ -64,9 +73,40 @@ def _configuration(
         num_blocks=pages,
         max_batch_tokens=STEP_TOKENS,
         seed=seed,
+        use_cuda_graph=graphs,
         auto_switch_to_flash=model.dtype in (torch.float16, torch.bfloat16),  # flash attention takes no other
         disable_nccl_graph_mixing=False,  # the environment is not ours to change
     )
+
+
+class RequestSampler(ContinuousBatchingLogitsProcessor):
+    """A RowSampler whose rows are requests: a step has those of them that are about to have a new token."""
+
+    supported_kwargs: ClassVar[dict[str, type]] = {}
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, sampler: RowSampler, names: Sequence[str]) -> None:
+        self.sampler, self.numbers = sampler, {name: number for number, name in enumerate(names)}
+        self.rows: list[int] = []
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        self.rows = [self.numbers[request.state.request_id] for request in requests_with_new_token]
+        return torch.tensor(self.rows, dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        return self.sampler.draw(scores, self.rows)
+
+
+def _process_with(manager: Any, processors: LogitsProcessorList, names: Sequence[str]) -> None:
+    """Have the manager, which only knows the processors of its settings, use these."""
+    for processor in processors:
+        sampler = isinstance(processor, RowSampler)
+        manager.logit_processor.logits_processor.append(RequestSampler(processor, names) if sampler else processor)
+        manager.logit_processor.tensors_required += sampler
+        manager.logit_processor.do_processing = True
 
 
 def _collect(model: PreTrainedModel, manager: Any, count: int) -> dict[str, list[int]]:

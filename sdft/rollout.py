@@ -1,8 +1,9 @@
 """Rollouts: answers that a model samples, which the teacher then scores.
 
-A back-end is a function `(model, prompts, sampling, tokenizer) -> completions`, all of them lists of token ids. There
-are two, transformers' `generate` and its continuous batching; `register_backend` adds another. A completion may go on
-after its end in what a back-end returns: it is cut here.
+A back-end is a function `(model, prompts, sampling, tokenizer, seeds) -> completions`, prompts and completions as lists
+of token ids. There are two, transformers' `generate` and its continuous batching; `register_backend` adds another. A
+completion may go on after its end in what a back-end returns: it is cut here. With seeds, one for each prompt, both
+draw the same tokens, whatever is sampled beside them; without, they draw by torch's own random numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from torch.distributed.fsdp import FSDPModule
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from sdft.continuous import generate_continuously
 from sdft.errors import TrainingError, UsageError
+from sdft.sampling import RowSampler, sample_rows, seed_of
 from sdft.stopping import AtStopString, stopped_length
 
 
@@ -40,7 +48,8 @@ class Sampling:
 
 
 Prompts = Sequence[Sequence[int]]
-Backend = Callable[[PreTrainedModel, Prompts, Sampling, PreTrainedTokenizerBase | None], list[list[int]]]
+Seeds = Sequence[int] | None
+Backend = Callable[[PreTrainedModel, Prompts, Sampling, PreTrainedTokenizerBase | None, Seeds], list[list[int]]]
 
 
 def sample(
@@ -49,6 +58,7 @@ def sample(
     sampling: Sampling,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    seeds: Seeds = None,
     backend: str = "generate",
     batch_size: int | None = None,
 ) -> list[list[int]]:
@@ -63,7 +73,8 @@ def sample(
         raise UsageError("tokenizer is not set; it must be the model's, to find stop strings")
     completions: dict[int, list[int]] = {}
     for numbers in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-        outputs = function(model, [prompts[number] for number in numbers], sampling, tokenizer)
+        own = None if seeds is None or sampling.temperature is None else [seeds[number] for number in numbers]
+        outputs = function(model, [prompts[number] for number in numbers], sampling, tokenizer, own)
         if len(outputs) != len(numbers):
             raise TrainingError(
                 f"rollout back-end {backend!r} gave {len(outputs)} completions for {len(numbers)} prompts"
@@ -81,9 +92,10 @@ def generate(
     temperature: float | None = None,
     top_p: float = 1.0,
     top_k: int = 0,
+    seeds: Seeds = None,
 ) -> list[list[int]]:
     """A completion for each prompt by transformers' `generate`, in one batch; see `Sampling`."""
-    return sample(model, prompts, Sampling(max_new_tokens, eos_ids, temperature, top_p, top_k))
+    return sample(model, prompts, Sampling(max_new_tokens, eos_ids, temperature, top_p, top_k), seeds=seeds)
 
 
 def batches_by_length(lengths: Sequence[int], size: int | None) -> list[list[int]]:
@@ -118,7 +130,11 @@ def _stopped(tokens: Sequence[int], sampling: Sampling, tokenizer: PreTrainedTok
 
 
 def by_generate(
-    model: PreTrainedModel, prompts: Prompts, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel,
+    prompts: Prompts,
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seeds: Seeds = None,
 ) -> list[list[int]]:
     """transformers' `generate`: one batch, prompts padded on the left, which goes on until its last row has ended."""
     longest = max(map(len, prompts))
@@ -131,26 +147,47 @@ def by_generate(
     stopping = StoppingCriteriaList()
     if sampling.stop and tokenizer is not None:
         stopping.append(AtStopString(sampling.stop, tokenizer, longest))
-    with _generating(model), torch.no_grad():
+    settings, processors = token_choice(sampling, seeds, model.device)
+    with _generating(model, processors), torch.no_grad():
         output = cast(Any, model).generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=generation_settings(sampling),
+            generation_config=settings,
+            logits_processor=processors,
             stopping_criteria=stopping,
+            synced_gpus=is_sharded(model),
         )
     return cast(list[list[int]], output[:, longest:].tolist())
 
 
 def by_continuous_batching(
-    model: PreTrainedModel, prompts: Prompts, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel,
+    prompts: Prompts,
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seeds: Seeds = None,
 ) -> list[list[int]]:
     """transformers' continuous batching: no padding, and what has ended makes room. Stop strings are cut afterwards."""
-    with _generating(model):
-        return generate_continuously(model, prompts, generation_settings(sampling))
+    if is_sharded(model):
+        raise TrainingError(
+            "rollout_backend is 'continuous', and the model's weights are sharded over processes, which would each "
+            "take steps of their own; it may be generate"
+        )
+    settings, processors = token_choice(sampling, seeds, model.device)
+    with _generating(model, processors):
+        return generate_continuously(model, prompts, settings, processors)
+
+
+def token_choice(
+    sampling: Sampling, seeds: Seeds, device: torch.device
+) -> tuple[GenerationConfig, LogitsProcessorList]:
+    """`sampling` in transformers' words: the one place where it is said how the next token is chosen."""
+    settings = generation_settings(sampling)
+    return settings, LogitsProcessorList() if seeds is None else sample_rows(settings, seeds, device)
 
 
 def generation_settings(sampling: Sampling) -> GenerationConfig:
-    """`sampling` in transformers' words: the one place where it is said how the next token is chosen."""
+    """`sampling` as a GenerationConfig."""
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=sorted(sampling.eos_ids) or None,
@@ -182,8 +219,13 @@ def find_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether each process has but a part of the weights, so that all must go on until the last has its answers."""
+    return isinstance(model, FSDPModule)
+
+
 @contextlib.contextmanager
-def _generating(model: PreTrainedModel) -> Iterator[None]:
+def _generating(model: PreTrainedModel, processors: LogitsProcessorList) -> Iterator[None]:
     """Evaluation mode, and the model's own generation defaults (repetition penalties, top-k and the like) set aside, so
     that tokens come from the distribution that the loss sees; everything as it was afterwards."""
     training, defaults = model.training, model.generation_config
@@ -191,6 +233,9 @@ def _generating(model: PreTrainedModel) -> Iterator[None]:
     model.generation_config = GenerationConfig()
     try:
         yield
+        for processor in processors:
+            if isinstance(processor, RowSampler):
+                processor.check()
     except RuntimeError as error:
         if "probability tensor" in str(error):
             raise TrainingError("the model's logits are no longer finite, so it cannot be sampled") from error
@@ -207,7 +252,6 @@ def seeded(device: torch.device, *entropy: int) -> Iterator[None]:
     With (seed, step, process) a resumed run samples the rollouts that the uninterrupted one would have, whatever was
     drawn before.
     """
-    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of(*entropy))
         yield

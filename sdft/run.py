@@ -11,18 +11,25 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sdft.config import DataArguments, EvalArguments, EvalCommand, ModelArguments, SDFTConfig
+from sdft.config import DataArguments, EvalArguments, EvalCommand, LoraArguments, ModelArguments, SDFTConfig
 from sdft.data import Row, load_rows
 from sdft.errors import UsageError
 from sdft.evaluate import Answers, answer, contains, forgetting, prompts_for
-from sdft.models import load_model
+from sdft.models import add_lora, load_model
 from sdft.report import MetricsFile, ProgressBar, Summary, describe, draw_curves, loss_ends, table, write_summary
+from sdft.teacher import BaseTeacher
 from sdft.templates import Message, parse_template
 from sdft.trainer import SDFTTrainer
 
 
 def train(
-    of_model: ModelArguments, of_data: DataArguments, of_eval: EvalArguments, config: SDFTConfig, *, started: float
+    of_model: ModelArguments,
+    of_lora: LoraArguments,
+    of_data: DataArguments,
+    of_eval: EvalArguments,
+    config: SDFTConfig,
+    *,
+    started: float,
 ) -> None:
     """`sdft train`: check everything, measure, train, measure again, and leave the model and the report."""
     _quiet()
@@ -35,7 +42,11 @@ def train(
     exam.check(model, tokenizer, as_teacher=True)
     try:
         trainer = SDFTTrainer(
-            model, config, train_dataset=rows, eval_dataset=exam.eval_rows or None, processing_class=tokenizer
+            add_lora(model, of_lora),
+            config,
+            train_dataset=rows,
+            eval_dataset=exam.eval_rows or None,
+            processing_class=tokenizer,
         )
     except ValueError as error:  # settings that the Trainer finds do not go together
         raise UsageError(str(error)) from error
@@ -56,7 +67,7 @@ def train(
     general_after = exam.general(trainer.student, tokenizer, "after, general prompts")
     moved = None
     if general_before is not None:
-        base = trainer.teacher.model if trainer.teacher is not None and config.teacher == "base" else None
+        base = trainer.teacher.model if isinstance(trainer.teacher, BaseTeacher) and config.teacher == "base" else None
         if base is None:
             base = load_model(of_model.model, of_model.dtype, trainer.student.device)[0]
         moved = forgetting(

@@ -10,8 +10,13 @@ from sdft.errors import UsageError
     ("field", "value", "may_be"),
     [
         ("method", "ppo", "sdft or sft"),
-        ("divergence", "kl", "reverse_kl, forward_kl or jsd"),
-        ("teacher", "live", "base or ema"),
+        ("divergence", "kl", "skew_reverse_kl or skew_forward_kl"),
+        ("teacher", "other", "base, ema or live"),
+        ("loss_normalisation", "batch", "token or sequence"),
+        ("demonstration_weight", 1.0, "below 1"),
+        ("num_iterations", 0, "at least 1"),
+        ("importance_clip", 0.0, "above 0"),
+        ("ema_interval", 0, "at least 1"),
         ("beta", 0.0, "above 0 and below 1"),
         ("beta", 1.0, "above 0 and below 1"),
         ("ema_rate", 1.5, "above 0 and at most 1"),
@@ -61,3 +66,8 @@ def test_model_and_evaluation_settings_are_checked():
         ModelArguments(model="x", dtype="int8")
     with pytest.raises(UsageError, match="eval_completion_length is 0"):
         EvalArguments(eval_completion_length=0)
+
+
+def test_only_the_base_teacher_can_be_offloaded(tmp_path):
+    with pytest.raises(UsageError, match="teacher_offload is True; it is for teacher 'base'"):
+        SDFTConfig(output_dir=str(tmp_path), teacher="ema", teacher_offload=True)

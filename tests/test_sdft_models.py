@@ -12,7 +12,7 @@ from sdft.layout import Sample, lay_out
 from sdft.loss import check_head, distillation_loss
 from sdft.models import BUILT_IN, context_length, eos_token_ids, load_model, resolve
 from sdft.rollout import generate
-from sdft.teacher import Teacher
+from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
 
 
@@ -69,7 +69,7 @@ def test_the_built_in_model_is_an_ordinary_one_once_saved(built_in, tmp_path):
 @pytest.mark.slow
 def test_a_real_model_that_is_its_own_teacher_has_nothing_to_learn_at_step_0(built_in, tmp_path):
     model, tokenizer = built_in
-    teacher = Teacher(model).model
+    teacher = Teacher(frozen_copy(model))
     prompts = [encode_prompt(text, tokenizer) for text in ("Play jazz.", "What is the capital of France?")]
     check_head(model, prompts[1])
     answers = generate(model, prompts, max_new_tokens=8, eos_ids=eos_token_ids(model, tokenizer))

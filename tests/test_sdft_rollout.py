@@ -159,17 +159,39 @@ def test_continuous_batching_leaves_the_model_and_the_random_numbers_as_they_wer
     assert model.config._attn_implementation == "eager"
 
 
-def test_continuous_batching_samples_by_the_seed():
+def test_continuous_batching_samples_by_torchs_seed_or_by_the_prompts_own():
     model = tiny.tiny_model()
 
-    def draw(seed):
+    def draw(seed, **options):
         with seeded(torch.device("cpu"), seed):
-            return sample(model, PROMPTS * 3, Sampling(8, temperature=1.0), backend="continuous")
+            return sample(model, PROMPTS * 2, Sampling(8, temperature=1.0), backend="continuous", **options)
 
     first = draw(1)
     assert draw(1) == first
-    assert draw(2) != first
-    assert first[0] != first[3]
+    assert draw(2, seeds=range(6)) == draw(3, seeds=range(6)) != first
+
+
+@pytest.mark.parametrize("restriction", [{}, {"top_p": 0.9, "top_k": 30, "min_p": 0.01}], ids=str)
+def test_with_seeds_both_backends_draw_the_same_whatever_is_beside(restriction):
+    model = tiny.tiny_model()
+    prompts = [*PROMPTS, [(7 * n) % 100 for n in range(80)], *PROMPTS]
+    seeds = [11, 12, 13, 14, 21, 22, 23]
+    sampling = Sampling(30, frozenset({40, 41, 42}), temperature=1.3, **restriction)
+    expected = sample(model, prompts, sampling, seeds=seeds)
+    assert expected[:3] != expected[4:]
+    assert len(set(map(len, expected))) > 3
+    assert sample(model, prompts, sampling, seeds=seeds, backend="continuous") == expected
+    assert sample(model, prompts[2:], sampling, seeds=seeds[2:], backend="continuous") == expected[2:]
+    assert sample(model, prompts, sampling, seeds=seeds, batch_size=2) == expected
+    assert sample(model, prompts, sampling, seeds=seeds, batch_size=3, backend="continuous") == expected
+
+
+@both
+def test_seeded_sampling_of_a_model_that_is_not_finite_is_refused_too(backend):
+    model = tiny.tiny_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the model's logits are no longer finite"):
+        sample(model, PROMPTS, Sampling(2, temperature=1.0), seeds=[1, 2, 3], backend=backend)
 
 
 def test_an_attention_that_continuous_batching_lacks_is_refused_in_one_sentence():
@@ -296,7 +318,7 @@ def test_batches_hold_prompts_of_similar_length_and_results_keep_their_order(mon
     assert batches_by_length([], None) == batches_by_length([], 2) == []
     seen = []
 
-    def echo(model, prompts, sampling, tokenizer):
+    def echo(model, prompts, sampling, tokenizer, seeds):
         seen.append([len(prompt) for prompt in prompts])
         return [[len(prompt)] for prompt in prompts]
 
@@ -309,9 +331,9 @@ def test_batches_hold_prompts_of_similar_length_and_results_keep_their_order(mon
 def test_a_backend_of_ones_own_can_be_named_and_is_held_to_its_contract(monkeypatch):
     monkeypatch.setattr("sdft.rollout.BACKENDS", dict(BACKENDS))
     model = tiny.tiny_model()
-    register_backend("own", lambda model, prompts, sampling, tokenizer: [[5, 6, 7, 8] for _ in prompts])
+    register_backend("own", lambda model, prompts, sampling, tokenizer, seeds: [[5, 6, 7, 8] for _ in prompts])
     assert sample(model, PROMPTS, Sampling(3, frozenset({6})), backend="own") == [[5, 6]] * 3
-    register_backend("short", lambda model, prompts, sampling, tokenizer: [[5]])
+    register_backend("short", lambda model, prompts, sampling, tokenizer, seeds: [[5]])
     with pytest.raises(TrainingError, match="'short' gave 1 completions for 3 prompts"):
         sample(model, PROMPTS, Sampling(3), backend="short")
     with pytest.raises(UsageError, match="backend is 'vllm'; it may be generate, continuous, own, short"):

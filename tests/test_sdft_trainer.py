@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
-from sdft.trainer import as_forward_of
+from sdft.forward import as_forward_of
+from sdft.repeats import RepeatedRows
 from tests import tiny
 
 
@@ -52,7 +53,16 @@ def trained(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"teacher": "ema", "ema_rate": 0.2}, {"method": "sft"}, {"freeze_embeddings": True}], ids=str
+    "options",
+    [
+        {},
+        {"teacher": "ema", "ema_rate": 0.2},
+        {"teacher": "live"},
+        {"teacher_offload": True},
+        {"method": "sft"},
+        {"freeze_embeddings": True},
+    ],
+    ids=str,
 )
 def test_training_moves_the_student_and_only_what_trains(options, tmp_path):
     start = weights(tiny.tiny_model())
@@ -74,18 +84,27 @@ class Gradients(TrainerCallback):
     """Keeps what the optimizer is about to use."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.kept = {name: p.grad.clone() for name, p in model.named_parameters()}
+        self.kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_the_loss_is_the_mean_over_the_steps_tokens_whatever_the_accumulation(method, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sdft"},
+        {"method": "sft"},
+        {"loss_normalisation": "sequence", "demonstration_weight": 0.25},
+        {"demonstration_weight": 0.25},
+    ],
+    ids=str,
+)
+def test_the_loss_is_the_mean_over_the_step_whatever_the_accumulation(options, tmp_path):
     kept, losses = [], []
     for batch, accumulation in ((8, 1), (2, 4), (1, 8), (3, 3)):
         gradients = Gradients()
         run = trained(
             tmp_path,
             callbacks=[gradients],
-            method=method,
+            **options,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_steps=1,
@@ -138,6 +157,7 @@ VARIANTS = [
     {"teacher": "ema", "ema_rate": 0.2},
     {"method": "sft"},
     {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
+    {"num_iterations": 3, "teacher": "live", "num_train_epochs": 1},
 ]
 
 
@@ -153,7 +173,8 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(options, s
     assert resumed.state.global_step == 6
     assert_equal_weights(weights(resumed.model), weights(straight.model))
     if straight.teacher is not None:
-        assert_equal_weights(weights(resumed.teacher.model), weights(straight.teacher.model))
+        with straight.teacher.scoring() as expected, resumed.teacher.scoring() as got:
+            assert_equal_weights(weights(got), weights(expected))
 
 
 def test_the_base_teacher_of_a_resumed_run_is_the_original_model(tmp_path):
@@ -394,3 +415,79 @@ def test_a_function_can_run_as_the_forward_pass_of_what_wraps_the_model():
     with pytest.raises(ZeroDivisionError):
         as_forward_of(wrapper, module, lambda: 1 / 0)
     assert torch.equal(wrapper(inner), module(inner))
+
+
+def full_logits(model, prompt, completion):
+    return model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def test_cross_entropy_on_the_demonstration_mixes_in(tmp_path):
+    gradients = Gradients()
+    run = trainer(tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, demonstration_weight=0.25)
+    seen = []
+    sample = run.samples
+    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    run.train()
+    student, teacher = tiny.tiny_model(), tiny.tiny_model()
+    divergence, entropy = torch.zeros(()), torch.zeros(())
+    for s in seen:
+        p = full_logits(student, s.prompt, s.completion)
+        q = full_logits(teacher, s.teacher_prompt, s.completion).detach()
+        divergence = divergence + (p.exp() * (p - q)).sum()
+        assert s.demonstration[-1] == 1  # the end-of-sequence token is learned
+        shown = full_logits(student, s.prompt, s.demonstration)
+        entropy = entropy - shown.gather(1, torch.tensor(s.demonstration)[:, None]).sum()
+    loss = 0.75 * divergence / sum(len(s.completion) for s in seen)
+    loss = loss + 0.25 * entropy / sum(len(s.demonstration) for s in seen)
+    loss.backward()
+    assert run.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        assert (gradients.kept[name] - parameter.grad).norm() / parameter.grad.norm() < 1e-5, name
+
+
+def test_rollouts_serve_several_steps_with_importance_weights(tmp_path):
+    """The second step uses the first one's completions, each token weighed by its ratio; the fourth has new ones."""
+    run = trainer(tmp_path, max_steps=4, num_iterations=3, importance_clip=1.5)
+    steps, students = [], []
+    make, before = run.step_samples, run.get_batch_samples
+
+    def noted(rows):
+        samples = make(rows)
+        steps.append((rows, samples))
+        return samples
+
+    def noted_student(*args):
+        students.append(weights(run.student))
+        return before(*args)
+
+    run.step_samples, run.get_batch_samples = noted, noted_student
+    run.train()
+    rows, samples = zip(*steps, strict=True)
+    assert samples[0] is samples[1] is samples[2] is not samples[3]
+    assert rows[0] == rows[1] == rows[2] != rows[3]
+    teacher, old, now = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_model()
+    now.load_state_dict(students[1], strict=False)
+    total, tokens = 0.0, 0
+    for s in samples[0]:
+        labels = torch.tensor(s.completion)[:, None]
+        p = full_logits(now, s.prompt, s.completion).detach()
+        q = full_logits(teacher, s.teacher_prompt, s.completion).detach()
+        at_sampling = full_logits(old, s.prompt, s.completion).detach().gather(1, labels)[:, 0]
+        torch.testing.assert_close(torch.tensor(s.old_logprobs), at_sampling, rtol=1e-5, atol=1e-6)
+        ratio = (p.gather(1, labels)[:, 0] - at_sampling).exp()
+        assert (ratio - 1).abs().max() > 1e-3
+        total += (ratio.clamp(max=1.5) * (p.exp() * (p - q)).sum(-1)).sum().item()
+        tokens += len(s.completion)
+    assert run.state.log_history[1]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_repeated_rows_cover_the_epoch_a_step_at_a_time():
+    rows = RepeatedRows(7, group=3, repeats=2, seed=5)
+    order = list(rows)
+    groups = [order[start : start + 3] for start in range(0, len(order), 3)]
+    assert len(order) == len(rows) == 18
+    assert groups[::2] == groups[1::2]
+    assert {number for group in groups for number in group} == set(range(7))
+    assert list(rows) == order
+    rows.set_epoch(1)
+    assert list(rows) != order
