@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,15 +35,20 @@ def generate_continuously(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     processors: LogitsProcessorList,
+    stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """A completion for each prompt, up to and with its end-of-sequence token or `settings.max_new_tokens` long.
 
-    A RowSampler among the processors draws for each prompt what it would in a batch with a row for each of them.
+    A RowSampler among the processors draws for each prompt what it would in a batch with a row for each of them. Once
+    `stopped` is true of a completion, the next token is the end of the sequence, where the settings have one.
     Raises TrainingError where the model or its attention cannot be served this way, or the cache finds no room.
     """
     if settings.eos_token_id is None:
         settings.eos_token_id = -1
     new_tokens = cast(int, settings.max_new_tokens)
+    processors = LogitsProcessorList(processors)
+    if stopped is not None and settings.eos_token_id != -1:
+        processors.append(RequestStopper(stopped, cast(list[int], settings.eos_token_id)[0]))
     graphs = False if processors else None  # a graph would repeat the draw that it was captured with
     hints = WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
     with _own_random_numbers(model.device) as seed, _own_attention(model), _no_warnings():
@@ -79,18 +84,23 @@ def _configuration(
     )
 
 
-class RequestSampler(ContinuousBatchingLogitsProcessor):
-    """A RowSampler whose rows are requests: a step has those of them that are about to have a new token."""
+class _OfRequests(ContinuousBatchingLogitsProcessor):
+    """A processor that learns which requests a step writes a token of."""
 
-    supported_kwargs: ClassVar[dict[str, type]] = {}
-    ignored_kwargs: tuple[str, ...] = ()
-
-    def __init__(self, sampler: RowSampler, names: Sequence[str]) -> None:
-        self.sampler, self.numbers = sampler, {name: number for number, name in enumerate(names)}
-        self.rows: list[int] = []
+    def __init__(self) -> None:
+        self.supported_kwargs, self.ignored_kwargs = {}, ()
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
+
+
+class RequestSampler(_OfRequests):
+    """A RowSampler whose rows are requests, named in the rows' order."""
+
+    def __init__(self, sampler: RowSampler, names: Sequence[str]) -> None:
+        super().__init__()
+        self.sampler, self.numbers = sampler, {name: number for number, name in enumerate(names)}
+        self.rows: list[int] = []
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
         self.rows = [self.numbers[request.state.request_id] for request in requests_with_new_token]
@@ -100,13 +110,33 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         return self.sampler.draw(scores, self.rows)
 
 
+class RequestStopper(_OfRequests):
+    """Leaves nothing but the token `end` to a request whose completion has come to its end otherwise."""
+
+    def __init__(self, stopped: Callable[[list[int]], bool], end: int) -> None:
+        super().__init__()
+        self.stopped, self.end = stopped, end
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        ended = [self.stopped(request.state.generated_tokens) for request in requests_with_new_token]
+        return torch.tensor(ended, dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        others = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+        others[self.end] = False
+        ended = tensor_arg[: len(scores), None].bool()
+        return scores.masked_fill(ended & others, -torch.inf)
+
+
 def _process_with(manager: Any, processors: LogitsProcessorList, names: Sequence[str]) -> None:
     """Have the manager, which only knows the processors of its settings, use these."""
+    own = manager.logit_processor
     for processor in processors:
-        sampler = isinstance(processor, RowSampler)
-        manager.logit_processor.logits_processor.append(RequestSampler(processor, names) if sampler else processor)
-        manager.logit_processor.tensors_required += sampler
-        manager.logit_processor.do_processing = True
+        own.logits_processor.append(
+            RequestSampler(processor, names) if isinstance(processor, RowSampler) else processor
+        )
+    own.tensors_required = sum(isinstance(processor, _OfRequests) for processor in own.logits_processor)
+    own.do_processing = len(own.logits_processor) > 0
 
 
 def _collect(model: PreTrainedModel, manager: Any, count: int) -> dict[str, list[int]]:

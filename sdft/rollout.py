@@ -9,6 +9,7 @@ draw the same tokens, whatever is sampled beside them; without, they draw by tor
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,7 +27,7 @@ from transformers import (
 from sdft.continuous import generate_continuously
 from sdft.errors import TrainingError, UsageError
 from sdft.sampling import RowSampler, sample_rows, seed_of
-from sdft.stopping import AtStopString, stopped_length
+from sdft.stopping import AtStopString, just_stopped, stopped_length
 
 
 @dataclass(frozen=True)
@@ -167,15 +168,18 @@ def by_continuous_batching(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seeds: Seeds = None,
 ) -> list[list[int]]:
-    """transformers' continuous batching: no padding, and what has ended makes room. Stop strings are cut afterwards."""
+    """transformers' continuous batching: no padding, and what has ended makes room for what has not begun."""
     if is_sharded(model):
         raise TrainingError(
             "rollout_backend is 'continuous', and the model's weights are sharded over processes, which would each "
             "take steps of their own; it may be generate"
         )
     settings, processors = token_choice(sampling, seeds, model.device)
+    stopped = None
+    if sampling.stop and tokenizer is not None:
+        stopped = functools.partial(just_stopped, stop=sampling.stop, tokenizer=tokenizer)
     with _generating(model, processors):
-        return generate_continuously(model, prompts, settings, processors)
+        return generate_continuously(model, prompts, settings, processors, stopped)
 
 
 def token_choice(

@@ -26,25 +26,25 @@ def stopped_length(tokens: Sequence[int], stop: Sequence[str], tokenizer: PreTra
     return bisect.bisect_left(range(len(tokens)), True, key=stopped)
 
 
-class AtStopString(StoppingCriteria):
-    """Tells `generate`, after each token, which rows have just completed a stop string after their prompts.
+def just_stopped(tokens: Sequence[int], stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the last token has completed a stop string; to be asked after each token of a completion.
 
-    Only the end of a row can be new, so only as many tokens are decoded as the longest stop string has bytes, and a
-    few more for a character that begins before them. A find is checked against the completion as a whole.
+    Only as many tokens are decoded as the longest stop string has bytes, and a few more for a character that begins
+    before them. A find is then checked against the completion as a whole.
     """
+    window = max(len(text.encode()) for text in stop) + 4
+    return _contains(_text(tokens[-window:], tokenizer), stop) and _contains(_text(tokens, tokenizer), stop)
+
+
+class AtStopString(StoppingCriteria):
+    """Tells `generate`, after each token, which rows have just completed a stop string after their prompts."""
 
     def __init__(self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
         self.stop, self.tokenizer, self.prompt_length = stop, tokenizer, prompt_length
-        self.window = max(len(text.encode()) for text in stop) + 4
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         rows = input_ids[:, self.prompt_length :].tolist()
-        return torch.tensor([self._stopped(row) for row in rows], device=input_ids.device)
-
-    def _stopped(self, row: list[int]) -> bool:
-        return _contains(_text(row[-self.window :], self.tokenizer), self.stop) and _contains(
-            _text(row, self.tokenizer), self.stop
-        )
+        return torch.tensor([just_stopped(row, self.stop, self.tokenizer) for row in rows], device=input_ids.device)
 
 
 def _text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

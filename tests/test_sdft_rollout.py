@@ -296,12 +296,18 @@ def test_rollouts_end_at_stop_strings(backend, monkeypatch):
     stop = (tokenizer.decode(endless[0][5:8]), tokenizer.decode(endless[2][1:3]), tokenizer.decode(endless[1][14:16]))
     ends = [first_stop(tokens, stop, tokenizer) for tokens in endless]
     assert ends == [8, 16, 3]
+    unseen = min(set(range(101)) - {token for tokens in endless for token in tokens})
     forward, steps = model.model.forward, []
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
-    stopped = sample(model, PROMPTS, Sampling(24, stop=stop), tokenizer=tokenizer, backend=backend)
+    sampling = Sampling(24, frozenset({unseen}), stop=stop)
+    stopped = sample(model, PROMPTS, sampling, tokenizer=tokenizer, backend=backend)
     assert stopped == [tokens[:end] for tokens, end in zip(endless, ends, strict=True)]
-    if backend == "generate":
-        assert len(steps) == max(ends)  # and no further
+    assert len(steps) == max(ends) + (backend == "continuous")  # which ends a completion by one more token
+    without_end = Sampling(24, stop=stop)
+    assert sample(model, PROMPTS, without_end, tokenizer=tokenizer, backend=backend) == stopped
+    drawn = Sampling(24, frozenset({unseen}), temperature=1e-3, stop=stop)
+    for seeds in (None, [1, 2, 3]):
+        assert sample(model, PROMPTS, drawn, tokenizer=tokenizer, backend=backend, seeds=seeds) == stopped
 
 
 def test_stop_strings_need_a_tokenizer():

@@ -12,6 +12,7 @@ from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import as_forward_of
 from sdft.repeats import RepeatedRows
+from sdft.rollout import Sampling, sample
 from tests import tiny
 
 
@@ -123,8 +124,8 @@ def test_the_first_steps_gradient_is_that_of_full_logits_on_the_same_rollouts(tm
         tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, skip_tokens=1, gradient_accumulation_steps=2
     )
     seen = []
-    sample = run.samples
-    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
     run.train()
     student, teacher = tiny.tiny_model(), tiny.tiny_model()
     total, tokens = 0.0, 0
@@ -215,12 +216,29 @@ def test_rollouts_can_come_from_the_teacher_who_sees_the_demonstration(backend, 
     run = trainer(tmp_path, rollout_from="teacher", rollout_temperature=1e-4, rollout_backend=backend)
     run.model.lm_head.weight.data.neg_()  # the student would write something else
     teacher = tiny.tiny_model()
-    for sample in run.samples(run.train_dataset[:2]):
-        ids = list(sample.teacher_prompt)
-        for token in sample.completion:
+    for s in run.samples(run.train_dataset[:2]):
+        ids = list(s.teacher_prompt)
+        for token in s.completion:
             assert teacher(torch.tensor([ids])).logits[0, -1].argmax().item() == token
             ids.append(token)
-        assert sample.prompt in [row["prompt_ids"] for row in run.train_dataset[:2]]
+        assert s.prompt in [row["prompt_ids"] for row in run.train_dataset[:2]]
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_with_an_adapter_the_base_teacher_writes_rollouts_without_it(backend, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(tiny.tiny_model(), adapter)
+    options = {"model": model, "rollout_temperature": 1e-4, "rollout_backend": backend}
+    from_teacher = trainer(tmp_path, rollout_from="teacher", **options)
+    from_student = trainer(tmp_path, **options)
+    rows = from_teacher.train_dataset[:2]
+    prompts = [row["teacher_prompt_ids"] for row in rows]
+    expected = sample(tiny.tiny_model(), prompts, Sampling(6, frozenset({1})))
+    assert [s.completion for s in from_teacher.samples(rows)] == expected
+    for row, prompt in zip(rows, prompts, strict=True):
+        row["prompt_ids"] = prompt
+    assert [s.completion for s in from_student.samples(rows)] != expected
 
 
 def test_stop_strings_end_rollouts_and_count_as_finished(tmp_path):
@@ -235,7 +253,10 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
 
 
-def test_logged_completions_have_the_numbers_of_full_logits(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_normalisation": "sequence", "demonstration_weight": 0.5}, {"num_iterations": 2}], ids=str
+)
+def test_logged_completions_have_the_numbers_of_full_logits(options, tmp_path):
     run = trainer(
         tmp_path,
         max_steps=1,
@@ -244,10 +265,11 @@ def test_logged_completions_have_the_numbers_of_full_logits(tmp_path):
         gradient_accumulation_steps=2,
         rollouts_per_prompt=2,
         log_completions=True,
+        **options,
     )
     seen = []
-    sample = run.samples
-    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
     run.train()
     student, teacher, tokenizer = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_tokenizer()
     logged = lines(tmp_path)
@@ -425,8 +447,8 @@ def test_cross_entropy_on_the_demonstration_mixes_in(tmp_path):
     gradients = Gradients()
     run = trainer(tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, demonstration_weight=0.25)
     seen = []
-    sample = run.samples
-    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
     run.train()
     student, teacher = tiny.tiny_model(), tiny.tiny_model()
     divergence, entropy = torch.zeros(()), torch.zeros(())
