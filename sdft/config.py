@@ -16,12 +16,14 @@ from transformers import TrainingArguments
 
 from sdft.errors import UsageError
 from sdft.layout import NORMALISATIONS
+from sdft.rollout import BACKENDS
 from sdft.scorers import SCORERS
 from sdft.templates import TEMPLATES, parse_template
 from sdft_kernels.divergences import DIVERGENCES
 
 METHODS = ("sdft", "sft")
 TEACHERS = ("base", "ema", "live")
+ROLLOUT_SOURCES = ("student", "teacher")
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -276,6 +278,35 @@ class SDFTConfig(EvalSettings, TrainingArguments):
     rollout_temperature: float = setting(1.0, "Rollouts: sampling temperature.")
     rollout_top_p: float = setting(1.0, "Rollouts: sample from the smallest set of tokens with this much probability.")
     rollout_top_k: int = setting(0, "Rollouts: sample from this many of the likeliest tokens; 0 is all of them.")
+    rollout_min_p: float = setting(
+        0.0, "Rollouts: leave out tokens with less than this share of the likeliest token's probability; 0 leaves none."
+    )
+    rollout_stop: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rollouts: texts that end a rollout, as an end-of-sequence token does; the text stays in."},
+    )
+    rollout_from: str = setting(
+        "student",
+        "Who writes the rollouts: student, or teacher (who sees the demonstration; the student then learns from the "
+        "teacher's answers as if they were its own).",
+    )
+    rollouts_per_prompt: int = setting(
+        1, "Rollouts for each prompt; a micro-batch holds this many times per_device_train_batch_size."
+    )
+    rollout_batch_size: int | None = setting(
+        None, "Rollouts sampled at once, those of similar prompt length together; all of the step's when not set."
+    )
+    rollout_backend: str = setting(
+        "generate",
+        "What samples the rollouts: generate (transformers, one padded batch), continuous (transformers' continuous "
+        "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
+        "sdft.rollout.register_backend.",
+    )
+    log_completions: int = setting(
+        0,
+        "Write the rollouts of every so many steps to output_dir/completions.jsonl, with each token's divergence and "
+        "log-probabilities; 0 is never.",
+    )
 
     freeze_embeddings: bool = setting(
         False, "Leave the embeddings, and the output head where it is tied to them, as they are."
@@ -305,6 +336,15 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         check_between("rollout_temperature", self.rollout_temperature, 0, math.inf)
         check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
         check_at_least("rollout_top_k", self.rollout_top_k, 0)
+        check_share("rollout_min_p", self.rollout_min_p)
+        check_choice("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
+        check_choice("rollout_backend", self.rollout_backend, tuple(BACKENDS))
+        check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
+        if self.rollout_batch_size is not None:
+            check_at_least("rollout_batch_size", self.rollout_batch_size, 1)
+        check_texts("rollout_stop", self.rollout_stop)
+        if not isinstance(self.log_completions, bool):  # True is every step
+            check_at_least("log_completions", self.log_completions, 0)
         check_at_least("skip_tokens", self.skip_tokens, 0)
         check_choice("loss_normalisation", self.loss_normalisation, NORMALISATIONS)
         if self.demonstration_weight != 0:
@@ -351,6 +391,18 @@ def check_temperature(name: str, value: Any) -> None:
     """Refuse what is neither a sampling temperature nor, None or 0, greedy decoding."""
     if value is not None and value != 0:
         check_between(name, value, 0, math.inf)
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuse a number that is not from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 1")
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a list of texts with something in them."""
+    if value is not None and not (isinstance(value, list) and all(isinstance(text, str) and text for text in value)):
+        raise UsageError(f"{name} is {value!r}; it must be a list of texts, none of them empty")
 
 
 def check_at_least(name: str, value: Any, low: int) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
-
+Batch = dict[str, Any]  # tensors by name, and under "samples" what they were made of, where that is to be logged
 
 #: What the loss is a mean over: a step's tokens, or its completions, each of which is the mean over its own tokens.
 NORMALISATIONS = ("token", "sequence")
@@ -98,10 +98,15 @@ def _pack(prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_t
 
 
 def split(samples: Sequence[Sample], parts: int, skip_tokens: int, normalisation: str = "token") -> list[Batch]:
-    """`parts` micro-batches of about equal size, samples of similar length together so that little is padding.
+    """The micro-batches of `group`, laid out."""
+    return [lay_out(members, skip_tokens, normalisation) for members in group(samples, parts)]
+
+
+def group(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """`parts` groups of about equal size, samples of similar length together so that little is padding.
 
     The longest come first: a step that does not fit into memory fails at once.
     """
     ordered = sorted(samples, key=len, reverse=True)
     bounds = [part * len(ordered) // parts for part in range(parts + 1)]
-    return [lay_out(ordered[a:b], skip_tokens, normalisation) for a, b in itertools.pairwise(bounds)]
+    return [ordered[a:b] for a, b in itertools.pairwise(bounds)]

@@ -182,14 +182,24 @@ def completion_logprobs(
 
 
 class StepLoss(NamedTuple):
-    """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging."""
+    """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging.
+
+    `tokens`, where it was asked for: `divergence`, `student_logprob` and `teacher_logprob` of each, (N,) float32.
+    """
 
     total: Tensor
     sums: dict[str, Tensor]
+    tokens: dict[str, Tensor] | None = None
 
 
 def distillation_loss(
-    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+    student: PreTrainedModel,
+    teacher: Teacher,
+    batch: Batch,
+    config: SDFTConfig,
+    autocast: torch.dtype | None,
+    *,
+    per_token: bool = False,
 ) -> StepLoss:
     """Self-distillation: the summed divergence between the student and the teacher who sees the demonstration."""
     with teacher.scoring() as scorer:
@@ -204,14 +214,17 @@ def distillation_loss(
         beta=config.beta,
         temperature=config.loss_temperature,
         token_weight=batch.get("token_weight"),
-        labels=None if old_logprobs is None else batch["labels"],
+        labels=None if old_logprobs is None and not per_token else batch["labels"],
         old_logprobs=old_logprobs,
         importance_clip=None if old_logprobs is None else config.importance_clip,
         reduction="sum",
         max_chunk_bytes=config.max_chunk_bytes,
     )
     entropies = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
-    return StepLoss(out.loss, entropies)
+    if not per_token or out.student_logprob is None or out.teacher_logprob is None:
+        return StepLoss(out.loss, entropies)
+    logprobs = {"student_logprob": out.student_logprob, "teacher_logprob": out.teacher_logprob}
+    return StepLoss(out.loss, entropies, {"divergence": out.token_loss, **logprobs})
 
 
 def demonstration_loss(

@@ -45,10 +45,14 @@ class RowSampler(LogitsProcessor):
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.draw(scores, range(len(scores)))
+
+    def draw(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        """The scores (len(rows), V) with the next noise of the rows of these numbers."""
         self.finite &= scores.amax(-1).isfinite().all()  # read at the end: a look at every token would stall a GPU
         noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
+        for row, number in zip(noise, rows, strict=True):
+            row.exponential_(generator=self.generators[number])
         return scores - noise.log_()
 
     def check(self) -> None:

@@ -28,16 +28,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft import checkpoint
+from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
 from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import as_forward_of
-from sdft.layout import Batch, Sample, count_items, demonstrations_of, lay_out, split
+from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, split
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
 from sdft.repeats import RepeatedRows, load_samples, save_samples
-from sdft.rollout import generate
+from sdft.rollout import Sampling, finished, sample
 from sdft.sampling import seed_of
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
@@ -83,7 +84,15 @@ class SDFTTrainer(Trainer):
         if processing_class is None:
             raise UsageError("processing_class is not set; it must be the model's tokenizer")
         bare = causal_lm(learner)
-        self.eos_ids = eos_token_ids(bare, processing_class)
+        self.sampling = Sampling(
+            max_new_tokens=args.max_completion_length,
+            eos_ids=eos_token_ids(bare, processing_class),
+            temperature=args.rollout_temperature,
+            top_p=args.rollout_top_p,
+            top_k=args.rollout_top_k,
+            min_p=args.rollout_min_p,
+            stop=tuple(args.rollout_stop or ()),
+        )
         rows = None if train_dataset is None else self._encode(train_dataset, bare, args, processing_class)
         self.exam = exam_by(args, eval_dataset, general_dataset)
         self.exam.check(bare, processing_class)
@@ -121,6 +130,12 @@ class SDFTTrainer(Trainer):
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
         self.start = self._starting_model()
+        self.completions: CompletionsFile | None = None
+        if args.method == "sdft" and args.log_completions:
+            self.completions = CompletionsFile(
+                str(args.output_dir), args.log_completions, processing_class, args.skip_tokens
+            )
+            self.add_callback(self.completions)
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
         self._saving_in: str | None = None
@@ -175,6 +190,9 @@ class SDFTTrainer(Trainer):
             return [], None
         samples = self.step_samples([row for batch in batches for row in batch])
         micro_batches = split(samples, len(batches), self.args.skip_tokens, self.args.loss_normalisation)
+        if self.completions is not None and self.completions.wants(self.state.global_step + 1):
+            for batch, members in zip(micro_batches, group(samples, len(batches)), strict=True):
+                batch["samples"] = members
         parts = [micro_batches, [demonstrations_of(batch) for batch in micro_batches]]
         items = torch.tensor([sum(count_items(b) for b in part if b) for part in parts], device=device)
         if self.args.average_tokens_across_devices:
@@ -218,31 +236,50 @@ class SDFTTrainer(Trainer):
         return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def samples(self, rows: list[Row]) -> list[Sample]:
-        """A completion for each row: for "sdft" a rollout of the student, for "sft" the demonstration."""
+        """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
         if self.args.method == "sft":
             return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
+        each = self.args.rollouts_per_prompt
+        places = [place * each + number for place in self._places(len(rows)) for number in range(each)]
+        rows = [row for row in rows for _ in range(each)]
+        return [
+            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
+            for row, completion in zip(rows, self.rollouts(rows, places), strict=True)
+        ]
+
+    def rollouts(self, rows: list[Row], places: list[int]) -> list[list[int]]:
+        """A completion for each row, by the student or by the teacher who sees the row's demonstration.
+
+        A row's random numbers depend on the seed, the step and its place in the step's batch.
+        """
         started = time.perf_counter()
-        with self.accelerator.autocast():
-            completions = generate(
-                self.student,
-                [row["prompt_ids"] for row in rows],
-                max_new_tokens=self.args.max_completion_length,
-                eos_ids=self.eos_ids,
-                temperature=self.args.rollout_temperature,
-                top_p=self.args.rollout_top_p,
-                top_k=self.args.rollout_top_k,
-                seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in self._places(len(rows))],
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        with self._writer() as (model, prompt_ids), self.accelerator.autocast():
+            completions = sample(
+                model,
+                [row[prompt_ids] for row in rows],
+                self.sampling,
+                tokenizer=tokenizer,
+                seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
+                backend=self.args.rollout_backend,
+                batch_size=self.args.rollout_batch_size,
             )
         self._count(
             completions=len(rows),
             completion_length=sum(map(len, completions)),
-            finished=sum(bool(c) and c[-1] in self.eos_ids for c in completions),
+            finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
             rollout_seconds=time.perf_counter() - started,
         )
-        return [
-            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
-            for row, completion in zip(rows, completions, strict=True)
-        ]
+        return completions
+
+    @contextlib.contextmanager
+    def _writer(self) -> Iterator[tuple[PreTrainedModel, str]]:
+        """The model that writes the rollouts, and the name of the prompt that it sees."""
+        if self.teacher is not None and self.args.rollout_from == "teacher":
+            with self.teacher.scoring() as model:
+                yield model, "teacher_prompt_ids"
+        else:
+            yield self.student, "prompt_ids"
 
     def _places(self, count: int) -> list[int]:
         """The place in the step's batch, over all processes, of each of this process's rows.
@@ -269,14 +306,17 @@ class SDFTTrainer(Trainer):
             if self.teacher is None:
                 out = demonstration_loss(student, inputs, self.args, self._autocast)
                 return StepLoss(out.total / items, out.sums)
-            out = distillation_loss(student, self.teacher, inputs, self.args, self._autocast)
+            logged = "samples" in inputs
+            out = distillation_loss(student, self.teacher, inputs, self.args, self._autocast, per_token=logged)
             loss = out.total / items
             if share:
                 shown = demonstration_loss(student, demonstrations_of(inputs), self.args, self._autocast)
                 loss = (1 - share) * loss + share * shown.total / inputs["demonstration_items"]
-            return StepLoss(loss, out.sums)
+            return StepLoss(loss, out.sums, out.tokens)
 
         step_loss = as_forward_of(model, module, forward)
+        if self.completions is not None and step_loss.tokens is not None:
+            self.completions.add(inputs["samples"], step_loss.tokens)
         self._count(tokens=inputs["labels"].numel(), **step_loss.sums)
         loss = step_loss.total
         if not torch.isfinite(loss):

@@ -12,6 +12,7 @@ from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import as_forward_of
 from sdft.repeats import RepeatedRows
+from sdft.rollout import Sampling, sample
 from tests import tiny
 
 
@@ -123,8 +124,8 @@ def test_the_first_steps_gradient_is_that_of_full_logits_on_the_same_rollouts(tm
         tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, skip_tokens=1, gradient_accumulation_steps=2
     )
     seen = []
-    sample = run.samples
-    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
     run.train()
     student, teacher = tiny.tiny_model(), tiny.tiny_model()
     total, tokens = 0.0, 0
@@ -199,6 +200,117 @@ def test_rollouts_depend_on_seed_and_step_alone(tmp_path):
     run.state.global_step = 0
     run.args.seed = 43
     assert completions() != first
+
+
+def test_several_rollouts_of_a_prompt_are_side_by_side_and_differ(tmp_path):
+    run = trainer(tmp_path, rollouts_per_prompt=3, rollout_batch_size=4)
+    samples = run.samples(run.train_dataset[:2])
+    assert [s.prompt for s in samples] == [row["prompt_ids"] for row in run.train_dataset[:2] for _ in range(3)]
+    assert len({tuple(s.completion) for s in samples}) == 6
+    run.train()
+    assert run.state.global_step == 4
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_rollouts_can_come_from_the_teacher_who_sees_the_demonstration(backend, tmp_path):
+    run = trainer(tmp_path, rollout_from="teacher", rollout_temperature=1e-4, rollout_backend=backend)
+    run.model.lm_head.weight.data.neg_()  # the student would write something else
+    teacher = tiny.tiny_model()
+    for s in run.samples(run.train_dataset[:2]):
+        ids = list(s.teacher_prompt)
+        for token in s.completion:
+            assert teacher(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+        assert s.prompt in [row["prompt_ids"] for row in run.train_dataset[:2]]
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_with_an_adapter_the_base_teacher_writes_rollouts_without_it(backend, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(tiny.tiny_model(), adapter)
+    options = {"model": model, "rollout_temperature": 1e-4, "rollout_backend": backend}
+    from_teacher = trainer(tmp_path, rollout_from="teacher", **options)
+    from_student = trainer(tmp_path, **options)
+    rows = from_teacher.train_dataset[:2]
+    prompts = [row["teacher_prompt_ids"] for row in rows]
+    expected = sample(tiny.tiny_model(), prompts, Sampling(6, frozenset({1})))
+    assert [s.completion for s in from_teacher.samples(rows)] == expected
+    for row, prompt in zip(rows, prompts, strict=True):
+        row["prompt_ids"] = prompt
+    assert [s.completion for s in from_student.samples(rows)] != expected
+
+
+def test_stop_strings_end_rollouts_and_count_as_finished(tmp_path):
+    run = trainer(tmp_path, max_completion_length=40, max_steps=1, rollout_stop=["a", "e", "i", "o", "u", " ", "r"])
+    run.train()
+    log = run.state.log_history[0]
+    assert log["finished"] == 1
+    assert log["completion_length"] < 40
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_normalisation": "sequence", "demonstration_weight": 0.5}, {"num_iterations": 2}], ids=str
+)
+def test_logged_completions_have_the_numbers_of_full_logits(options, tmp_path):
+    run = trainer(
+        tmp_path,
+        max_steps=1,
+        skip_tokens=2,
+        loss_temperature=1.7,
+        gradient_accumulation_steps=2,
+        rollouts_per_prompt=2,
+        log_completions=True,
+        **options,
+    )
+    seen = []
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
+    run.train()
+    student, teacher, tokenizer = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_tokenizer()
+    logged = lines(tmp_path)
+    assert len(logged) == len(seen) == 8
+    for s in seen:
+        completion = torch.tensor(s.completion)
+        record = next(r for r in logged if r["completion_ids"] == s.completion)
+        assert record["step"] == 1
+        assert record["prompt"] == tokenizer.decode(s.prompt)
+        assert record["completion"] == tokenizer.decode(s.completion)
+        p, q = (
+            (model(torch.tensor([[*prompt, *s.completion]])).logits[0, len(prompt) - 1 : -1] / 1.7).log_softmax(-1)
+            for model, prompt in ((student, s.prompt), (teacher, s.teacher_prompt))
+        )
+        expected = {
+            "divergence": (p.exp() * (p - q)).sum(-1),
+            "student_logprob": p.gather(-1, completion[:, None])[:, 0],
+            "teacher_logprob": q.gather(-1, completion[:, None])[:, 0],
+        }
+        for name, values in expected.items():
+            assert record[name][:2] == [None] * min(2, len(completion))
+            torch.testing.assert_close(torch.tensor(record[name][2:]), values[2:], rtol=1e-4, atol=2e-6)
+
+
+def test_a_resumed_run_logs_each_completion_once(tmp_path):
+    steps = {"max_steps": 6, "num_train_epochs": 2, "log_completions": 2, "save_strategy": "steps", "save_steps": 3}
+    straight = trained(tmp_path / "straight", **steps)
+    assert [r["step"] for r in lines(tmp_path / "straight")] == [2, 2, 4, 4, 6, 6]
+    whole = (tmp_path / "straight" / "completions.jsonl").read_bytes()
+    trained(tmp_path / "broken", **steps)
+    path = tmp_path / "broken" / "completions.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])  # killed while it wrote
+    resumed = trainer(tmp_path / "broken", **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-3"))
+    assert path.read_bytes() == whole
+    unlogged = trained(tmp_path / "unlogged", **{**steps, "log_completions": 0})
+    assert not (tmp_path / "unlogged" / "completions.jsonl").exists()
+    assert_equal_weights(weights(unlogged.model), weights(straight.model))
+    assert_equal_weights(weights(resumed.model), weights(straight.model))
+    trained(tmp_path / "straight", **{**steps, "max_steps": 2})  # a new run in the same folder starts anew
+    assert [r["step"] for r in lines(tmp_path / "straight")] == [2, 2]
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -335,8 +447,8 @@ def test_cross_entropy_on_the_demonstration_mixes_in(tmp_path):
     gradients = Gradients()
     run = trainer(tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, demonstration_weight=0.25)
     seen = []
-    sample = run.samples
-    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
     run.train()
     student, teacher = tiny.tiny_model(), tiny.tiny_model()
     divergence, entropy = torch.zeros(()), torch.zeros(())
