@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 HELP = """\
 usage: sdft COMMAND ...
@@ -17,13 +18,15 @@ usage: sdft COMMAND ...
 Self-distillation fine-tuning: a language model learns from demonstrations by becoming its own teacher.
 
 commands:
-  train   train a model on demonstrations by a recipe
-  eval    score a model on held-out prompts, and measure what it forgot
+  train     train a model on demonstrations by a recipe
+  eval      score a model on held-out prompts, and measure what it forgot
+  generate  let a model answer a prompt, or a file of them
 
 examples:
   sdft train examples/demo.yaml
   sdft train examples/demo.yaml --learning_rate 1e-4 --output_dir runs/faster
   sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl
+  sdft generate --model runs/demo --prompt "Ring Tomas for me."
   sdft train --help
 """
 
@@ -35,6 +38,7 @@ examples:
   sdft train examples/demo.yaml --divergence reverse_kl --max_steps 100 --output_dir runs/reverse
   sdft train examples/demo.yaml --method sft --output_dir runs/sft
   sdft train examples/demo.yaml --resume_from_checkpoint last
+  sdft train examples/demo.yaml --eval_strategy steps --eval_steps 10
   sdft train --model Qwen/Qwen2.5-0.5B-Instruct --train_file mine.jsonl --output_dir runs/mine
 """
 
@@ -44,12 +48,27 @@ https://huggingface.co/docs/transformers/main_classes/trainer#transformers.Train
 """
 
 EVAL_HELP = """\
-Score a model: greedy answers to held-out prompts, and how far it has moved from its base model on general ones.
+Score a model: its answers to held-out prompts, and how far it has moved from its base model on general ones.
+With --teacher, also the answers it gives when shown the demonstrations, in each form that they can be shown in: what
+the teacher cannot do with a demonstration, the student cannot learn from it.
 
 examples:
   sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl --eval_completion_length 18
   sdft eval examples/demo.yaml --model runs/demo
+  sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl --scorer json
+  sdft eval --model runs/demo --eval_file mine.jsonl --scorer choice --eval_temperature 0.7 --eval_samples 8
+  sdft eval examples/demo.yaml --teacher
   sdft eval examples/demo.yaml --teacher --teacher_template turn
+"""
+
+GENERATE_HELP = """\
+Let a model answer: one prompt, whose answer is printed, or a file of prompts, whose answers are written to another.
+
+examples:
+  sdft generate --model runs/demo --prompt "Ring Tomas for me."
+  sdft generate --model smollm2-135m-instruct --prompt "Name three rivers." --temperature 0.7 --top_p 0.9
+  sdft generate --model runs/demo --prompt_file examples/general_prompts.jsonl --output_file answers.jsonl
+  sdft generate examples/demo.yaml --model runs/demo --prompt "Play some Mozart."
 """
 
 
@@ -61,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0 if arguments else 2
     command, *rest = arguments
-    if command not in ("train", "eval"):
-        return _fail(f"unknown command {command!r}; it may be train or eval", 2)
+    if command not in COMMANDS:
+        return _fail(f"unknown command {command!r}; it may be train, eval or generate", 2)
     try:
         return _run(command, rest, started)
     except KeyboardInterrupt:
@@ -78,7 +97,7 @@ def _run(command: str, rest: list[str], started: float) -> int:
     from sdft.errors import TrainingError, UsageError
 
     try:
-        (_train if command == "train" else _eval)(rest, started)
+        COMMANDS[command](rest, started)
     except UsageError as error:
         return _fail(str(error), 2)
     except (TrainingError, OSError, SafetensorError) as error:
@@ -87,12 +106,12 @@ def _run(command: str, rest: list[str], started: float) -> int:
 
 
 def _train(argv: list[str], started: float) -> None:
-    from sdft.config import DataArguments, EvalArguments, ModelArguments, SDFTConfig
+    from sdft.config import DataArguments, EvalArguments, LoraArguments, ModelArguments, SDFTConfig
     from sdft.recipe import RecipeParser, parse
     from sdft.run import train
 
     parser = RecipeParser(
-        [ModelArguments, DataArguments, EvalArguments, SDFTConfig],
+        [ModelArguments, LoraArguments, DataArguments, EvalArguments, SDFTConfig],
         prog="sdft train",
         usage="sdft train [RECIPE.yaml] [--field value ...]",
         description=TRAIN_HELP,
@@ -102,11 +121,17 @@ def _train(argv: list[str], started: float) -> None:
 
 
 def _eval(argv: list[str], started: float) -> None:
-    from dataclasses import fields
-
-    from sdft.config import DataArguments, EvalArguments, EvalCommand, ModelArguments, SDFTConfig
+    from sdft.config import EvalArguments, EvalCommand, ModelArguments
     from sdft.recipe import RecipeParser, parse
     from sdft.run import evaluate
+    from sdft.templates import TEMPLATES
+
+    def adapt(recipe: dict[str, Any]) -> None:
+        if "model" in recipe:
+            recipe.setdefault("base_model", recipe["model"])
+        # As a flag a name means that form alone. The recipe's is the one it trains with, and is measured with the rest.
+        if str(recipe.get("teacher_template")) in TEMPLATES:
+            del recipe["teacher_template"]
 
     parser = RecipeParser(
         [ModelArguments, EvalArguments, EvalCommand],
@@ -114,9 +139,33 @@ def _eval(argv: list[str], started: float) -> None:
         usage="sdft eval [RECIPE.yaml] [--field value ...]",
         description=EVAL_HELP,
     )
-    of_train = {field.name for dataclass in (DataArguments, SDFTConfig) for field in fields(dataclass)}
-    ignored = of_train - {"teacher_template", "per_device_eval_batch_size"}
-    evaluate(*parse(parser, argv, ignored=ignored, copied={"base_model": "model"}))
+    evaluate(*parse(parser, argv, ignored=_every_field(), adapt=adapt))
+
+
+def _generate(argv: list[str], started: float) -> None:
+    from sdft.config import GenerateCommand, ModelArguments
+    from sdft.recipe import RecipeParser, parse
+    from sdft.run import generate
+
+    parser = RecipeParser(
+        [ModelArguments, GenerateCommand],
+        prog="sdft generate",
+        usage="sdft generate [RECIPE.yaml] [--field value ...]",
+        description=GENERATE_HELP,
+    )
+    generate(*parse(parser, argv, ignored=_every_field()))
+
+
+def _every_field() -> set[str]:
+    """The names of all fields of all commands: a recipe may have them, whichever command it is given to."""
+    from dataclasses import fields, is_dataclass
+
+    from sdft import config
+
+    return {field.name for kind in vars(config).values() if is_dataclass(kind) for field in fields(kind)}
+
+
+COMMANDS: dict[str, Callable[[list[str], float], None]] = {"train": _train, "eval": _eval, "generate": _generate}
 
 
 def _fail(message: str, code: int) -> int:

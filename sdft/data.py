@@ -126,6 +126,7 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     method: str,
+    with_demonstration: bool = False,
     template: list[Message],
     eos_ids: frozenset[int],
     max_completion_length: int,
@@ -133,20 +134,21 @@ def encode_rows(
 ) -> list[Row]:
     """The rows with the token ids that training needs, each checked against the model's context length.
 
-    `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft".
+    `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
+    it is asked for.
     """
     encoded = []
     for row in rows:
         ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer)}
-        room = max_completion_length
-        if method == "sft":
+        room = 0 if method == "sft" else max_completion_length
+        if method == "sft" or with_demonstration:
             ids["completion_ids"] = encode_demonstration(row, tokenizer, eos_ids)
-            room = len(ids["completion_ids"])
-        else:
+            room = max(room, len(ids["completion_ids"]))
+        check_context(row, "prompt", len(ids["prompt_ids"]), room, context)
+        if method != "sft":
             chat = teacher_messages(row["prompt"], row["demonstration"], template)
             ids["teacher_prompt_ids"] = encode_prompt(chat, tokenizer)
-        for kind, text in (("prompt", "prompt_ids"), ("teacher prompt", "teacher_prompt_ids")):
-            check_context(row, kind, len(ids.get(text, ())), room, context)
+            check_context(row, "teacher prompt", len(ids["teacher_prompt_ids"]), max_completion_length, context)
         encoded.append(ids)
     return encoded
 

@@ -1,38 +1,31 @@
 """What the model can do, and what it has forgotten.
 
-- Accuracy: greedy answers to held-out prompts, right where they match the row's `answer`. Given a template, the same
-  for the demonstration-conditioned teacher: what it cannot do, the student cannot learn from it.
-- Forgetting: the mean over tokens of KL(base || model) on the base model's own greedy answers to general prompts,
-  in nats: how far the model's distribution has moved, at each token, where the base model would have been.
+- Accuracy: answers to held-out prompts, greedy or sampled, right where a scorer (see `sdft.scorers`) says so of them
+  and the row's `answer`. Given a template, the same for the demonstration-conditioned teacher: what it cannot do, the
+  student cannot learn from it.
+- Forgetting: the mean over tokens of KL(start || model) on the greedy answers to general prompts of the model that
+  training started from, in nats: how far the distribution has moved, at each token, where that model would have been.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sdft.data import Row, check_context, encode_prompt
+from sdft.config import EvalSettings
+from sdft.data import Row, check_context, encode_prompt, load_rows
 from sdft.layout import Sample, lay_out
-from sdft.loss import divergence
+from sdft.loss import divergence, teacher_view
 from sdft.models import context_length, eos_token_ids
-from sdft.rollout import generate
+from sdft.rollout import generate, seeded
+from sdft.scorers import SCORERS, Scorer, check_answers, exact
+from sdft.teacher import Teacher
 from sdft.templates import Message, teacher_messages
-
-Scorer = Callable[[str, str], bool]
-
-
-def exact(completion: str, answer: str) -> bool:
-    """The completion is the answer, apart from white space around it."""
-    return completion.strip() == answer.strip()
-
-
-def contains(completion: str, answer: str) -> bool:
-    """The answer is somewhere in the completion, in upper or lower case."""
-    return answer.strip().lower() in completion.lower()
 
 
 def prompts_for(
@@ -53,28 +46,41 @@ def prompts_for(
     return encoded
 
 
-def greedy(
+def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
     progress: str | None = None,
 ) -> list[list[int]]:
-    """The greedy completion of each prompt, in the prompts' order; batches hold prompts of similar length."""
-    eos_ids = eos_token_ids(model, tokenizer)
+    """The completion of each prompt, in the prompts' order; batches hold prompts of similar length.
+
+    Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` alone and leave
+    the caller's as they were.
+    """
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
+    if temperature:
+        options.update(temperature=temperature, top_p=top_p, top_k=top_k)
     completions: dict[int, list[int]] = {}
-    for numbers in _batches(prompts, batch_size, progress):
-        batch = [prompts[number] for number in numbers]
-        outputs = generate(model, batch, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
-        completions.update(zip(numbers, outputs, strict=True))
+    with seeded(model.device, seed), _batches(prompts, batch_size, progress) as batches:
+        for numbers in batches:
+            outputs = generate(model, [prompts[number] for number in numbers], **options)
+            completions.update(zip(numbers, outputs, strict=True))
     return [completions[number] for number in range(len(prompts))]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers to a set of rows: as token ids, as text, and whether each is right (where rows have answers)."""
+    """Answers to a set of rows: as token ids, as text, and whether each is right (where rows have answers).
+
+    Where a row is answered several times, its answers follow one another.
+    """
 
     prompts: list[list[int]]
     completions: list[list[int]]
@@ -95,12 +101,26 @@ def answer(
     batch_size: int,
     scorer: Scorer = exact,
     template: list[Message] | None = None,
+    temperature: float | None = None,
+    samples: int = 1,
+    seed: int = 0,
     progress: str | None = None,
 ) -> Answers:
-    """Ask the model each row's prompt (with a template: the teacher's form of it) and score the greedy answers."""
+    """Ask the model each row's prompt (with a template: the teacher's form of it) and score the answers.
+
+    `samples` answers to each row, greedy ones or at a `temperature`, as `complete` has it.
+    """
+    rows = [row for row in rows for _ in range(samples)]
     prompts = prompts_for(model, tokenizer, rows, max_new_tokens, template)
-    completions = greedy(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    completions = complete(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        progress=progress,
     )
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     scored = [(text, row["answer"]) for text, row in zip(texts, rows, strict=True) if row.get("answer")]
@@ -110,29 +130,133 @@ def answer(
 @torch.no_grad()
 def forgetting(
     model: PreTrainedModel,
-    base: PreTrainedModel,
-    base_answers: Answers,
+    start: Teacher,
+    answers: Answers,
     *,
     batch_size: int,
     progress: str | None = None,
 ) -> float:
-    """The mean over tokens of KL(base || model) on the base model's own greedy answers, in nats."""
+    """The mean over tokens of KL(start || model), in nats, on the `answers` of the starting model.
+
+    `start` lends that model, which may be the same one with its adapter off.
+    """
     samples = [
         Sample(prompt, completion, prompt)
-        for prompt, completion in zip(base_answers.prompts, base_answers.completions, strict=True)
+        for prompt, completion in zip(answers.prompts, answers.completions, strict=True)
     ]
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for numbers in _batches(samples, batch_size, progress):
-        batch = {k: v.to(model.device) for k, v in lay_out([samples[n] for n in numbers], skip_tokens=0).items()}
-        total += divergence(model, base, batch, divergence="forward_kl", reduction="sum").loss.item()
-        tokens += batch["labels"].numel()
+    with _batches(samples, batch_size, progress) as batches:
+        for numbers in batches:
+            batch = {k: v.to(model.device) for k, v in lay_out([samples[n] for n in numbers], skip_tokens=0).items()}
+            with start.scoring() as base:
+                seen = teacher_view(base, batch)
+            total += divergence(model, seen, batch, divergence="forward_kl", reduction="sum").loss.item()
+            tokens += batch["labels"].numel()
     model.train(training)
     return total / max(tokens, 1)
 
 
-def _batches(items: Sequence[list[int]] | Sequence[Sample], size: int, progress: str | None) -> Iterable[list[int]]:
+class Exam:
+    """The held-out and general prompts of a run, read and checked once, put to a model as often as asked.
+
+    `held_out` and `general` are what `load_rows` takes, or None; `settings` say how they are answered and scored.
+    """
+
+    def __init__(
+        self,
+        held_out: Any,
+        general: Any,
+        settings: EvalSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        silent: bool = False,
+    ) -> None:
+        self.settings, self.batch_size, self.seed, self.silent = settings, batch_size, seed, silent
+        self.eval_rows: list[Row] = []
+        self.general_rows: list[Row] = []
+        if held_out is not None:
+            self.eval_rows = load_rows(held_out, name="eval_dataset", need=("prompt", "answer"))
+        if general is not None:
+            self.general_rows = load_rows(general, name="general_dataset", need=("prompt",))
+        check_answers(self.eval_rows, settings.scorer)
+        check_answers(self.general_rows, settings.general_scorer)
+        self.has_demonstrations = bool(self.eval_rows) and all(row.get("demonstration") for row in self.eval_rows)
+        self._starting_answers: Answers | None = None
+
+    def check(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]] = ()
+    ) -> None:
+        """Find a prompt that is too long for the model, or for the teacher under a template, before anything runs."""
+        prompts_for(model, tokenizer, self.general_rows, self.settings.general_completion_length)
+        for template in (None, *templates):
+            prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length, template)
+
+    def held_out(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: str,
+        template: list[Message] | None = None,
+    ) -> Answers | None:
+        """The model's answers to the held-out prompts, with a template those of the teacher; None without prompts."""
+        if not self.eval_rows:
+            return None
+        return answer(
+            model,
+            tokenizer,
+            self.eval_rows,
+            max_new_tokens=self.settings.eval_completion_length,
+            batch_size=self.batch_size,
+            scorer=SCORERS[self.settings.scorer],
+            template=template,
+            temperature=self.settings.eval_temperature,
+            samples=self.settings.eval_samples,
+            seed=self.seed,
+            progress=self._progress(progress),
+        )
+
+    def general(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: str) -> Answers | None:
+        """The model's greedy answers to the general prompts; None without prompts."""
+        if not self.general_rows:
+            return None
+        return answer(
+            model,
+            tokenizer,
+            self.general_rows,
+            max_new_tokens=self.settings.general_completion_length,
+            batch_size=self.batch_size,
+            scorer=SCORERS[self.settings.general_scorer],
+            progress=self._progress(progress),
+        )
+
+    def forgetting(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Teacher) -> float | None:
+        """How far the model has moved from the starting one on the general prompts; None without prompts.
+
+        The starting model, which `start` lends, answers them the first time that this is asked.
+        """
+        if self._starting_answers is None:
+            with start.scoring() as base:
+                self._starting_answers = self.general(base, tokenizer, "starting model, general prompts")
+        if self._starting_answers is None:
+            return None
+        return forgetting(
+            model,
+            start,
+            self._starting_answers,
+            batch_size=self.batch_size,
+            progress=self._progress("divergence from the starting model"),
+        )
+
+    def _progress(self, description: str) -> str | None:
+        """The description of a progress bar, or None for no bar."""
+        return None if self.silent else description
+
+
+def _batches(items: Sequence[list[int]] | Sequence[Sample], size: int, progress: str | None) -> tqdm:
+    """The items' numbers in batches, longest items first, behind a progress bar that goes at the end of a `with`."""
     order = sorted(range(len(items)), key=lambda number: len(items[number]), reverse=True)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return tqdm(batches, desc=progress, leave=False, disable=progress is None, dynamic_ncols=True)

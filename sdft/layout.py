@@ -10,40 +10,78 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors by name, and under "samples" what they were made of, where that is to be logged
+
+#: What the loss is a mean over: a step's tokens, or its completions, each of which is the mean over its own tokens.
+NORMALISATIONS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, after the prompt that the student saw and the one that the teacher sees (none for "sft")."""
+    """One completion, after the prompt that the student saw and the one that the teacher sees (none for "sft").
+
+    `demonstration` is the expert's completion of the student's prompt, where cross-entropy on it is part of the loss.
+    `old_logprobs` are the log-probabilities that the completion's tokens in the loss had when it was sampled, where it
+    serves several optimizer steps.
+    """
 
     prompt: list[int]
     completion: list[int]
     teacher_prompt: list[int] | None = None
+    demonstration: list[int] | None = None
+    old_logprobs: list[float] | None = None
 
     def __len__(self) -> int:
         return max(len(self.prompt), len(self.teacher_prompt or ())) + len(self.completion)
 
 
-def lay_out(samples: Sequence[Sample], skip_tokens: int) -> Batch:
+def lay_out(samples: Sequence[Sample], skip_tokens: int, normalisation: str = "token") -> Batch:
     """The tensors of a micro-batch; the first `skip_tokens` tokens of each completion stay out of the loss.
 
     `input_ids` (rows, length) and `positions` (N,), flat into it; the same for the teacher; `labels` (N,), the
-    completion tokens in the order of the positions.
+    completion tokens in the order of the positions, with `old_logprobs` (N,) where the samples have them. Tokens count
+    alike, or with normalisation "sequence" by `token_weight` (N,), the inverse of their number in their completion.
+    Demonstrations come the same way: `demonstration_input_ids`, `_positions`, `_labels` and `_token_weight`.
     """
-    batch = {"labels": torch.tensor([token for s in samples for token in s.completion[skip_tokens:]], dtype=torch.long)}
-    batch["input_ids"], batch["positions"] = _pack(
-        [s.prompt for s in samples], [s.completion for s in samples], skip_tokens
-    )
+    prompts, completions = [s.prompt for s in samples], [s.completion for s in samples]
+    batch = _completions(prompts, completions, skip_tokens, normalisation)
     teacher_prompts = [s.teacher_prompt for s in samples if s.teacher_prompt is not None]
     if teacher_prompts:
-        batch["teacher_input_ids"], batch["teacher_positions"] = _pack(
-            teacher_prompts, [s.completion for s in samples], skip_tokens
-        )
+        batch["teacher_input_ids"], batch["teacher_positions"] = _pack(teacher_prompts, completions, skip_tokens)
+    if samples[0].old_logprobs is not None:
+        batch["old_logprobs"] = torch.tensor([value for s in samples for value in s.old_logprobs or ()])
+    if samples[0].demonstration is not None:
+        demonstrations = [s.demonstration or [] for s in samples]
+        tensors = _completions(prompts, demonstrations, 0, normalisation)
+        batch.update({f"demonstration_{name}": tensor for name, tensor in tensors.items()})
+    return batch
+
+
+def demonstrations_of(batch: Batch) -> Batch:
+    """The batch in which the demonstrations are the completions."""
+    prefix = "demonstration_"
+    return {name.removeprefix(prefix): tensor for name, tensor in batch.items() if name.startswith(prefix)}
+
+
+def count_items(batch: Batch) -> float:
+    """What the batch adds to the number that a step's summed loss is divided by: its tokens, or its completions."""
+    weight = batch.get("token_weight")
+    return float(batch["labels"].numel()) if weight is None else float(weight.double().sum())
+
+
+def _completions(
+    prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_tokens: int, normalisation: str
+) -> Batch:
+    kept = [completion[skip_tokens:] for completion in completions]
+    batch = {"labels": torch.tensor([token for tokens in kept for token in tokens], dtype=torch.long)}
+    batch["input_ids"], batch["positions"] = _pack(prompts, completions, skip_tokens)
+    if normalisation == "sequence":
+        batch["token_weight"] = torch.tensor([1 / len(tokens) for tokens in kept for _ in tokens])
     return batch
 
 
@@ -59,11 +97,16 @@ def _pack(prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_t
     return ids, torch.tensor(positions, dtype=torch.long)
 
 
-def split(samples: Sequence[Sample], parts: int, skip_tokens: int) -> list[Batch]:
-    """`parts` micro-batches of about equal size, samples of similar length together so that little is padding.
+def split(samples: Sequence[Sample], parts: int, skip_tokens: int, normalisation: str = "token") -> list[Batch]:
+    """The micro-batches of `group`, laid out."""
+    return [lay_out(members, skip_tokens, normalisation) for members in group(samples, parts)]
+
+
+def group(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """`parts` groups of about equal size, samples of similar length together so that little is padding.
 
     The longest come first: a step that does not fit into memory fails at once.
     """
     ordered = sorted(samples, key=len, reverse=True)
     bounds = [part * len(ordered) // parts for part in range(parts + 1)]
-    return [lay_out(ordered[a:b], skip_tokens) for a, b in itertools.pairwise(bounds)]
+    return [ordered[a:b] for a, b in itertools.pairwise(bounds)]

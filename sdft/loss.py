@@ -7,9 +7,9 @@ own logits before anything is trained on it. The divergence itself is `sdft_kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
+from sdft.forward import Result, as_forward_of
 from sdft.layout import Batch
-from sdft_kernels import DivergenceOutput, fused_linear_divergence
+from sdft.teacher import Teacher
+from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,23 @@ def find_head(model: PreTrainedModel) -> Head:
     """The head that the model's configuration describes."""
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
+    if getattr(layer, "active_adapters", None) and not hasattr(layer, "modules_to_save"):
+        raise TrainingError(
+            f"{type(model).__name__} has an adapter in its output head, whose weight is not one matrix then; leave the "
+            "head out of the adapter's target modules, or name it in modules_to_save"
+        )
     if not isinstance(weight, Tensor):
         raise TrainingError(f"{type(model).__name__} has no linear output head, and the loss needs one")
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
     return Head(weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def at_head(model: PreTrainedModel, function: Callable[[Head], Result]) -> Result:
+    """What `function` makes of the head, run as the head's forward pass: a sharded head is whole only there."""
+    layer = cast(nn.Module, model.get_output_embeddings())
+    return as_forward_of(layer, layer, lambda: function(find_head(model)))
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -89,9 +102,25 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class View:
+    """What a model makes of each completion token: the hidden state (N, H) that predicts it, and the head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@torch.no_grad()
+def teacher_view(teacher: PreTrainedModel, batch: Batch, autocast: torch.dtype | None = None) -> View:
+    """The teacher's view of the batch's completions, after its own prompts and without a graph."""
+    with _autocast(batch["labels"].device, autocast):
+        hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"])
+        return View(hidden, at_head(teacher, lambda head: head))
+
+
 def divergence(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | View,
     batch: Batch,
     *,
     autocast: torch.dtype | None = None,
@@ -102,76 +131,128 @@ def divergence(
     `autocast` is the type of mixed-precision products (None: the weights' own type); the softmax arithmetic is float32
     either way. `options` go to `fused_linear_divergence`.
     """
-    head, teacher_head = find_head(student), find_head(teacher)
-    with torch.no_grad(), _autocast(student.device, autocast):
-        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"])
-    with _autocast(student.device, autocast):
-        student_hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+    seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
+
+    def compare(head: Head) -> DivergenceOutput:
+        student_hidden, teacher_hidden = hidden, seen.hidden
         if autocast is None:
             student_hidden, teacher_hidden = student_hidden.to(head.weight.dtype), teacher_hidden.to(head.weight.dtype)
         return fused_linear_divergence(
             student_hidden,
             head.weight,
             teacher_hidden,
-            teacher_head.weight,
+            seen.head.weight,
             student_bias=head.bias,
-            teacher_bias=teacher_head.bias,
+            teacher_bias=seen.head.bias,
             student_logit_scale=head.scale,
-            teacher_logit_scale=teacher_head.scale,
+            teacher_logit_scale=seen.head.scale,
             student_softcap=head.softcap,
-            teacher_softcap=teacher_head.softcap,
+            teacher_softcap=seen.head.softcap,
             **options,
         )
 
+    with _autocast(student.device, autocast):
+        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        return at_head(student, compare)
 
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging."""
+
+@torch.no_grad()
+def completion_logprobs(
+    student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+) -> Tensor:
+    """(N,) float32 log-probability of each completion token of the batch, at the loss's temperature."""
+
+    def score(head: Head) -> Tensor | None:
+        return linear_token_stats(
+            hidden if autocast else hidden.to(head.weight.dtype),
+            head.weight,
+            labels=batch["labels"],
+            bias=head.bias,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            temperature=config.loss_temperature,
+            max_chunk_bytes=config.max_chunk_bytes,
+        ).logprob
+
+    with _autocast(student.device, autocast):
+        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        logprob = at_head(student, score)
+    assert logprob is not None
+    return logprob
+
+
+class StepLoss(NamedTuple):
+    """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging.
+
+    `tokens`, where it was asked for: `divergence`, `student_logprob` and `teacher_logprob` of each, (N,) float32.
+    """
 
     total: Tensor
     sums: dict[str, Tensor]
+    tokens: dict[str, Tensor] | None = None
 
 
 def distillation_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+    student: PreTrainedModel,
+    teacher: Teacher,
+    batch: Batch,
+    config: SDFTConfig,
+    autocast: torch.dtype | None,
+    *,
+    per_token: bool = False,
 ) -> StepLoss:
     """Self-distillation: the summed divergence between the student and the teacher who sees the demonstration."""
+    with teacher.scoring() as scorer:
+        seen = teacher_view(scorer, batch, autocast)
+    old_logprobs = batch.get("old_logprobs")
     out = divergence(
         student,
-        teacher,
+        seen,
         batch,
         autocast=autocast,
         divergence=config.divergence,
         beta=config.beta,
         temperature=config.loss_temperature,
+        token_weight=batch.get("token_weight"),
+        labels=None if old_logprobs is None and not per_token else batch["labels"],
+        old_logprobs=old_logprobs,
+        importance_clip=None if old_logprobs is None else config.importance_clip,
         reduction="sum",
         max_chunk_bytes=config.max_chunk_bytes,
     )
     entropies = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
-    return StepLoss(out.loss, entropies)
+    if not per_token or out.student_logprob is None or out.teacher_logprob is None:
+        return StepLoss(out.loss, entropies)
+    logprobs = {"student_logprob": out.student_logprob, "teacher_logprob": out.teacher_logprob}
+    return StepLoss(out.loss, entropies, {"divergence": out.token_loss, **logprobs})
 
 
 def demonstration_loss(
     student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
 ) -> StepLoss:
-    """The summed cross-entropy of the demonstration's tokens: the baseline, supervised fine-tuning.
+    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning.
 
     The logits of a chunk are made again in the backward pass, so that no more than a chunk of them is ever there.
     """
     with _autocast(student.device, autocast):
         hidden = hidden_states(student, batch["input_ids"], batch["positions"])
-    head = find_head(student).to(autocast)
-    hidden = hidden.to(head.weight.dtype)
-    budget = config.max_chunk_bytes or 256 * 2**20
-    chunk = max(1, budget // (4 * head.weight.shape[0]))
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for states, labels in zip(hidden.split(chunk), batch["labels"].split(chunk), strict=True):
-        total = total + checkpoint(_cross_entropy, head, states, labels, use_reentrant=False)
-    return StepLoss(total, {})
+
+    def cross_entropy(head: Head) -> Tensor:
+        head = head.to(autocast)
+        states = hidden.to(head.weight.dtype)
+        budget = config.max_chunk_bytes or 256 * 2**20
+        chunk = max(1, budget // (4 * head.weight.shape[0]))
+        weight = batch.get("token_weight", states.new_ones(len(states), dtype=torch.float32))
+        total = states.new_zeros((), dtype=torch.float32)
+        for part in zip(states.split(chunk), batch["labels"].split(chunk), weight.split(chunk), strict=True):
+            total = total + checkpoint(_cross_entropy, head, *part, use_reentrant=False)
+        return total
+
+    return StepLoss(at_head(student, cross_entropy), {})
 
 
-def _cross_entropy(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="sum")
+def _cross_entropy(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return (nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="none") * weight).sum()
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

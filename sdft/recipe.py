@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -38,6 +38,8 @@ _OFTEN_SET = frozenset(
         "save_total_limit",
         "resume_from_checkpoint",
         "per_device_eval_batch_size",
+        "eval_strategy",
+        "eval_steps",
         "report_to",
         "use_cpu",
     }
@@ -72,12 +74,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def parse(
-    parser: RecipeParser, argv: Sequence[str], *, ignored: Collection[str] = (), copied: Mapping[str, str] | None = None
+    parser: RecipeParser,
+    argv: Sequence[str],
+    *,
+    ignored: Collection[str] = (),
+    adapt: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[Any, ...]:
     """The parser's dataclasses, filled from the recipe that `argv` names first and from its flags.
 
-    A recipe may also have the `ignored` fields, which belong to another command. `copied` names fields that take
-    another field's value in the recipe, where the recipe does not set them itself.
+    A recipe may also have the `ignored` fields, which are set aside where the parser does not know them: they belong
+    to another command. `adapt` changes the recipe in place before it is used.
     """
     parser.add_argument("recipe", nargs="?", help=argparse.SUPPRESS)
     path = parser.parse_known_args(argv)[0].recipe
@@ -86,12 +92,11 @@ def parse(
         recipe = read_recipe(path)
         for name in recipe:
             if name not in known and name not in ignored:
-                raise UsageError(f"{path}: unknown field {name!r}{_suggestion(name, known)}")
-        for name, source in (copied or {}).items():
-            if source in recipe:
-                recipe.setdefault(name, recipe[source])
+                raise UsageError(f"{path}: unknown field {name!r}{_suggestion(name, known, parser.prog)}")
+        if adapt is not None:
+            adapt(recipe)
         hints = {k: v for dataclass in parser.dataclass_types for k, v in get_type_hints(dataclass).items()}
-        parser.set_defaults(**{n: _as_default(n, v, hints[n], path) for n, v in recipe.items() if n not in ignored})
+        parser.set_defaults(**{n: _as_default(n, v, hints[n], path) for n, v in recipe.items() if n in known})
     try:
         *settings, _, unknown = parser.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -105,7 +110,7 @@ def parse(
         if not flag.startswith("-"):
             raise UsageError(f"{flag!r} is one argument too many: there is one recipe, and every --field has one value")
         name = flag.lstrip("-").split("=")[0].replace("-", "_")
-        raise UsageError(f"unknown field {flag.split('=')[0]!r}{_suggestion(name, known, '--')}")
+        raise UsageError(f"unknown field {flag.split('=')[0]!r}{_suggestion(name, known, parser.prog, '--')}")
     return tuple(settings)
 
 
@@ -130,6 +135,6 @@ def _as_default(name: str, value: Any, hint: Any, path: str) -> Any:
     return None if value is None else str(value)
 
 
-def _suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
+def _suggestion(name: str, known: Sequence[str], command: str, prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix + close[0]!r}?" if close else "; see sdft train --help for the fields there are"
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; see {command} --help for the fields there are"

@@ -15,9 +15,16 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.checkpoint import write_text
+from sdft.checkpoint import in_one_move, write_text
 
 METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"
+
+ANSWERED = {  # by scorer
+    "exact": "answered exactly",
+    "contains": "answered",
+    "choice": "answered with the right letter",
+    "json": "answered with the right JSON",
+}
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Summary:
     general_prompts: int = 0
     training_seconds: float = 0.0
     total_seconds: float = 0.0
+    scorer: str = "exact"
+    general_scorer: str = "contains"
 
 
 def loss_ends(history: list[dict[str, Any]], share: float = 0.1) -> tuple[float | None, float | None]:
@@ -63,13 +72,13 @@ def table(summary: Summary) -> str:
 
     rows = [
         (
-            f"held-out prompts answered exactly ({summary.held_out_prompts})",
+            f"held-out prompts {ANSWERED[summary.scorer]} ({summary.held_out_prompts})",
             percent(summary.accuracy_before),
             percent(summary.accuracy_after),
             percent(summary.accuracy_teacher),
         ),
         (
-            f"general prompts answered ({summary.general_prompts})",
+            f"general prompts {ANSWERED[summary.general_scorer]} ({summary.general_prompts})",
             percent(summary.general_before),
             percent(summary.general_after),
             "",
@@ -128,8 +137,8 @@ def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summ
     )
     panels = []
     for title, bars in (
-        (f"{summary.held_out_prompts} held-out prompts\nanswered exactly", gained),
-        (f"{summary.general_prompts} general prompts answered{moved}", kept),
+        (f"{summary.held_out_prompts} held-out prompts\n{ANSWERED[summary.scorer]}", gained),
+        (f"{summary.general_prompts} general prompts {ANSWERED[summary.general_scorer]}{moved}", kept),
     ):
         measured = [(name, 100 * value, colour) for name, value, colour in bars if value is not None]
         if measured:
@@ -161,7 +170,8 @@ def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summ
         axis.grid(axis="y", alpha=0.25)
         axis.set_axisbelow(True)
         axis.title.set_fontsize(11)
-    figure.savefig(Path(folder) / CURVES_FILE, dpi=150)
+    with in_one_move(Path(folder) / CURVES_FILE) as beside:
+        figure.savefig(beside, format="png", dpi=150)
     pyplot.close(figure)
 
 
@@ -184,7 +194,14 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for the whole run, with the latest loss beside it."""
+    """One bar for the whole run, with the latest loss beside it; to be closed when the run ends, however it does."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent = silent
+        self.bar = tqdm(disable=True)
+
+    def close(self) -> None:
+        self.bar.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,7 +211,7 @@ class ProgressBar(TrainerCallback):
             initial=state.global_step,
             desc="training",
             unit="step",
-            disable=not state.is_world_process_zero,
+            disable=self.silent or not state.is_world_process_zero,
             dynamic_ncols=True,
         )
 
@@ -204,8 +221,3 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
             self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.close()

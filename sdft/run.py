@@ -2,70 +2,121 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sdft.config import DataArguments, EvalArguments, EvalCommand, ModelArguments, SDFTConfig
-from sdft.data import Row, load_rows
+from sdft.checkpoint import write_text
+from sdft.config import (
+    DataArguments,
+    EvalArguments,
+    EvalCommand,
+    GenerateCommand,
+    LoraArguments,
+    ModelArguments,
+    SDFTConfig,
+)
+from sdft.data import WHERE, load_rows
 from sdft.errors import UsageError
-from sdft.evaluate import Answers, answer, contains, forgetting, prompts_for
-from sdft.models import load_model
-from sdft.report import MetricsFile, ProgressBar, Summary, describe, draw_curves, loss_ends, table, write_summary
-from sdft.templates import Message, parse_template
+from sdft.evaluate import Answers, Exam, complete, prompts_for
+from sdft.models import add_lora, eos_token_ids, load_model
+from sdft.report import (
+    ANSWERED,
+    MetricsFile,
+    ProgressBar,
+    Summary,
+    describe,
+    draw_curves,
+    loss_ends,
+    table,
+    write_summary,
+)
+from sdft.signals import FinishOnSignal
+from sdft.teacher import Teacher
+from sdft.templates import TEMPLATES, Message, parse_template
 from sdft.trainer import SDFTTrainer
 
 
 def train(
-    of_model: ModelArguments, of_data: DataArguments, of_eval: EvalArguments, config: SDFTConfig, *, started: float
+    of_model: ModelArguments,
+    of_lora: LoraArguments,
+    of_data: DataArguments,
+    of_eval: EvalArguments,
+    config: SDFTConfig,
+    *,
+    started: float,
 ) -> None:
     """`sdft train`: check everything, measure, train, measure again, and leave the model and the report."""
     _quiet()
     rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
-    exam = Exam(of_eval, config.per_device_eval_batch_size, template, silent=bool(config.disable_tqdm))
+    exam = Exam(
+        of_eval.eval_file or None,
+        of_eval.general_file or None,
+        config,
+        batch_size=config.per_device_eval_batch_size,
+        seed=config.seed,
+        silent=bool(config.disable_tqdm),
+    )
+    as_it_goes = config.eval_strategy != "no"
+    if as_it_goes and not exam.eval_rows and not exam.general_rows:
+        raise UsageError(
+            "eval_strategy asks for evaluation during training, and eval_file and general_file are not set; at least "
+            "one must be, or there is nothing to evaluate on"
+        )
+    shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
     resume = checkpoint_to_resume(config.resume_from_checkpoint, folder)
-    model, tokenizer = load_model(of_model.model, of_model.dtype)
-    exam.check(model, tokenizer, as_teacher=True)
+    model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
+    exam.check(model, tokenizer, shown)
     try:
         trainer = SDFTTrainer(
-            model, config, train_dataset=rows, eval_dataset=exam.eval_rows or None, processing_class=tokenizer
+            add_lora(model, of_lora),
+            config,
+            train_dataset=rows,
+            eval_dataset=exam.eval_rows or None,
+            processing_class=tokenizer,
+            general_dataset=exam.general_rows if as_it_goes and exam.general_rows else None,
         )
     except ValueError as error:  # settings that the Trainer finds do not go together
         raise UsageError(str(error)) from error
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
-    if not config.disable_tqdm:
-        trainer.add_callback(ProgressBar())
+    bar = ProgressBar(silent=bool(config.disable_tqdm))
+    trainer.add_callback(bar)
 
-    teacher = exam.held_out(trainer.student, tokenizer, "teacher, held-out prompts", as_teacher=True)
+    teacher = exam.held_out(trainer.student, tokenizer, "teacher, held-out prompts", template) if shown else None
     before = exam.held_out(trainer.student, tokenizer, "before, held-out prompts")
     general_before = exam.general(trainer.student, tokenizer, "before, general prompts")
     train_started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    with contextlib.closing(bar), FinishOnSignal() as finish:
+        trainer.add_callback(finish)
+        trainer.train(resume_from_checkpoint=resume)
+    if finish.stopped:
+        if trainer.is_world_process_zero():
+            step, of = trainer.state.global_step, trainer.state.max_steps
+            print(
+                f"stopped by SIGTERM after step {step} of {of}: checkpoint-{step} is in {folder}/; "
+                "--resume_from_checkpoint last goes on from there"
+            )
+        return
     training_seconds = time.perf_counter() - train_started
     trainer.save_model()
     after = exam.held_out(trainer.student, tokenizer, "after, held-out prompts")
     general_after = exam.general(trainer.student, tokenizer, "after, general prompts")
     moved = None
     if general_before is not None:
-        base = trainer.teacher.model if trainer.teacher is not None and config.teacher == "base" else None
-        if base is None:
-            base = load_model(of_model.model, of_model.dtype, trainer.student.device)[0]
-        moved = forgetting(
-            trainer.student,
-            base,
-            general_before,
-            batch_size=exam.batch_size,
-            progress=exam.progress("divergence from the base model"),
+        start = trainer.start or Teacher(
+            load_model(of_model.model, of_model.dtype, trainer.student.device, **of_model.trust)[0]
         )
+        moved = exam.forgetting(trainer.student, tokenizer, start)
     if not trainer.is_world_process_zero():
         return
 
@@ -89,6 +140,8 @@ def train(
         general_prompts=0 if general_before is None else len(general_before.right),
         training_seconds=training_seconds,
         total_seconds=time.perf_counter() - started,
+        scorer=config.scorer,
+        general_scorer=config.general_scorer,
     )
     draw_curves(folder, trainer.state.log_history, summary)
     write_summary(folder, summary)
@@ -99,92 +152,99 @@ def train(
 def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:
     """`sdft eval`: the accuracy of a model, of the model as a teacher, and its divergence from a base model."""
     _quiet()
-    exam = Exam(of_eval, of_command.per_device_eval_batch_size, parse_template(of_command.teacher_template))
+    exam = Exam(
+        of_eval.eval_file or None,
+        of_eval.general_file or None,
+        of_command,
+        batch_size=of_command.per_device_eval_batch_size,
+        seed=of_command.seed,
+    )
     if not exam.eval_rows and not exam.general_rows:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(of_model.model, of_model.dtype, device)
-    exam.check(model, tokenizer, as_teacher=of_command.teacher)
+    if of_command.teacher and not exam.has_demonstrations:
+        raise UsageError(
+            f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
+            "demonstration, for the teacher is shown it"
+        )
+    templates = teacher_templates(of_command.teacher_template) if of_command.teacher else {}
+    device = _device()
+    model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
+    exam.check(model, tokenizer, list(templates.values()))
     held_out = exam.held_out(model, tokenizer, "held-out prompts")
-    teacher = (
-        exam.held_out(model, tokenizer, "teacher, held-out prompts", as_teacher=True) if of_command.teacher else None
-    )
+    teachers = {
+        name: exam.held_out(model, tokenizer, f"teacher ({name}), held-out prompts", template)
+        for name, template in templates.items()
+    }
     general = exam.general(model, tokenizer, "general prompts")
     lines = []
     if held_out is not None:
-        lines.append(f"held-out prompts answered exactly ({len(held_out.right)}): {held_out.accuracy:.1%}")
-    if teacher is not None:
-        lines.append(f"the same, shown the demonstration ({len(teacher.right)}): {teacher.accuracy:.1%}")
+        how = ANSWERED[of_command.scorer]
+        lines.append(f"held-out prompts {how} ({len(exam.eval_rows)}): {held_out.accuracy:.1%}")
+    if teachers:
+        lines.append("the same, shown the demonstration under teacher_template")
+        width = max(map(len, teachers))
+        lines += [f"  {name.ljust(width)}  {_accuracy(answers):>6.1%}" for name, answers in teachers.items()]
     if general is not None and general.right:
-        lines.append(f"general prompts answered ({len(general.right)}): {general.accuracy:.1%}")
+        how = ANSWERED[of_command.general_scorer]
+        lines.append(f"general prompts {how} ({len(general.right)}): {general.accuracy:.1%}")
     if general is not None and of_command.base_model not in (None, of_model.model):
-        base, _ = load_model(of_command.base_model, of_model.dtype, device)
-        base_answers = exam.general(base, tokenizer, "base model, general prompts")
-        assert base_answers is not None
-        moved = forgetting(
-            model,
-            base,
-            base_answers,
-            batch_size=exam.batch_size,
-            progress=exam.progress("divergence from the base model"),
-        )
+        base, _ = load_model(of_command.base_model, of_model.dtype, device, **of_model.trust)
+        moved = exam.forgetting(model, tokenizer, Teacher(base))
         lines.append(f"divergence from {of_command.base_model}: {moved:.3f} nats a token")
     print("\n".join(lines))
 
 
-class Exam:
-    """The held-out and general prompts of a run, read and checked once, put to a model as often as asked."""
+def teacher_templates(wanted: list[Message] | str | None) -> dict[str, list[Message]]:
+    """The templates to measure the teacher under: the built-in one called `wanted`, or all of them and one's own."""
+    if isinstance(wanted, str) and wanted in TEMPLATES:
+        return {wanted: TEMPLATES[wanted]}
+    own = {} if wanted is None else {"your own": parse_template(wanted)}
+    return {**TEMPLATES, **own}
 
-    def __init__(
-        self, settings: EvalArguments, batch_size: int, template: list[Message], *, silent: bool = False
-    ) -> None:
-        self.settings, self.batch_size, self.template, self.silent = settings, batch_size, template, silent
-        self.eval_rows: list[Row] = []
-        self.general_rows: list[Row] = []
-        if settings.eval_file:
-            self.eval_rows = load_rows(settings.eval_file, need=("prompt", "answer"))
-        if settings.general_file:
-            self.general_rows = load_rows(settings.general_file, need=("prompt",))
-        self.has_demonstrations = bool(self.eval_rows) and all(row.get("demonstration") for row in self.eval_rows)
 
-    def progress(self, description: str) -> str | None:
-        """The description of a progress bar, or None for no bar."""
-        return None if self.silent else description
+def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
+    """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
+    _quiet()
+    if of_command.prompt_file:
+        rows = load_rows(of_command.prompt_file, need=("prompt",))
+    else:
+        rows = load_rows([{"prompt": of_command.prompt}], name="prompt", need=("prompt",))
+    if of_command.output_file is not None:
+        _check_output_file(of_command.output_file)
+    model, tokenizer = load_model(of_model.model, of_model.dtype, _device(), **of_model.trust)
+    completions = complete(
+        model,
+        tokenizer,
+        prompts_for(model, tokenizer, rows, of_command.max_completion_length),
+        max_new_tokens=of_command.max_completion_length,
+        batch_size=of_command.per_device_eval_batch_size,
+        temperature=of_command.temperature,
+        top_p=of_command.top_p,
+        top_k=of_command.top_k,
+        seed=of_command.seed,
+        progress="answers",
+    )
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    if of_command.output_file is None:
+        print(texts[0])
+        return
+    eos_ids = eos_token_ids(model, tokenizer)
+    lines = []
+    for row, completion, text in zip(rows, completions, texts, strict=True):
+        given = {name: value for name, value in row.items() if name != WHERE}
+        answered = {"completion": text, "finished": bool(completion) and completion[-1] in eos_ids}
+        lines.append(json.dumps({**given, **answered}, ensure_ascii=False, default=str) + "\n")  # Parquet has dates
+    write_text(of_command.output_file, "".join(lines))
+    print(f"{of_command.output_file} has the answers to {len(rows)} {'prompt' if len(rows) == 1 else 'prompts'}")
 
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, as_teacher: bool) -> None:
-        """Find a prompt that is too long for the model before anything runs."""
-        prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length)
-        prompts_for(model, tokenizer, self.general_rows, self.settings.general_completion_length)
-        if as_teacher and self.has_demonstrations:
-            prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length, self.template)
 
-    def held_out(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: str, *, as_teacher: bool = False
-    ) -> Answers | None:
-        if not self.eval_rows or (as_teacher and not self.has_demonstrations):
-            return None
-        return answer(
-            model,
-            tokenizer,
-            self.eval_rows,
-            max_new_tokens=self.settings.eval_completion_length,
-            batch_size=self.batch_size,
-            template=self.template if as_teacher else None,
-            progress=self.progress(progress),
-        )
-
-    def general(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: str) -> Answers | None:
-        if not self.general_rows:
-            return None
-        return answer(
-            model,
-            tokenizer,
-            self.general_rows,
-            max_new_tokens=self.settings.general_completion_length,
-            batch_size=self.batch_size,
-            scorer=contains,
-            progress=self.progress(progress),
-        )
+def _check_output_file(name: str) -> None:
+    """Find out before the work is done that its result could not be written."""
+    path = Path(name)
+    if path.is_dir():
+        raise UsageError(f"output_file is {name!r}, a folder; it must be a JSONL file to write")
+    if not path.parent.is_dir():
+        raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
 
 
 def checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
@@ -204,6 +264,10 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
 
 def _accuracy(answers: Answers | None) -> float | None:
     return None if answers is None else answers.accuracy
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _quiet() -> None:

@@ -1,70 +1,128 @@
-"""The teacher: the model as it was before training, or a slow average of the student.
+"""The teacher: the model as it was before training, a slow average of the student, or the student itself.
 
-Arithmetic of the average: each step, average += rate * (student - average), in float32 whatever the student's type.
-In bfloat16, with 8 bits of mantissa, a rate of 0.01 would round to no movement at all.
+Whoever it is, `with teacher.scoring() as model` lends a model to score rollouts with, in evaluation mode or equal to
+it, and afterwards everything is as it was. What is kept beside the student depends on what trains:
 
-Parameters that do not train are the student's own tensors, shared; only what trains is copied.
+- all or most weights: a copy, which shares with the student the parameters that do not train;
+- an adapter (peft): no second model. The base is the student with its adapter switched off; the average is a second
+  set of the adapter's weights, put in place of the first while it scores;
+- nothing for a live teacher.
+
+Arithmetic of the average: average += rate * (student - average), in float32 whatever the student's type. In
+bfloat16, with 8 bits of mantissa, a rate of 0.01 would round to no movement at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sdft.errors import UsageError
+from sdft.models import causal_lm, has_adapter
 
 AVERAGE_FILE = "teacher_average.safetensors"
 
 
 class Teacher:
-    """The frozen base model: what scores the rollouts, and what forgetting is measured against."""
+    """The student itself, as it is: the live teacher, and what the others start from."""
 
-    def __init__(self, student: PreTrainedModel) -> None:
-        self.model = frozen_copy(student)
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
 
-    def update(self, student: PreTrainedModel) -> None:
-        """Follow the student after an optimizer step; the base model stays where it is."""
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[PreTrainedModel]:
+        """The model that scores rollouts; it is to be used, and its head read, before the block ends."""
+        yield causal_lm(self.student)
+
+    def update(self, student: nn.Module) -> None:
+        """Follow the student after an optimizer step."""
 
     def save(self, folder: str) -> None:
-        """Put into a checkpoint what cannot be had again; the base model comes with the run itself."""
+        """Put into a checkpoint what cannot be had again; the model that training started from comes with the run."""
 
     def load(self, folder: str) -> None:
         """Take back from a checkpoint what `save` put there."""
 
 
-class AverageTeacher(Teacher):
-    """An exponential moving average of the student's trained parameters."""
+class BaseTeacher(Teacher):
+    """A frozen copy of the model that training started from; `offload` keeps its layers on the CPU (see `stream`)."""
 
-    def __init__(self, student: PreTrainedModel, rate: float) -> None:
+    def __init__(self, student: nn.Module, *, offload: bool = False) -> None:
         super().__init__(student)
+        self.model = frozen_copy(causal_lm(student))
+        if offload:
+            stream(self.model, causal_lm(student).device)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[PreTrainedModel]:
+        yield self.model
+
+
+class AdapterOffTeacher(Teacher):
+    """The model that training started from where an adapter is all that trains: the student without its adapter."""
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[PreTrainedModel]:
+        with self.student.disable_adapter():  # type: ignore[operator]
+            yield causal_lm(self.student)
+
+
+class _Average:
+    """The exponential moving average of a model's trained parameters, by name, in float32."""
+
+    def __init__(self, student: nn.Module, rate: float) -> None:
         self.rate = rate
-        trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-        self.parameters = {name: p for name, p in self.model.named_parameters() if name in trained}
-        # A float32 parameter is its own average; a shorter one keeps a float32 average beside it.
-        self.average = {name: p.data.float() for name, p in self.parameters.items()}
+        self.average = {n: p.detach().float().clone() for n, p in student.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, student: PreTrainedModel) -> None:
+    def follow(self, student: nn.Module) -> None:
         for name, parameter in student.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter.float(), self.rate)
-        self._use_average()
+                self.average[name].lerp_(whole(parameter).float(), self.rate)
 
     def save(self, folder: str) -> None:
         save_file(self.average, os.path.join(folder, AVERAGE_FILE), metadata={"format": "pt"})
 
-    @torch.no_grad()
     def load(self, folder: str) -> None:
         path = os.path.join(folder, AVERAGE_FILE)
         if not os.path.isfile(path):
             raise UsageError(f"{folder} has no {AVERAGE_FILE}: it was not saved by a run with teacher 'ema'")
         for name, tensor in load_file(path).items():
             self.average[name].copy_(tensor)
+
+
+class AverageTeacher(BaseTeacher):
+    """An exponential moving average of the student's trained parameters, in a copy of its own."""
+
+    def __init__(self, student: nn.Module, rate: float) -> None:
+        super().__init__(student)
+        self._average = _Average(causal_lm(student), rate)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if n in self.average}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype == torch.float32:  # its own average; a shorter one has a float32 average beside it
+                parameter.data = self.average[name]
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        return self._average.average
+
+    def update(self, student: nn.Module) -> None:
+        self._average.follow(causal_lm(student))
+        self._use_average()
+
+    def save(self, folder: str) -> None:
+        self._average.save(folder)
+
+    def load(self, folder: str) -> None:
+        self._average.load(folder)
         self._use_average()
 
     def _use_average(self) -> None:
@@ -73,11 +131,67 @@ class AverageTeacher(Teacher):
                 parameter.data.copy_(self.average[name])
 
 
+class AdapterAverageTeacher(Teacher):
+    """An exponential moving average of the adapter's weights, which a fresh adapter starts as nothing: as the base."""
+
+    def __init__(self, student: nn.Module, rate: float) -> None:
+        super().__init__(student)
+        self._average = _Average(student, rate)
+        self.average = self._average.average
+        head = causal_lm(student).get_output_embeddings()
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            raise UsageError(
+                "teacher is 'ema', and the adapter trains the output head (modules_to_save); the average of an adapter "
+                "can be the teacher only where the head stays as it is: teacher may be base or live"
+            )
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[PreTrainedModel]:
+        trained = {name: p for name, p in self.student.named_parameters() if name in self.average}
+        own = [parameter.detach().clone() for parameter in trained.values()]
+        with torch.no_grad():
+            torch._foreach_copy_(list(trained.values()), [self.average[name] for name in trained])
+        try:
+            yield causal_lm(self.student)
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(trained.values()), own)
+
+    def update(self, student: nn.Module) -> None:
+        self._average.follow(student)
+
+    def save(self, folder: str) -> None:
+        self._average.save(folder)
+
+    def load(self, folder: str) -> None:
+        self._average.load(folder)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The parameter, gathered from all processes where each has a shard of it (FSDP2)."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy for evaluation that shares the parameters which do not train."""
     shared: dict[int, nn.Parameter] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
-def make_teacher(kind: str, student: PreTrainedModel, ema_rate: float) -> Teacher:
-    return AverageTeacher(student, ema_rate) if kind == "ema" else Teacher(student)
+def stream(model: PreTrainedModel, device: torch.device) -> None:
+    """Keep the model's layers on the CPU, and bring each to `device` for just as long as it computes."""
+    from accelerate import cpu_offload
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+    for layer in layers:
+        cpu_offload(nn.Module.to(layer, "cpu"), execution_device=device)
+
+
+def make_teacher(kind: str, student: nn.Module, ema_rate: float, *, offload: bool = False) -> Teacher:
+    """The teacher called `kind`: base, ema or live."""
+    if kind == "live":
+        return Teacher(student)
+    if has_adapter(student):
+        return AdapterAverageTeacher(student, ema_rate) if kind == "ema" else AdapterOffTeacher(student)
+    return AverageTeacher(student, ema_rate) if kind == "ema" else BaseTeacher(student, offload=offload)

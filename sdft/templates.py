@@ -1,13 +1,14 @@
 """Teacher prompts: how a demonstration is put before the model, so that the same model becomes its own teacher.
 
 A template is a list of chat messages with the placeholders {prompt} and {demonstration}. It stands in for the last
-message of a prompt; earlier messages (a system prompt, earlier turns) stay before it. Two come built in:
+message of a prompt; earlier messages (a system prompt, earlier turns) stay before it. Three come built in:
 
 - "paper" follows arXiv 2601.19897: the question, the demonstration presented as an example response, and the
   request to answer in one's own words;
 - "turn" shows the demonstration as an earlier turn of the same chat: question, demonstration as the assistant's
   answer, question again. Small models copy the form of an earlier turn more readily than they follow the paper's
-  wording.
+  wording;
+- "first" puts the demonstration before the question, so that the question is the last that the model reads.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ TEMPLATES: dict[str, list[Message]] = {
         {"role": "user", "content": "{prompt}"},
         {"role": "assistant", "content": "{demonstration}"},
         {"role": "user", "content": "{prompt}"},
+    ],
+    "first": [
+        {
+            "role": "user",
+            "content": "This is an example for a response to the question that follows:\n{demonstration}\n\n"
+            "Answer the question with a response of your own.\n\n{prompt}",
+        }
     ],
 }
 

@@ -13,39 +13,48 @@ not the checkpoint, and loads the checkpoint into the student.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
 
 from sdft import checkpoint
+from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
-from sdft.data import Row, encode_rows, load_rows
+from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
-from sdft.evaluate import answer
-from sdft.layout import Batch, Sample, split
-from sdft.loss import StepLoss, check_head, demonstration_loss, distillation_loss
-from sdft.models import context_length, eos_token_ids, load_model
-from sdft.rollout import generate, seeded
+from sdft.evaluate import Exam
+from sdft.forward import as_forward_of
+from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, split
+from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
+from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
+from sdft.repeats import RepeatedRows, load_samples, save_samples
+from sdft.rollout import Sampling, finished, sample
+from sdft.sampling import seed_of
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
 
-Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class SDFTTrainer(Trainer):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
-    `model` is a model, or a name for `sdft.models.load_model`; `processing_class` its tokenizer (found with a name);
+    `model` is a transformers model, with a peft adapter or without, or a name for `sdft.models.load_model`;
+    `peft_config` gives it an adapter. What trains is the adapter where there is one. `processing_class` is the
+    tokenizer (found with a name);
     `train_dataset` a `datasets.Dataset`, a list of rows, or a JSONL or Parquet file; `eval_dataset` the same with
-    `prompt` and `answer`, for the greedy accuracy that `evaluate` reports. Other arguments are the Trainer's.
+    `prompt` and `answer`, for the accuracy that `evaluate` reports; `general_dataset` the same with `prompt`, of other
+    kinds, for how far the model has moved from where it started. Other arguments are the Trainer's.
 
     >>> SDFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", SDFTConfig(), train_dataset=rows).train()
     """
@@ -54,53 +63,100 @@ class SDFTTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: nn.Module | str,
         args: SDFTConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: Any = None,
+        general_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
+        checkpoint.check_writable(str(args.output_dir))
+        learner: nn.Module
         if isinstance(model, str):
-            model, tokenizer = load_model(model)
+            learner, tokenizer = load_model(model)
             processing_class = processing_class or tokenizer
+        else:
+            learner = model
         if processing_class is None:
             raise UsageError("processing_class is not set; it must be the model's tokenizer")
-        self.eos_ids = eos_token_ids(model, processing_class)
-        rows = None if train_dataset is None else self._encode(train_dataset, model, args, processing_class)
-        eval_rows = (
-            None if eval_dataset is None else load_rows(eval_dataset, name="eval_dataset", need=("prompt", "answer"))
+        bare = causal_lm(learner)
+        self.sampling = Sampling(
+            max_new_tokens=args.max_completion_length,
+            eos_ids=eos_token_ids(bare, processing_class),
+            temperature=args.rollout_temperature,
+            top_p=args.rollout_top_p,
+            top_k=args.rollout_top_k,
+            min_p=args.rollout_min_p,
+            stop=tuple(args.rollout_stop or ()),
         )
+        rows = None if train_dataset is None else self._encode(train_dataset, bare, args, processing_class)
+        self.exam = exam_by(args, eval_dataset, general_dataset)
+        self.exam.check(bare, processing_class)
         if args.freeze_embeddings:
-            model.get_input_embeddings().requires_grad_(False)
-        switch_off_dropout(model)
+            bare.get_input_embeddings().requires_grad_(False)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            learner = get_peft_model(bare, peft_config)
+        switch_off_dropout(learner)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs take `accelerate launch`: DataParallel cannot split our batches
-        use_cache = model.config.use_cache
+        use_cache = bare.config.use_cache
         super().__init__(
-            model=model,
+            model=learner,
             args=args,
             data_collator=keep_rows,
             train_dataset=rows,
-            eval_dataset=eval_rows,
+            # The Trainer evaluates only where it has a dataset to; for us general prompts are enough.
+            eval_dataset=self.exam.eval_rows or self.exam.general_rows or None,
             processing_class=processing_class,
             **kwargs,
         )
-        model.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
+        bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
+        if self.is_fsdp_enabled:  # where the Trainer leaves the model until it is sharded, and copies would be made
+            nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
         if rows is not None:
             check_head(self.student, rows[0]["prompt_ids"][:16])
+        elif self.exam.general_rows:
+            check_head(self.student, encode_prompt(self.exam.general_rows[0]["prompt"], processing_class)[:16])
         self.teacher: Teacher | None = None
         if args.method == "sdft":
-            self.teacher = make_teacher(args.teacher, self.student, args.ema_rate)
-            self.add_callback(TeacherFollows(self.teacher))
+            if self.is_fsdp_enabled and args.teacher == "ema" and has_adapter(self.learner):
+                raise UsageError("teacher is 'ema'; of a sharded (FSDP) model with an adapter it may be base or live")
+            self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
+            self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
+        self.start = self._starting_model()
+        self.completions: CompletionsFile | None = None
+        if args.method == "sdft" and args.log_completions:
+            self.completions = CompletionsFile(
+                str(args.output_dir), args.log_completions, processing_class, args.skip_tokens
+            )
+            self.add_callback(self.completions)
+        self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
         self._saving_in: str | None = None
 
     @property
+    def learner(self) -> nn.Module:
+        """The model that learns, with its adapter where there is one."""
+        return cast(nn.Module, self.model)
+
+    @property
     def student(self) -> PreTrainedModel:
-        """The model that learns, without what distributed training wraps around it."""
-        return cast(PreTrainedModel, self.model)
+        """The transformers model that learns, without what distributed training and peft wrap around it."""
+        return causal_lm(self.learner)
+
+    def _starting_model(self) -> Teacher | None:
+        """What lends the model that training starts from, at the price of a copy only where forgetting is measured."""
+        if self.teacher is not None and self.args.teacher == "base":
+            return self.teacher
+        if has_adapter(self.learner) or self.exam.general_rows:
+            return make_teacher("base", self.learner, self.args.ema_rate)
+        return None
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -108,6 +164,7 @@ class SDFTTrainer(Trainer):
             load_rows(source, name="train_dataset"),
             tokenizer,
             method=args.method,
+            with_demonstration=args.demonstration_weight > 0,
             template=parse_template(args.teacher_template),
             eos_ids=eos_token_ids(model, tokenizer),
             max_completion_length=args.max_completion_length,
@@ -116,49 +173,121 @@ class SDFTTrainer(Trainer):
 
     # One optimizer step: rollouts, layout, loss
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return RepeatedRows(len(rows), group, args.num_iterations, args.data_seed or args.seed)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The step's micro-batches, with the students' answers in them, and the number of tokens in its loss."""
+        """The step's micro-batches, with the students' answers in them, and what its summed loss is divided by."""
         batches: list[list[Row]] = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        samples = self.samples([row for batch in batches for row in batch])
-        micro_batches = split(samples, len(batches), self.args.skip_tokens)
-        tokens = torch.tensor(sum(batch["labels"].numel() for batch in micro_batches), device=device)
+        samples = self.step_samples([row for batch in batches for row in batch])
+        micro_batches = split(samples, len(batches), self.args.skip_tokens, self.args.loss_normalisation)
+        if self.completions is not None and self.completions.wants(self.state.global_step + 1):
+            for batch, members in zip(micro_batches, group(samples, len(batches)), strict=True):
+                batch["samples"] = members
+        parts = [micro_batches, [demonstrations_of(batch) for batch in micro_batches]]
+        items = torch.tensor([sum(count_items(b) for b in part if b) for part in parts], device=device)
         if self.args.average_tokens_across_devices:
-            tokens = self.accelerator.reduce(tokens, "sum")
-        return micro_batches, tokens.clamp(min=1)
+            items = self.accelerator.reduce(items, "sum")
+        if not items[0] and self.is_world_process_zero():
+            logger.warning(
+                "step %d has nothing to learn from: none of its completions is longer than skip_tokens, which is %d",
+                self.state.global_step + 1,
+                self.args.skip_tokens,
+            )
+        items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
+        for batch in micro_batches:
+            batch["demonstration_items"] = demonstration_items
+        return micro_batches, items
+
+    def step_samples(self, rows: list[Row]) -> list[Sample]:
+        """A completion for each row: new ones, or those of the last step while they serve several."""
+        iterations = self.args.num_iterations
+        if iterations == 1 or self.args.method == "sft":
+            return self.samples(rows)
+        if self._reused is None or self.state.global_step % iterations == 0:
+            self._reused = self._with_old_logprobs(self.samples(rows))
+        return self._reused
+
+    def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with the log-probabilities that their tokens have now."""
+        size, skip = self.args.per_device_train_batch_size, self.args.skip_tokens
+        order = sorted(range(len(samples)), key=lambda number: len(samples[number]), reverse=True)
+        for numbers in (order[start : start + size] for start in range(0, len(order), size)):
+            batch = self._prepare_inputs(lay_out([samples[number] for number in numbers], skip))
+            score = functools.partial(completion_logprobs, self.student, batch, self.args, self._autocast)
+            logprobs = as_forward_of(self.model_wrapped, self.learner, score)
+            lengths = [len(samples[number].completion[skip:]) for number in numbers]
+            for number, values in zip(numbers, logprobs.split(lengths), strict=True):
+                samples[number] = dataclasses.replace(samples[number], old_logprobs=values.tolist())
+        return samples
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        """The type of mixed-precision products, None where there are none."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def samples(self, rows: list[Row]) -> list[Sample]:
-        """A completion for each row: for "sdft" a rollout of the student, for "sft" the demonstration."""
+        """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
         if self.args.method == "sft":
             return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
+        each = self.args.rollouts_per_prompt
+        places = [place * each + number for place in self._places(len(rows)) for number in range(each)]
+        rows = [row for row in rows for _ in range(each)]
+        return [
+            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
+            for row, completion in zip(rows, self.rollouts(rows, places), strict=True)
+        ]
+
+    def rollouts(self, rows: list[Row], places: list[int]) -> list[list[int]]:
+        """A completion for each row, by the student or by the teacher who sees the row's demonstration.
+
+        A row's random numbers depend on the seed, the step and its place in the step's batch.
+        """
         started = time.perf_counter()
-        device = self.args.device
-        with (
-            seeded(device, self.args.seed, self.state.global_step, self.args.process_index),
-            self.accelerator.autocast(),
-        ):
-            completions = generate(
-                self.student,
-                [row["prompt_ids"] for row in rows],
-                max_new_tokens=self.args.max_completion_length,
-                eos_ids=self.eos_ids,
-                temperature=self.args.rollout_temperature,
-                top_p=self.args.rollout_top_p,
-                top_k=self.args.rollout_top_k,
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        with self._writer() as (model, prompt_ids), self.accelerator.autocast():
+            completions = sample(
+                model,
+                [row[prompt_ids] for row in rows],
+                self.sampling,
+                tokenizer=tokenizer,
+                seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
+                backend=self.args.rollout_backend,
+                batch_size=self.args.rollout_batch_size,
             )
         self._count(
             completions=len(rows),
             completion_length=sum(map(len, completions)),
-            finished=sum(bool(c) and c[-1] in self.eos_ids for c in completions),
+            finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
             rollout_seconds=time.perf_counter() - started,
         )
-        return [
-            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"])
-            for row, completion in zip(rows, completions, strict=True)
-        ]
+        return completions
+
+    @contextlib.contextmanager
+    def _writer(self) -> Iterator[tuple[PreTrainedModel, str]]:
+        """The model that writes the rollouts, and the name of the prompt that it sees."""
+        if self.teacher is not None and self.args.rollout_from == "teacher":
+            with self.teacher.scoring() as model:
+                yield model, "teacher_prompt_ids"
+        else:
+            yield self.student, "prompt_ids"
+
+    def _places(self, count: int) -> list[int]:
+        """The place in the step's batch, over all processes, of each of this process's rows.
+
+        The sampler's batches go to the processes in turn.
+        """
+        size, processes, process = self.args.train_batch_size, self.args.world_size, self.args.process_index
+        return [(n // size * processes + process) * size + n % size for n in range(count)]
 
     def compute_loss(
         self,
@@ -167,18 +296,29 @@ class SDFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean loss over the step's tokens."""
-        student = self.accelerator.unwrap_model(model)
-        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        """This micro-batch's share of the step's mean loss."""
+        module = self.accelerator.unwrap_model(model)
+        share = self.args.demonstration_weight
+        items = count_items(inputs) if num_items_in_batch is None else num_items_in_batch
 
         def forward() -> StepLoss:
+            student = causal_lm(module)
             if self.teacher is None:
-                return demonstration_loss(student, inputs, self.args, autocast)
-            return distillation_loss(student, self.teacher.model, inputs, self.args, autocast)
+                out = demonstration_loss(student, inputs, self.args, self._autocast)
+                return StepLoss(out.total / items, out.sums)
+            logged = "samples" in inputs
+            out = distillation_loss(student, self.teacher, inputs, self.args, self._autocast, per_token=logged)
+            loss = out.total / items
+            if share:
+                shown = demonstration_loss(student, demonstrations_of(inputs), self.args, self._autocast)
+                loss = (1 - share) * loss + share * shown.total / inputs["demonstration_items"]
+            return StepLoss(loss, out.sums, out.tokens)
 
-        step_loss = as_forward_of(model, student, forward)
+        step_loss = as_forward_of(model, module, forward)
+        if self.completions is not None and step_loss.tokens is not None:
+            self.completions.add(inputs["samples"], step_loss.tokens)
         self._count(tokens=inputs["labels"].numel(), **step_loss.sums)
-        loss = step_loss.total / (inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch)
+        loss = step_loss.total
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: training stopped before the weights "
@@ -224,18 +364,22 @@ class SDFTTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Greedy accuracy: the share of prompts whose answer is exactly the row's `answer`."""
-        rows: Any = self.eval_dataset
+        """What the model can do and what it has forgotten, where there are prompts to measure it on.
+
+        `eval_accuracy`: the share of answers to held-out prompts that the scorer calls right. `eval_forgetting`: the
+        mean divergence from the model that training started from on general prompts, in nats a token.
+        """
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        exam = self.exam
         if eval_dataset is not None:
-            rows = load_rows(eval_dataset, name="eval_dataset", need=("prompt", "answer"))
-        answers = answer(
-            self.student,
-            cast(PreTrainedTokenizerBase, self.processing_class),
-            rows,
-            max_new_tokens=self.args.max_completion_length,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
-        metrics = {f"{metric_key_prefix}_accuracy": answers.accuracy or 0.0}
+            exam = exam_by(self.args, eval_dataset)
+            exam.check(self.student, tokenizer)
+        held_out = exam.held_out(self.student, tokenizer, "held-out prompts")
+        measured = {
+            "accuracy": None if held_out is None else held_out.accuracy,
+            "forgetting": None if self.start is None else self.exam.forgetting(self.student, tokenizer, self.start),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -248,13 +392,16 @@ class SDFTTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = super()._get_output_dir(trial)
         name = f"checkpoint-{self.state.global_step}"
-        with self._staging(folder) as staging:
-            staged, final = os.path.join(staging, name), os.path.join(folder, name)
+        final = os.path.join(folder, name)
+        with checkpoint.failing_clearly(name, folder), self._staging(folder) as staging:
+            staged = os.path.join(staging, name)
             self._saving_in = staging
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_in = None
+            if self._reused is not None:
+                save_samples(staged, self.args.process_index, self._reused)
             if self.args.should_save:
                 if self.teacher is not None:
                     self.teacher.save(staged)
@@ -264,7 +411,7 @@ class SDFTTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.publish_folder(staged, final)
-                rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+                checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, staging)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 
@@ -283,6 +430,7 @@ class SDFTTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             self.teacher.load(resume_from_checkpoint)
+        self._reused = load_samples(resume_from_checkpoint, self.args.process_index)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that `from_pretrained` loads it, each file in one move."""
@@ -290,24 +438,40 @@ class SDFTTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
             return
         folder = output_dir or str(self.args.output_dir)
-        with self._staging(folder) as staged:
-            super().save_model(staged, _internal_call=True)
+        with checkpoint.failing_clearly("the model", folder), self._staging(folder) as staged:
+            if self.is_fsdp_enabled:  # in one piece, however the checkpoints are kept
+                self._save(staged, state_dict=self.accelerator.get_state_dict(self.learner))
+            else:
+                super().save_model(staged, _internal_call=True)
             if self.args.should_save:
                 checkpoint.publish_files(staged, folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None:  # gathered from all processes: tied weights have come as two
+            tied = self.student.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
 
 class TeacherFollows(TrainerCallback):
-    """Lets the teacher follow the student after each optimizer step."""
+    """Lets the teacher follow the student, every `interval` optimizer steps."""
 
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: Teacher, interval: int) -> None:
+        self.teacher, self.interval = teacher, interval
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.teacher.update(kwargs["model"])
+        if (state.global_step + 1) % self.interval == 0:  # the step is counted only after this
+            self.teacher.update(kwargs["model"])
+
+
+def exam_by(args: SDFTConfig, held_out: Any, general: Any = None) -> Exam:
+    """The prompts to evaluate on during training, under the run's settings and without progress bars of their own."""
+    size, seed = args.per_device_eval_batch_size, args.seed
+    return Exam(held_out, general, args, batch_size=size, seed=seed, silent=True)
 
 
 def keep_rows(rows: list[Row]) -> Any:
@@ -322,25 +486,3 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (its type is known at run time only)
-
-
-def as_forward_of(wrapper: nn.Module, module: nn.Module, function: Callable[[], Result]) -> Result:
-    """Run `function` as the forward pass of `wrapper`, so that DDP or FSDP around `module` sees and prepares it."""
-    if wrapper is module:
-        return function()
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.forward = own
-
-    def redirected() -> Result:
-        restore()
-        return function()
-
-    module.forward = redirected
-    try:
-        return wrapper()
-    finally:
-        restore()

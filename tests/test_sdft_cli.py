@@ -2,16 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import datasets
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 from sdft.cli import main
+from sdft.data import load_rows
+from sdft.evaluate import Answers, answer
 from sdft.report import Summary, loss_ends, table
+from sdft.templates import TEMPLATES
+from sdft.trainer import SDFTTrainer
 from tests import tiny
 
 
@@ -85,6 +92,17 @@ def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path):
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4, 3, 4]
 
 
+def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
+    assert main(["train", recipe(eval_strategy="steps", eval_steps=2, scorer="contains")]) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    evaluated = [entry for entry in metrics if "eval_accuracy" in entry]
+    assert [entry["step"] for entry in evaluated] == [2, 4]
+    assert evaluated[-1]["eval_accuracy"] == summary["accuracy_after"]
+    assert evaluated[-1]["eval_forgetting"] == pytest.approx(summary["general_divergence"], rel=1e-6)
+    assert summary["scorer"] == "contains"
+
+
 @pytest.mark.parametrize("options", [["--method", "sft"], ["--teacher", "ema"]], ids=" ".join)
 def test_other_methods_run_too(options, recipe, tmp_path):
     assert main(["train", recipe(max_steps=1), *options]) == 0
@@ -99,7 +117,7 @@ def test_without_held_out_files_only_the_loss_is_reported(recipe, tmp_path, caps
     assert (tmp_path / "out/curves.png").exists()
 
 
-def test_eval_scores_a_model_its_teacher_and_its_divergence(recipe, model_folder, capsys, tmp_path):
+def test_eval_scores_a_model_its_teachers_and_its_divergence(recipe, model_folder, capsys, tmp_path):
     other = tmp_path / "other"
     tiny.tiny_model(1).save_pretrained(other)
     tiny.tiny_tokenizer().save_pretrained(other)
@@ -107,11 +125,89 @@ def test_eval_scores_a_model_its_teacher_and_its_divergence(recipe, model_folder
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].split(" (")[0] for line in lines] == [
         "held-out prompts answered exactly",
-        "the same, shown the demonstration",
+        "the same, shown the demonstration under teacher_template",
+        *(f"  {name.ljust(max(map(len, TEMPLATES)))}    0.0%" for name in TEMPLATES),
         "general prompts answered",
         f"divergence from {model_folder}",
     ]
     assert float(lines[-1].split(": ")[-1].split()[0]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--teacher_template", "turn"], ["turn"]),
+        (["--teacher_template", "{demonstration} {prompt}"], [*TEMPLATES, "your own"]),
+        (["--teacher_template", '[{"role": "user", "content": "{prompt}{demonstration}"}]'], [*TEMPLATES, "your own"]),
+    ],
+    ids=str,
+)
+def test_the_teacher_is_measured_under_the_templates_asked_for(options, expected, recipe, capsys, monkeypatch):
+    asked = []
+
+    def one_is_right(model, tokenizer, rows, *, template, **_):
+        asked.append(template)
+        return Answers([], [], [], [template == TEMPLATES["turn"], False])
+
+    monkeypatch.setattr("sdft.evaluate.answer", one_is_right)
+    assert main(["eval", recipe(general_file=None), "--teacher", *options]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [(" ".join(name), share) for *name, share in rows] == [
+        (name, "50.0%" if name == "turn" else "0.0%") for name in expected
+    ]
+    assert asked[0] is None and len(asked) == 1 + len(expected)
+
+
+def test_eval_scores_by_the_scorer_named_and_samples_where_told(recipe, model_folder, tmp_path, capsys):
+    rows = [{"prompt": f"say {n}", "answer": answer} for n, answer in enumerate(['{"a": 1}', '{"b": 2}'])]
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", "--model", str(model_folder), "--eval_file", "calls.jsonl", "--eval_completion_length", "5"]
+    assert main([*command, "--scorer", "json", "--eval_temperature", "0.5", "--eval_samples", "3"]) == 0
+    assert capsys.readouterr().out == "held-out prompts answered with the right JSON (2): 0.0%\n"
+    assert "it must be the letter of a choice" in fails(capsys, [*command, "--scorer", "choice"], 2)
+
+
+def test_generate_prints_the_answer_to_a_prompt(recipe, model_folder, capsys):
+    model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
+    greedy, sampled = (
+        answer(
+            model, tokenizer, load_rows([{"prompt": "say hi"}], need=("prompt",)), max_new_tokens=9, batch_size=1, **o
+        )
+        for o in ({}, {"temperature": 2.0, "seed": 3})
+    )
+    command = ["generate", recipe(), "--prompt", "say hi", "--max_completion_length", "9"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == greedy.texts[0] + "\n"
+    assert main([*command, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == greedy.texts[0] + "\n"
+    assert main([*command, "--temperature", "2", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == sampled.texts[0] + "\n"
+    assert sampled.texts != greedy.texts
+    assert main([*command, "--temperature", "2", "--top_k", "1"]) == 0  # the likeliest token is all there is
+    assert capsys.readouterr().out == greedy.texts[0] + "\n"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_generate_answers_a_file_of_prompts(kind, model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "say ö"}]
+    rows = [{"prompt": [{"role": "user", "content": "say a"}], "id": 7}, {"prompt": chat, "id": 8}]
+    if kind == "jsonl":
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        datasets.Dataset.from_list(rows).to_parquet("in.parquet")
+    command = ["generate", "--model", str(model_folder), "--prompt_file", f"in.{kind}", "--output_file", "out.jsonl"]
+    assert main([*command, "--max_completion_length", "4"]) == 0
+    assert capsys.readouterr().out == "out.jsonl has the answers to 2 prompts\n"
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = answer(
+        tiny.tiny_model(), tiny.tiny_tokenizer(), load_rows(rows, need=("prompt",)), max_new_tokens=4, batch_size=2
+    )
+    ended = [completion[-1] == 1 for completion in answers.completions]
+    assert written == [
+        {**row, "completion": text, "finished": end} for row, text, end in zip(rows, answers.texts, ended, strict=True)
+    ]
+    assert sorted(os.listdir(tmp_path)) == [f"in.{kind}", "out.jsonl"]
 
 
 def fails(capsys, argv, code):
@@ -161,7 +257,7 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
         ({"model": None}, None, ["model", "not set"]),
         ({"resume_from_checkpoint": "last"}, None, ["resume_from_checkpoint", "no such checkpoint"]),
         ({"resume_from_checkpoint": "x/checkpoint-3"}, None, ["x/checkpoint-3", "no such checkpoint"]),
-        ({"eval_strategy": "steps", "eval_file": None}, None, ["eval_strategy", "eval_dataset"]),
+        ({"eval_strategy": "steps", "eval_file": None, "general_file": None}, None, ["eval_strategy", "eval_file"]),
         ({"train_file": None}, None, ["train_file", "not set"]),
     ],
     ids=str,
@@ -187,6 +283,22 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
         (["trian", "recipe.yaml"], ["unknown command 'trian'", "train"]),
         (["eval", "recipe.yaml", "--eval_file", "", "--general_file", ""], ["eval_file and general_file"]),
         (["eval", "recipe.yaml", "--max_step", "3"], ["--max_step"]),
+        (["eval", "recipe.yaml", "--scorer", "exactly"], ["scorer", "'exactly'", "exact, contains, choice or json"]),
+        (["eval", "recipe.yaml", "--eval_temperature", "-1"], ["eval_temperature", "-1"]),
+        (["eval", "recipe.yaml", "--eval_samples", "4"], ["eval_samples is 4", "eval_temperature"]),
+        (["eval", "recipe.yaml", "--teacher", "--teacher_template", "trun"], ["teacher_template", "'trun'", "'turn'"]),
+        (["eval", "recipe.yaml", "--teacher", "--eval_file", ""], ["teacher is True", "eval_file"]),
+        (["generate", "recipe.yaml"], ["prompt and prompt_file are not set"]),
+        (["generate", "recipe.yaml", "--prompt", "a", "--prompt_file", "b"], ["prompt and prompt_file are both set"]),
+        (["generate", "recipe.yaml", "--prompt_file", "train.jsonl"], ["output_file is not set"]),
+        (["generate", "recipe.yaml", "--prompt_file", "absent", "--output_file", "out"], ["absent", "no such file"]),
+        (["generate", "recipe.yaml", "--prompt", "a", "--output_file", "no/out"], ["output_file", "no such folder"]),
+        (["generate", "recipe.yaml", "--prompt", "a", "--output_file", "."], ["output_file", "a folder"]),
+        (["generate", "recipe.yaml", "--prompt", "a", "--top_p", "0.9"], ["top_p is 0.9", "temperature"]),
+        (["generate", "recipe.yaml", "--prompt", "a", "--temperature", "nan"], ["temperature is nan"]),
+        (["generate", "recipe.yaml", "--prompt", "a", "--zzz", "1"], ["--zzz", "sdft generate --help"]),
+        (["generate", "recipe.yaml", "--prompt", "a" * 200], ["prompt, row 1", "context of 160"]),
+        (["generate", "--prompt", "a"], ["model is not set"]),
     ],
     ids=str,
 )
@@ -211,10 +323,18 @@ def test_a_student_that_broke_is_one_line_and_exit_code_1(recipe, tmp_path, caps
     assert "model.safetensors" not in os.listdir("out")
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_line_and_exit_code_1(recipe, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_measured(
+    recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sdft.run.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
     (tmp_path / "file").write_text("")
-    message = fails(capsys, ["train", recipe(output_dir="file/out")], 1)
-    assert "file/out" in message
+    message = fails(capsys, ["train", recipe(output_dir="file/out")], 2)
+    assert "output_dir is 'file/out', which cannot be made" in message
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path / "locked"))  # root may everywhere
+    (tmp_path / "locked").mkdir()
+    message = fails(capsys, ["train", recipe(output_dir="locked/out")], 2)
+    assert "output_dir is 'locked/out', which cannot be written" in message
+    assert not list((tmp_path / "locked").iterdir())
 
 
 def test_interruption_is_clean(recipe, capsys, monkeypatch):
@@ -225,8 +345,73 @@ def test_interruption_is_clean(recipe, capsys, monkeypatch):
     assert fails(capsys, ["train", recipe()], 130) == "sdft: interrupted"
 
 
+def test_sigterm_ends_training_with_a_checkpoint_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
+    samples = SDFTTrainer.samples
+
+    def told_to_stop(trainer, rows):
+        if trainer.state.global_step + 1 == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return samples(trainer, rows)
+
+    assert main(["train", recipe(), "--output_dir", "straight"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(SDFTTrainer, "samples", told_to_stop)
+        capsys.readouterr()
+        assert main(["train", recipe()]) == 0
+    assert "stopped by SIGTERM after step 2 of 4: checkpoint-2 is in out/" in capsys.readouterr().out
+    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl"]
+    assert main(["train", recipe(), "--resume_from_checkpoint", "last"]) == 0
+    with open("out/model.safetensors", "rb") as resumed, open("straight/model.safetensors", "rb") as straight:
+        assert resumed.read() == straight.read()
+
+
+LONG = "".join(json.dumps(row) + "\n" for row in tiny.rows() * 500)
+SDFT = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from sdft.cli import main; "
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_written(recipe, tmp_path):
+    path = recipe(max_steps=100_000, eval_file=None, general_file=None, save_strategy="steps", save_steps=2)
+    (tmp_path / "long.jsonl").write_text(LONG)
+    commands = {
+        "train": ["train", path],
+        "eval": ["eval", path, "--eval_file", "long.jsonl", "--per_device_eval_batch_size", "1"],
+        "generate": ["generate", path, "--prompt_file", "long.jsonl", "--output_file", "answers.jsonl"],
+    }
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    processes = {}
+    for name, argv in commands.items():
+        with open(tmp_path / f"{name}.err", "w") as stderr:
+            processes[name] = subprocess.Popen(
+                [sys.executable, "-c", SDFT + "sys.exit(main(sys.argv[1:]))", *argv], stderr=stderr, env=environment
+            )
+    started = {"train": "training:", "eval": "held-out prompts:", "generate": "answers:"}
+    try:
+        deadline = time.monotonic() + 300
+        for name, process in processes.items():
+            errors = tmp_path / f"{name}.err"
+            while started[name] not in errors.read_text() or (
+                name == "train" and not (tmp_path / "out/checkpoint-2").exists()
+            ):
+                assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+        for name, process in processes.items():
+            assert process.wait(timeout=60) == 130, name
+            lines = (tmp_path / f"{name}.err").read_text().replace("\r", "\n").splitlines()
+            assert [line for line in lines if line.startswith("sdft:")] == ["sdft: interrupted"]
+            assert not any("Traceback" in line for line in lines)
+    finally:
+        for process in processes.values():
+            process.kill()
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert not [name for _, folders, files in os.walk(tmp_path) for name in (*folders, *files) if ".saving" in name]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-2")
+
+
 def test_help_is_there_and_the_first_one_is_quick(capsys):
-    for command in ("train", "eval"):
+    for command in ("train", "eval", "generate"):
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])
         assert left.value.code == 0
@@ -255,6 +440,9 @@ def test_the_table_leaves_out_what_was_not_measured():
     summary = Summary("m", "sdft", "forward_kl", "base", 3, 1.0, 0.5, accuracy_before=0.0, held_out_prompts=2)
     assert "0.0 %" in table(summary)
     assert "general" not in table(summary)
+    assert "held-out prompts answered exactly (2)" in table(summary)
+    summary.scorer = "choice"
+    assert "held-out prompts answered with the right letter (2)" in table(summary)
     assert "teacher" not in table(summary)
 
 

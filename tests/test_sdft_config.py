@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sdft.config import EvalArguments, ModelArguments, SDFTConfig
+from sdft.config import EvalSettings, ModelArguments, SDFTConfig
 from sdft.errors import UsageError
 
 
@@ -10,8 +10,13 @@ from sdft.errors import UsageError
     ("field", "value", "may_be"),
     [
         ("method", "ppo", "sdft or sft"),
-        ("divergence", "kl", "reverse_kl, forward_kl or jsd"),
-        ("teacher", "live", "base or ema"),
+        ("divergence", "kl", "skew_reverse_kl or skew_forward_kl"),
+        ("teacher", "other", "base, ema or live"),
+        ("loss_normalisation", "batch", "token or sequence"),
+        ("demonstration_weight", 1.0, "below 1"),
+        ("num_iterations", 0, "at least 1"),
+        ("importance_clip", 0.0, "above 0"),
+        ("ema_interval", 0, "at least 1"),
         ("beta", 0.0, "above 0 and below 1"),
         ("beta", 1.0, "above 0 and below 1"),
         ("ema_rate", 1.5, "above 0 and at most 1"),
@@ -20,6 +25,15 @@ from sdft.errors import UsageError
         ("rollout_temperature", 0.0, "above 0"),
         ("rollout_top_p", "0.9", "number"),
         ("rollout_top_k", -1, "at least 0"),
+        ("rollout_min_p", 1.5, "from 0 to 1"),
+        ("rollout_min_p", math.nan, "from 0 to 1"),
+        ("rollout_stop", "\n", "list of texts"),
+        ("rollout_stop", ["a", ""], "none of them empty"),
+        ("rollout_from", "base", "student or teacher"),
+        ("rollout_backend", "vllm", "generate or continuous"),
+        ("rollouts_per_prompt", 0, "at least 1"),
+        ("rollout_batch_size", 0, "at least 1"),
+        ("log_completions", -1, "at least 0"),
         ("skip_tokens", 1.5, "whole number"),
         ("skip_tokens", 256, "below max_completion_length"),
         ("max_completion_length", 0, "at least 1"),
@@ -51,4 +65,9 @@ def test_model_and_evaluation_settings_are_checked():
     with pytest.raises(UsageError, match="dtype is 'int8'"):
         ModelArguments(model="x", dtype="int8")
     with pytest.raises(UsageError, match="eval_completion_length is 0"):
-        EvalArguments(eval_completion_length=0)
+        EvalSettings(eval_completion_length=0)
+
+
+def test_only_the_base_teacher_can_be_offloaded(tmp_path):
+    with pytest.raises(UsageError, match="teacher_offload is True; it is for teacher 'base'"):
+        SDFTConfig(output_dir=str(tmp_path), teacher="ema", teacher_offload=True)

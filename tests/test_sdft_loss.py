@@ -1,14 +1,16 @@
 """Layout and loss, against full logits computed here: one unpadded sequence at a time, the formulas written out."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GPTJConfig, GraniteConfig
 
 from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
-from sdft.layout import Sample, lay_out, split
-from sdft.loss import check_head, demonstration_loss, distillation_loss, find_head
-from sdft.teacher import Teacher
+from sdft.layout import Sample, count_items, lay_out, split
+from sdft.loss import check_head, completion_logprobs, demonstration_loss, distillation_loss, find_head
+from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
 
 SAMPLES = [
@@ -40,7 +42,9 @@ def full_logits_loss(student, teacher, samples, divergence, skip=0, temperature=
             total = total + (q.exp() * (q - p)).sum()
         else:
             m = ((1 - beta) * p.exp() + beta * q.exp()).log()
-            total = total + ((1 - beta) * p.exp() * (p - m) + beta * q.exp() * (q - m)).sum()
+            of_student, of_teacher = (p.exp() * (p - m)).sum(), (q.exp() * (q - m)).sum()
+            shares = {"jsd": (1 - beta, beta), "skew_reverse_kl": (1, 0), "skew_forward_kl": (0, 1)}[divergence]
+            total = total + shares[0] * of_student + shares[1] * of_teacher
     return total
 
 
@@ -55,7 +59,7 @@ def assert_same_gradients(got, expected):
         assert error < 1e-5, (name, error)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_and_gradients_are_those_of_full_logits(divergence, tied, tmp_path):
     student, teacher = tiny.tiny_model(0, tied), tiny.tiny_model(1, tied)
@@ -66,7 +70,7 @@ def test_loss_and_gradients_are_those_of_full_logits(divergence, tied, tmp_path)
     student.zero_grad()
     total = torch.zeros(())
     for batch in split(SAMPLES, 2, skip_tokens=1):
-        loss = distillation_loss(student, teacher, batch, settings, None).total
+        loss = distillation_loss(student, Teacher(teacher), batch, settings, None).total
         loss.backward()
         total += loss.detach()
     torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=1e-6)
@@ -93,9 +97,11 @@ def test_sft_is_cross_entropy_on_the_demonstration(chunk, tmp_path):
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_the_same_prompt_for_student_and_frozen_teacher_gives_nothing_to_learn(divergence, tmp_path):
     student = tiny.tiny_model()
-    teacher = Teacher(student).model
+    teacher = frozen_copy(student)
     samples = [Sample(s.prompt, s.completion, s.prompt) for s in SAMPLES]
-    loss = distillation_loss(student, teacher, lay_out(samples, 0), config(tmp_path, divergence=divergence), None).total
+    loss = distillation_loss(
+        student, Teacher(teacher), lay_out(samples, 0), config(tmp_path, divergence=divergence), None
+    ).total
     loss.backward()
     assert abs(loss.item()) / 12 < 1e-6
     assert max(g.abs().max().item() for g in gradients(student).values()) < 1e-5
@@ -130,7 +136,7 @@ def test_micro_batches_hold_every_sample_once_longest_first():
 def test_completions_shorter_than_what_is_skipped_leave_nothing_and_still_backpropagate(tmp_path):
     student, teacher = tiny.tiny_model(0), tiny.tiny_model(1)
     batch = lay_out(SAMPLES[1:2], skip_tokens=2)
-    loss = distillation_loss(student, teacher, batch, config(tmp_path, skip_tokens=2), None).total
+    loss = distillation_loss(student, Teacher(teacher), batch, config(tmp_path, skip_tokens=2), None).total
     loss.backward()
     assert loss.item() == 0
     assert all(g.abs().max() == 0 for g in gradients(student).values())
@@ -175,7 +181,7 @@ def test_scales_soft_caps_and_biases_of_heads_are_found(name, tmp_path):
     expected.backward()
     expected_gradients = gradients(student)
     student.zero_grad()
-    loss = distillation_loss(student, teacher, lay_out(SAMPLES, 0), config(tmp_path), None).total
+    loss = distillation_loss(student, Teacher(teacher), lay_out(SAMPLES, 0), config(tmp_path), None).total
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients(student), expected_gradients)
@@ -207,9 +213,60 @@ def test_the_self_check_allows_for_bfloat16_and_leaves_the_mode_alone():
 def test_mixed_precision_is_close_to_float32(tmp_path):
     student, teacher = tiny.tiny_model(0), tiny.tiny_model(1)
     settings = config(tmp_path)
-    exact = distillation_loss(student, teacher, lay_out(SAMPLES, 0), settings, None).total
-    mixed = distillation_loss(student, teacher, lay_out(SAMPLES, 0), settings, torch.bfloat16).total
+    exact = distillation_loss(student, Teacher(teacher), lay_out(SAMPLES, 0), settings, None).total
+    mixed = distillation_loss(student, Teacher(teacher), lay_out(SAMPLES, 0), settings, torch.bfloat16).total
     assert mixed.item() != exact.item()
     assert mixed.item() == pytest.approx(exact.item(), rel=0.05)
     mixed.backward()
     assert student.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_log_probabilities_of_completions_are_those_of_full_logits(tmp_path):
+    model = tiny.tiny_model()
+    got = completion_logprobs(model, lay_out(SAMPLES, 1), config(tmp_path, loss_temperature=1.5), None)
+    expected = [
+        logprobs(model, s.prompt, s.completion, 1.5)[1:].gather(1, torch.tensor(s.completion[1:])[:, None])[:, 0]
+        for s in SAMPLES
+    ]
+    torch.testing.assert_close(got, torch.cat(expected).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_or_sequences_count_alike(tmp_path):
+    """Sequence normalisation: each completion is the mean over its own tokens, in distillation and cross-entropy."""
+    student, teacher = tiny.tiny_model(), tiny.tiny_model(seed=1)
+    settings, batch = config(tmp_path), lay_out(SAMPLES, 0, "sequence")
+    assert count_items(batch) == pytest.approx(len(SAMPLES), rel=1e-6)
+    assert count_items(lay_out(SAMPLES, 0)) == sum(len(s.completion) for s in SAMPLES)
+    loss = distillation_loss(student, Teacher(teacher), batch, settings, None).total
+    loss.backward()
+    got = gradients(student)
+    student.zero_grad()
+    expected = sum(full_logits_loss(student, teacher, [s], "reverse_kl") / len(s.completion) for s in SAMPLES)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(got, gradients(student))
+    entropy = -sum(
+        logprobs(student, s.prompt, s.completion).gather(1, torch.tensor(s.completion)[:, None]).mean() for s in SAMPLES
+    )
+    assert demonstration_loss(student, batch, settings, None).total.item() == pytest.approx(entropy.item(), rel=1e-5)
+
+
+def test_importance_weights_are_clipped_ratios_and_carry_no_gradient(tmp_path):
+    student, teacher = tiny.tiny_model(), tiny.tiny_model(seed=1)
+    old = [[-5.0, -0.5, -7.0, -2.0], [-1.0, -9.0], [-3.0, -3.0, -0.1, -8.0, -4.0, -2.0]]
+    samples = [dataclasses.replace(s, old_logprobs=values) for s, values in zip(SAMPLES, old, strict=True)]
+    settings = config(tmp_path, importance_clip=1.7)
+    loss = distillation_loss(student, Teacher(teacher), lay_out(samples, 0), settings, None).total
+    loss.backward()
+    got = gradients(student)
+    student.zero_grad()
+    expected = torch.zeros(())
+    for s in samples:
+        p = logprobs(student, s.prompt, s.completion)
+        q = logprobs(teacher, s.teacher_prompt, s.completion).detach()
+        now = p.detach().gather(1, torch.tensor(s.completion)[:, None])[:, 0]
+        weight = (now - torch.tensor(s.old_logprobs)).exp().clamp(max=1.7)
+        expected = expected + (weight * (p.exp() * (p - q)).sum(-1)).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(got, gradients(student))

@@ -1,14 +1,27 @@
 import pytest
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from sdft.errors import TrainingError
+from sdft.errors import TrainingError, UsageError
 from sdft.models import eos_token_ids
-from sdft.rollout import cut, generate, seeded
+from sdft.rollout import (
+    BACKENDS,
+    Sampling,
+    batches_by_length,
+    cut,
+    finished,
+    generate,
+    register_backend,
+    sample,
+    seeded,
+)
+from sdft.stopping import stopped_length
 from tests import tiny
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34, 35]]
 NO_EOS = frozenset()
+both = pytest.mark.parametrize("backend", ["generate", "continuous"])
 
 
 @torch.no_grad()
@@ -31,9 +44,11 @@ def test_every_declared_end_of_sequence_id_ends_a_rollout():
     endless = generate(model, PROMPTS, max_new_tokens=12, eos_ids=NO_EOS)
     ends = frozenset({endless[0][3], endless[1][5]})
     for row, rollout in zip(endless, generate(model, PROMPTS, max_new_tokens=12, eos_ids=ends), strict=True):
-        assert rollout == cut(row, ends)
-    assert cut([5, 6, 7, 6], frozenset({6})) == [5, 6]
-    assert cut([5, 6], frozenset()) == [5, 6]
+        end = min((position for position, token in enumerate(row) if token in ends), default=12)
+        assert rollout == row[: end + 1]
+    assert cut([5, 6, 7, 6], Sampling(9, frozenset({6}))) == [5, 6]
+    assert cut([5, 6], Sampling(9)) == [5, 6]
+    assert cut([5, 6], Sampling(1)) == [5]
 
 
 def test_end_of_sequence_ids_come_from_generation_settings_model_and_tokenizer():
@@ -96,8 +111,236 @@ def test_random_numbers_depend_on_the_seed_alone_and_disturb_nothing():
     assert len({tuple(draw(*e)) for e in [(0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 2), (3, 0, 1)]}) == 5
 
 
-def test_a_student_that_is_no_longer_finite_is_a_training_error():
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+ARCHITECTURES = {
+    "llama": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "cohere": {"num_key_value_heads": 4},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_backends_write_the_same_greedy_completions(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES, **ARCHITECTURES[name])).eval()
+    long = [(7 * n) % 100 for n in range(80)]  # several pages of the cache, which the two prompts share
+    prompts = [*PROMPTS, [*long, 3], [*long, 5], [*long, 3]]
+    endless = sample(model, prompts, Sampling(40))
+    sampling = Sampling(40, eos_ids=frozenset({endless[0][20], endless[3][30]}))
+    expected = sample(model, prompts, sampling)
+    assert sorted(map(len, expected)) != [40] * 6
+    assert expected[3] == expected[5] != expected[4]
+    assert sample(model, prompts, sampling, backend="continuous") == expected
+
+
+def test_continuous_batching_leaves_the_model_and_the_random_numbers_as_they_were():
+    model = tiny.tiny_model()
+    model.set_attn_implementation("eager")
+    expected = sample(model, PROMPTS, Sampling(12))
+    model.train()
+    defaults = model.generation_config = GenerationConfig(repetition_penalty=5.0, max_new_tokens=3)
+    before = torch.get_rng_state()
+    assert sample(model, PROMPTS, Sampling(12), backend="continuous") == expected
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert model.generation_config is defaults
+    assert model.config._attn_implementation == "eager"
+
+
+def test_continuous_batching_samples_by_torchs_seed_or_by_the_prompts_own():
+    model = tiny.tiny_model()
+
+    def draw(seed, **options):
+        with seeded(torch.device("cpu"), seed):
+            return sample(model, PROMPTS * 2, Sampling(8, temperature=1.0), backend="continuous", **options)
+
+    first = draw(1)
+    assert draw(1) == first
+    assert draw(2, seeds=range(6)) == draw(3, seeds=range(6)) != first
+
+
+@pytest.mark.parametrize("restriction", [{}, {"top_p": 0.9, "top_k": 30, "min_p": 0.01}], ids=str)
+def test_with_seeds_both_backends_draw_the_same_whatever_is_beside(restriction):
+    model = tiny.tiny_model()
+    prompts = [*PROMPTS, [(7 * n) % 100 for n in range(80)], *PROMPTS]
+    seeds = [11, 12, 13, 14, 21, 22, 23]
+    sampling = Sampling(30, frozenset({40, 41, 42}), temperature=1.3, **restriction)
+    expected = sample(model, prompts, sampling, seeds=seeds)
+    assert expected[:3] != expected[4:]
+    assert len(set(map(len, expected))) > 3
+    assert sample(model, prompts, sampling, seeds=seeds, backend="continuous") == expected
+    assert sample(model, prompts[2:], sampling, seeds=seeds[2:], backend="continuous") == expected[2:]
+    assert sample(model, prompts, sampling, seeds=seeds, batch_size=2) == expected
+    assert sample(model, prompts, sampling, seeds=seeds, batch_size=3, backend="continuous") == expected
+
+
+@both
+def test_seeded_sampling_of_a_model_that_is_not_finite_is_refused_too(backend):
     model = tiny.tiny_model()
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="no longer finite"):
-        generate(model, PROMPTS, max_new_tokens=2, eos_ids=NO_EOS, temperature=1.0)
+    with pytest.raises(TrainingError, match="the model's logits are no longer finite"):
+        sample(model, PROMPTS, Sampling(2, temperature=1.0), seeds=[1, 2, 3], backend=backend)
+
+
+def test_an_attention_that_continuous_batching_lacks_is_refused_in_one_sentence():
+    model = tiny.tiny_model()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(TrainingError, match=r"LlamaForCausalLM with flex_attention attention in torch\.float32 on cpu"):
+        sample(model, PROMPTS, Sampling(4), backend="continuous")
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_a_cache_that_finds_no_room_says_what_to_change(monkeypatch):
+    monkeypatch.setattr("sdft.continuous.PAGE", 2**40)
+    with pytest.raises(TrainingError, match="a smaller rollout_batch_size needs less"):
+        sample(tiny.tiny_model(), PROMPTS, Sampling(4), backend="continuous")
+
+
+@both
+def test_a_model_that_is_not_finite_cannot_be_sampled(backend):
+    model = tiny.tiny_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the model's logits are no longer finite"):
+        sample(model, PROMPTS, Sampling(2, temperature=1.0), backend=backend)
+
+
+@both
+@pytest.mark.parametrize("restriction", [{"min_p": 0.2}, {"top_p": 0.5}, {"top_k": 3}], ids=str)
+def test_sampling_keeps_to_the_tokens_that_it_is_restricted_to(restriction, backend):
+    model = tiny.tiny_model()
+    with torch.no_grad():
+        p = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.5).softmax(-1)
+    order = p.argsort(descending=True)
+    kept = {
+        "min_p": (p >= 0.2 * p.max()).nonzero().flatten(),
+        "top_p": order[: int((p[order].cumsum(0) < 0.5).sum()) + 1],
+        "top_k": order[:3],
+    }[next(iter(restriction))]
+    assert 1 < len(kept) < 50
+    torch.manual_seed(0)
+    draws = sample(model, [PROMPTS[0]] * 400, Sampling(1, temperature=1.5, **restriction), backend=backend)
+    measured = torch.bincount(torch.tensor(draws).flatten(), minlength=101) / 400
+    assert set(measured.nonzero().flatten().tolist()) <= set(kept.tolist())
+    expected = torch.zeros(101).index_put((kept,), p[kept] / p[kept].sum())
+    assert (measured - expected).abs().sum() < 0.3  # about 0.15 is expected of 400 draws from ten tokens
+
+
+# Stop strings
+
+
+def byte_tokenizer():
+    """A token for each byte, and one for "ab"."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate([*alphabet, "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("one two", ["two"], "one two"),
+        ("one two one", ["one", "two"], "one"),
+        ("xyxyz", ["xyz", "none"], "xyxyz"),
+        ("so é ü", ["é"], "so é"),
+        ("so é ü", [" ü", "so é ü!"], "so é ü"),
+        ("xabc", ["a"], "xab"),
+        ("a\n\nb", ["\n\n"], "a\n\n"),
+        ("one<eos>two", ["<eos>t"], "one<eos>t"),
+    ],
+)
+def test_a_completion_ends_with_the_token_that_completes_the_first_stop_string(text, stop, kept):
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer(text)["input_ids"]
+    sampling = Sampling(99, stop=tuple(stop))
+    cut_tokens = cut(tokens, sampling, tokenizer)
+    assert tokenizer.decode(cut_tokens) == kept
+    assert finished(cut_tokens, sampling, tokenizer)
+    assert not finished(cut_tokens[:-1], sampling, tokenizer)
+
+
+def test_without_a_stop_string_in_it_a_completion_stays_as_it_is():
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("one two")["input_ids"]
+    assert stopped_length(tokens, ["three"], tokenizer) is None
+    assert stopped_length([], ["three"], tokenizer) is None
+    assert cut(tokens, Sampling(99, stop=("three",)), tokenizer) == tokens
+    assert not finished(tokens, Sampling(99, stop=("three",)), tokenizer)
+    assert finished(tokens, Sampling(99, frozenset({tokens[-1]}), stop=("three",)), tokenizer)
+
+
+def first_stop(tokens, stop, tokenizer):
+    """The length at which one of the stop strings is first in the text, tried one token after the other."""
+    counts = range(1, len(tokens) + 1)
+    return next((n for n in counts if any(s in tokenizer.decode(tokens[:n]) for s in stop)), len(tokens))
+
+
+@both
+def test_rollouts_end_at_stop_strings(backend, monkeypatch):
+    model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
+    endless = sample(model, PROMPTS, Sampling(24))
+    stop = (tokenizer.decode(endless[0][5:8]), tokenizer.decode(endless[2][1:3]), tokenizer.decode(endless[1][14:16]))
+    ends = [first_stop(tokens, stop, tokenizer) for tokens in endless]
+    assert ends == [8, 16, 3]
+    unseen = min(set(range(101)) - {token for tokens in endless for token in tokens})
+    forward, steps = model.model.forward, []
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
+    sampling = Sampling(24, frozenset({unseen}), stop=stop)
+    stopped = sample(model, PROMPTS, sampling, tokenizer=tokenizer, backend=backend)
+    assert stopped == [tokens[:end] for tokens, end in zip(endless, ends, strict=True)]
+    assert len(steps) == max(ends) + (backend == "continuous")  # which ends a completion by one more token
+    without_end = Sampling(24, stop=stop)
+    assert sample(model, PROMPTS, without_end, tokenizer=tokenizer, backend=backend) == stopped
+    drawn = Sampling(24, frozenset({unseen}), temperature=1e-3, stop=stop)
+    for seeds in (None, [1, 2, 3]):
+        assert sample(model, PROMPTS, drawn, tokenizer=tokenizer, backend=backend, seeds=seeds) == stopped
+
+
+def test_stop_strings_need_a_tokenizer():
+    with pytest.raises(UsageError, match="tokenizer is not set"):
+        sample(tiny.tiny_model(), PROMPTS, Sampling(4, stop=("x",)))
+
+
+# Batches and back-ends
+
+
+def test_batches_hold_prompts_of_similar_length_and_results_keep_their_order(monkeypatch):
+    assert batches_by_length([3, 1, 6, 2], 2) == [[2, 0], [3, 1]]
+    assert batches_by_length([3, 1, 6], None) == batches_by_length([3, 1, 6], 3) == [[0, 1, 2]]
+    assert batches_by_length([], None) == batches_by_length([], 2) == []
+    seen = []
+
+    def echo(model, prompts, sampling, tokenizer, seeds):
+        seen.append([len(prompt) for prompt in prompts])
+        return [[len(prompt)] for prompt in prompts]
+
+    monkeypatch.setitem(BACKENDS, "echo", echo)
+    prompts = [[0] * length for length in (2, 5, 1, 4, 3)]
+    assert sample(tiny.tiny_model(), prompts, Sampling(4), backend="echo", batch_size=2) == [[2], [5], [1], [4], [3]]
+    assert seen == [[5, 4], [3, 2], [1]]
+
+
+def test_a_backend_of_ones_own_can_be_named_and_is_held_to_its_contract(monkeypatch):
+    monkeypatch.setattr("sdft.rollout.BACKENDS", dict(BACKENDS))
+    model = tiny.tiny_model()
+    register_backend("own", lambda model, prompts, sampling, tokenizer, seeds: [[5, 6, 7, 8] for _ in prompts])
+    assert sample(model, PROMPTS, Sampling(3, frozenset({6})), backend="own") == [[5, 6]] * 3
+    register_backend("short", lambda model, prompts, sampling, tokenizer, seeds: [[5]])
+    with pytest.raises(TrainingError, match="'short' gave 1 completions for 3 prompts"):
+        sample(model, PROMPTS, Sampling(3), backend="short")
+    with pytest.raises(UsageError, match="backend is 'vllm'; it may be generate, continuous, own, short"):
+        sample(model, PROMPTS, Sampling(3), backend="vllm")

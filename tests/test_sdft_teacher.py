@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sdft.errors import UsageError
-from sdft.teacher import AverageTeacher, Teacher, make_teacher
+from sdft.teacher import AverageTeacher, BaseTeacher, make_teacher
 from tests import tiny
 
 
@@ -18,7 +18,7 @@ def test_the_base_teacher_stays_and_has_no_gradient():
     student = tiny.tiny_model()
     before = {name: p.clone() for name, p in student.named_parameters()}
     teacher = make_teacher("base", student, 0.5)
-    assert type(teacher) is Teacher
+    assert type(teacher) is BaseTeacher
     move(student, 1)
     teacher.update(student)
     for name, parameter in teacher.model.named_parameters():
@@ -83,3 +83,21 @@ def test_the_average_survives_a_checkpoint(tmp_path):
     (tmp_path / "teacher_average.safetensors").unlink()
     with pytest.raises(UsageError, match="teacher 'ema'"):
         again.load(str(tmp_path))
+
+
+def test_a_streamed_teacher_scores_as_one_that_is_whole():
+    student = tiny.tiny_model()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = student(ids).logits
+    teacher = make_teacher("base", student, 0.5, offload=True)
+    with teacher.scoring() as model:
+        assert all(p.device.type == "meta" for p in model.model.layers.parameters())
+        assert model.get_output_embeddings().weight.device.type == "cpu"
+        assert torch.equal(model(ids).logits, expected)
+    assert all(p.device.type == "cpu" for p in student.parameters())
+
+
+def test_the_live_teacher_is_the_student():
+    student = tiny.tiny_model()
+    with make_teacher("live", student, 0.5).scoring() as model:
+        assert model is student

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
-from sdft.trainer import as_forward_of
+from sdft.forward import as_forward_of
+from sdft.repeats import RepeatedRows
+from sdft.rollout import Sampling, sample
 from tests import tiny
 
 
@@ -52,7 +54,16 @@ def trained(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"teacher": "ema", "ema_rate": 0.2}, {"method": "sft"}, {"freeze_embeddings": True}], ids=str
+    "options",
+    [
+        {},
+        {"teacher": "ema", "ema_rate": 0.2},
+        {"teacher": "live"},
+        {"teacher_offload": True},
+        {"method": "sft"},
+        {"freeze_embeddings": True},
+    ],
+    ids=str,
 )
 def test_training_moves_the_student_and_only_what_trains(options, tmp_path):
     start = weights(tiny.tiny_model())
@@ -74,18 +85,27 @@ class Gradients(TrainerCallback):
     """Keeps what the optimizer is about to use."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.kept = {name: p.grad.clone() for name, p in model.named_parameters()}
+        self.kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_the_loss_is_the_mean_over_the_steps_tokens_whatever_the_accumulation(method, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sdft"},
+        {"method": "sft"},
+        {"loss_normalisation": "sequence", "demonstration_weight": 0.25},
+        {"demonstration_weight": 0.25},
+    ],
+    ids=str,
+)
+def test_the_loss_is_the_mean_over_the_step_whatever_the_accumulation(options, tmp_path):
     kept, losses = [], []
     for batch, accumulation in ((8, 1), (2, 4), (1, 8), (3, 3)):
         gradients = Gradients()
         run = trained(
             tmp_path,
             callbacks=[gradients],
-            method=method,
+            **options,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_steps=1,
@@ -104,8 +124,8 @@ def test_the_first_steps_gradient_is_that_of_full_logits_on_the_same_rollouts(tm
         tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, skip_tokens=1, gradient_accumulation_steps=2
     )
     seen = []
-    sample = run.samples
-    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
     run.train()
     student, teacher = tiny.tiny_model(), tiny.tiny_model()
     total, tokens = 0.0, 0
@@ -138,6 +158,7 @@ VARIANTS = [
     {"teacher": "ema", "ema_rate": 0.2},
     {"method": "sft"},
     {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
+    {"num_iterations": 3, "teacher": "live", "num_train_epochs": 1},
 ]
 
 
@@ -153,7 +174,8 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(options, s
     assert resumed.state.global_step == 6
     assert_equal_weights(weights(resumed.model), weights(straight.model))
     if straight.teacher is not None:
-        assert_equal_weights(weights(resumed.teacher.model), weights(straight.teacher.model))
+        with straight.teacher.scoring() as expected, resumed.teacher.scoring() as got:
+            assert_equal_weights(weights(got), weights(expected))
 
 
 def test_the_base_teacher_of_a_resumed_run_is_the_original_model(tmp_path):
@@ -180,6 +202,117 @@ def test_rollouts_depend_on_seed_and_step_alone(tmp_path):
     assert completions() != first
 
 
+def test_several_rollouts_of_a_prompt_are_side_by_side_and_differ(tmp_path):
+    run = trainer(tmp_path, rollouts_per_prompt=3, rollout_batch_size=4)
+    samples = run.samples(run.train_dataset[:2])
+    assert [s.prompt for s in samples] == [row["prompt_ids"] for row in run.train_dataset[:2] for _ in range(3)]
+    assert len({tuple(s.completion) for s in samples}) == 6
+    run.train()
+    assert run.state.global_step == 4
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_rollouts_can_come_from_the_teacher_who_sees_the_demonstration(backend, tmp_path):
+    run = trainer(tmp_path, rollout_from="teacher", rollout_temperature=1e-4, rollout_backend=backend)
+    run.model.lm_head.weight.data.neg_()  # the student would write something else
+    teacher = tiny.tiny_model()
+    for s in run.samples(run.train_dataset[:2]):
+        ids = list(s.teacher_prompt)
+        for token in s.completion:
+            assert teacher(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+        assert s.prompt in [row["prompt_ids"] for row in run.train_dataset[:2]]
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_with_an_adapter_the_base_teacher_writes_rollouts_without_it(backend, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(tiny.tiny_model(), adapter)
+    options = {"model": model, "rollout_temperature": 1e-4, "rollout_backend": backend}
+    from_teacher = trainer(tmp_path, rollout_from="teacher", **options)
+    from_student = trainer(tmp_path, **options)
+    rows = from_teacher.train_dataset[:2]
+    prompts = [row["teacher_prompt_ids"] for row in rows]
+    expected = sample(tiny.tiny_model(), prompts, Sampling(6, frozenset({1})))
+    assert [s.completion for s in from_teacher.samples(rows)] == expected
+    for row, prompt in zip(rows, prompts, strict=True):
+        row["prompt_ids"] = prompt
+    assert [s.completion for s in from_student.samples(rows)] != expected
+
+
+def test_stop_strings_end_rollouts_and_count_as_finished(tmp_path):
+    run = trainer(tmp_path, max_completion_length=40, max_steps=1, rollout_stop=["a", "e", "i", "o", "u", " ", "r"])
+    run.train()
+    log = run.state.log_history[0]
+    assert log["finished"] == 1
+    assert log["completion_length"] < 40
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_normalisation": "sequence", "demonstration_weight": 0.5}, {"num_iterations": 2}], ids=str
+)
+def test_logged_completions_have_the_numbers_of_full_logits(options, tmp_path):
+    run = trainer(
+        tmp_path,
+        max_steps=1,
+        skip_tokens=2,
+        loss_temperature=1.7,
+        gradient_accumulation_steps=2,
+        rollouts_per_prompt=2,
+        log_completions=True,
+        **options,
+    )
+    seen = []
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
+    run.train()
+    student, teacher, tokenizer = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_tokenizer()
+    logged = lines(tmp_path)
+    assert len(logged) == len(seen) == 8
+    for s in seen:
+        completion = torch.tensor(s.completion)
+        record = next(r for r in logged if r["completion_ids"] == s.completion)
+        assert record["step"] == 1
+        assert record["prompt"] == tokenizer.decode(s.prompt)
+        assert record["completion"] == tokenizer.decode(s.completion)
+        p, q = (
+            (model(torch.tensor([[*prompt, *s.completion]])).logits[0, len(prompt) - 1 : -1] / 1.7).log_softmax(-1)
+            for model, prompt in ((student, s.prompt), (teacher, s.teacher_prompt))
+        )
+        expected = {
+            "divergence": (p.exp() * (p - q)).sum(-1),
+            "student_logprob": p.gather(-1, completion[:, None])[:, 0],
+            "teacher_logprob": q.gather(-1, completion[:, None])[:, 0],
+        }
+        for name, values in expected.items():
+            assert record[name][:2] == [None] * min(2, len(completion))
+            torch.testing.assert_close(torch.tensor(record[name][2:]), values[2:], rtol=1e-4, atol=2e-6)
+
+
+def test_a_resumed_run_logs_each_completion_once(tmp_path):
+    steps = {"max_steps": 6, "num_train_epochs": 2, "log_completions": 2, "save_strategy": "steps", "save_steps": 3}
+    straight = trained(tmp_path / "straight", **steps)
+    assert [r["step"] for r in lines(tmp_path / "straight")] == [2, 2, 4, 4, 6, 6]
+    whole = (tmp_path / "straight" / "completions.jsonl").read_bytes()
+    trained(tmp_path / "broken", **steps)
+    path = tmp_path / "broken" / "completions.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])  # killed while it wrote
+    resumed = trainer(tmp_path / "broken", **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-3"))
+    assert path.read_bytes() == whole
+    unlogged = trained(tmp_path / "unlogged", **{**steps, "log_completions": 0})
+    assert not (tmp_path / "unlogged" / "completions.jsonl").exists()
+    assert_equal_weights(weights(unlogged.model), weights(straight.model))
+    assert_equal_weights(weights(resumed.model), weights(straight.model))
+    trained(tmp_path / "straight", **{**steps, "max_steps": 2})  # a new run in the same folder starts anew
+    assert [r["step"] for r in lines(tmp_path / "straight")] == [2, 2]
+
+
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     run = trainer(tmp_path, save_strategy="steps", save_steps=2, teacher="ema")
     save = run.teacher.save
@@ -190,7 +323,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
         save(folder)
 
     monkeypatch.setattr(run.teacher, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TrainingError, match=r"checkpoint-4 could not be .* No space left .* checkpoint-2 is whole"):
         run.train()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
     assert "teacher_average.safetensors" in os.listdir(tmp_path / "checkpoint-2")
@@ -304,3 +437,79 @@ def test_a_function_can_run_as_the_forward_pass_of_what_wraps_the_model():
     with pytest.raises(ZeroDivisionError):
         as_forward_of(wrapper, module, lambda: 1 / 0)
     assert torch.equal(wrapper(inner), module(inner))
+
+
+def full_logits(model, prompt, completion):
+    return model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def test_cross_entropy_on_the_demonstration_mixes_in(tmp_path):
+    gradients = Gradients()
+    run = trainer(tmp_path, callbacks=[gradients], max_steps=1, max_grad_norm=0, demonstration_weight=0.25)
+    seen = []
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
+    run.train()
+    student, teacher = tiny.tiny_model(), tiny.tiny_model()
+    divergence, entropy = torch.zeros(()), torch.zeros(())
+    for s in seen:
+        p = full_logits(student, s.prompt, s.completion)
+        q = full_logits(teacher, s.teacher_prompt, s.completion).detach()
+        divergence = divergence + (p.exp() * (p - q)).sum()
+        assert s.demonstration[-1] == 1  # the end-of-sequence token is learned
+        shown = full_logits(student, s.prompt, s.demonstration)
+        entropy = entropy - shown.gather(1, torch.tensor(s.demonstration)[:, None]).sum()
+    loss = 0.75 * divergence / sum(len(s.completion) for s in seen)
+    loss = loss + 0.25 * entropy / sum(len(s.demonstration) for s in seen)
+    loss.backward()
+    assert run.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        assert (gradients.kept[name] - parameter.grad).norm() / parameter.grad.norm() < 1e-5, name
+
+
+def test_rollouts_serve_several_steps_with_importance_weights(tmp_path):
+    """The second step uses the first one's completions, each token weighed by its ratio; the fourth has new ones."""
+    run = trainer(tmp_path, max_steps=4, num_iterations=3, importance_clip=1.5)
+    steps, students = [], []
+    make, before = run.step_samples, run.get_batch_samples
+
+    def noted(rows):
+        samples = make(rows)
+        steps.append((rows, samples))
+        return samples
+
+    def noted_student(*args):
+        students.append(weights(run.student))
+        return before(*args)
+
+    run.step_samples, run.get_batch_samples = noted, noted_student
+    run.train()
+    rows, samples = zip(*steps, strict=True)
+    assert samples[0] is samples[1] is samples[2] is not samples[3]
+    assert rows[0] == rows[1] == rows[2] != rows[3]
+    teacher, old, now = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_model()
+    now.load_state_dict(students[1], strict=False)
+    total, tokens = 0.0, 0
+    for s in samples[0]:
+        labels = torch.tensor(s.completion)[:, None]
+        p = full_logits(now, s.prompt, s.completion).detach()
+        q = full_logits(teacher, s.teacher_prompt, s.completion).detach()
+        at_sampling = full_logits(old, s.prompt, s.completion).detach().gather(1, labels)[:, 0]
+        torch.testing.assert_close(torch.tensor(s.old_logprobs), at_sampling, rtol=1e-5, atol=1e-6)
+        ratio = (p.gather(1, labels)[:, 0] - at_sampling).exp()
+        assert (ratio - 1).abs().max() > 1e-3
+        total += (ratio.clamp(max=1.5) * (p.exp() * (p - q)).sum(-1)).sum().item()
+        tokens += len(s.completion)
+    assert run.state.log_history[1]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_repeated_rows_cover_the_epoch_a_step_at_a_time():
+    rows = RepeatedRows(7, group=3, repeats=2, seed=5)
+    order = list(rows)
+    groups = [order[start : start + 3] for start in range(0, len(order), 3)]
+    assert len(order) == len(rows) == 18
+    assert groups[::2] == groups[1::2]
+    assert {number for group in groups for number in group} == set(range(7))
+    assert list(rows) == order
+    rows.set_epoch(1)
+    assert list(rows) != order

@@ -1,0 +1,95 @@
+"""completions.jsonl: the rollouts of a run, a line each, and what student and teacher make of every token.
+
+A line has `step` (the one whose loss the rollout is part of, counted from 1), `prompt` (the student's) and
+`completion` as text with their special tokens, `completion_ids`, and a number for each of these ids: `divergence`,
+`student_logprob` and `teacher_logprob`, in nats, to six decimals, at the loss's temperature; null for the tokens that
+`skip_tokens` leaves out of the loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from sdft.layout import Sample
+
+COMPLETIONS_FILE = "completions.jsonl"
+
+
+class CompletionsFile(TrainerCallback):
+    """Appends the rollouts of every so many steps, at the step's end, before any checkpoint of that step is saved.
+
+    A run that goes on from a checkpoint first takes away what is there of later steps, which it will repeat.
+    """
+
+    def __init__(
+        self, folder: str | Path, every: int, tokenizer: PreTrainedTokenizerBase, skip_tokens: int = 0
+    ) -> None:
+        self.path = Path(folder) / COMPLETIONS_FILE
+        self.every, self.tokenizer, self.skip_tokens = every, tokenizer, skip_tokens
+        self.records: list[dict[str, Any]] = []
+
+    def wants(self, step: int) -> bool:
+        """Whether this step's rollouts are to be written."""
+        return step % self.every == 0
+
+    def add(self, samples: Sequence[Sample], tokens: Mapping[str, Tensor]) -> None:
+        """Keep the samples of a micro-batch for the end of the step; `tokens` are vectors over its loss's tokens."""
+        names = ("divergence", "student_logprob", "teacher_logprob")
+        values = {name: iter(tokens[name].tolist()) for name in names}
+        for sample in samples:
+            skipped = min(self.skip_tokens, len(sample.completion))
+            scored = range(len(sample.completion) - skipped)
+            self.records.append(
+                {
+                    "prompt": self._text(sample.prompt),
+                    "completion": self._text(sample.completion),
+                    "completion_ids": sample.completion,
+                    **{
+                        name: [None] * skipped + [round(next(numbers), 6) for _ in scored]
+                        for name, numbers in values.items()
+                    },
+                }
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.records = []
+        if state.is_world_process_zero and self.path.is_file():
+            forget_after(self.path, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.wants(state.global_step):
+            return
+        records = gather_object(self.records)
+        self.records = []
+        if state.is_world_process_zero:
+            lines = [json.dumps({"step": state.global_step, **record}, ensure_ascii=False) for record in records]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Cut the file before its first line of a later step, or its first that is not whole: a killed run's last one."""
+    with path.open("rb+") as file:
+        end = 0
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            end += len(line)
+        file.truncate(end)

@@ -1,0 +1,195 @@
+"""transformers' continuous batching for a batch of rollouts: `generate_batch`, without its surprises.
+
+Prompts are neither padded nor in step: each step of the model serves whatever prompts are still to be read and
+whatever completions are still to be written, out of one cache of pages. `generate_batch` is a short loop around a
+manager; the loop here differs in four things. The cache is as large as these requests need (by default it is 60 % of
+a CPU's memory, whatever is asked for). All requests are there before the first step, so that which of them share a
+step, and with it what is sampled, does not depend on how fast threads are. The run's own random numbers stay
+undisturbed. And an error in the manager's thread ends the call instead of giving fewer results.
+
+The manager's thread knows no autocast: under mixed precision it samples in the type of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.utils import WorkloadHints
+
+from sdft.errors import TrainingError
+from sdft.sampling import RowSampler
+
+PAGE = 32  # tokens in a page of the cache
+STEP_TOKENS = 512  # the most tokens in a step; without flash attention, rows of a mask as wide as the cache
+
+
+def generate_continuously(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    processors: LogitsProcessorList,
+    stopped: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """A completion for each prompt, up to and with its end-of-sequence token or `settings.max_new_tokens` long.
+
+    A RowSampler among the processors draws for each prompt what it would in a batch with a row for each of them. Once
+    `stopped` is true of a completion, the next token is the end of the sequence, where the settings have one.
+    Raises TrainingError where the model or its attention cannot be served this way, or the cache finds no room.
+    """
+    if settings.eos_token_id is None:
+        settings.eos_token_id = -1
+    new_tokens = cast(int, settings.max_new_tokens)
+    processors = LogitsProcessorList(processors)
+    if stopped is not None and settings.eos_token_id != -1:
+        processors.append(RequestStopper(stopped, cast(list[int], settings.eos_token_id)[0]))
+    graphs = False if processors else None  # a graph would repeat the draw that it was captured with
+    hints = WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
+    with _own_random_numbers(model.device) as seed, _own_attention(model), _no_warnings():
+        try:
+            manager = cast(Any, model).init_continuous_batching(
+                settings, _configuration(model, prompts, new_tokens, seed, graphs), workload_hints=hints
+            )
+        except (ValueError, AttributeError) as error:
+            raise _refusal(model, error) from error
+        names = manager.add_requests([list(prompt) for prompt in prompts])
+        _process_with(manager, processors, names)
+        manager.start()
+        try:
+            completions = _collect(model, manager, len(names))
+        finally:
+            manager.stop(hard_stop=True)
+            manager.destroy()
+    return [completions[name] for name in names]
+
+
+def _configuration(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, graphs: bool | None
+) -> ContinuousBatchingConfig:
+    pages = sum(-(-(len(prompt) + new_tokens) // PAGE) + 1 for prompt in prompts)
+    return ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=pages,
+        max_batch_tokens=STEP_TOKENS,
+        seed=seed,
+        use_cuda_graph=graphs,
+        auto_switch_to_flash=model.dtype in (torch.float16, torch.bfloat16),  # flash attention takes no other
+        disable_nccl_graph_mixing=False,  # the environment is not ours to change
+    )
+
+
+class _OfRequests(ContinuousBatchingLogitsProcessor):
+    """A processor that learns which requests a step writes a token of."""
+
+    def __init__(self) -> None:
+        self.supported_kwargs, self.ignored_kwargs = {}, ()
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+
+class RequestSampler(_OfRequests):
+    """A RowSampler whose rows are requests, named in the rows' order."""
+
+    def __init__(self, sampler: RowSampler, names: Sequence[str]) -> None:
+        super().__init__()
+        self.sampler, self.numbers = sampler, {name: number for number, name in enumerate(names)}
+        self.rows: list[int] = []
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        self.rows = [self.numbers[request.state.request_id] for request in requests_with_new_token]
+        return torch.tensor(self.rows, dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        return self.sampler.draw(scores, self.rows)
+
+
+class RequestStopper(_OfRequests):
+    """Leaves nothing but the token `end` to a request whose completion has come to its end otherwise."""
+
+    def __init__(self, stopped: Callable[[list[int]], bool], end: int) -> None:
+        super().__init__()
+        self.stopped, self.end = stopped, end
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        ended = [self.stopped(request.state.generated_tokens) for request in requests_with_new_token]
+        return torch.tensor(ended, dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        others = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+        others[self.end] = False
+        ended = tensor_arg[: len(scores), None].bool()
+        return scores.masked_fill(ended & others, -torch.inf)
+
+
+def _process_with(manager: Any, processors: LogitsProcessorList, names: Sequence[str]) -> None:
+    """Have the manager, which only knows the processors of its settings, use these."""
+    own = manager.logit_processor
+    for processor in processors:
+        own.logits_processor.append(
+            RequestSampler(processor, names) if isinstance(processor, RowSampler) else processor
+        )
+    own.tensors_required = sum(isinstance(processor, _OfRequests) for processor in own.logits_processor)
+    own.do_processing = len(own.logits_processor) > 0
+
+
+def _collect(model: PreTrainedModel, manager: Any, count: int) -> dict[str, list[int]]:
+    """The tokens of each request, by its name, as they come in."""
+    completions: dict[str, list[int]] = {}
+    while len(completions) < count:
+        result = manager.get_result(timeout=1)
+        if result is None:
+            if not manager.is_running():
+                raise _refusal(model, manager.background_thread_status.fatal_error)
+        elif result.error is not None:
+            raise _refusal(model, result.error)
+        elif result.is_finished():
+            completions[result.request_id] = list(result.generated_tokens)
+    return completions
+
+
+def _refusal(model: PreTrainedModel, reason: object) -> RuntimeError:
+    if "probability tensor" in str(reason):
+        return RuntimeError(str(reason))
+    attention = model.config._attn_implementation
+    advice = "a smaller rollout_batch_size needs less" if "emory" in str(reason) else "rollout_backend: generate may do"
+    return TrainingError(
+        f"continuous batching of {type(model).__name__} with {attention} attention in {model.dtype} on "
+        f"{model.device.type} failed: {reason} ({advice})"
+    )
+
+
+@contextlib.contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[int]:
+    """A seed drawn from the current generator, and that generator as it was: the manager seeds it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield int(torch.randint(2**31, ()))
+
+
+@contextlib.contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model's attention implementation as it was, also where the manager fails between changing it and starting."""
+    before = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence for the manager's log: what it warns of each time is meant, and what it reports as errors is raised."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,81 @@
+"""Sampling in which every row has random numbers of its own, whatever else is sampled beside it.
+
+`torch.multinomial` draws for a whole batch from one generator, so that a rollout depends on the batch it is in and
+on the process that samples it. Here a row's draws depend on its own seed alone: two processes sample what one would,
+and so do batches of another size.
+
+The draw is Gumbel's: with G of -log(Exponential(1)) for each token, argmax(scores + G) is distributed as
+softmax(scores). Unlike searching the cumulated probabilities, whose rounding differs with the shape of the batch and
+adds up over the vocabulary, it changes only where the two best tokens come within rounding of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sdft.errors import TrainingError
+
+
+def seed_of(*entropy: int) -> int:
+    """A seed for a generator that depends on all of `entropy`, whole numbers of 0 or more, and on their order."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+class RowSampler(LogitsProcessor):
+    """Makes greedy decoding a draw: adds to the scores of each row noise from the row's own generator.
+
+    One seed for each row of the batch, in its order; `scores` are (rows, V) float32, after all other processors.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.draw(scores, range(len(scores)))
+
+    def draw(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        """The scores (len(rows), V) with the next noise of the rows of these numbers."""
+        self.finite &= scores.amax(-1).isfinite().all()  # read at the end: a look at every token would stall a GPU
+        noise = torch.empty_like(scores)
+        for row, number in zip(noise, rows, strict=True):
+            row.exponential_(generator=self.generators[number])
+        return scores - noise.log_()
+
+    def check(self) -> None:
+        """TrainingError if there was nothing to draw from: a NaN, an infinity, or no token left."""
+        if not self.finite:
+            raise TrainingError("the model's logits are no longer finite, so it cannot be sampled")
+
+
+def sample_rows(settings: GenerationConfig, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
+    """Logits processors that sample as `settings` say, each row by its own seed; the last of them is the RowSampler.
+
+    `settings` become greedy: the draw is then the processors'. `generate` applies its own warpers only where it draws
+    itself, and after those it is given.
+    """
+    processors = LogitsProcessorList()
+    if settings.temperature not in (None, 1.0):
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None and settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        processors.append(MinPLogitsWarper(settings.min_p))
+    processors.append(RowSampler(seeds, device))
+    settings.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
+    return processors

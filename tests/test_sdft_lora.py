@@ -1,0 +1,141 @@
+"""An adapter learns: its teachers need no second model, and what is saved loads again."""
+
+import json
+
+import peft
+import pytest
+import torch
+
+from sdft import SDFTTrainer
+from sdft.config import LoraArguments
+from sdft.errors import TrainingError, UsageError
+from sdft.loss import check_head
+from sdft.models import add_lora, causal_lm, load_model
+from sdft.teacher import make_teacher
+from tests import tiny
+from tests.test_sdft_trainer import Gradients, assert_equal_weights, full_logits, trained, trainer, weights
+
+IDS = [5, 6, 7, 8]
+
+
+def with_adapter(seed=0, **options):
+    torch.manual_seed(seed)
+    return add_lora(tiny.tiny_model(), LoraArguments(lora_rank=4, **options))
+
+
+def adapter(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora" in name}
+
+
+def logits(model):
+    with torch.no_grad():
+        return causal_lm(model)(torch.tensor([IDS])).logits
+
+
+def move(model, size=0.1):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.add_(size * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", ["base", "ema", "live"])
+def test_teachers_of_an_adapter_are_the_student_itself_for_a_while(kind):
+    student = with_adapter()
+    base = logits(student)
+    teacher = make_teacher(kind, student, 0.25)
+    start = adapter(student)
+    move(student)
+    moved, moved_logits = adapter(student), logits(student)
+    teacher.update(student)
+    with teacher.scoring() as model:
+        assert model is causal_lm(student)
+        got, lent = logits(student), adapter(student)
+    if kind == "base":
+        assert torch.equal(got, base)
+    elif kind == "live":
+        assert torch.equal(got, moved_logits)
+    else:
+        for name in start:
+            torch.testing.assert_close(lent[name], 0.75 * start[name] + 0.25 * moved[name])
+        assert not torch.equal(got, moved_logits)
+    assert_equal_weights(adapter(student), moved)
+    assert torch.equal(logits(student), moved_logits)
+    assert all(p.requires_grad == ("lora" in name) for name, p in student.named_parameters())
+
+
+@pytest.mark.parametrize("teacher", ["base", "ema", "live"])
+def test_only_the_adapter_trains_and_the_first_gradient_is_that_of_full_logits(teacher, tmp_path):
+    start = weights(with_adapter())
+    gradients = Gradients()
+    run = trainer(tmp_path, model=with_adapter(), callbacks=[gradients], max_steps=1, max_grad_norm=0, teacher=teacher)
+    seen = []
+    sample = run.samples
+    run.samples = lambda rows: seen.extend(sample(rows)) or seen
+    run.train()
+    student, base = with_adapter(), tiny.tiny_model()
+    total, tokens = 0.0, 0
+    for s in seen:
+        p = full_logits(causal_lm(student), s.prompt, s.completion)
+        q = full_logits(base, s.teacher_prompt, s.completion).detach()
+        total, tokens = total + (p.exp() * (p - q)).sum(), tokens + len(s.completion)
+    (total / tokens).backward()
+    assert run.state.log_history[0]["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        assert (name in gradients.kept) == parameter.requires_grad
+        if parameter.requires_grad:
+            assert (gradients.kept[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved and all("lora_B" in name for name in moved)  # A has no gradient while B is 0
+
+
+@pytest.mark.parametrize("teacher", ["base", "ema"])
+def test_a_resumed_adapter_ends_with_the_weights_of_the_uninterrupted_run(teacher, tmp_path):
+    options = {"max_steps": 4, "teacher": teacher, "ema_rate": 0.3, "learning_rate": 1e-2}
+    straight = trained(tmp_path / "straight", model=with_adapter(), **options)
+    trained(tmp_path / "broken", model=with_adapter(), **options, save_strategy="steps", save_steps=2)
+    resumed = trainer(tmp_path / "broken", model=with_adapter(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-2"))
+    assert_equal_weights(weights(resumed.model), weights(straight.model))
+    if teacher == "ema":
+        assert_equal_weights(resumed.teacher.average, straight.teacher.average)
+
+
+def test_a_saved_adapter_is_small_and_loads_by_its_folder(tmp_path):
+    base = tmp_path / "base"
+    tiny.tiny_model().save_pretrained(base)
+    tiny.tiny_tokenizer().save_pretrained(base)
+    model, tokenizer = load_model(str(base))
+    run = SDFTTrainer(
+        model,
+        trainer(tmp_path, max_steps=2).args,
+        train_dataset=tiny.rows(),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded, _ = load_model(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(loaded), logits(run.model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(loaded), logits(tiny.tiny_model()))
+
+
+def test_an_adapter_in_the_head_is_refused():
+    model = with_adapter(lora_target_modules=["lm_head", "q_proj"])
+    with pytest.raises(TrainingError, match="adapter in its output head"):
+        check_head(causal_lm(model), IDS)
+    model = peft.get_peft_model(
+        tiny.tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    with pytest.raises(UsageError, match="modules_to_save"):
+        make_teacher("ema", model, 0.1)
+    check_head(causal_lm(model), IDS)
+
+
+def test_a_wrong_adapter_is_one_sentence():
+    with pytest.raises(UsageError, match=r"lora_target_modules is \['nothing_proj'\]"):
+        with_adapter(lora_target_modules=["nothing_proj"])
+    with pytest.raises(UsageError, match="lora_rank is -1"):
+        LoraArguments(lora_rank=-1)

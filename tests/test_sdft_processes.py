@@ -1,0 +1,114 @@
+"""Two processes with half of the batch each give what one process gives with all of it: DDP and FSDP2, over gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests import process_worker
+
+TRAININGS = [
+    *process_worker.CASES,
+    *(f"{case} resumed" for case in process_worker.RESUMED),
+    "stopped",
+    "stopped resumed",
+]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    process_worker.main(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
+def two_processes(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FSDP")},
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        **({"FSDP": "1"} if request.param == "FSDP2" else {}),
+    }
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "tests" / "process_worker.py"), str(folder)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    wrapped = "DistributedDataParallel" if request.param == "DDP" else "FSDPModule"
+    for process in (0, 1):
+        assert wrapped in json.loads((folder / "base" / f"wrapped-{process}.json").read_text())
+    return folder
+
+
+def assert_close(got, expected):
+    """Equal to 1e-5 of the norm of each tensor."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TRAININGS)
+def test_two_processes_train_as_one_does(case, one_process, two_processes):
+    one, two = one_process / case, two_processes / case
+    expected, history = (json.loads((folder / "history.json").read_text()) for folder in (one, two))
+    assert history.keys() == expected.keys()
+    for name, values in expected.items():
+        assert history[name] == pytest.approx(values, rel=1e-5), name
+    assert_close(load_file(two / "model.safetensors"), load_file(one / "model.safetensors"))
+    if (one / "average.safetensors").exists():
+        assert_close(load_file(two / "average.safetensors"), load_file(one / "average.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["base", "sft", "frozen embeddings"])
+def test_the_model_that_two_processes_save_loads_with_from_pretrained(case, two_processes):
+    saved = load_file(two_processes / case / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(two_processes / case)
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name], tensor), name
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (case == "frozen embeddings")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*process_worker.RESUMED, "stopped"])
+def test_two_processes_that_resume_end_with_the_weights_of_those_that_did_not(case, two_processes):
+    """Also where SIGTERM to one of the two ended training in both."""
+    uninterrupted = "average" if case == "stopped" else case
+    straight, resumed = (load_file(two_processes / c / "model.safetensors") for c in (uninterrupted, f"{case} resumed"))
+    for name, tensor in straight.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.slow
+def test_processes_had_unequal_numbers_of_tokens_and_sometimes_none(two_processes):
+    """What makes the comparison above one: a mean of the processes' own means would not pass it."""
+
+    def tokens(case, process, skip):
+        steps = json.loads((two_processes / case / f"lengths-{process}.json").read_text())
+        return [sum(max(length - skip, 0) for length in step) for step in steps]
+
+    assert all(a != b for a, b in zip(tokens("base", 0, 0), tokens("base", 1, 0), strict=True))
+    pairs = list(zip(tokens("mostly skipped", 0, 2), tokens("mostly skipped", 1, 2), strict=True))
+    assert any((a == 0) != (b == 0) for a, b in pairs)
