@@ -139,14 +139,13 @@ def to_rows(case: Case, taken: dict[str, list[Taken]], peaks: dict[str, tuple[in
 
 def table(rows: list[Step]) -> str:
     lines = [
-        f"{'':6} {'':12} {'outside generation':>18} {'generation':>16} {'peak above':>10} {'above weights and states':>24}"
-        f" {'':>9}",
-        f"{'tokens':6} {'method':12} {'s':>10} {'× TRL':>7} {'s':>8} {'× TRL':>7} {'start, GiB':>10} {'GiB':>16}"
-        f" {'× TRL':>7} {'loss':>9}",
+        "s: seconds outside generation; gen s: of generation; peak: above start; work: above weights and states",
+        f"{'tokens':6} {'method':12} {'s':>7} {'× TRL':>6} {'gen s':>7} {'× TRL':>6} {'peak GiB':>8} {'work GiB':>8} "
+        f"{'× TRL':>6} {'loss':>9}",
     ]
     lines += [
-        f"{row.tokens:6} {row.method:12} {row.seconds:10.2f} {row.seconds_to_trl:7.3f} {row.generation:8.2f} "
-        f"{row.generation_to_trl:7.3f} {row.peak_gib:10.2f} {row.working_gib:16.2f} {row.working_to_trl:7.3f} "
+        f"{row.tokens:6} {row.method:12} {row.seconds:7.2f} {row.seconds_to_trl:6.3f} {row.generation:7.2f} "
+        f"{row.generation_to_trl:6.3f} {row.peak_gib:8.2f} {row.working_gib:8.2f} {row.working_to_trl:6.3f} "
         f"{row.loss:9.5f}"
         for row in rows
     ]

@@ -95,7 +95,7 @@ class Measured:
         trainer.remove_callback(PrinterCallback)
 
     def held_bytes(self) -> int:
-        """What lives from step to step, or as long as gradients do: both copies' weights, gradients, optimizer state."""
+        """What no method does without: both copies' weights, the gradients and the optimizer's state."""
         trainer: Any = self
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         weights = {p.data_ptr(): p for model in (trainer.model, self.teacher_copy()) for p in model.parameters()}
@@ -177,7 +177,7 @@ def trl() -> Callable[[Case], Measured]:
                 train_dataset=Dataset.from_list(rows),
                 processing_class=tokenizer,
             )
-            never = self.model.config.vocab_size  # a token that no completion can end with
+            never = 2**31 - 1  # a token that no completion ends with
             self.eos_token_ids = [never]
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = [never]
             self.measure(case)
