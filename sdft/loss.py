@@ -21,7 +21,6 @@ from sdft.errors import TrainingError
 from sdft.layout import Batch
 from sdft_kernels import DivergenceOutput, fused_linear_divergence
 
-
 #: What configurations call the soft-cap of the logits: Gemma and most others, RecurrentGemma, xLSTM.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
