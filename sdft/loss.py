@@ -60,7 +60,7 @@ def find_head(model: PreTrainedModel) -> Head:
     return Head(weight, getattr(layer, "bias", None), scale, softcap)
 
 
-def backbone(model: PreTrainedModel) -> PreTrainedModel:
+def backbone(model: PreTrainedModel) -> nn.Module:
     """What is below the head; Llama 4's text model does not say so under the usual name."""
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
