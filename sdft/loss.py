@@ -23,6 +23,9 @@ from sdft.layout import Batch
 from sdft.teacher import Teacher
 from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
 
+#: What configurations call the soft-cap of the logits: Gemma and most others, RecurrentGemma, xLSTM.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 @dataclass(frozen=True)
 class Head:
@@ -58,8 +61,15 @@ def find_head(model: PreTrainedModel) -> Head:
         raise TrainingError(f"{type(model).__name__} has no linear output head, and the loss needs one")
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # so does Falcon H1
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    return Head(weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
+    return Head(weight, getattr(layer, "bias", None), scale, softcap)
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """What is below the head; Llama 4's text model does not say so under the usual name."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def at_head(model: PreTrainedModel, function: Callable[[Head], Result]) -> Result:
@@ -70,30 +80,46 @@ def at_head(model: PreTrainedModel, function: Callable[[Head], Result]) -> Resul
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
     """The hidden states (N, H) that the head would be given at the flat `positions` of a right-padded batch."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, positions)
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, tokens: Sequence[int]) -> None:
-    """Refuse a model whose own logits on a few tokens are not those of the head that `find_head` describes."""
-    if model.base_model is model:
+    """Refuse a model whose own logits on a few tokens are not those of the head that `find_head` describes.
+
+    One is refused, too, in which a token sees those after it: padding on the right, without a mask, would change it.
+    """
+    if backbone(model) is model:
         raise TrainingError(f"{type(model).__name__} has no backbone apart from its head, and the loss needs one")
     training = model.training
     model.eval()
     input_ids = torch.tensor([list(tokens)], device=model.device)
     expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    hidden = hidden_states(model, input_ids, torch.arange(len(tokens), device=model.device))
-    head = find_head(model)
-    measured = head.to(torch.float32).logits(hidden.float())
+    own = torch.arange(len(tokens), device=model.device)
+    hidden = hidden_states(model, input_ids, own)
+    followed = [hidden_states(model, nn.functional.pad(input_ids, (0, 8), value=v), own).float() for v in (0, 1)]
     model.train(training)
+    head = find_head(model)
+    tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps)
+    moved = ((followed[0] - followed[1]).abs().max() / followed[0].abs().max().clamp_min(1e-6)).item()
+    if moved > tolerance:
+        raise TrainingError(
+            f"{type(model).__name__} lets a token see those after it: its hidden states move by {moved:.2g} of the "
+            "largest when these change, and the loss needs a causal model"
+        )
+    if hidden.shape[-1] != head.weight.shape[-1]:
+        raise TrainingError(
+            f"{type(model).__name__} has hidden states of size {hidden.shape[-1]} and a head for size "
+            f"{head.weight.shape[-1]}, with something between them that the loss cannot reproduce"
+        )
+    measured = head.to(torch.float32).logits(hidden.float())
     if expected.shape != measured.shape:
         raise TrainingError(
             f"{type(model).__name__} has logits of shape {tuple(expected.shape)} where its head gives "
             f"{tuple(measured.shape)}, so that the loss cannot be computed from its hidden states"
         )
     difference = ((measured - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
-    tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps)
     if not difference <= tolerance:  # a NaN is refused too
         raise TrainingError(
             f"{type(model).__name__} has logits that its head (scale {head.scale:g}, soft-cap {head.softcap}, bias "

@@ -1,0 +1,74 @@
+"""The benchmark of a whole optimizer step: on a tiny model, that both trainers do the same step and all is reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step
+from benchmarks.trainers import TRAINERS
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny"
+    tiny.tiny_model(max_position_embeddings=1024).save_pretrained(path)
+    tiny.tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.peers
+def test_both_trainers_take_the_same_step(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    (case,) = step.prepare(str(folder), 3, [7], tmp_path / "case")
+    assert [len(completion) for completion in case.completions] == [7, 7, 7]
+    trainers = {name: load()(case) for name, load in TRAINERS.items()}
+    before = {name: trainer.model.lm_head.weight.clone() for name, trainer in trainers.items()}
+    losses = [[trainer.step().loss for _ in range(2)] for trainer in trainers.values()]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][0] > 0.01
+    assert losses[0][0] == losses[0][1], "every step starts from the same weights"
+    for name, trainer in trainers.items():
+        assert trainer.model.lm_head.weight.equal(before[name])
+        assert all(state["exp_avg"].abs().max() > 0 for state in trainer.optimizer.state.values())
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        scalars = len(trainer.optimizer.state)  # AdamW counts its steps for each parameter
+        assert trainer.held_bytes() == 4 * (5 * parameters + scalars)  # two weights, gradient, two moments
+
+
+@pytest.mark.peers
+def test_losses_that_differ_are_not_compared(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    (case,) = step.prepare(str(folder), 2, [5], tmp_path / "case")
+    original = TRAINERS["sdft-kernels"]
+
+    def other_completions():
+        make = original()
+        flipped = step.Case(case.folder, case.rows, [completion[::-1] for completion in case.completions])
+        return lambda _: make(flipped)
+
+    monkeypatch.setitem(TRAINERS, "sdft-kernels", other_completions)
+    with pytest.raises(RuntimeError, match="losses on the same completions"):
+        step.compare(case, rounds=1)
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+def test_the_command_writes_every_number(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl")
+    out = {kind: tmp_path / "new" / f"step.{kind}" for kind in ("json", "csv", "png")}
+    options = {"model": folder, "prompts": 2, "rounds": 1, "json": out["json"], "csv": out["csv"], "plot": out["png"]}
+    step.main([f"--{name}={value}" for name, value in options.items()] + ["--tokens", "4"])
+    rows = json.loads(out["json"].read_text())["rows"]
+    assert [(row["tokens"], row["method"]) for row in rows] == [(4, method) for method in TRAINERS]
+    assert len(list(csv.DictReader(out["csv"].open()))) == 2
+    assert out["png"].read_bytes().startswith(b"\x89PNG")
+    mine, theirs = rows
+    assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    assert mine["seconds_to_trl"] == pytest.approx(mine["seconds"] / theirs["seconds"])
+    assert mine["generation_to_trl"] == pytest.approx(mine["generation"] / theirs["generation"])
+    assert theirs["working_to_trl"] == 1 and mine["peak_gib"] > 0
+    assert "× TRL" in capsys.readouterr().out

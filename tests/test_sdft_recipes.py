@@ -1,0 +1,84 @@
+"""Every recipe in examples/, read by the command itself up to where a model would be loaded."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sdft import cli, run
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
+#: The settings of arXiv 2601.19897, in all recipes for GPUs.
+PAPER = {
+    "method": "sdft",
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "ema_rate": 0.01,
+    "teacher": "ema",
+    "teacher_template": "paper",
+    "max_completion_length": 2048,
+    "skip_tokens": 3,
+    "rollout_temperature": 1.0,
+    "divergence": "reverse_kl",
+}
+FOR_GPU = [name for name in RECIPES if name.startswith("qwen")]
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What `sdft train RECIPE` hands to the run, by field."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(name: str) -> dict[str, Any]:
+        handed: list[Any] = []
+        monkeypatch.setattr(run, "train", lambda *settings, started: handed.extend(settings))
+        assert cli.main(["train", str(EXAMPLES / name)]) == 0
+        assert os.listdir(tmp_path) == [], "a recipe is read without a trace"
+        return {field: value for dataclass in handed for field, value in vars(dataclass).items()}
+
+    return read
+
+
+def plain(value: Any) -> Any:
+    """A value as it may stand in YAML; numbers as numbers, since YAML 1.1 takes 2e-5 for text."""
+    value = value.value if isinstance(value, Enum) else value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_field_arrives_as_written(name: str, settings: Any) -> None:
+    found = settings(name)
+    written = yaml.safe_load((EXAMPLES / name).read_text(encoding="utf-8"))
+    assert {field: plain(found[field]) for field in written} == {field: plain(v) for field, v in written.items()}
+
+
+@pytest.mark.parametrize("name", FOR_GPU)
+def test_recipes_for_gpus_have_the_papers_settings(name: str, settings: Any) -> None:
+    found = settings(name)
+    assert {field: plain(found[field]) for field in PAPER} == {field: plain(value) for field, value in PAPER.items()}
+    assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 32
+    assert found["dtype"] == "bfloat16" and found["activation_checkpointing"] and found["use_liger_kernel"]
+    if "lora" in name:
+        assert found["lora_rank"] == 64 and found["lora_target_modules"] == ["all-linear"]
+    else:
+        assert found["lora_rank"] == 0 and "8bit" in found["optim"]
+
+
+def test_there_is_a_recipe_for_each_model_and_way() -> None:
+    assert RECIPES == ["demo.yaml", "qwen2.5-7b-lora.yaml", "qwen2.5-7b.yaml", "qwen3-4b-lora.yaml", "qwen3-4b.yaml"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_writes_to_a_folder_of_its_own(name: str, settings: Any) -> None:
+    folder = settings(name)["output_dir"]
+    assert folder == f"runs/{name.removesuffix('.yaml')}"
