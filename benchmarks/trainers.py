@@ -37,7 +37,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        return len(self.completions[0])
+        return len(self.injected[0])
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)))
@@ -68,7 +68,7 @@ class Clock(TrainerCallback):
 class Measured:
     """Before a trainer in the order of bases: its clock, and the completions that are scored for those generated."""
 
-    completions: list[list[int]]
+    injected: list[list[int]]
     generation: float
     clock: Clock
 
@@ -78,10 +78,10 @@ class Measured:
 
     def given(self, count: int, generated: list[list[int]]) -> list[list[int]]:
         """The completions of a batch whose rows come in the dataset's order."""
-        lengths, expected = sorted(map(len, generated)), sorted(map(len, self.completions))
-        if count != len(self.completions) or lengths != expected:
+        lengths, expected = sorted(map(len, generated)), sorted(map(len, self.injected))
+        if count != len(self.injected) or lengths != expected:
             raise RuntimeError(f"{count} completions of {lengths} tokens were generated; expected {expected}")
-        return self.completions
+        return self.injected
 
     def step(self) -> Taken:
         trainer: Any = self
@@ -90,7 +90,7 @@ class Measured:
 
     def measure(self, case: Case) -> None:
         trainer: Any = self
-        self.completions, self.generation, self.clock = case.completions, 0.0, Clock()
+        self.injected, self.generation, self.clock = case.completions, 0.0, Clock()
         trainer.add_callback(self.clock)
         trainer.remove_callback(PrinterCallback)
 
