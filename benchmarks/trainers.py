@@ -37,7 +37,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        return len(self.injected[0])
+        return len(self.completions[0])
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)))
