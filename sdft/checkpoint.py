@@ -1,4 +1,8 @@
-"""Files that are whole or not there: everything is written under `.saving`, then renamed to where it belongs."""
+"""Files that are whole or not there: everything is written under `.saving`, then renamed to where it belongs.
+
+What a rename makes visible has reached the disk before it (fsync), so that a machine that loses power leaves no
+checkpoint with a good name and empty files, and what is removed loses its name before it loses its files.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from sdft.errors import TrainingError, UsageError
+
 STAGING = ".saving"
+
+
+def check_writable(folder: str | Path) -> None:
+    """UsageError if nothing could be written to output_dir; creates nothing."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UsageError(f"output_dir is {str(folder)!r}, which cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir is {str(folder)!r}, which cannot be written: {existing} is read-only here")
 
 
 @contextlib.contextmanager
@@ -28,17 +47,57 @@ def staging(folder: str, *, owner: bool = True) -> Iterator[str]:
             shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def failing_clearly(what: str, folder: str) -> Iterator[None]:
+    """TrainingError in one sentence if `what` cannot be written to `folder`.
+
+    A full disk looks different to each writer: torch.save raises a RuntimeError, safetensors an error of its own, and
+    everything else an OSError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(folder).free / 2**20 if os.path.isdir(folder) else 0.0
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        kept = f"{os.path.basename(last)} is whole" if last else "there was no checkpoint before it"
+        reason = "the disk is full" if free < 1 else (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise TrainingError(
+            f"{what} could not be written to {folder} ({free:.0f} MiB free): {reason}; {kept}"
+        ) from error
+
+
 def publish_folder(staged: str, final: str) -> None:
     """Give a finished folder its name; one that has the name already moves out of the way and goes with the staging."""
+    for folder, _, names in os.walk(staged):
+        for name in names:
+            _sync(os.path.join(folder, name))
+        _sync(folder)
     if os.path.isdir(final):
         os.rename(final, staged + ".replaced")
     os.rename(staged, final)
+    _sync(os.path.dirname(final))
 
 
 def publish_files(staged: str, final: str) -> None:
     """Move each finished file into `final`, replacing the file of that name."""
     for name in sorted(os.listdir(staged)):
+        _sync(os.path.join(staged, name))
         os.replace(os.path.join(staged, name), os.path.join(final, name))
+    _sync(final)
+
+
+def rotate(folder: str, limit: int | None, best: str | None, staged: str) -> None:
+    """Keep the newest `limit` checkpoints (None or 0: all) and the best; the others move to the staging and go with it.
+
+    Were they removed where they are, one that had lost half of its files could be taken for the newest.
+    """
+    if not limit or limit < 0:
+        return
+    checkpoints = sort_checkpoints(folder, use_mtime=True)
+    kept = {checkpoints[-1], str(Path(best)) if best else checkpoints[-1]}
+    for path in checkpoints[: len(checkpoints) - limit]:
+        if path not in kept:
+            os.rename(path, os.path.join(staged, f"{os.path.basename(path)}.old"))
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -46,4 +105,14 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     beside = path.with_name(f".{path.name}.saving")
     beside.write_text(text, encoding="utf-8")
+    _sync(beside)
     beside.replace(path)
+
+
+def _sync(path: str | Path) -> None:
+    """Have a file's contents, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

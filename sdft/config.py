@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import TrainingArguments
 
@@ -31,6 +31,13 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+class Trust(TypedDict):
+    """Whether code may run that comes with a model; both are off unless asked for."""
+
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
 @dataclass
 class ModelArguments:
     """Which model learns."""
@@ -45,6 +52,15 @@ class ModelArguments:
         "The type its weights are kept in: float32, bfloat16, or auto (the type they are stored in). For mixed "
         "precision keep float32 and set bf16.",
     )
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    allow_pickle: bool = setting(
+        False, "Load weights that are only there in pickled form (.bin), which can run code as it is loaded."
+    )
+
+    @property
+    def trust(self) -> Trust:
+        """What may run when the model is loaded, as arguments of `load_model`."""
+        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
     def __post_init__(self) -> None:
         if not self.model:

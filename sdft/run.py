@@ -17,6 +17,7 @@ from sdft.errors import UsageError
 from sdft.evaluate import Answers, answer, contains, forgetting, prompts_for
 from sdft.models import add_lora, load_model
 from sdft.report import MetricsFile, ProgressBar, Summary, describe, draw_curves, loss_ends, table, write_summary
+from sdft.signals import FinishOnSignal
 from sdft.teacher import BaseTeacher
 from sdft.templates import Message, parse_template
 from sdft.trainer import SDFTTrainer
@@ -38,7 +39,7 @@ def train(
     exam = Exam(of_eval, config.per_device_eval_batch_size, template, silent=bool(config.disable_tqdm))
     folder = Path(str(config.output_dir))
     resume = checkpoint_to_resume(config.resume_from_checkpoint, folder)
-    model, tokenizer = load_model(of_model.model, of_model.dtype)
+    model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     exam.check(model, tokenizer, as_teacher=True)
     try:
         trainer = SDFTTrainer(
@@ -60,7 +61,17 @@ def train(
     before = exam.held_out(trainer.student, tokenizer, "before, held-out prompts")
     general_before = exam.general(trainer.student, tokenizer, "before, general prompts")
     train_started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    with FinishOnSignal() as finish:
+        trainer.add_callback(finish)
+        trainer.train(resume_from_checkpoint=resume)
+    if finish.stopped:
+        if trainer.is_world_process_zero():
+            step, of = trainer.state.global_step, trainer.state.max_steps
+            print(
+                f"stopped by SIGTERM after step {step} of {of}: checkpoint-{step} is in {folder}/; "
+                "--resume_from_checkpoint last goes on from there"
+            )
+        return
     training_seconds = time.perf_counter() - train_started
     trainer.save_model()
     after = exam.held_out(trainer.student, tokenizer, "after, held-out prompts")
@@ -69,7 +80,7 @@ def train(
     if general_before is not None:
         base = trainer.teacher.model if isinstance(trainer.teacher, BaseTeacher) and config.teacher == "base" else None
         if base is None:
-            base = load_model(of_model.model, of_model.dtype, trainer.student.device)[0]
+            base = load_model(of_model.model, of_model.dtype, trainer.student.device, **of_model.trust)[0]
         moved = forgetting(
             trainer.student,
             base,
@@ -114,7 +125,7 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     if not exam.eval_rows and not exam.general_rows:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(of_model.model, of_model.dtype, device)
+    model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
     exam.check(model, tokenizer, as_teacher=of_command.teacher)
     held_out = exam.held_out(model, tokenizer, "held-out prompts")
     teacher = (
@@ -129,7 +140,7 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     if general is not None and general.right:
         lines.append(f"general prompts answered ({len(general.right)}): {general.accuracy:.1%}")
     if general is not None and of_command.base_model not in (None, of_model.model):
-        base, _ = load_model(of_command.base_model, of_model.dtype, device)
+        base, _ = load_model(of_command.base_model, of_model.dtype, device, **of_model.trust)
         base_answers = exam.general(base, tokenizer, "base model, general prompts")
         assert base_answers is not None
         moved = forgetting(

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
 
 from sdft import checkpoint
 from sdft.completions import CompletionsFile
@@ -42,6 +42,8 @@ from sdft.rollout import Sampling, finished, sample
 from sdft.sampling import seed_of
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
+
+logger = logging.getLogger(__name__)
 
 
 class SDFTTrainer(Trainer):
@@ -70,6 +72,7 @@ class SDFTTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
+        checkpoint.check_writable(str(args.output_dir))
         learner: nn.Module
         if isinstance(model, str):
             learner, tokenizer = load_model(model)
@@ -179,6 +182,12 @@ class SDFTTrainer(Trainer):
         items = torch.tensor([sum(count_items(b) for b in part if b) for part in parts], device=device)
         if self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, "sum")
+        if not items[0] and self.is_world_process_zero():
+            logger.warning(
+                "step %d has nothing to learn from: none of its completions is longer than skip_tokens, which is %d",
+                self.state.global_step + 1,
+                self.args.skip_tokens,
+            )
         items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
         for batch in micro_batches:
             batch["demonstration_items"] = demonstration_items
@@ -364,8 +373,9 @@ class SDFTTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = super()._get_output_dir(trial)
         name = f"checkpoint-{self.state.global_step}"
-        with self._staging(folder) as staging:
-            staged, final = os.path.join(staging, name), os.path.join(folder, name)
+        final = os.path.join(folder, name)
+        with checkpoint.failing_clearly(name, folder), self._staging(folder) as staging:
+            staged = os.path.join(staging, name)
             self._saving_in = staging
             try:
                 super()._save_checkpoint(model, trial)
@@ -382,7 +392,7 @@ class SDFTTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.publish_folder(staged, final)
-                rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+                checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, staging)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 
@@ -409,7 +419,7 @@ class SDFTTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
             return
         folder = output_dir or str(self.args.output_dir)
-        with self._staging(folder) as staged:
+        with checkpoint.failing_clearly("the model", folder), self._staging(folder) as staged:
             if self.is_fsdp_enabled:  # in one piece, however the checkpoints are kept
                 self._save(staged, state_dict=self.accelerator.get_state_dict(self.learner))
             else:

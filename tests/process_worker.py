@@ -6,6 +6,7 @@ several, with a share of the same global batch each. With FSDP=1 in the environm
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from accelerate import state
 from safetensors.torch import save_file
 
 from sdft import SDFTConfig, SDFTTrainer
+from sdft.signals import FinishOnSignal
 from tests import tiny
 
 GLOBAL_BATCH = 4
@@ -81,12 +83,23 @@ def main(folder):
         again = trainer(folder / f"{name} resumed", processes, **CASES[name])
         finish(again, folder / f"{name} resumed", resume=str(folder / name / "checkpoint-2"))
 
+    stopped = trainer(folder / "stopped", processes, **{**CASES["average"], "save_strategy": "no"})
+    with FinishOnSignal() as signalled:
+        stopped.add_callback(signalled)
+        finish(stopped, folder / "stopped", signal_in_step=2)
+    assert signalled.stopped and stopped.state.global_step == 2
+    again = trainer(folder / "stopped resumed", processes, **CASES["average"])
+    finish(again, folder / "stopped resumed", resume=str(folder / "stopped" / "checkpoint-2"))
 
-def finish(run, folder, resume=None):
+
+def finish(run, folder, resume=None, signal_in_step=None):
     lengths = []
     sample = run.samples
 
     def samples(rows):
+        last = run.args.process_index == run.args.world_size - 1  # one is told, and all are to stop
+        if last and run.state.global_step + 1 == signal_in_step:
+            signal.raise_signal(signal.SIGTERM)
         got = sample(rows)
         lengths.append([len(s.completion) for s in got])
         return got

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft.cli import main
 from sdft.report import Summary, loss_ends, table
+from sdft.trainer import SDFTTrainer
 from tests import tiny
 
 
@@ -211,10 +213,18 @@ def test_a_student_that_broke_is_one_line_and_exit_code_1(recipe, tmp_path, caps
     assert "model.safetensors" not in os.listdir("out")
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_line_and_exit_code_1(recipe, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_measured(
+    recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sdft.run.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
     (tmp_path / "file").write_text("")
-    message = fails(capsys, ["train", recipe(output_dir="file/out")], 1)
-    assert "file/out" in message
+    message = fails(capsys, ["train", recipe(output_dir="file/out")], 2)
+    assert "output_dir is 'file/out', which cannot be made" in message
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path / "locked"))  # root may everywhere
+    (tmp_path / "locked").mkdir()
+    message = fails(capsys, ["train", recipe(output_dir="locked/out")], 2)
+    assert "output_dir is 'locked/out', which cannot be written" in message
+    assert not list((tmp_path / "locked").iterdir())
 
 
 def test_interruption_is_clean(recipe, capsys, monkeypatch):
@@ -223,6 +233,26 @@ def test_interruption_is_clean(recipe, capsys, monkeypatch):
 
     monkeypatch.setattr("sdft.run.load_model", interrupt)
     assert fails(capsys, ["train", recipe()], 130) == "sdft: interrupted"
+
+
+def test_sigterm_ends_training_with_a_checkpoint_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
+    samples = SDFTTrainer.samples
+
+    def told_to_stop(trainer, rows):
+        if trainer.state.global_step + 1 == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return samples(trainer, rows)
+
+    assert main(["train", recipe(), "--output_dir", "straight"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(SDFTTrainer, "samples", told_to_stop)
+        capsys.readouterr()
+        assert main(["train", recipe()]) == 0
+    assert "stopped by SIGTERM after step 2 of 4: checkpoint-2 is in out/" in capsys.readouterr().out
+    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl"]
+    assert main(["train", recipe(), "--resume_from_checkpoint", "last"]) == 0
+    with open("out/model.safetensors", "rb") as resumed, open("straight/model.safetensors", "rb") as straight:
+        assert resumed.read() == straight.read()
 
 
 def test_help_is_there_and_the_first_one_is_quick(capsys):

@@ -46,6 +46,54 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def test_pickled_weights_are_refused_in_one_sentence_unless_asked_for(tmp_path):
+    model = tiny.tiny_model()
+    model.config.save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"only there in pickled form \(pytorch_model.bin\).* allow_pickle is set$"):
+        load_model(str(tmp_path))
+    loaded, _ = load_model(str(tmp_path), allow_pickle=True)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    model.save_pretrained(tmp_path)  # in safetensors beside it: nothing needs to be asked for
+    load_model(str(tmp_path))
+
+
+def test_a_pickled_adapter_is_refused_too(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"pickled form \(adapter_model.bin\)"):
+        load_model(str(tmp_path))
+
+
+REMOTE = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM
+pathlib.Path({marker!r}).write_text("it ran")
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked either
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    tiny.tiny_model().save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    (folder / "own.py").write_text(REMOTE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="code of its own, which is run only if trust_remote_code is set"):
+        load_model(str(folder))
+    assert not marker.exists()
+    model, _ = load_model(str(folder), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    assert marker.exists()
+
+
 @pytest.fixture(scope="module")
 def built_in():
     return load_model(BUILT_IN.upper())

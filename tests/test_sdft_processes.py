@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import process_worker
 
-TRAININGS = [*process_worker.CASES, "average resumed", "sft resumed"]
+TRAININGS = [*process_worker.CASES, "average resumed", "sft resumed", "stopped", "stopped resumed"]
 ROOT = Path(__file__).parent.parent
 
 
@@ -87,9 +87,11 @@ def test_the_model_that_two_processes_save_loads_with_from_pretrained(case, two_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["average", "sft"])
+@pytest.mark.parametrize("case", ["average", "sft", "stopped"])
 def test_two_processes_that_resume_end_with_the_weights_of_those_that_did_not(case, two_processes):
-    straight, resumed = (load_file(two_processes / c / "model.safetensors") for c in (case, f"{case} resumed"))
+    """Also where SIGTERM to one of the two ended training in both."""
+    uninterrupted = "average" if case == "stopped" else case
+    straight, resumed = (load_file(two_processes / c / "model.safetensors") for c in (uninterrupted, f"{case} resumed"))
     for name, tensor in straight.items():
         assert torch.equal(resumed[name], tensor), name
 

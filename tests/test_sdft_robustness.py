@@ -1,0 +1,252 @@
+"""What a run survives: being killed at any moment or told to stop, a disk that is full, steps with nothing to learn."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from sdft import checkpoint
+from sdft.errors import TrainingError, UsageError
+from sdft.signals import FinishOnSignal
+from tests import tiny
+from tests.test_sdft_trainer import assert_equal_weights, trained, trainer, weights
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_resumes_from_a_whole_checkpoint_to_the_same_weights(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "killed_worker.py"), str(tmp_path), "20", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    times = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(times) == 20
+    for time in times:
+        assert time["torn"] == []
+        assert time["as_uninterrupted"], time
+        assert not time["left_over"]
+    assert len({time["last"] for time in times}) >= 3  # the moments were different ones
+    assert any(time["amid_saving"] for time in times)
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """The nearest to a full disk that a process can make for itself: a write past `size` bytes fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+# In turn the optimizer's file (torch.save, 190 KB), the model's (safetensors, 90 KB), a random state's (14 KB).
+@pytest.mark.parametrize("size", [150_000, 50_000, 8_000])
+def test_a_disk_that_fills_up_is_one_sentence_and_the_last_checkpoint_stays(size, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "teacher": "ema"}
+    run = trainer(tmp_path / "full", **options)
+    save = run._save_checkpoint
+
+    def on_a_full_disk(*args, **kwargs):
+        with files_no_larger_than(size if run.state.global_step == 4 else resource.RLIM_INFINITY):
+            save(*args, **kwargs)
+
+    run._save_checkpoint = on_a_full_disk
+    with pytest.raises(
+        TrainingError, match=r"^checkpoint-4 could not be written to .*; checkpoint-2 is whole$"
+    ) as error:
+        run.train()
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path / "full") == ["checkpoint-2"]
+    again = trainer(tmp_path / "full", **options)
+    again.train(resume_from_checkpoint=True)
+    assert_equal_weights(weights(again.model), weights(trained(tmp_path / "straight", **options).model))
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path):
+    trained(tmp_path, max_steps=1).save_model()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    run = trained(tmp_path, max_steps=2)
+    with files_no_larger_than(50_000), pytest.raises(TrainingError, match="the model could not be written"):
+        run.save_model()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert ".saving" not in os.listdir(tmp_path)
+
+
+def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"output_dir is .* cannot be made"):
+        trainer(tmp_path / "file" / "out")
+    checkpoint.check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == ["file"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="cannot be written"):
+        checkpoint.check_writable(tmp_path / "a" / "b")
+
+
+def test_checkpoints_that_go_lose_their_name_before_their_files(tmp_path):
+    for number in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{number}", (number, number))
+    with checkpoint.staging(str(tmp_path)) as staged:
+        checkpoint.rotate(str(tmp_path), 2, str(tmp_path / "checkpoint-1"), staged)
+        assert sorted(os.listdir(staged)) == ["checkpoint-2.old"]
+        checkpoint.rotate(str(tmp_path), None, None, staged)
+        assert sorted(os.listdir(staged)) == ["checkpoint-2.old"]
+        checkpoint.rotate(str(tmp_path), 1, None, staged)
+    assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+
+def test_what_a_rename_makes_visible_has_reached_the_disk(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def watched_rename(source, target):
+        events.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    with checkpoint.staging(str(tmp_path)) as staged:
+        inside = Path(staged) / "new" / "part"
+        inside.mkdir(parents=True)
+        (inside / "a").write_text("a")
+        (Path(staged) / "new" / "b").write_text("b")
+        checkpoint.publish_folder(os.path.join(staged, "new"), str(tmp_path / "final"))
+    at = events.index("renamed")
+    assert sorted(events[:at]) == ["a", "b", "new", "part"]
+    assert events[at + 1 :] == [tmp_path.name]
+
+
+def told_to_stop(folder, step, times=1, **options):
+    run = trainer(folder, **options)
+    sample = run.samples
+
+    def samples(rows):
+        for _ in range(times if run.state.global_step + 1 == step else 0):
+            signal.raise_signal(signal.SIGTERM)
+        return sample(rows)
+
+    run.samples = samples
+    return run
+
+
+def test_sigterm_finishes_the_step_and_saves_it(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    run = told_to_stop(tmp_path, step=2, gradient_accumulation_steps=2, teacher="ema")
+    with FinishOnSignal() as finish:
+        run.add_callback(finish)
+        run.train()
+    assert finish.stopped
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run.state.global_step == 2
+    assert os.path.basename(get_last_checkpoint(str(tmp_path))) == "checkpoint-2"
+    again = trainer(tmp_path, gradient_accumulation_steps=2, teacher="ema")
+    again.train(resume_from_checkpoint=True)
+    straight = trained(tmp_path / "straight", gradient_accumulation_steps=2, teacher="ema")
+    assert again.state.global_step == 4
+    assert_equal_weights(weights(again.model), weights(straight.model))
+
+
+def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path):
+    class Ended(Exception):
+        pass
+
+    def end(number, frame):
+        raise Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        run = told_to_stop(tmp_path, step=2, times=2)
+        finish = FinishOnSignal()
+        run.add_callback(finish)
+        with pytest.raises(Ended), finish:
+            run.train()
+        with pytest.raises(Ended), FinishOnSignal():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_normalisation": "sequence"}], ids=str)
+def test_a_step_with_nothing_to_learn_from_is_one_line_and_leaves_finite_weights(options, tmp_path, caplog):
+    """Every answer is one end-of-sequence token, and skipped."""
+    run = trainer(tmp_path, skip_tokens=1, weight_decay=0.1, max_steps=2, **options)
+    run.samples = with_completions(run, [1])
+    with caplog.at_level(logging.WARNING, logger="sdft.trainer"):
+        run.train()
+    lines = [record.getMessage() for record in caplog.records if record.name == "sdft.trainer"]
+    assert lines == [
+        f"step {step} has nothing to learn from: none of its completions is longer than skip_tokens, which is 1"
+        for step in (1, 2)
+    ]
+    assert [entry["loss"] for entry in run.state.log_history if "loss" in entry] == [0, 0]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def with_completions(run, completion):
+    sample = run.samples
+
+    def samples(rows):
+        return [dataclasses.replace(s, completion=list(completion)) for s in sample(rows)]
+
+    return samples
+
+
+@pytest.mark.parametrize("completion", [[1], [0, 0, 0, 0, 0, 0], [0, 1], []], ids=["end", "padding", "both", "empty"])
+@pytest.mark.parametrize("options", [{}, {"loss_normalisation": "sequence", "num_iterations": 2}], ids=str)
+def test_rollouts_of_padding_or_nothing_train(completion, options, tmp_path):
+    run = trainer(tmp_path, max_steps=2, **options)
+    run.samples = with_completions(run, completion)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert all(loss > 0 for loss in losses) if completion else losses == [0, 0]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_a_model_that_only_ends_or_pads_is_sampled_and_trained(tmp_path):
+    for token in (0, 1):
+        model = tiny.tiny_model()
+        norm = model.model.norm
+        with (
+            torch.no_grad()
+        ):  # one direction of the last hidden state that is always there, and one token that reads it
+            norm.weight.zero_()
+            model.lm_head.bias = torch.nn.Parameter(torch.full((101,), -50.0))
+            model.lm_head.bias[token] = 50.0
+        run = trainer(tmp_path, model=model, max_steps=1)
+        completions = [s.completion for s in run.samples(run.train_dataset[:2])]
+        assert completions == ([[1], [1]] if token == 1 else [[0] * 6] * 2)
+        run.train()
+        assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_a_demonstration_longer_than_the_context_is_named_before_training(method, tmp_path):
+    rows = tiny.rows(3)
+    rows[1]["demonstration"] = "a" * 300
+    with pytest.raises(UsageError, match=r"^train_dataset, row 2: .* longer than the model's context of 160$"):
+        trainer(tmp_path, rows=rows, method=method)
+    assert os.listdir(tmp_path) == []
