@@ -262,7 +262,8 @@ class SDFTConfig(EvalSettings, TrainingArguments):
     ema_interval: int = setting(1, "Update the average every so many steps (teacher: ema).")
     teacher_offload: bool = setting(
         False,
-        "Keep the base teacher's layers on the CPU and bring each to the device as it computes (full fine-tuning).",
+        "With full fine-tuning, keep on the CPU what the teacher needs only now and then: the layers of base, each "
+        "brought to the device as it computes, or the float32 average of ema.",
     )
     teacher_template: list[dict[str, str]] | str | None = field(
         default="paper",
@@ -352,11 +353,8 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         check_at_least("num_iterations", self.num_iterations, 1)
         check_between("importance_clip", self.importance_clip, 0, math.inf)
         check_at_least("ema_interval", self.ema_interval, 1)
-        if self.teacher_offload and self.teacher != "base":
-            raise UsageError(
-                f"teacher_offload is {self.teacher_offload!r}; it is for teacher 'base', and teacher is "
-                f"{self.teacher!r}"
-            )
+        if self.teacher_offload and self.teacher == "live":
+            raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
         check_at_least("max_completion_length", self.max_completion_length, 1)
         if self.max_chunk_bytes is not None:
             check_at_least("max_chunk_bytes", self.max_chunk_bytes, 1)

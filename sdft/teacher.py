@@ -76,17 +76,23 @@ class AdapterOffTeacher(Teacher):
 
 
 class _Average:
-    """The exponential moving average of a model's trained parameters, by name, in float32."""
+    """The exponential moving average of a model's trained parameters, by name, in float32; on their device, or on the
+    CPU if `offload`."""
 
-    def __init__(self, student: nn.Module, rate: float) -> None:
+    def __init__(self, student: nn.Module, rate: float, *, offload: bool = False) -> None:
         self.rate = rate
-        self.average = {n: p.detach().float().clone() for n, p in student.named_parameters() if p.requires_grad}
+        self.average = {
+            name: parameter.detach().to("cpu" if offload else parameter.device, torch.float32, copy=True)
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad
+        }
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
         for name, parameter in student.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(whole(parameter).float(), self.rate)
+                average = self.average[name]
+                average.lerp_(whole(parameter).to(average.device, torch.float32), self.rate)
 
     def save(self, folder: str) -> None:
         save_file(self.average, os.path.join(folder, AVERAGE_FILE), metadata={"format": "pt"})
@@ -100,15 +106,17 @@ class _Average:
 
 
 class AverageTeacher(BaseTeacher):
-    """An exponential moving average of the student's trained parameters, in a copy of its own."""
+    """An exponential moving average of the student's trained parameters, in a copy of its own; `offload` keeps the
+    average itself on the CPU, and on the device only the copy that scores, in the student's type."""
 
-    def __init__(self, student: nn.Module, rate: float) -> None:
+    def __init__(self, student: nn.Module, rate: float, *, offload: bool = False) -> None:
         super().__init__(student)
-        self._average = _Average(causal_lm(student), rate)
+        self._average = _Average(causal_lm(student), rate, offload=offload)
         self.parameters = {n: p for n, p in self.model.named_parameters() if n in self.average}
         for name, parameter in self.parameters.items():
-            if parameter.dtype == torch.float32:  # its own average; a shorter one has a float32 average beside it
-                parameter.data = self.average[name]
+            average = self.average[name]
+            if (parameter.dtype, parameter.device) == (average.dtype, average.device):
+                parameter.data = average  # its own average; otherwise there is a float32 average beside it
 
     @property
     def average(self) -> dict[str, Tensor]:
@@ -193,5 +201,12 @@ def make_teacher(kind: str, student: nn.Module, ema_rate: float, *, offload: boo
     if kind == "live":
         return Teacher(student)
     if has_adapter(student):
+        if offload:
+            raise UsageError(
+                "teacher_offload is True, and the teacher of a model with an adapter has no weights to keep elsewhere; "
+                "it must be False"
+            )
         return AdapterAverageTeacher(student, ema_rate) if kind == "ema" else AdapterOffTeacher(student)
-    return AverageTeacher(student, ema_rate) if kind == "ema" else BaseTeacher(student, offload=offload)
+    if kind == "ema":
+        return AverageTeacher(student, ema_rate, offload=offload)
+    return BaseTeacher(student, offload=offload)

@@ -139,3 +139,5 @@ def test_a_wrong_adapter_is_one_sentence():
         with_adapter(lora_target_modules=["nothing_proj"])
     with pytest.raises(UsageError, match="lora_rank is -1"):
         LoraArguments(lora_rank=-1)
+    with pytest.raises(UsageError, match="teacher_offload is True"):
+        make_teacher("base", with_adapter(), 0.1, offload=True)

@@ -60,6 +60,7 @@ def trained(*args, **kwargs):
         {"teacher": "ema", "ema_rate": 0.2},
         {"teacher": "live"},
         {"teacher_offload": True},
+        {"teacher": "ema", "ema_rate": 0.2, "teacher_offload": True},
         {"method": "sft"},
         {"freeze_embeddings": True},
     ],
