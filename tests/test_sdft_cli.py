@@ -326,7 +326,7 @@ def test_a_student_that_broke_is_one_line_and_exit_code_1(recipe, tmp_path, caps
 def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     recipe, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("sdft.run.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
+    monkeypatch.setattr("sdft.evaluate.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
     (tmp_path / "file").write_text("")
     message = fails(capsys, ["train", recipe(output_dir="file/out")], 2)
     assert "output_dir is 'file/out', which cannot be made" in message
