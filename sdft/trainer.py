@@ -3,8 +3,8 @@
 Each optimizer step: the student answers the step's prompts, the teacher, who sees the demonstrations, scores the
 answers token by token, and the student moves towards the teacher. Only what is particular to that is here: the
 rollouts where the Trainer collects a step's micro-batches (`get_batch_samples`), the loss (`compute_loss`), the
-teacher beside the student, and checkpoints that carry the teacher and are never torn. The loss is the mean over the
-step's tokens, whatever the accumulation and the number of processes.
+teacher beside the student, and what checkpoints carry of both (`sdft.saving` keeps them whole). The loss is the mean
+over the step's tokens, whatever the accumulation and the number of processes.
 
 The teacher is made from the model that the trainer is given. A resumed run therefore takes the original model again,
 not the checkpoint, and loads the checkpoint into the student.
@@ -17,14 +17,13 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
 import time
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft import checkpoint
@@ -40,13 +39,14 @@ from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, l
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
 from sdft.sampling import seed_of
+from sdft.saving import WholeSaves
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
 
 logger = logging.getLogger(__name__)
 
 
-class SDFTTrainer(Trainer):
+class SDFTTrainer(WholeSaves):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
     `model` is a transformers model, with a peft adapter or without, or a name for `sdft.models.load_model`;
@@ -138,7 +138,6 @@ class SDFTTrainer(Trainer):
             self.add_callback(self.completions)
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
-        self._saving_in: str | None = None
 
     @property
     def learner(self) -> nn.Module:
@@ -384,69 +383,18 @@ class SDFTTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # Checkpoints: whole or not there, the teacher in them
+    # Checkpoints: what is in them besides the Trainer's own
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._saving_in or super()._get_output_dir(trial)
+    def save_beside(self, folder: str) -> None:
+        if self._reused is not None:
+            save_samples(folder, self.args.process_index, self._reused)
+        if self.args.should_save and self.teacher is not None:
+            self.teacher.save(folder)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = super()._get_output_dir(trial)
-        name = f"checkpoint-{self.state.global_step}"
-        final = os.path.join(folder, name)
-        with checkpoint.failing_clearly(name, folder), self._staging(folder) as staging:
-            staged = os.path.join(staging, name)
-            self._saving_in = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_in = None
-            if self._reused is not None:
-                save_samples(staged, self.args.process_index, self._reused)
-            if self.args.should_save:
-                if self.teacher is not None:
-                    self.teacher.save(staged)
-                if self.state.best_model_checkpoint == staged:
-                    self.state.best_model_checkpoint = final
-                    self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.publish_folder(staged, final)
-                checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, staging)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._saving_in is None:  # not before the checkpoint has its name
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    @contextlib.contextmanager
-    def _staging(self, folder: str) -> Iterator[str]:
-        with checkpoint.staging(folder, owner=self.args.should_save) as path:
-            self.accelerator.wait_for_everyone()
-            yield path
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def load_beside(self, folder: str) -> None:
         if self.teacher is not None:
-            self.teacher.load(resume_from_checkpoint)
-        self._reused = load_samples(resume_from_checkpoint, self.args.process_index)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model so that `from_pretrained` loads it, each file in one move."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        folder = output_dir or str(self.args.output_dir)
-        with checkpoint.failing_clearly("the model", folder), self._staging(folder) as staged:
-            if self.is_fsdp_enabled:  # in one piece, however the checkpoints are kept
-                self._save(staged, state_dict=self.accelerator.get_state_dict(self.learner))
-            else:
-                super().save_model(staged, _internal_call=True)
-            if self.args.should_save:
-                checkpoint.publish_files(staged, folder)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.teacher.load(folder)
+        self._reused = load_samples(folder, self.args.process_index)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:  # gathered from all processes: tied weights have come as two

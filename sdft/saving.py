@@ -1,0 +1,81 @@
+"""A `transformers.Trainer` whose checkpoints and models are whole or not there, in one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from sdft import checkpoint
+
+
+class WholeSaves(Trainer):
+    """Writes into a folder aside and gives what is finished its name; see `sdft.checkpoint`."""
+
+    _saving_in: str | None = None
+
+    def save_beside(self, folder: str) -> None:
+        """Put into a checkpoint, on every process, what the Trainer does not know of."""
+
+    def load_beside(self, folder: str) -> None:
+        """Take that back."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_in or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = super()._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        final = os.path.join(folder, name)
+        with checkpoint.failing_clearly(name, folder), self._staging(folder) as staging:
+            staged = os.path.join(staging, name)
+            self._saving_in = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_in = None
+            self.save_beside(staged)
+            if self.args.should_save and self.state.best_model_checkpoint == staged:
+                self.state.best_model_checkpoint = final
+                self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.publish_folder(staged, final)
+                checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, staging)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saving_in is None:  # not before the checkpoint has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextlib.contextmanager
+    def _staging(self, folder: str) -> Iterator[str]:
+        with checkpoint.staging(folder, owner=self.args.should_save) as path:
+            self.accelerator.wait_for_everyone()
+            yield path
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_beside(resume_from_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model so that `from_pretrained` loads it, each file in one move."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = output_dir or str(self.args.output_dir)
+        with checkpoint.failing_clearly("the model", folder), self._staging(folder) as staged:
+            if self.is_fsdp_enabled:  # in one piece, however the checkpoints are kept
+                self._save(staged, state_dict=self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(staged, _internal_call=True)
+            if self.args.should_save:
+                checkpoint.publish_files(staged, folder)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
