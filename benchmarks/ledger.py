@@ -23,14 +23,24 @@ _TRL_STATISTICS = (
     *("t_max_ptr", "t_sum_ptr", "t_weighted_gap_ptr", "s_weighted_gap_ptr"),
 )
 
-#: By module and kernel. Left out is the one logit a row that `combine_kernel` reads at a label.
+#: By module and kernel. Left out is the one logit a row that `partials_kernel` reads at a label.
 TRAFFIC = {
-    "triton_divergence.partials_kernel": Traffic(("student_pointer", "teacher_pointer"), ("partial_pointer",)),
+    "triton_divergence.partials_kernel": Traffic(
+        ("student_pointer", "teacher_pointer", "labels_pointer"),
+        ("partial_pointer", "student_logprob_pointer", "teacher_logprob_pointer"),
+    ),
     "triton_divergence.mixture_kernel": Traffic(
         ("student_pointer", "teacher_pointer", "partial_pointer"), ("mixture_pointer",)
     ),
     "triton_divergence.combine_kernel": Traffic(
-        ("partial_pointer", "mixture_pointer", "weight_pointer", "labels_pointer", "old_logprobs_pointer"),
+        (
+            "partial_pointer",
+            "mixture_pointer",
+            "weight_pointer",
+            "old_logprobs_pointer",
+            "student_logprob_pointer",
+            "teacher_logprob_pointer",
+        ),
         (
             "constants_pointer",
             "loss_pointer",

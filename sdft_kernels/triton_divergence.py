@@ -29,6 +29,7 @@ from sdft_kernels.triton_math import (
     split_columns,
     transform,
 )
+from sdft_kernels.triton_sums import RECORD, fold_pair, merge, merge_softmax, moved, store_pair, teacher_at_peak
 
 #: Vocabulary entries a program handles at once; 16 bytes a thread and load, four times.
 BLOCK = 2048
@@ -39,9 +40,6 @@ WARPS = 4
 #: Programs that keep a large device busy: 132 multiprocessors, several programs each.
 ENOUGH_PROGRAMS = 1056
 MOST_SPLITS = 16
-
-#: Floats of a split's running sums and of a row's constants: 32 bytes each.
-RECORD = tl.constexpr(8)
 
 
 def process_rows(
@@ -61,29 +59,18 @@ def process_rows(
         return
     splits = split_rows(tokens, vocab)
     partial = student.new_empty((tokens, splits, RECORD.value))
-    mixture = student.new_empty((tokens, splits, 2)) if is_mixture(objective.divergence) else partial
-    constants = student.new_empty((tokens, RECORD.value))
+    mixture = student.new_empty((tokens, splits, 2)) if is_mixture(objective.divergence) else None
+    constants = None if gradient is None else student.new_empty((tokens, RECORD.value))
     logits = (student, teacher, student.stride(0), teacher.stride(0), vocab)
-    settings = _settings(objective)
+    settings = kernel_settings(objective)
     grid = (tokens, splits)
-    partials_kernel[grid](*logits, partial, **settings, BLOCK=BLOCK, num_warps=WARPS)
+    label_logits = (rows.labels, rows.student_logprob, rows.teacher_logprob)
+    partials_kernel[grid](*logits, partial, *label_logits, **settings, BLOCK=BLOCK, num_warps=WARPS)
     if is_mixture(objective.divergence):
         mixture_kernel[grid](
             *logits, partial, mixture, objective.beta, **settings, SPLITS=splits, BLOCK=MIXTURE_BLOCK, num_warps=WARPS
         )
-    combine_kernel[(tokens,)](
-        *logits,
-        partial,
-        mixture,
-        constants,
-        *(rows.weight, rows.labels, rows.old_logprobs, rows.loss, rows.student_entropy, rows.teacher_entropy),
-        *(rows.student_logprob, rows.teacher_logprob),
-        objective.beta,
-        float("inf") if objective.importance_clip is None else objective.importance_clip,
-        **settings,
-        SPLITS=splits,
-        num_warps=1,
-    )
+    combine(partial, mixture, constants, rows, objective)
     if gradient is not None:
         block = MIXTURE_BLOCK if is_mixture(objective.divergence) else BLOCK
         gradient_kernel[(tokens, triton.cdiv(vocab, block))](
@@ -98,6 +85,30 @@ def process_rows(
         )
 
 
+def combine(
+    partial: Tensor, mixture: Tensor | None, constants: Tensor | None, rows: TokenRows, objective: Objective
+) -> None:
+    """Fills `rows` from the records of their splits, (R, splits, 8), and those of a mixture, (R, splits, 2).
+
+    Where labels are given, both models' logits at them lie in `rows.student_logprob` and `rows.teacher_logprob`.
+    `constants`, (R, 8), receives what the gradient needs.
+    """
+    tokens, splits, _ = partial.shape
+    combine_kernel[(tokens,)](
+        partial,
+        mixture,
+        constants,
+        *(rows.weight, rows.old_logprobs, rows.loss, rows.student_entropy, rows.teacher_entropy),
+        *(rows.student_logprob, rows.teacher_logprob),
+        objective.beta,
+        float("inf") if objective.importance_clip is None else objective.importance_clip,
+        objective.student.scale / objective.student.temperature,
+        DIVERGENCE=objective.divergence,
+        SPLITS=splits,
+        num_warps=1,
+    )
+
+
 def split_rows(tokens: int, vocab: int) -> int:
     """Programs that share a row: a power of two, enough to fill the device, none without a block of its own."""
     splits = 1
@@ -106,8 +117,8 @@ def split_rows(tokens: int, vocab: int) -> int:
     return splits
 
 
-def _settings(objective: Objective) -> dict[str, Any]:
-    """What every kernel needs to know of the objective."""
+def kernel_settings(objective: Objective) -> dict[str, Any]:
+    """What every kernel that works on logits needs to know of the objective."""
     student, teacher = objective.student, objective.teacher
     return {
         "student_scale": student.scale,
@@ -129,6 +140,9 @@ def partials_kernel(
     teacher_stride,
     vocab,
     partial_pointer,
+    labels_pointer,
+    student_logprob_pointer,
+    teacher_logprob_pointer,
     student_scale,
     teacher_scale,
     student_softcap,
@@ -139,93 +153,40 @@ def partials_kernel(
     TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pass over a split of a row of both models' logits s and t, with running maxima.
-
-    Writes (student max a, Σ e, Σ e (s - a), teacher max b, Σ f, Σ f (t - b), D, t at the student's max c), with
-    e = exp(s - a) and f = exp(t - b). For reverse KL, D = Σ e ((s - a) - (t - c)); for forward KL,
-    D = Σ f ((t - b) - (s - a)).
-    """
+    """One pass over a split of a row of both models' logits: writes the split's record (see `fold_pair`), and a row's
+    first split the logits at its label, where `combine_kernel` expects them."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     student_pointer += row * student_stride
     teacher_pointer += row * teacher_stride
-    student_max = float("-inf")
-    teacher_max = float("-inf")
-    at_peak = 0.0
-    student_sum = tl.zeros([BLOCK], tl.float32)
-    student_dot = tl.zeros([BLOCK], tl.float32)
-    teacher_sum = tl.zeros([BLOCK], tl.float32)
-    teacher_dot = tl.zeros([BLOCK], tl.float32)
-    cross = tl.zeros([BLOCK], tl.float32)
+    a = tl.full([1, 1], float("-inf"), tl.float32)
+    b = tl.full([1, 1], float("-inf"), tl.float32)
+    at_peak = tl.zeros([1, 1], tl.float32)
+    student_sum = tl.zeros([1, BLOCK], tl.float32)
+    student_dot = tl.zeros([1, BLOCK], tl.float32)
+    teacher_sum = tl.zeros([1, BLOCK], tl.float32)
+    teacher_dot = tl.zeros([1, BLOCK], tl.float32)
+    cross = tl.zeros([1, BLOCK], tl.float32)
     first_column, past_column = split_columns(split, tl.num_programs(1), vocab, BLOCK)
     for start in range(first_column, past_column, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+        columns = start + tl.arange(0, BLOCK)[None, :]
         s = load_logits(
             student_pointer, student_stride, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED
         )
         t = load_logits(
             teacher_pointer, teacher_stride, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED
         )
-        block_max = tl.max(s, 0)
-        new_student_max = tl.maximum(student_max, block_max)
-        new_teacher_max = tl.maximum(teacher_max, tl.max(t, 0))
-        # Sums so far, relative to the new maxima; on the first block there are none, and the shifts are 0.
-        first = student_max == float("-inf")
-        student_shift = tl.where(first, 0.0, student_max - new_student_max)
-        teacher_shift = tl.where(first, 0.0, teacher_max - new_teacher_max)
-        student_dot = tl.exp(student_shift) * (student_dot + student_shift * student_sum)
-        teacher_dot = tl.exp(teacher_shift) * (teacher_dot + teacher_shift * teacher_sum)
-        if DIVERGENCE == "reverse_kl":
-            block_at_peak = tl.max(tl.where(s == block_max, t, float("-inf")), 0)
-            new_at_peak = tl.where(block_max > student_max, block_at_peak, at_peak)
-            peak_shift = tl.where(first, 0.0, at_peak - new_at_peak)
-            cross = tl.exp(student_shift) * (cross + (student_shift - peak_shift) * student_sum)
-            at_peak = new_at_peak
-        elif DIVERGENCE == "forward_kl":
-            cross = tl.exp(teacher_shift) * (cross + (teacher_shift - student_shift) * teacher_sum)
-        else:
-            block_at_peak = tl.max(tl.where(s == block_max, t, float("-inf")), 0)
-            at_peak = tl.where(block_max > student_max, block_at_peak, at_peak)
-        student_sum *= tl.exp(student_shift)
-        teacher_sum *= tl.exp(teacher_shift)
-        student_max = new_student_max
-        teacher_max = new_teacher_max
-
-        s -= student_max
-        e = tl.exp(s)
-        student_sum += e
-        student_dot += e * s
-        if DIVERGENCE == "reverse_kl":
-            cross += e * (s - (t - at_peak))
-        t -= teacher_max
-        f = tl.exp(t)
-        teacher_sum += f
-        teacher_dot += f * t
-        if DIVERGENCE == "forward_kl":
-            cross += f * (t - s)
-    record = partial_pointer + (row * tl.num_programs(1) + split) * RECORD
-    tl.store(record, student_max)
-    tl.store(record + 1, tl.sum(student_sum, 0))
-    tl.store(record + 2, tl.sum(student_dot, 0))
-    tl.store(record + 3, teacher_max)
-    tl.store(record + 4, tl.sum(teacher_sum, 0))
-    tl.store(record + 5, tl.sum(teacher_dot, 0))
-    tl.store(record + 6, tl.sum(cross, 0))
-    tl.store(record + 7, at_peak)
-
-
-@triton.jit
-def merge_softmax(partial_pointer, row, SPLITS: tl.constexpr):
-    """A row's (student max, Σ e), (teacher max, Σ f) and teacher logit at the student's max, from its splits."""
-    record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
-    student_max = tl.load(record)
-    teacher_max = tl.load(record + 3)
-    a = tl.max(student_max, 0)
-    b = tl.max(teacher_max, 0)
-    student_sum = tl.sum(tl.load(record + 1) * tl.exp(student_max - a), 0)
-    teacher_sum = tl.sum(tl.load(record + 4) * tl.exp(teacher_max - b), 0)
-    at_peak = tl.max(tl.where(student_max == a, tl.load(record + 7), float("-inf")), 0)
-    return a, student_sum, b, teacher_sum, at_peak
+        a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
+            s, t, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak, DIVERGENCE
+        )
+    record = partial_pointer + (row * tl.num_programs(1) + split + tl.arange(0, 1)[:, None]) * RECORD
+    store_pair(record, None, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
+    if labels_pointer is not None:
+        label = tl.load(labels_pointer + row)
+        s = transform(tl.load(student_pointer + label), student_scale, student_softcap, temperature, STUDENT_CAPPED)
+        t = transform(tl.load(teacher_pointer + label), teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
+        tl.store(student_logprob_pointer + row, s, mask=split == 0)
+        tl.store(teacher_logprob_pointer + row, t, mask=split == 0)
 
 
 @triton.jit
@@ -287,16 +248,10 @@ def mixture_kernel(
 
 @triton.jit
 def combine_kernel(
-    student_pointer,
-    teacher_pointer,
-    student_stride,
-    teacher_stride,
-    vocab,
     partial_pointer,
     mixture_pointer,
     constants_pointer,
     weight_pointer,
-    labels_pointer,
     old_logprobs_pointer,
     loss_pointer,
     student_entropy_pointer,
@@ -305,30 +260,24 @@ def combine_kernel(
     teacher_logprob_pointer,
     beta,
     importance_clip,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    slope,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """One program a row: the token's values, its weight times its importance, and what the gradient needs.
 
-    Writes the constants (student max, log Σ e, teacher max, log Σ f, teacher logit at the student's max, centre,
-    factor): the gradient is factor · p · (g - centre), with g relative to its value at the peak.
+    Log-probabilities are written over the labels' logits. Writes the constants (student max, log Σ e, teacher max,
+    log Σ f, teacher logit at the student's max, centre, factor): the gradient is factor · p · (g - centre), with g
+    relative to its value at the peak.
     """
     row = tl.program_id(0).to(tl.int64)
-    a, student_sum, b, teacher_sum, at_peak = merge_softmax(partial_pointer, row, SPLITS)
     record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
     student_max = tl.load(record)
-    teacher_max = tl.load(record + 3)
-    student_shift = student_max - a
-    teacher_shift = teacher_max - b
-    student_dot = tl.sum(tl.exp(student_shift) * (tl.load(record + 2) + student_shift * tl.load(record + 1)), 0)
-    teacher_dot = tl.sum(tl.exp(teacher_shift) * (tl.load(record + 5) + teacher_shift * tl.load(record + 4)), 0)
+    student_sums = tl.load(record + 1)
+    teacher_sums = tl.load(record + 4)
+    a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + 2))
+    b, teacher_sum, teacher_dot, teacher_shift = merge(tl.load(record + 3), teacher_sums, tl.load(record + 5))
+    at_peak = teacher_at_peak(record, student_max, a)
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
     tl.store(student_entropy_pointer + row, student_log_sum - student_dot / student_sum)
@@ -337,13 +286,13 @@ def combine_kernel(
     cross = tl.load(record + 6)
     centre = 0.0
     if DIVERGENCE == "reverse_kl":
-        peak_shift = tl.load(record + 7) - at_peak
-        cross += (student_shift - peak_shift) * tl.load(record + 1)
-        centre = tl.sum(tl.exp(student_shift) * cross, 0) / student_sum
+        offset = student_shift - (tl.load(record + 7) - at_peak)
+        centre = tl.sum(moved(student_sums, cross, student_shift, offset), 0) / student_sum
         loss = centre - student_log_sum + ((b - at_peak) + teacher_log_sum)
     elif DIVERGENCE == "forward_kl":
-        cross += (teacher_shift - student_shift) * tl.load(record + 4)
-        loss = tl.sum(tl.exp(teacher_shift) * cross, 0) / teacher_sum - teacher_log_sum + student_log_sum
+        offset = teacher_shift - student_shift
+        mean = tl.sum(moved(teacher_sums, cross, teacher_shift, offset), 0) / teacher_sum
+        loss = mean - teacher_log_sum + student_log_sum
     else:
         sums = mixture_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * 2
         centre = tl.sum(tl.load(sums), 0)
@@ -354,27 +303,23 @@ def combine_kernel(
     tl.store(loss_pointer + row, loss)
 
     weight = tl.load(weight_pointer + row)
-    if labels_pointer is not None:
-        label = tl.load(labels_pointer + row)
-        s = tl.load(student_pointer + row * student_stride + label)
-        t = tl.load(teacher_pointer + row * teacher_stride + label)
-        s = transform(s, student_scale, student_softcap, temperature, STUDENT_CAPPED)
-        t = transform(t, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
-        student_logprob = (s - a) - student_log_sum
-        teacher_logprob = (t - b) - teacher_log_sum
+    if student_logprob_pointer is not None:
+        student_logprob = (tl.load(student_logprob_pointer + row) - a) - student_log_sum
+        teacher_logprob = (tl.load(teacher_logprob_pointer + row) - b) - teacher_log_sum
         tl.store(student_logprob_pointer + row, student_logprob)
         tl.store(teacher_logprob_pointer + row, teacher_logprob)
         if old_logprobs_pointer is not None:
             weight *= tl.minimum(tl.exp(student_logprob - tl.load(old_logprobs_pointer + row)), importance_clip)
             tl.store(weight_pointer + row, weight)
-    constants = constants_pointer + row * RECORD
-    tl.store(constants, a)
-    tl.store(constants + 1, student_log_sum)
-    tl.store(constants + 2, b)
-    tl.store(constants + 3, teacher_log_sum)
-    tl.store(constants + 4, at_peak)
-    tl.store(constants + 5, centre)
-    tl.store(constants + 6, weight * (student_scale / temperature))
+    if constants_pointer is not None:
+        constants = constants_pointer + row * RECORD
+        tl.store(constants, a)
+        tl.store(constants + 1, student_log_sum)
+        tl.store(constants + 2, b)
+        tl.store(constants + 3, teacher_log_sum)
+        tl.store(constants + 4, at_peak)
+        tl.store(constants + 5, centre)
+        tl.store(constants + 6, weight * slope)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch import Tensor
 from sdft_kernels.divergences import LogitOptions
 from sdft_kernels.tokens import TokenScores
 from sdft_kernels.triton_math import load_logits, transform
+from sdft_kernels.triton_sums import fold
 
 BLOCK = 2048
 WARPS = 4
@@ -47,28 +48,39 @@ def score_kernel(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row, with a running maximum a: Σ exp(z - a) and Σ exp(z - a) (z - a)."""
+    """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     logits_pointer += row * stride
-    a = float("-inf")
-    total = tl.zeros([BLOCK], tl.float32)
-    dot = tl.zeros([BLOCK], tl.float32)
+    a = tl.full([1, 1], float("-inf"), tl.float32)
+    total = tl.zeros([1, BLOCK], tl.float32)
+    dot = tl.zeros([1, BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
-        z = load_logits(logits_pointer, stride, start + tl.arange(0, BLOCK), vocab, scale, softcap, temperature, CAPPED)
-        new_a = tl.maximum(a, tl.max(z, 0))
-        shift = tl.where(start == 0, 0.0, a - new_a)
-        dot = tl.exp(shift) * (dot + shift * total)
-        total *= tl.exp(shift)
-        a = new_a
-        z -= a
-        e = tl.exp(z)
-        total += e
-        dot += e * z
-    whole = tl.sum(total, 0)
-    log_sum = tl.log(whole)
-    tl.store(entropy_pointer + row, log_sum - tl.sum(dot, 0) / whole)
-    tl.store(logsumexp_pointer + row, a + log_sum)
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        z = load_logits(logits_pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED)
+        a, total, dot, _, _, _ = fold(z, a, total, dot)
+    label_logit = 0.0
     if labels_pointer is not None:
-        z = transform(tl.load(logits_pointer + tl.load(labels_pointer + row)), scale, softcap, temperature, CAPPED)
-        tl.store(logprob_pointer + row, (z - a) - log_sum)
-        tl.store(top1_pointer + row, z >= a)
+        label_logit = tl.load(logits_pointer + tl.load(labels_pointer + row))
+        label_logit = transform(label_logit, scale, softcap, temperature, CAPPED)
+    store_scores(
+        label_logit,
+        tl.max(a),
+        tl.sum(total),
+        tl.sum(dot),
+        row,
+        logprob_pointer,
+        top1_pointer,
+        entropy_pointer,
+        logsumexp_pointer,
+    )
+
+
+@triton.jit
+def store_scores(label_logit, a, total, dot, row, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer):
+    """What a row's maximum a, Σ exp(z - a), Σ exp(z - a) (z - a) and its label's logit, if it has one, say of it."""
+    log_sum = tl.log(total)
+    tl.store(entropy_pointer + row, log_sum - dot / total)
+    tl.store(logsumexp_pointer + row, a + log_sum)
+    if logprob_pointer is not None:
+        tl.store(logprob_pointer + row, (label_logit - a) - log_sum)
+        tl.store(top1_pointer + row, label_logit >= a)

@@ -1,0 +1,126 @@
+"""The running softmax sums of a row, as Triton device functions: how a block of logits is folded into them, and how
+the sums of a row's splits become the row's.
+
+A block is (M, N) logits of M rows; a row's running values are (M, 1). Its sums are (M, 1) too, or (M, N) where a
+kernel of few rows would rather add up the columns once, at the end.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Floats of a split's running sums and of a row's constants for two models: 32 bytes each.
+RECORD = tl.constexpr(8)
+
+
+@triton.jit
+def moved(total, moment, shift, offset):
+    """Σ e g after the maximum that e is relative to, and the origin of g, have changed: each e is multiplied by
+    exp(shift), and each g grows by `offset`; `total` is Σ e and `moment` Σ e g before."""
+    return tl.exp(shift) * (moment + offset * total)
+
+
+@triton.jit
+def add(total, values):
+    """total + values, the values of a row first summed where `total` holds one number for it."""
+    if total.shape[1] == 1:
+        return total + tl.sum(values, 1, keep_dims=True)
+    else:
+        return total + values
+
+
+@triton.jit
+def fold(z, a, total, dot):
+    """Folds logits into the running maximum a, Σ e and Σ e (z - a), where e = exp(z - a).
+
+    Returns these three; then how far the old maximum lay above the new one, z - a, and e.
+    """
+    new_a = tl.maximum(a, tl.max(z, 1, keep_dims=True))
+    # Before the first block there are no sums, and the shift is 0.
+    shift = tl.where(a == float("-inf"), 0.0, a - new_a)
+    z -= new_a
+    e = tl.exp(z)
+    dot = add(moved(total, dot, shift, shift), e * z)
+    total = add(tl.exp(shift) * total, e)
+    return new_a, total, dot, shift, z, e
+
+
+@triton.jit
+def fold_pair(
+    s,
+    t,
+    a,
+    student_sum,
+    student_dot,
+    b,
+    teacher_sum,
+    teacher_dot,
+    cross,
+    at_peak,
+    DIVERGENCE: tl.constexpr,
+):
+    """Folds both models' logits s and t into (student max a, Σ e, Σ e (s - a), teacher max b, Σ f, Σ f (t - b), D,
+    t at the student's max c), with e = exp(s - a) and f = exp(t - b).
+
+    For reverse KL, D = Σ e ((s - a) - (t - c)); for forward KL, D = Σ f ((t - b) - (s - a)).
+    """
+    new_a, new_student_sum, new_student_dot, student_shift, s, e = fold(s, a, student_sum, student_dot)
+    new_b, new_teacher_sum, new_teacher_dot, teacher_shift, t_below_b, f = fold(t, b, teacher_sum, teacher_dot)
+    if DIVERGENCE == "forward_kl":
+        cross = moved(teacher_sum, cross, teacher_shift, teacher_shift - student_shift)
+        cross = add(cross, f * (t_below_b - s))
+    else:
+        block_at_peak = tl.max(tl.where(s == 0, t, float("-inf")), 1, keep_dims=True)
+        new_at_peak = tl.where(new_a > a, block_at_peak, at_peak)
+        if DIVERGENCE == "reverse_kl":
+            cross = moved(student_sum, cross, student_shift, student_shift - (at_peak - new_at_peak))
+            cross = add(cross, e * (s - (t - new_at_peak)))
+        at_peak = new_at_peak
+    return (
+        new_a,
+        new_student_sum,
+        new_student_dot,
+        new_b,
+        new_teacher_sum,
+        new_teacher_dot,
+        cross,
+        at_peak,
+    )
+
+
+@triton.jit
+def store_pair(record, mask, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak):
+    """Writes what `fold_pair` returned last to the records of M rows, (M, 1) pointers."""
+    tl.store(record, a, mask)
+    tl.store(record + 1, tl.sum(student_sum, 1, keep_dims=True), mask)
+    tl.store(record + 2, tl.sum(student_dot, 1, keep_dims=True), mask)
+    tl.store(record + 3, b, mask)
+    tl.store(record + 4, tl.sum(teacher_sum, 1, keep_dims=True), mask)
+    tl.store(record + 5, tl.sum(teacher_dot, 1, keep_dims=True), mask)
+    tl.store(record + 6, tl.sum(cross, 1, keep_dims=True), mask)
+    tl.store(record + 7, at_peak, mask)
+
+
+@triton.jit
+def merge(largest, total, dot):
+    """A row's maximum a, Σ e and Σ e (z - a) from its splits'; then how far each split's maximum lies above a."""
+    a = tl.max(largest, 0)
+    shift = largest - a
+    return a, tl.sum(tl.exp(shift) * total, 0), tl.sum(moved(total, dot, shift, shift), 0), shift
+
+
+@triton.jit
+def merge_softmax(partial_pointer, row, SPLITS: tl.constexpr):
+    """A row's (student max, Σ e), (teacher max, Σ f) and teacher logit at the student's max, from its splits."""
+    record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
+    student_max = tl.load(record)
+    a, student_sum, _, _ = merge(student_max, tl.load(record + 1), tl.load(record + 2))
+    b, teacher_sum, _, _ = merge(tl.load(record + 3), tl.load(record + 4), tl.load(record + 5))
+    return a, student_sum, b, teacher_sum, teacher_at_peak(record, student_max, a)
+
+
+@triton.jit
+def teacher_at_peak(record, student_max, a):
+    """The teacher's logit at the student's maximum a, from the splits' records and maxima."""
+    return tl.max(tl.where(student_max == a, tl.load(record + 7), float("-inf")), 0)
