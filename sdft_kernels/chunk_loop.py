@@ -1,7 +1,8 @@
 """The loop over chunks of tokens: hidden states and heads in, per-token values and gradients out.
 
 Per chunk: two products make logits, a backend turns them into per-token values and the gradient of the student's
-logits, and up to two products carry that gradient to the hidden states and the head. Nothing of size N×V exists.
+logits, and up to two products carry that gradient to the hidden states and the head. Nothing of size N×V exists, and
+where a backend folds logits into sums as it makes them, nothing of size C×V.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def run_chunks(
         # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.
         teacher_head = Head(student_head.weight, teacher_head.bias)
     gradients = _allocate(student, wanted, wide, live, vocab)
-    per_logit = work.bytes_per_logit(compute_dtype, device, with_gradient=wanted.any)
+    per_logit = work.bytes_per_logit(compute_dtype, device, objective, with_gradient=wanted.any)
     plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
     workspace = work.loss_workspace(
         student.hidden, plan.chunk, vocab, compute_dtype, objective, with_gradient=wanted.any

@@ -51,7 +51,8 @@ def linear_token_stats(
         logit_scale: finite, not 0.
         softcap: positive, or None.
         vocab_size: only the first `vocab_size` entries of the head take part; None means all.
-        max_chunk_bytes: memory for logits; None chooses for the device.
+        max_chunk_bytes: memory for logits; None chooses for the device. Of no effect where Triton works on bfloat16 or
+            float16: its kernel multiplies a tile at a time, and no logit reaches memory.
         backend: "torch", "triton" or "auto".
 
     Returns:
@@ -89,7 +90,7 @@ def linear_token_stats(
     top1 = None if labels is None else hidden.new_empty(tokens, dtype=torch.bool)
     scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
     head = make_head(weight, bias, vocab, dtype)
-    plan = plan_chunks(tokens, vocab, wide.itemsize, hidden.device, max_chunk_bytes)
+    plan = plan_chunks(tokens, vocab, work.scoring_bytes_per_logit(dtype), hidden.device, max_chunk_bytes)
     workspace = work.scoring_workspace(hidden, plan.chunk, vocab, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in plan.slices(tokens):

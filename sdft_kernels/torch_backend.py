@@ -62,7 +62,7 @@ class Workspace:
             yield part, buffers[0], buffers[1], buffers[2]
 
 
-def bytes_per_logit(dtype: torch.dtype, device: torch.device, *, with_gradient: bool) -> int:
+def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
     """Of the loss's workspace, for inputs in `dtype`: both models' logits, in whose place the gradient comes."""
     return 2 * products.accumulation_dtype(dtype).itemsize
 
@@ -222,6 +222,11 @@ def _stack(sums: list[Sums]) -> Sums:
 def _tile(logits: Tensor, exponentials: Tensor, seen: _Softmax) -> Tile:
     (student, teacher), (p, q) = logits.chunk(2, 1), exponentials.chunk(2, 1)
     return Tile(student, teacher, p, q, seen.total[: p.shape[1]])
+
+
+def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
+    """Of scoring's workspace."""
+    return products.accumulation_dtype(dtype).itemsize
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:

@@ -1,7 +1,8 @@
-"""The loss of a chunk of tokens by Triton kernels, on whole rows of logits: the same names as in `torch_backend`.
+"""The loss of a chunk of tokens by Triton kernels: the same names as in `torch_backend`.
 
-Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs' dtype where
-products of that accumulate in float32, else in place of the student's logits.
+Two ways. Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs'
+dtype where products of that accumulate in float32, else in place of the student's logits. Or, where each logit is
+needed only once, a kernel multiplies as well, and no logits are held: their workspace is None.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from sdft_kernels import products
 from sdft_kernels.chunk import ChunkGradients, Head
-from sdft_kernels.divergences import LogitOptions, Objective
+from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import process_rows
+from sdft_kernels.triton_linear import multiplies, process_hidden, score_hidden
 from sdft_kernels.triton_scoring import score_rows
 
 #: Rows of logits start at multiples of this many elements, so that kernels load and store 16 bytes at a time.
@@ -42,16 +44,28 @@ def _gradient_apart(dtype: torch.dtype, device: torch.device, with_gradient: boo
     return with_gradient and products.gradient_dtype(dtype, device) != products.accumulation_dtype(dtype)
 
 
-def bytes_per_logit(dtype: torch.dtype, device: torch.device, *, with_gradient: bool) -> int:
+def _without_logits(dtype: torch.dtype, objective: Objective, with_gradient: bool) -> bool:
+    """Whether the loss needs each logit once, and a kernel that multiplies takes the operands.
+
+    A gradient and a mixture read logits again: without a buffer of them, every product would be made twice.
+    """
+    return multiplies(dtype) and not with_gradient and not is_mixture(objective.divergence)
+
+
+def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
     """Of the loss's workspace, for products of operands in `dtype`."""
+    if _without_logits(dtype, objective, with_gradient):
+        return 0
     apart = products.gradient_dtype(dtype, device).itemsize if _gradient_apart(dtype, device, with_gradient) else 0
     return 2 * products.accumulation_dtype(dtype).itemsize + apart
 
 
 def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
-) -> Workspace:
+) -> Workspace | None:
     """For chunks of up to `tokens` tokens."""
+    if _without_logits(dtype, objective, with_gradient):
+        return None
     wide = products.accumulation_dtype(dtype)
     student, teacher = (make_workspace(like, tokens, vocab, wide) for _ in range(2))
     if not _gradient_apart(dtype, like.device, with_gradient):
@@ -67,9 +81,12 @@ def process_chunk(
     rows: TokenRows,
     objective: Objective,
     gradients: ChunkGradients,
-    workspace: Workspace,
+    workspace: Workspace | None,
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
+    if workspace is None:
+        process_hidden(student_hidden, teacher_hidden, student, teacher, rows, objective)
+        return
     tokens = len(student_hidden)
     student_logits, teacher_logits = workspace.student[:tokens], workspace.teacher[:tokens]
     gradient = workspace.gradient[:tokens]
@@ -84,13 +101,23 @@ def process_chunk(
         gradients.bias += gradient.sum(0, dtype=gradients.bias.dtype)
 
 
-def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
+def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
+    """Of scoring's workspace, for products of operands in `dtype`."""
+    return 0 if multiplies(dtype) else products.accumulation_dtype(dtype).itemsize
+
+
+def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor | None:
     """For chunks of up to `tokens` tokens."""
-    return make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
+    return None if multiplies(dtype) else make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
 
 
-def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Tensor) -> None:
+def score_chunk(
+    hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Tensor | None
+) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
+    if workspace is None:
+        score_hidden(hidden, head, scores, options)
+        return
     logits = workspace[: len(hidden)]
     products.logits(hidden, head.weight, head.bias, logits)
     score_rows(logits, scores, options)

@@ -10,7 +10,7 @@ from sdft_kernels.divergences import LARGEST_LOG_RATIO
 
 _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
 #: Stands for logits beyond the vocabulary: finite, so that no difference of two of them is NaN.
-_FAR_BELOW = tl.constexpr(-1e30)
+FAR_BELOW = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def transform(y, scale, softcap, temperature, CAPPED: tl.constexpr):
 def load_logits(pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
     """Transformed logits at `columns` of a row; far below all others past the vocabulary."""
     raw = tl.load(pointer + columns, mask=columns < stride, other=0.0)
-    return tl.where(columns < vocab, transform(raw, scale, softcap, temperature, CAPPED), _FAR_BELOW)
+    return tl.where(columns < vocab, transform(raw, scale, softcap, temperature, CAPPED), FAR_BELOW)
 
 
 @triton.jit
