@@ -19,6 +19,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -48,12 +49,20 @@ class Launch:
 
 @contextmanager
 def launches_noted(note: Callable[[Launch], None]) -> Iterator[None]:
-    """Every launch of a Triton kernel goes to `note` instead of a device or the interpreter."""
+    """Every launch of a Triton kernel goes to `note` instead of a device or the interpreter; one that would be tuned
+    first, in the first of its configurations."""
 
-    def run(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
-        note(Launch(kernel, tuple(grid), arguments, options))
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        note(Launch(kernel, tuple(grid(options) if callable(grid) else grid), arguments, options))
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(InterpretedFunction, "run", run):
+    def tune(tuner: Any, *arguments: Any, **options: Any) -> None:
+        tuner.fn.run(*arguments, **options, **tuner.configs[0].all_kwargs())
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(InterpretedFunction, "run", run),
+        mock.patch.object(Autotuner, "run", tune),
+    ):
         yield
 
 
@@ -82,9 +91,11 @@ class Resources:
     """What a compiled kernel takes, for each thread but for shared memory."""
 
     registers: int
-    spills: int  # bytes of local memory, or of scratch on AMD
+    spills: int  # loads and stores of local memory; on AMD vector registers without room
+    scalar_spills: int  # registers that are a warp's and not a thread's, without room: AMD only
     stack: int  # bytes
     shared: int  # bytes for a program
+    matrix: dict[str, int]  # instructions of the tensor cores in the binary by kind
     widths: dict[str, int]  # global loads and stores in the binary by instruction width
     occupancy: float  # resident warps over the most that a multiprocessor holds
     inner: InnerLoop
@@ -148,9 +159,11 @@ def _nvidia(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     return Resources(
         registers=registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        scalar_spills=0,
         stack=_number(r"STACK:(\d+)", usage),
         shared=compiled.metadata.shared,
-        widths=_count(re.findall(r"\b((?:LDG|STG)\.E(?:\.\w+)*)\b", code)),
+        matrix=_count(re.findall(r"\b((?:HMMA|HGMMA|UTC\w*MMA)(?:\.\d\w+)?)\b", code)),
+        widths=_count(re.findall(r"\b((?:LDG|LDGSTS|STG)\.E(?:\.\w+)*)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
         inner=inner_loop(code, target.backend),
     )
@@ -161,9 +174,13 @@ def _amd(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     registers = _number(r"\.vgpr_count:\s*(\d+)", code)
     return Resources(
         registers=registers,
-        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code) + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        # Only these go to memory. Scalar registers without room go to the lanes of a vector register and come back
+        # (v_writelane, v_readlane): instructions, but no traffic.
+        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code),
+        scalar_spills=_number(r"\.sgpr_spill_count:\s*(\d+)", code),
         stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
         shared=compiled.metadata.shared,
+        matrix=_count(re.findall(r"\b(v_mfma_\w+)", code)),
         widths=_count(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
         inner=inner_loop(code, target.backend),

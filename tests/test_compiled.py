@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for GPUs that are not here, without spills and with 16-byte loads and stores.
+"""Every Triton kernel compiles for GPUs that are not here, without spills and with 16-byte loads and stores; those that
+multiply do in every tile that the tuner would try, on the target's tensor cores.
 
 In a process of its own, since this one has chosen Triton's interpreter.
 """
@@ -11,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+from sdft_kernels.triton_linear import PROCESS_TILES, SCORE_TILES
+
+#: Shared memory that a program may have, in bytes.
+TARGETS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+#: How the instructions begin that multiply on each target's tensor cores: a warp's, a warp group's with operands in
+#: shared memory, tcgen05's with results in tensor memory, and a matrix core's.
+MATRIX = {"sm_80": "HMMA.16816", "sm_90": "HGMMA.64x", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32_32x32x8_"}
+TILES = {"score_hidden_kernel": SCORE_TILES, "process_hidden_kernel": PROCESS_TILES}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +40,7 @@ def rows(every_row: list[dict]) -> list[dict]:
 
 def test_every_kernel_is_there_for_every_target(rows: list[dict]) -> None:
     kernels = {"partials_kernel", "mixture_kernel", "combine_kernel", "gradient_kernel", "score_kernel"}
+    kernels |= {*TILES, "combine_scores_kernel"}
     assert {(row["kernel"], row["target"]) for row in rows} == {(k, t) for k in kernels for t in TARGETS}
 
 
@@ -46,7 +55,7 @@ def test_no_spills_and_no_stack(rows: list[dict], target: str) -> None:
 def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None:
     """Whatever touches a row is 16 bytes wide; the narrow accesses are a row's few constants."""
     for row in rows:
-        if row["kernel"] == "combine_kernel":
+        if "combine" in row["kernel"] or row["kernel"] in TILES:
             continue
         widths = row["widths"]
         models = 1 if row["kernel"] == "score_kernel" else 2
@@ -62,7 +71,7 @@ def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None
 
 def test_the_inner_loop_reaches_rows_16_bytes_at_a_time(rows: list[dict]) -> None:
     for row in rows:
-        if row["kernel"] == "combine_kernel":
+        if "combine" in row["kernel"] or row["kernel"] in TILES:
             continue
         inner = row["inner"]
         assert row["narrow"] == 0, row
@@ -72,6 +81,20 @@ def test_the_inner_loop_reaches_rows_16_bytes_at_a_time(rows: list[dict]) -> Non
         models = 1 if row["kernel"] == "score_kernel" else 2
         assert wide * 4 == models * row["elements"], row
         assert inner["special"] >= row["elements"], row  # reverse KL's gradient has one exponential a logit: p
+
+
+@pytest.mark.parametrize("kernel", TILES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_tile_is_multiplied_on_the_tensor_cores(rows: list[dict], kernel: str, target: str) -> None:
+    found = [row for row in rows if row["kernel"] == kernel and row["target"] == target]
+    tiles = TILES[kernel]["hip" if target == "gfx942" else "cuda"]
+    assert {tuple(row["tile"]) for row in found} == set(tiles)
+    for row in found:
+        assert row["matrix"] and all(kind.startswith(MATRIX[target]) for kind in row["matrix"]), row
+        assert row["shared"] <= TARGETS[target], row
+        # The loop over hidden entries loads operands, 16 bytes at a time and on NVIDIA past the registers.
+        load = "buffer_load_dwordx4" if target == "gfx942" else "LDGSTS.E.BYPASS.128"
+        assert row["inner"]["loops"] and set(row["inner"]["accesses"]) == {load}, row
 
 
 def test_occupancy() -> None:
