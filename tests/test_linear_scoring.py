@@ -51,7 +51,7 @@ def expected(case: Case) -> Result:
     return reference(case)
 
 
-@pytest.mark.parametrize(("tile", "dtype"), zip(every_tile(SCORE_TILES), cycle(HALF), strict=False))
+@pytest.mark.parametrize(("tile", "dtype"), [*zip(every_tile(SCORE_TILES), cycle(HALF), strict=False)])
 def test_scores_of_odd_shapes_in_every_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile, dtype: torch.dtype) -> None:
     monkeypatch.setattr(triton_linear.score_hidden_kernel, "configs", one_configuration(tile))
     hidden, weight = torch.randn(131, 75).to(dtype), (torch.randn(643, 75) / 4).to(dtype)
