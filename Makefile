@@ -27,7 +27,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 OLD_TRITON := .venv-triton-3.6
 
 test-triton-3.6: $(OLD_TRITON)/.installed
-	$(OLD_TRITON)/bin/python -m pytest tests/test_triton_backend.py tests/test_compiled.py
+	$(OLD_TRITON)/bin/python -m pytest tests/test_triton_backend.py tests/test_linear_scoring.py \
+		tests/test_compiled.py
 
 $(OLD_TRITON)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(OLD_TRITON)

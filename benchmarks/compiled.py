@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,7 +41,6 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    tuned: bool = False  # one of several configurations that the tuner would try
 
     @property
     def name(self) -> str:
@@ -50,19 +49,14 @@ class Launch:
 
 @contextmanager
 def launches_noted(note: Callable[[Launch], None]) -> Iterator[None]:
-    """Every launch of a Triton kernel goes to `note` instead of a device or the interpreter, tuned ones once a
-    configuration."""
-    tuned: list[bool] = []
+    """Every launch of a Triton kernel goes to `note` instead of a device or the interpreter; one that would be tuned
+    first, in the first of its configurations."""
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        sizes = grid(options) if callable(grid) else grid
-        note(Launch(kernel, tuple(sizes), arguments, options, tuned=bool(tuned)))
+        note(Launch(kernel, tuple(grid(options) if callable(grid) else grid), arguments, options))
 
-    def tune(tuner: Autotuner, *arguments: Any, **options: Any) -> None:
-        tuned.append(True)
-        for config in tuner.configs:
-            tuner.fn.run(*arguments, **options, **config.all_kwargs())
-        tuned.pop()
+    def tune(tuner: Any, *arguments: Any, **options: Any) -> None:
+        tuner.fn.run(*arguments, **options, **tuner.configs[0].all_kwargs())
 
     with (
         mock.patch.object(JITFunction, "run", run),
@@ -70,13 +64,6 @@ def launches_noted(note: Callable[[Launch], None]) -> Iterator[None]:
         mock.patch.object(Autotuner, "run", tune),
     ):
         yield
-
-
-def for_device(launch: Launch, options: dict[str, dict[str, int]], backend: str) -> Launch:
-    """A tuned launch with the `options`, by backend, of another device than this torch is built for."""
-    others = {name for of_device in options.values() for name in of_device}
-    tile = {name: value for name, value in launch.options.items() if name not in others}
-    return replace(launch, options=tile | options[backend]) if launch.tuned else launch
 
 
 def record_launches(call: Callable[[], object]) -> list[Launch]:
@@ -104,11 +91,11 @@ class Resources:
     """What a compiled kernel takes, for each thread but for shared memory."""
 
     registers: int
-    spills: int  # bytes of local memory, or of scratch on AMD
+    spills: int  # loads and stores of local memory; on AMD vector registers without room
+    scalar_spills: int  # registers that are a warp's and not a thread's, without room: AMD only
     stack: int  # bytes
     shared: int  # bytes for a program
-    scalar_spills: int  # AMD: scalar registers kept in lanes of a vector register, for want of room; not in memory
-    tensor_core: dict[str, int]  # matrix instructions in the binary, by name
+    matrix: dict[str, int]  # instructions of the tensor cores in the binary by kind
     widths: dict[str, int]  # global loads and stores in the binary by instruction width
     occupancy: float  # resident warps over the most that a multiprocessor holds
     inner: InnerLoop
@@ -172,10 +159,10 @@ def _nvidia(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     return Resources(
         registers=registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        scalar_spills=0,
         stack=_number(r"STACK:(\d+)", usage),
         shared=compiled.metadata.shared,
-        scalar_spills=0,
-        tensor_core=_count(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
+        matrix=_count(re.findall(r"\b((?:HMMA|HGMMA|UTC\w*MMA)(?:\.\d\w+)?)\b", code)),
         widths=_count(re.findall(r"\b((?:LDG|LDGSTS|STG)\.E(?:\.\w+)*)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
         inner=inner_loop(code, target.backend),
@@ -187,11 +174,13 @@ def _amd(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     registers = _number(r"\.vgpr_count:\s*(\d+)", code)
     return Resources(
         registers=registers,
+        # Only these go to memory. Scalar registers without room go to the lanes of a vector register and come back
+        # (v_writelane, v_readlane): instructions, but no traffic.
         spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code),
+        scalar_spills=_number(r"\.sgpr_spill_count:\s*(\d+)", code),
         stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
         shared=compiled.metadata.shared,
-        scalar_spills=_number(r"\.sgpr_spill_count:\s*(\d+)", code),
-        tensor_core={"MFMA": n} if (n := len(re.findall(r"\bv_mfma_\w+", code))) else {},
+        matrix=_count(re.findall(r"\b(v_mfma_\w+)", code)),
         widths=_count(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
         inner=inner_loop(code, target.backend),

@@ -12,7 +12,7 @@ _AMD = (r"^(\.LBB\w+):", r"^\t([a-z]\w+)", r"^\ts_c?branch\w*\s+(\.LBB\w+)")
 
 _SPECIAL = re.compile(r"MUFU|v_(?:exp|log|rcp|rsq|sqrt|sin|cos)_f")
 _SHUFFLE = re.compile(r"SHFL|C?REDUX|\w+_dpp|ds_swizzle|ds_(?:b)?permute|v_permlane|v_readlane")
-_ACCESS = re.compile(r"(?:LDG|STG)\.E(?:\.\w+)*|(?:global|buffer)_(?:load|store)_\w+")
+_ACCESS = re.compile(r"(?:LDG|LDGSTS|STG)\.E(?:\.\w+)*|(?:global|buffer)_(?:load|store)_\w+")
 _WIDE = re.compile(r"\.128$|_dwordx4$|_b128$")
 
 

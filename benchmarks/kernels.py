@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks.compiled import TARGETS, Launch, compile_launch, for_device, record_launches, resources
+from benchmarks.compiled import TARGETS, Launch, compile_launch, record_launches, resources
 from benchmarks.ledger import OURS, meta_inputs
 from benchmarks.methods import METHODS, PEER_BETA, Shape
 from benchmarks.recorder import passing_for_cuda
@@ -38,11 +39,11 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
     """Every combination that changes a kernel, or two a divergence that between them take every branch; the peers'
     kernels as their own code launches them."""
     yield from (ScoringVariant(capped, labels) for capped in (False, True) for labels in (False, True))
-    yield from linear_variants(quick)
     yield from (
         PeerVariant(package, divergence) for package in ("TRL", "Liger") for divergence in ("reverse_kl", "jsd")
     )
     yield PeerVariant("TRL, whole logits", "(scoring)")
+    yield from linear_variants(quick)
     if quick:
         for divergence in DIVERGENCES:
             yield Variant(divergence)
@@ -128,37 +129,50 @@ class LinearVariant:
 
 
 def linear_variants(quick: bool) -> Iterator[LinearVariant]:
-    """As `variants`: every combination; or all of the options, which take most registers, once a kernel and head."""
+    """Every combination; or each kernel with every option, and the two models' with separate heads and none."""
     if quick:
         yield LinearVariant("(scoring)", True, True, True, True)
         yield LinearVariant("reverse_kl", True, True, True, True)
-        yield LinearVariant("forward_kl", False, True, True, True, "float16", tokens=64, size=577)
+        yield LinearVariant("forward_kl", False, dtype="float16", tokens=64, size=577)
         return
     for divergence, shared_head in (("(scoring)", True), *product(("reverse_kl", "forward_kl"), (True, False))):
         for capped, bias, labels in product((False, True), repeat=3):
-            yield LinearVariant(divergence, shared_head, capped, bias, labels)
-            yield LinearVariant(divergence, shared_head, capped, bias, labels, "float16", tokens=64, size=577)
+            variant = LinearVariant(divergence, shared_head, capped, bias, labels)
+            yield variant
+            yield replace(variant, dtype="float16", tokens=64, size=577)
 
 
 def multiply(variant: LinearVariant) -> None:
     """As `call`, for the kernels that do the products themselves."""
-    dtype, labels, logprob = getattr(torch, variant.dtype), None, None
+    dtype, labels, logprob, top1 = getattr(torch, variant.dtype), None, None, None
     hidden = torch.empty(variant.tokens, variant.size, dtype=dtype)
+    weight = torch.empty(variant.vocab, variant.size, dtype=dtype)
     bias = torch.empty(variant.vocab) if variant.bias else None
-    head = Head(torch.empty(variant.vocab, variant.size, dtype=dtype), bias)
-    teacher_head = Head(head.weight if variant.shared_head else torch.empty_like(head.weight), bias)
     written = torch.empty(variant.tokens)
     if variant.labels:
         labels, logprob = torch.empty(variant.tokens, dtype=torch.int64), written
+        top1 = torch.empty(variant.tokens, dtype=torch.bool)
     options = LogitOptions(softcap=30.0 if variant.capped else None)
+    student = Head(weight, bias)
     if variant.divergence == "(scoring)":
-        top1 = torch.empty(variant.tokens, dtype=torch.bool) if variant.labels else None
-        scores = TokenScores(labels, logprob, top1, written, written)
-        triton_linear.score_hidden(hidden, head, scores, options)
-    else:
-        rows = TokenRows(written, labels, None, written, written, written, logprob, logprob)
-        objective = Objective(variant.divergence, student=options, teacher=options)
-        triton_linear.process_hidden(hidden, hidden, head, teacher_head, rows, objective)
+        triton_linear.score_hidden(hidden, student, TokenScores(labels, logprob, top1, written, written), options)
+        return
+    teacher = Head(weight if variant.shared_head else torch.empty_like(weight), bias)
+    rows = TokenRows(written, labels, None, written, written, written, logprob, logprob)
+    objective = Objective(variant.divergence, student=options, teacher=options)
+    triton_linear.process_hidden(hidden, hidden, student, teacher, rows, objective)
+
+
+def _tuned(variant: LinearVariant, backend: str) -> list[Launch]:
+    """What `multiply` launches in every configuration that the tuner would try on a device of this backend."""
+    kernel, tiles = triton_linear.process_hidden_kernel, triton_linear.PROCESS_TILES
+    if variant.divergence == "(scoring)":
+        kernel, tiles = triton_linear.score_hidden_kernel, triton_linear.SCORE_TILES
+    noted: list[Launch] = []
+    for config in triton_linear.configurations(tiles, backend):
+        with mock.patch.object(kernel, "configs", [config]):
+            noted += record_launches(lambda: multiply(variant))
+    return noted
 
 
 @dataclass(frozen=True)
@@ -204,25 +218,24 @@ AnyVariant = Variant | ScoringVariant | LinearVariant | PeerVariant
 
 
 def launches(variant: AnyVariant, backend: str) -> list[Launch]:
-    """What the call launches, each kernel once, or once for each configuration that the tuner would try."""
+    """What the call launches on a device of this backend, each kernel once in each of its tiles."""
 
     def calls() -> None:
         if isinstance(variant, PeerVariant):
             PEERS[variant.package](variant)
         elif isinstance(variant, ScoringVariant):
             score(variant)
-        elif isinstance(variant, LinearVariant):
-            multiply(variant)
-        else:
+        elif isinstance(variant, Variant):
             call(variant)
 
-    noted = [for_device(launch, triton_linear.DEVICE_OPTIONS, backend) for launch in record_launches(calls)]
-    return list({(launch.name, *_tile(launch)): launch for launch in reversed(noted)}.values())[::-1]
+    noted = _tuned(variant, backend) if isinstance(variant, LinearVariant) else record_launches(calls)
+    return list({(launch.name, _tile(launch)): launch for launch in reversed(noted)}.values())[::-1]
 
 
-def _tile(launch: Launch) -> list[int]:
-    """Tokens, vocabulary entries and hidden entries that a program multiplies at once, where the tuner chooses them."""
-    return [launch.options[f"BLOCK_{name}"] for name in "MNK"] if launch.tuned else []
+def _tile(launch: Launch) -> tuple[int, ...]:
+    """Tokens, vocabulary entries, hidden entries and warps of a kernel that multiplies; else nothing."""
+    sizes = [size for name, size in launch.options.items() if name.startswith("BLOCK_") and name != "BLOCK_SIZE"]
+    return (*sizes, launch.options["num_warps"]) if len(sizes) == 3 else ()
 
 
 def compile_variant(variant: AnyVariant, target: str) -> list[dict[str, Any]]:
@@ -234,8 +247,8 @@ def compile_variant(variant: AnyVariant, target: str) -> list[dict[str, Any]]:
             "package": OURS,
             "kernel": launch.name,
             "target": target,
-            "elements": _elements(launch, target),
             "tile": _tile(launch),
+            "elements": _elements(launch, target),
             **asdict(variant),
             **asdict(found := resources(compile_launch(launch, TARGETS[target]), TARGETS[target])),
             "narrow": found.inner.narrow,
@@ -245,18 +258,15 @@ def compile_variant(variant: AnyVariant, target: str) -> list[dict[str, Any]]:
 
 
 def _elements(launch: Launch, target: str) -> int:
-    """Vocabulary entries that a thread handles in one turn of the loop; 1 where there are no blocks of them."""
-    block = launch.options.get("BLOCK", launch.options.get("BLOCK_SIZE", 1))
+    """Logits that a thread handles in one turn of the loop, each with BLOCK_K products where a kernel multiplies; 1
+    where there are no blocks of them."""
+    tokens, vocab, *_ = _tile(launch) or (1, launch.options.get("BLOCK", launch.options.get("BLOCK_SIZE", 1)))
+    block = tokens * vocab
     return max(1, block // (TARGETS[target].warp_size * launch.options.get("num_warps", 4)))
 
 
-#: What multiplies on the tensor cores of each target: warps on Ampere, groups of warps on Hopper, the tcgen05
-#: instruction on Blackwell, matrix cores on AMD.
-WANTED_MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
-
-
 def broken_bars(rows: list[dict[str, Any]]) -> list[str]:
-    """Our kernels neither spill nor use a stack on NVIDIA, and reach rows 16 bytes at a time everywhere."""
+    """Our kernels neither spill nor use a stack, reach rows 16 bytes at a time, and multiply on the tensor cores."""
     broken = []
     for row in rows:
         if row["package"] != OURS:
@@ -264,35 +274,36 @@ def broken_bars(rows: list[dict[str, Any]]) -> list[str]:
         where = f"{row['kernel']} on {row['target']} ({row['divergence']})"
         if row["spills"] or row["stack"]:
             broken.append(f"{where} spills {row['spills']} and has a stack of {row['stack']} bytes: {row}")
-        if row["tile"]:
-            if missing := {WANTED_MATRIX_INSTRUCTIONS[row["target"]]} - set(row["tensor_core"]):
-                broken.append(f"{where} has no {missing.pop()} for tiles of {row['tile']}: {row}")
-        elif row["narrow"] and "combine" not in row["kernel"]:  # which read no rows
+        if row["tile"] and not row["matrix"]:
+            broken.append(f"{where} does not multiply on the tensor cores: {row}")
+        if row["narrow"] and "combine" not in row["kernel"]:  # which read no rows
             broken.append(f"{where} reaches rows with {row['narrow']} accesses under 16 bytes: {row}")
     return broken
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The heaviest specialisation of each kernel on each target, with and without soft-capped logits."""
+    """The heaviest specialisation of each kernel in each tile on each target, with and without capped logits."""
     heaviest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         capped = row.get("capped", row.get("student_capped", False) or row.get("teacher_capped", False))
-        name = " ".join([row["kernel"].removesuffix("_kernel"), "×".join(map(str, row["tile"]))]).strip()
-        key = (row["package"], name, row["target"], row["divergence"], "capped" if capped else "")
+        tile = "x".join(map(str, row["tile"]))
+        key = (row["package"], row["kernel"], row["target"], row["divergence"], "capped" if capped else "", tile)
         if key not in heaviest or row["registers"] > heaviest[key]["registers"]:
             heaviest[key] = row
     lines = [
         "for each thread; the right half counts one turn of the inner loop (without one, the kernel) per logit of each",
-        f"{'package':17} {'kernel':26} {'target':6} {'divergence':16} {'logits':6} {'regs':>4} {'spills':>6} "
-        f"{'stack':>5} {'shared':>6} {'warps':>5} | {'special':>7} {'shuffles':>8} {'instr.':>6}  loads and stores",
+        "tile: tokens, vocabulary and hidden entries, warps; scalar: a warp's registers that spill, but not to memory",
+        f"{'package':17} {'kernel':21} {'target':6} {'divergence':16} {'logits':6} {'tile':13} {'regs':>4} "
+        f"{'spills':>6} {'scalar':>6} {'stack':>5} {'shared':>6} {'warps':>5} | {'special':>7} {'shuffles':>8} "
+        f"{'instr.':>6}  tensor cores, loads and stores",
     ]
-    for (package, kernel, target, divergence, capped), row in heaviest.items():
+    for (package, kernel, target, divergence, capped, tile), row in heaviest.items():
         inner, elements = row["inner"], row["elements"]
-        accesses = ", ".join(f"{n} {name}" for name, n in inner["accesses"].items())
+        named = ", ".join(f"{n} {name}" for name, n in (row["matrix"] | inner["accesses"]).items())
         lines.append(
-            f"{package:17} {kernel:26} {target:6} {divergence:16} {capped:6} {row['registers']:4} "
-            f"{row['spills']:6} {row['stack']:5} {row['shared']:6} {row['occupancy']:5.0%} | "
+            f"{package:17} {kernel:21} {target:6} {divergence:16} {capped:6} {tile:13} {row['registers']:4} "
+            f"{row['spills']:6} {row['scalar_spills']:6} {row['stack']:5} {row['shared']:6} {row['occupancy']:5.0%} | "
             f"{inner['special'] / elements:7.2f} {inner['shuffles'] / elements:8.2f} "
-            f"{inner['instructions'] / elements:6.1f}  {accesses}"
+            f"{inner['instructions'] / elements:6.1f}  {named}"
         )
     return "\n".join(lines)

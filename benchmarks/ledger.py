@@ -13,8 +13,9 @@ from itertools import groupby
 
 import torch
 
-from benchmarks.methods import METHODS, Inputs, Shape
+from benchmarks.methods import METHODS, Inputs, Method, Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
+from sdft_kernels import fused_linear_divergence
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.operator import _forward, fused_linear_divergence_op
 
@@ -53,6 +54,15 @@ TRAFFIC = {
     "triton_divergence.gradient_kernel": Traffic(
         ("student_pointer", "teacher_pointer", "constants_pointer"), ("gradient_pointer",)
     ),
+    # What tiles of tokens and of the vocabulary read again is taken to be in the L2 cache.
+    "triton_linear.process_hidden_kernel": Traffic(
+        (
+            *("student_pointer", "student_weight_pointer", "student_bias_pointer"),
+            *("teacher_pointer", "teacher_weight_pointer", "teacher_bias_pointer", "labels_pointer"),
+        ),
+        ("partial_pointer", "student_logprob_pointer", "teacher_logprob_pointer"),
+        (("student_pointer", "student_weight_pointer"), ("teacher_pointer", "teacher_weight_pointer")),
+    ),
     "chunked_divergence._stats_kernel": Traffic(("s_ptr", "t_ptr", *_TRL_STATISTICS), _TRL_STATISTICS),
     "chunked_divergence._jsd_kernel": Traffic(
         ("s_ptr", "t_ptr", "s_log_z_ptr", "t_log_z_ptr", "jsd_ptr", "kl_student_ptr"), ("jsd_ptr", "kl_student_ptr")
@@ -70,6 +80,8 @@ PEER_CHUNK = {"Liger eager": 1024, "Liger compiled": 1024, "TRL": 4096}
 
 
 OURS = "sdft-kernels"
+#: Ours where nothing takes a gradient; the heads are counted as if each were read.
+NO_GRADIENT = "ours, no grad"
 COMPARED = (OURS, "TRL", "Liger eager", "Liger compiled")
 
 #: Tokens at which the printed ledger is taken.
@@ -103,10 +115,10 @@ class Ledger:
 
 def chunk_size(method: str, shape: Shape, *, trainable_head: bool) -> int:
     """Tokens that a method works on at once where there are many."""
-    if method != OURS:
+    if method in PEER_CHUNK:
         return PEER_CHUNK[method]
-    cuda = torch.device("cuda")
-    return plan_chunks(1 << 17, shape.vocab, 10, cuda, trainable_head=trainable_head).chunk
+    held = 10 if method == OURS else 0
+    return plan_chunks(1 << 17, shape.vocab, held, torch.device("cuda"), trainable_head=trainable_head).chunk
 
 
 def count(method: str, shape: Shape, *, trainable_head: bool, divergence: str = "reverse_kl") -> Ledger:
@@ -118,11 +130,22 @@ def count(method: str, shape: Shape, *, trainable_head: bool, divergence: str = 
     return Ledger(method, shape, trainable_head, tuple(noted.ops), max(0, noted.peak - returned))
 
 
+@torch.no_grad()
+def _without_gradient(inputs: Inputs, divergence: str) -> torch.Tensor:
+    hidden, weight = inputs.student_hidden, inputs.student_weight
+    return fused_linear_divergence(
+        hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, divergence=divergence
+    ).loss
+
+
+FOLLOWED: dict[str, Method] = {**METHODS, NO_GRADIENT: _without_gradient}
+
+
 @lru_cache(maxsize=2)
 def _follow(method: str, shape: Shape, trainable_head: bool, divergence: str) -> tuple[Record, int]:
     """The record of a call, and the bytes of the gradients that it returns."""
     inputs = meta_inputs(shape, trainable_head=trainable_head)
-    noted = record(lambda: METHODS[method](inputs, divergence), TRAFFIC, IMPLEMENTATIONS)
+    noted = record(lambda: FOLLOWED[method](inputs, divergence), TRAFFIC, IMPLEMENTATIONS)
     gradients = [g for g in (inputs.student_hidden.grad, inputs.student_weight.grad) if g is not None]
     return noted, sum(gradient.numel() * gradient.element_size() for gradient in gradients)
 
@@ -217,7 +240,7 @@ def entry(method: str, shape: Shape, *, trainable_head: bool) -> Entry:
     return Entry(
         method=method,
         model=shape.name,
-        head="trainable" if trainable_head else "frozen",
+        head="-" if method == NO_GRADIENT else "trainable" if trainable_head else "frozen",
         tokens=shape.tokens,
         units=whole.units,
         bytes_per_logit=bytes_per_logit(method, shape, trainable_head=trainable_head),

@@ -67,10 +67,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The pointers through which a Triton kernel reads and writes each element of the tensor once."""
+    """The pointers through which a Triton kernel reads and writes each element of the tensor once, and the pairs of
+    those that it reads, (R, H) and (V, H), whose product it makes."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    products: tuple[tuple[str, str], ...] = ()
 
 
 def record(call: Callable[[], object], traffic: dict[str, Traffic], implementations: dict[Any, Any]) -> Record:
@@ -134,7 +136,8 @@ class _Recorder(TorchDispatchMode):
             [given[pointer] for pointer in pointers if given[pointer] is not None]
             for pointers in (self._traffic[name].reads, self._traffic[name].writes)
         )
-        self._note(Op(name, self._touches(reads), self._touches(writes)))
+        flops = sum(2 * given[rows].numel() * len(given[head]) for rows, head in self._traffic[name].products)
+        self._note(Op(name, self._touches(reads), self._touches(writes), flops))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,7 +1,8 @@
 """The loop over chunks of tokens: hidden states and heads in, per-token values and gradients out.
 
 Per chunk: two products make logits, a backend turns them into per-token values and the gradient of the student's
-logits, and up to two products carry that gradient to the hidden states and the head. Nothing of size N×V exists.
+logits, and up to two products carry that gradient to the hidden states and the head. Nothing of size N×V exists, and
+where a backend folds logits into sums as it makes them, nothing of size C×V.
 """
 
 from __future__ import annotations

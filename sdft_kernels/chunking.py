@@ -52,16 +52,15 @@ def plan_chunks(
     """Splits `tokens` evenly into as few chunks as `budget` bytes of logits allow, or are any use on a device.
 
     `bytes_per_logit` counts all that is held for a token and vocabulary entry: both models' logits, and the
-    gradient where it has a buffer of its own. Where it is 0, no logit is held, and all tokens are one chunk. A budget
-    too small for one token still gives chunks of one.
+    gradient where it has a buffer of its own. A budget too small for one token still gives chunks of one. Where
+    nothing is held, 0, the budget has no say; chunks small enough for their hidden states to stay in a device's
+    cache are still of use.
     """
-    if bytes_per_logit == 0:
-        return ChunkPlan(tokens, 1, 1)
-    on_device = device.type != "cpu"
-    enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"] if on_device and budget is None else tokens
+    on_device, any_size = device.type != "cpu", budget is None or bytes_per_logit == 0
+    enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"] if on_device and any_size else tokens
     if budget is None:
         budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
-    most = max(1, budget // (vocab * bytes_per_logit))
+    most = max(1, budget // (vocab * bytes_per_logit) if bytes_per_logit else tokens)
     tile = TILE_TOKENS.get(device.type, TILE_TOKENS["cuda"])
     tile = tile if most >= tile else 1
     chunks = max(1, _divide_up(tokens, most // tile * tile), tokens // max(1, enough))

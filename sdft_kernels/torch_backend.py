@@ -225,7 +225,7 @@ def _tile(logits: Tensor, exponentials: Tensor, seen: _Softmax) -> Tile:
 
 
 def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
-    """As `bytes_per_logit`, to score one model."""
+    """Of scoring's workspace."""
     return products.accumulation_dtype(dtype).itemsize
 
 

@@ -1,8 +1,8 @@
-"""The loss of a chunk of tokens by Triton kernels, on whole rows of logits: the same names as in `torch_backend`.
+"""The loss of a chunk of tokens by Triton kernels: the same names as in `torch_backend`.
 
-Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs' dtype where
-products of that accumulate in float32, else in place of the student's logits. Where only values are wanted, of half
-precision operands, kernels that multiply themselves take over, and no logit reaches memory (see `triton_linear`).
+Two ways. Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs'
+dtype where products of that accumulate in float32, else in place of the student's logits. Or, where each logit is
+needed only once, a kernel multiplies as well, and no logits are held: their workspace is None.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import process_rows
-from sdft_kernels.triton_linear import process_hidden, score_hidden
+from sdft_kernels.triton_linear import multiplies, process_hidden, score_hidden
 from sdft_kernels.triton_scoring import score_rows
 
 #: Rows of logits start at multiples of this many elements, so that kernels load and store 16 bytes at a time.
@@ -44,14 +44,12 @@ def _gradient_apart(dtype: torch.dtype, device: torch.device, with_gradient: boo
     return with_gradient and products.gradient_dtype(dtype, device) != products.accumulation_dtype(dtype)
 
 
-def _tensor_cores_take(dtype: torch.dtype) -> bool:
-    """Whether products on the tensor cores are as precise as the device's own: they would round float32 to TF32."""
-    return dtype in (torch.bfloat16, torch.float16)
-
-
 def _without_logits(dtype: torch.dtype, objective: Objective, with_gradient: bool) -> bool:
-    """Whether kernels multiply themselves. A mixture reads its logits twice: every product would be made twice."""
-    return not with_gradient and _tensor_cores_take(dtype) and not is_mixture(objective.divergence)
+    """Whether the loss needs each logit once, and a kernel that multiplies takes the operands.
+
+    A gradient and a mixture read logits again: without a buffer of them, every product would be made twice.
+    """
+    return multiplies(dtype) and not with_gradient and not is_mixture(objective.divergence)
 
 
 def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
@@ -65,7 +63,7 @@ def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objecti
 def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
 ) -> Workspace | None:
-    """For chunks of up to `tokens` tokens; None where no logit is held."""
+    """For chunks of up to `tokens` tokens."""
     if _without_logits(dtype, objective, with_gradient):
         return None
     wide = products.accumulation_dtype(dtype)
@@ -104,15 +102,13 @@ def process_chunk(
 
 
 def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
-    """As `bytes_per_logit`, to score one model."""
-    return 0 if _tensor_cores_take(dtype) else products.accumulation_dtype(dtype).itemsize
+    """Of scoring's workspace, for products of operands in `dtype`."""
+    return 0 if multiplies(dtype) else products.accumulation_dtype(dtype).itemsize
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor | None:
-    """For chunks of up to `tokens` tokens; None where no logit is held."""
-    if _tensor_cores_take(dtype):
-        return None
-    return make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
+    """For chunks of up to `tokens` tokens."""
+    return None if multiplies(dtype) else make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
 
 
 def score_chunk(

@@ -29,7 +29,7 @@ from sdft_kernels.triton_math import (
     split_columns,
     transform,
 )
-from sdft_kernels.triton_sums import RECORD, fold_pair, merge, moved, store_pair
+from sdft_kernels.triton_sums import RECORD, fold_pair, merge, merge_softmax, moved, store_pair, teacher_at_peak
 
 #: Vocabulary entries a program handles at once; 16 bytes a thread and load, four times.
 BLOCK = 2048
@@ -190,22 +190,6 @@ def partials_kernel(
 
 
 @triton.jit
-def merge_softmax(partial_pointer, row, SPLITS: tl.constexpr):
-    """A row's (student max, Σ e), (teacher max, Σ f) and teacher logit at the student's max, from its splits."""
-    record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
-    student_max = tl.load(record)
-    a, student_sum, _, _ = merge(student_max, tl.load(record + 1), tl.load(record + 2))
-    b, teacher_sum, _, _ = merge(tl.load(record + 3), tl.load(record + 4), tl.load(record + 5))
-    return a, student_sum, b, teacher_sum, _at_peak(record, student_max, a)
-
-
-@triton.jit
-def _at_peak(record, student_max, a):
-    """The teacher's logit at the student's maximum a, from the splits' records and maxima."""
-    return tl.max(tl.where(student_max == a, tl.load(record + 7), float("-inf")), 0)
-
-
-@triton.jit
 def mixture_kernel(
     student_pointer,
     teacher_pointer,
@@ -293,7 +277,7 @@ def combine_kernel(
     teacher_sums = tl.load(record + 4)
     a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + 2))
     b, teacher_sum, teacher_dot, teacher_shift = merge(tl.load(record + 3), teacher_sums, tl.load(record + 5))
-    at_peak = _at_peak(record, student_max, a)
+    at_peak = teacher_at_peak(record, student_max, a)
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
     tl.store(student_entropy_pointer + row, student_log_sum - student_dot / student_sum)

@@ -28,10 +28,19 @@ from sdft_kernels.triton_math import FAR_BELOW, split_columns, transform
 from sdft_kernels.triton_scoring import store_scores
 from sdft_kernels.triton_sums import RECORD, fold, fold_pair, merge, store_pair
 
+Tile = tuple[int, int, int, int]
+
 #: Tiles to choose from for one model and for two: tokens, vocabulary entries, hidden entries, and warps. Larger ones
-#: have no registers left for a soft cap and a bias, or for the second model.
-SCORE_TILES = ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4))
-PROCESS_TILES = ((128, 64, 64, 8), (64, 64, 64, 8))
+#: have no registers left for a soft cap and a bias, or for the second model; AMD's are those that have with triton 3.6
+#: as well, whose code takes more.
+SCORE_TILES: dict[str, tuple[Tile, ...]] = {
+    "cuda": ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)),
+    "hip": ((128, 64, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)),
+}
+PROCESS_TILES: dict[str, tuple[Tile, ...]] = {
+    "cuda": ((128, 64, 64, 8), (64, 64, 64, 8)),
+    "hip": ((64, 64, 64, 4), (64, 64, 32, 4)),
+}
 LARGEST_TILE = (128, 128)
 #: Beside the tile. Stages are tiles of hidden entries in flight: an AMD multiprocessor has 64 KiB of shared memory, not
 #: NVIDIA's 164 to 228. The limit on registers lets NVIDIA's assembler take all; left to itself it spills a few, so that
@@ -46,9 +55,14 @@ MOST_SPLITS = 256
 SCORE_RECORD = tl.constexpr(4)
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the kernels here take operands of this dtype: tensor cores would round float32 ones to TF32."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions) -> None:
-    """Fills `scores` from hidden states (N, H) and a head (V, H), both bfloat16 or both float16; bias (V,) float32."""
-    tokens, vocab = hidden.shape[0], head.weight.shape[0]
+    """Fills `scores` for C tokens' hidden states, (C, H)."""
+    tokens, vocab = len(hidden), len(head.weight)
     if tokens == 0:
         return
     splits = split_vocabulary(tokens, vocab)
@@ -74,9 +88,11 @@ def process_hidden(
     rows: TokenRows,
     objective: Objective,
 ) -> None:
-    """Fills `rows` for reverse or forward KL from both models' hidden states, heads and biases, as `score_hidden`
-    takes them. Where the heads are the same tensor, each of its tiles is loaded once for both."""
-    tokens, vocab = student_hidden.shape[0], student.weight.shape[0]
+    """Fills `rows` for reverse or forward KL of C tokens' hidden states, (C, Hs) and (C, Ht).
+
+    Where the heads are the same tensor, each of its tiles is loaded once for both.
+    """
+    tokens, vocab = len(student_hidden), len(student.weight)
     if tokens == 0:
         return
     shared_head = teacher.weight is student.weight
@@ -122,13 +138,16 @@ def _grid(tokens: int, splits: int) -> Callable[[dict[str, Any]], tuple[int, int
     return lambda meta: (triton.cdiv(tokens, meta["BLOCK_M"]), splits)
 
 
-def configurations(tiles: tuple[tuple[int, int, int, int], ...]) -> list[triton.Config]:
-    """What the tuner tries. The interpreter cannot tell which is faster, and gets the first."""
-    options = DEVICE_OPTIONS["cuda" if torch.version.hip is None else "hip"]
+def configurations(tiles: dict[str, tuple[Tile, ...]], backend: str) -> list[triton.Config]:
+    """What the tuner tries on a device. The interpreter cannot tell which is faster, and gets the first."""
     return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, **options)
-        for m, n, k, warps in (tiles[:1] if knobs.runtime.interpret else tiles)
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, **DEVICE_OPTIONS[backend])
+        for m, n, k, warps in tiles[backend][: 1 if knobs.runtime.interpret else None]
     ]
+
+
+#: Of the devices that this torch is built for.
+_BACKEND = "cuda" if torch.version.hip is None else "hip"
 
 
 @triton.jit
@@ -169,7 +188,7 @@ def logit_at(z, columns, labels):
     return tl.sum(tl.where(columns == labels, z, 0.0), 1, keep_dims=True)
 
 
-@triton.autotune(configurations(SCORE_TILES), key=["vocab", "size", "splits"])
+@triton.autotune(configurations(SCORE_TILES, _BACKEND), key=["vocab", "size", "splits"])
 @triton.jit
 def score_hidden_kernel(
     hidden_pointer,
@@ -237,7 +256,9 @@ def combine_scores_kernel(
     store_scores(label_logit, a, total, dot, row, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer)
 
 
-@triton.autotune(configurations(PROCESS_TILES), key=["vocab", "student_size", "teacher_size", "splits", "SHARED_HEAD"])
+@triton.autotune(
+    configurations(PROCESS_TILES, _BACKEND), key=["vocab", "student_size", "teacher_size", "splits", "SHARED_HEAD"]
+)
 @triton.jit
 def process_hidden_kernel(
     student_pointer,

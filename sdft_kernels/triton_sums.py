@@ -108,3 +108,19 @@ def merge(largest, total, dot):
     a = tl.max(largest, 0)
     shift = largest - a
     return a, tl.sum(tl.exp(shift) * total, 0), tl.sum(moved(total, dot, shift, shift), 0), shift
+
+
+@triton.jit
+def merge_softmax(partial_pointer, row, SPLITS: tl.constexpr):
+    """A row's (student max, Σ e), (teacher max, Σ f) and teacher logit at the student's max, from its splits."""
+    record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
+    student_max = tl.load(record)
+    a, student_sum, _, _ = merge(student_max, tl.load(record + 1), tl.load(record + 2))
+    b, teacher_sum, _, _ = merge(tl.load(record + 3), tl.load(record + 4), tl.load(record + 5))
+    return a, student_sum, b, teacher_sum, teacher_at_peak(record, student_max, a)
+
+
+@triton.jit
+def teacher_at_peak(record, student_max, a):
+    """The teacher's logit at the student's maximum a, from the splits' records and maxima."""
+    return tl.max(tl.where(student_max == a, tl.load(record + 7), float("-inf")), 0)

@@ -51,3 +51,13 @@ def test_chunks_on_a_device(tokens: int, vocab: int, trainable_head: bool) -> No
 def test_a_budget_on_a_device_is_used_up() -> None:
     plan = plan_chunks(10_000, 1000, 10, CUDA, 1000 * 10 * 3000)
     assert plan.chunk == 2560 and [part.stop - part.start for part in plan.slices(10_000)][-1] == 2448
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_where_no_logits_are_held(budget: int | None) -> None:
+    """A budget for them has no say: whole on the CPU, in chunks of enough tokens on a device."""
+    assert plan_chunks(10_000, 152_000, 0, CPU, budget).chunks == 1
+    sizes = [part.stop - part.start for part in plan_chunks(10_000, 152_000, 0, CUDA, budget).slices(10_000)]
+    assert sum(sizes) == 10_000
+    assert all(ENOUGH_TOKENS["frozen"] - 128 < size < 2 * ENOUGH_TOKENS["frozen"] for size in sizes)
+    assert plan_chunks(0, 100, 0, CPU).chunk == 1

@@ -1,6 +1,7 @@
 """The ledger's arithmetic, on operations that can be counted by hand and against the kernels themselves; and the bars
 of our own ledger and of the roofline drawn from it."""
 
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from benchmarks import ledger, roofline
 from benchmarks.ledger import COMPARED, OURS, TRAFFIC, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
+from sdft_kernels import triton_linear
 from sdft_kernels.divergences import DIVERGENCES, Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_backend import make_workspace
@@ -171,6 +173,18 @@ def test_our_ledger_keeps_to_the_bars(name: str, trainable_head: bool) -> None:
     assert len(ledger.broken_bars([replace(entry, bytes_per_logit=30.1, waits=1)])) == 2
 
 
+def test_without_a_gradient_no_logit_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products and, beside their operands, a few sums for each token and split of the vocabulary."""
+    monkeypatch.setattr(triton_linear.knobs.runtime, "interpret", False)  # which widens the operands
+    shape = roofline.MODELS["Llama-3.1-8B"].at(4096)
+    entry = ledger.entry(ledger.NO_GRADIENT, shape, trainable_head=False)
+    assert entry.units == 2
+    assert entry.bytes_per_logit < 0.1
+    assert entry.launches_per_chunk == 2
+    assert entry.waits == 0
+    assert entry.workspace < shape.tokens * shape.vocab / 100
+
+
 def test_a_chunk_of_64_tokens_fills_132_multiprocessors() -> None:
     assert all(64 * split_rows(64, model.vocab) >= 132 for model in roofline.MODELS.values())
 
@@ -215,10 +229,10 @@ def test_a_launch_takes_its_operations_or_its_bytes() -> None:
 
 
 def test_traffic_names_pointers_that_kernels_have() -> None:
-    from sdft_kernels import triton_divergence
-
     for name, traffic in TRAFFIC.items():
         module, _, kernel = name.partition(".")
-        if module == "triton_divergence":
+        if module in ("triton_divergence", "triton_linear"):
             assert isinstance(traffic, Traffic)
-            assert {*traffic.reads, *traffic.writes} <= set(getattr(triton_divergence, kernel).arg_names)
+            ours = importlib.import_module(f"sdft_kernels.{module}")
+            assert {*traffic.reads, *traffic.writes} <= set(getattr(ours, kernel).arg_names)
+            assert {pointer for pair in traffic.products for pointer in pair} <= set(traffic.reads)
