@@ -7,11 +7,13 @@ and so do batches of another size.
 The draw is Gumbel's: with G of -log(Exponential(1)) for each token, argmax(scores + G) is distributed as
 softmax(scores). Unlike searching the cumulated probabilities, whose rounding differs with the shape of the batch and
 adds up over the vocabulary, it changes only where the two best tokens come within rounding of each other.
+
+On the CPU the noise is numpy's, which takes a third of the time of torch's and has more than its 24 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.fill: list[Callable[[Tensor], object]] = [_exponential(seed, device) for seed in seeds]
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -52,13 +54,26 @@ class RowSampler(LogitsProcessor):
         self.finite &= scores.amax(-1).isfinite().all()  # read at the end: a look at every token would stall a GPU
         noise = torch.empty_like(scores)
         for row, number in zip(noise, rows, strict=True):
-            row.exponential_(generator=self.generators[number])
+            self.fill[number](row)
         return scores - noise.log_()
 
     def check(self) -> None:
         """TrainingError if there was nothing to draw from: a NaN, an infinity, or no token left."""
         if not self.finite:
             raise TrainingError("the model's logits are no longer finite, so it cannot be sampled")
+
+
+def _exponential(seed: int, device: torch.device) -> Callable[[Tensor], object]:
+    """A function that fills a vector with the next draws from Exponential(1), none of them 0."""
+    if device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(seed)
+        return lambda row: row.exponential_(generator=generator)
+    random = np.random.default_rng(seed)
+
+    def fill(row: Tensor) -> None:
+        row.copy_(torch.from_numpy(random.standard_exponential(row.numel()))).clamp_(min=torch.finfo(row.dtype).tiny)
+
+    return fill
 
 
 def sample_rows(settings: GenerationConfig, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
