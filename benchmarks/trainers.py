@@ -74,7 +74,7 @@ class Measured:
 
     def get_batch_samples(self, *arguments: Any) -> Any:
         self.began = time.perf_counter()
-        return super().get_batch_samples(*arguments)  # type: ignore[misc]
+        return super().get_batch_samples(*arguments)  # type: ignore[misc]  # of the trainer, the next base
 
     def given(self, count: int, generated: list[list[int]]) -> list[list[int]]:
         """The completions of a batch whose rows come in the dataset's order."""
@@ -108,6 +108,7 @@ class Measured:
         return sum(t.numel() * t.element_size() for t in (*weights.values(), *trained, *states))
 
     def teacher_copy(self) -> nn.Module:
+        """The frozen copy that scores; where it is kept, each trainer says."""
         raise NotImplementedError
 
 

@@ -22,7 +22,7 @@ from sdft.data import Row, check_context, encode_prompt, load_rows
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
 from sdft.models import context_length, eos_token_ids
-from sdft.rollout import generate, seeded
+from sdft.rollout import batches_by_length, generate, seeded
 from sdft.scorers import SCORERS, Scorer, check_answers, exact
 from sdft.teacher import Teacher
 from sdft.templates import Message, teacher_messages
@@ -256,7 +256,6 @@ class Exam:
 
 
 def _batches(items: Sequence[list[int]] | Sequence[Sample], size: int, progress: str | None) -> tqdm:
-    """The items' numbers in batches, longest items first, behind a progress bar that goes at the end of a `with`."""
-    order = sorted(range(len(items)), key=lambda number: len(items[number]), reverse=True)
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    """The items' numbers in batches of similar length, behind a progress bar that goes at the end of a `with`."""
+    batches = batches_by_length([len(item) for item in items], size)
     return tqdm(batches, desc=progress, leave=False, disable=progress is None, dynamic_ncols=True)

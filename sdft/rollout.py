@@ -253,8 +253,7 @@ def _generating(model: PreTrainedModel, processors: LogitsProcessorList) -> Iter
 def seeded(device: torch.device, *entropy: int) -> Iterator[None]:
     """Random numbers that depend on `entropy` alone, without disturbing the run's own generators.
 
-    With (seed, step, process) a resumed run samples the rollouts that the uninterrupted one would have, whatever was
-    drawn before.
+    Evaluation samples under it, so that a run trains alike whether it is evaluated on the way or not.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(*entropy))

@@ -71,7 +71,7 @@ class AdapterOffTeacher(Teacher):
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
-        with self.student.disable_adapter():  # type: ignore[operator]
+        with self.student.disable_adapter():  # type: ignore[operator]  # peft's own, unknown to nn.Module
             yield causal_lm(self.student)
 
 

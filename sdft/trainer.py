@@ -37,7 +37,7 @@ from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, la
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
 from sdft.repeats import RepeatedRows, load_samples, save_samples
-from sdft.rollout import Sampling, finished, sample
+from sdft.rollout import Sampling, batches_by_length, finished, sample
 from sdft.sampling import seed_of
 from sdft.saving import WholeSaves
 from sdft.teacher import Teacher, make_teacher
@@ -219,8 +219,7 @@ class SDFTTrainer(WholeSaves):
     def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probabilities that their tokens have now."""
         size, skip = self.args.per_device_train_batch_size, self.args.skip_tokens
-        order = sorted(range(len(samples)), key=lambda number: len(samples[number]), reverse=True)
-        for numbers in (order[start : start + size] for start in range(0, len(order), size)):
+        for numbers in batches_by_length(list(map(len, samples)), size):
             batch = self._prepare_inputs(lay_out([samples[number] for number in numbers], skip))
             score = functools.partial(completion_logprobs, self.student, batch, self.args, self._autocast)
             logprobs = as_forward_of(self.model_wrapped, self.learner, score)

@@ -17,7 +17,7 @@ from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import process_rows
-from sdft_kernels.triton_linear import multiplies, process_hidden, score_hidden
+from sdft_kernels.triton_linear import Operands, multiplies, process_hidden, score_hidden
 from sdft_kernels.triton_scoring import score_rows
 
 #: Rows of logits start at multiples of this many elements, so that kernels load and store 16 bytes at a time.
@@ -62,10 +62,10 @@ def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objecti
 
 def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
-) -> Workspace | None:
+) -> Workspace | Operands:
     """For chunks of up to `tokens` tokens."""
     if _without_logits(dtype, objective, with_gradient):
-        return None
+        return Operands()
     wide = products.accumulation_dtype(dtype)
     student, teacher = (make_workspace(like, tokens, vocab, wide) for _ in range(2))
     if not _gradient_apart(dtype, like.device, with_gradient):
@@ -81,11 +81,12 @@ def process_chunk(
     rows: TokenRows,
     objective: Objective,
     gradients: ChunkGradients,
-    workspace: Workspace | None,
+    workspace: Workspace | Operands,
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
-    if workspace is None:
-        process_hidden(student_hidden, teacher_hidden, student, teacher, rows, objective)
+    if isinstance(workspace, Operands):
+        heads = workspace.head(student), workspace.head(teacher)
+        process_hidden(student_hidden, teacher_hidden, *heads, rows, objective)
         return
     tokens = len(student_hidden)
     student_logits, teacher_logits = workspace.student[:tokens], workspace.teacher[:tokens]
@@ -106,17 +107,19 @@ def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
     return 0 if multiplies(dtype) else products.accumulation_dtype(dtype).itemsize
 
 
-def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor | None:
+def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor | Operands:
     """For chunks of up to `tokens` tokens."""
-    return None if multiplies(dtype) else make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
+    if multiplies(dtype):
+        return Operands()
+    return make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
 
 
 def score_chunk(
-    hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Tensor | None
+    hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Tensor | Operands
 ) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
-    if workspace is None:
-        score_hidden(hidden, head, scores, options)
+    if isinstance(workspace, Operands):
+        score_hidden(hidden, workspace.head(head), scores, options)
         return
     logits = workspace[: len(hidden)]
     products.logits(hidden, head.weight, head.bias, logits)

@@ -66,7 +66,7 @@ def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: Logit
     if tokens == 0:
         return
     splits = split_vocabulary(tokens, vocab)
-    hidden, weight = _operand(hidden), _operand(head.weight)
+    hidden, weight = operand(hidden), operand(head.weight)
     partial = hidden.new_empty((tokens, splits, SCORE_RECORD.value), dtype=torch.float32)
     score_hidden_kernel[_grid(tokens, splits)](
         *(hidden, weight, head.bias, hidden.stride(0), weight.stride(0)),
@@ -96,9 +96,9 @@ def process_hidden(
     if tokens == 0:
         return
     shared_head = teacher.weight is student.weight
-    student_weight = _operand(student.weight)
-    teacher_weight = student_weight if shared_head else _operand(teacher.weight)
-    student_hidden, teacher_hidden = _operand(student_hidden), _operand(teacher_hidden)
+    student_weight = operand(student.weight)
+    teacher_weight = student_weight if shared_head else operand(teacher.weight)
+    student_hidden, teacher_hidden = operand(student_hidden), operand(teacher_hidden)
     splits = split_vocabulary(tokens, vocab)
     partial = student_hidden.new_empty((tokens, splits, RECORD.value), dtype=torch.float32)
     process_hidden_kernel[_grid(tokens, splits)](
@@ -123,7 +123,20 @@ def split_vocabulary(tokens: int, vocab: int) -> int:
     return splits
 
 
-def _operand(matrix: Tensor) -> Tensor:
+class Operands:
+    """Heads as the kernels take them, made for the first chunk of tokens that needs them and kept for the others."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def head(self, head: Head) -> Head:
+        """The same head; of two with one weight, both have one weight again."""
+        if id(head.weight) not in self._made:
+            self._made[id(head.weight)] = operand(head.weight)
+        return Head(self._made[id(head.weight)], head.bias)
+
+
+def operand(matrix: Tensor) -> Tensor:
     """The same in rows that load 16 bytes at a time: contiguous, aligned, zeros up to a multiple of 16 entries."""
     rows, size = matrix.shape
     if matrix.stride(1) != 1 or size % 16 or matrix.stride(0) % 16 or matrix.data_ptr() % 16:

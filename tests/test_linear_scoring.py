@@ -263,3 +263,13 @@ def test_rows_past_two_to_the_31st_element() -> None:
         results.append((scores.entropy, scores.logsumexp, rows.loss, rows.teacher_entropy))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_head_is_laid_out_once_for_all_chunks() -> None:
+    """Copies of a whole head, where its rows have to be padded, stay out of the loop over chunks."""
+    operands, weight = triton_linear.Operands(), torch.randn(40, 75).bfloat16()
+    first = operands.head(Head(weight, None))
+    again = operands.head(Head(weight, torch.zeros(40)))
+    assert first.weight is again.weight and first.weight.shape == (40, 80)
+    assert torch.equal(first.weight[:, :75], weight.float()) and not first.weight[:, 75:].any()
+    assert operands.head(Head(weight.clone(), None)).weight is not first.weight
