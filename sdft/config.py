@@ -249,6 +249,11 @@ class SDFTConfig(EvalSettings, TrainingArguments):
     importance_clip: float = setting(
         2.0, "The largest importance weight, the ratio of a token's probability now to when it was sampled."
     )
+    max_forward_tokens: int | None = setting(
+        None,
+        "The most tokens, padding included, that the student goes through at once: a micro-batch of more is worked "
+        "through in pieces, samples of similar length together, and the step stays the same. Not set: all of it.",
+    )
     max_chunk_bytes: int | None = setting(
         None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
     )
@@ -356,8 +361,9 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         if self.teacher_offload and self.teacher == "live":
             raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
         check_at_least("max_completion_length", self.max_completion_length, 1)
-        if self.max_chunk_bytes is not None:
-            check_at_least("max_chunk_bytes", self.max_chunk_bytes, 1)
+        for name in ("max_chunk_bytes", "max_forward_tokens"):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), 1)
         if self.skip_tokens >= self.max_completion_length:
             raise UsageError(
                 f"skip_tokens is {self.skip_tokens}; it must be below max_completion_length, which is "

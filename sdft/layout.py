@@ -97,11 +97,6 @@ def _pack(prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_t
     return ids, torch.tensor(positions, dtype=torch.long)
 
 
-def split(samples: Sequence[Sample], parts: int, skip_tokens: int, normalisation: str = "token") -> list[Batch]:
-    """The micro-batches of `group`, laid out."""
-    return [lay_out(members, skip_tokens, normalisation) for members in group(samples, parts)]
-
-
 def group(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     """`parts` groups of about equal size, samples of similar length together so that little is padding.
 
@@ -110,3 +105,21 @@ def group(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     ordered = sorted(samples, key=len, reverse=True)
     bounds = [part * len(ordered) // parts for part in range(parts + 1)]
     return [ordered[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def parts_within(samples: Sequence[Sample], tokens: int | None) -> int:
+    """The fewest groups of which each keeps to so many tokens (None: any number), or has a single sample.
+
+    What counts are the tokens, padding included, whose activations are kept for a backward pass: the student's, with
+    the demonstrations where they are part of the loss.
+    """
+    if tokens is None:
+        return 1
+    fitting = (n for n in range(1, len(samples)) if all(_padded_tokens(g) <= tokens for g in group(samples, n)))
+    return next(fitting, len(samples))
+
+
+def _padded_tokens(samples: Sequence[Sample]) -> int:
+    answers = max(len(s.prompt) + len(s.completion) for s in samples)
+    demonstrations = max(0 if s.demonstration is None else len(s.prompt) + len(s.demonstration) for s in samples)
+    return len(samples) * (answers + demonstrations)

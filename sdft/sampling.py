@@ -55,7 +55,7 @@ class RowSampler(LogitsProcessor):
         noise = torch.empty_like(scores)
         for row, number in zip(noise, rows, strict=True):
             self.fill[number](row)
-        return scores - noise.log_()
+        return torch.sub(scores, noise.log_(), out=noise)
 
     def check(self) -> None:
         """TrainingError if there was nothing to draw from: a NaN, an infinity, or no token left."""

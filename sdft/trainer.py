@@ -33,7 +33,7 @@ from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import as_forward_of
-from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, split
+from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
 from sdft.repeats import RepeatedRows, load_samples, save_samples
@@ -116,6 +116,8 @@ class SDFTTrainer(WholeSaves):
             **kwargs,
         )
         bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
+        if self.is_deepspeed_enabled and args.max_forward_tokens is not None:  # which steps after every backward pass
+            raise UsageError("max_forward_tokens is set; under DeepSpeed it must not be")
         if self.is_fsdp_enabled:  # where the Trainer leaves the model until it is sharded, and copies would be made
             nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
@@ -188,11 +190,9 @@ class SDFTTrainer(WholeSaves):
         if not batches:
             return [], None
         samples = self.step_samples([row for batch in batches for row in batch])
-        micro_batches = split(samples, len(batches), self.args.skip_tokens, self.args.loss_normalisation)
-        if self.completions is not None and self.completions.wants(self.state.global_step + 1):
-            for batch, members in zip(micro_batches, group(samples, len(batches)), strict=True):
-                batch["samples"] = members
-        parts = [micro_batches, [demonstrations_of(batch) for batch in micro_batches]]
+        micro_batches = [self._in_pieces(members) for members in group(samples, len(batches))]
+        pieces = [piece for micro_batch in micro_batches for piece in micro_batch]
+        parts = [pieces, [demonstrations_of(piece) for piece in pieces]]
         items = torch.tensor([sum(count_items(b) for b in part if b) for part in parts], device=device)
         if self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, "sum")
@@ -203,9 +203,38 @@ class SDFTTrainer(WholeSaves):
                 self.args.skip_tokens,
             )
         items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
-        for batch in micro_batches:
-            batch["demonstration_items"] = demonstration_items
+        for piece in pieces:
+            piece["demonstration_items"] = demonstration_items
         return micro_batches, items
+
+    def _in_pieces(self, samples: list[Sample]) -> list[Batch]:
+        """A micro-batch, laid out in as many pieces as keep to `max_forward_tokens`, the same in every process."""
+        parts = parts_within(samples, self.args.max_forward_tokens)
+        if self.args.max_forward_tokens is not None:
+            parts = int(self.accelerator.gather(torch.tensor([parts], device=self.args.device)).max())
+        logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
+        pieces = []
+        for members in group(samples, parts):
+            piece = lay_out(members, self.args.skip_tokens, self.args.loss_normalisation)
+            pieces.append(piece | {"samples": members} if logged else piece)
+        return pieces
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """A micro-batch's loss and gradients, piece by piece; processes exchange gradients after the last."""
+        *early, last = inputs
+        losses = []
+        for piece in early:
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, piece, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return sum(super(SDFTTrainer, self).floating_point_ops(piece) for piece in inputs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        for piece in inputs:
+            super()._track_num_input_tokens(piece)
 
     def step_samples(self, rows: list[Row]) -> list[Sample]:
         """A completion for each row: new ones, or those of the last step while they serve several."""
@@ -294,7 +323,7 @@ class SDFTTrainer(WholeSaves):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's mean loss."""
+        """The share of the step's mean loss that a micro-batch, or a piece of one, has."""
         module = self.accelerator.unwrap_model(model)
         share = self.args.demonstration_weight
         items = count_items(inputs) if num_items_in_batch is None else num_items_in_batch

@@ -26,6 +26,7 @@ CASES = {
     "live": {"teacher": "live", "loss_normalisation": "sequence", "demonstration_weight": 0.3},
     "repeats": {"num_iterations": 2, "divergence": "forward_kl", "save_strategy": "steps", "save_steps": 1},
     "frozen embeddings": {"freeze_embeddings": True, "tied": True, "teacher": "ema"},
+    "pieces": {"max_forward_tokens": 24, "demonstration_weight": 0.2},
     "mostly skipped": {"skip_tokens": 2, "gradient_accumulation_steps": 2},
 }
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
-from sdft.layout import Sample, count_items, lay_out, split
+from sdft.layout import Sample, count_items, group, lay_out, parts_within
 from sdft.loss import check_head, completion_logprobs, demonstration_loss, distillation_loss, find_head
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_full_logits(divergence, tied, tmp_path)
     expected_gradients = gradients(student)
     student.zero_grad()
     total = torch.zeros(())
-    for batch in split(SAMPLES, 2, skip_tokens=1):
+    for batch in [lay_out(members, skip_tokens=1) for members in group(SAMPLES, 2)]:
         loss = distillation_loss(student, Teacher(teacher), batch, settings, None).total
         loss.backward()
         total += loss.detach()
@@ -120,7 +120,7 @@ def test_layout_reads_only_positions_that_predict_completion_tokens():
 
 
 def test_micro_batches_hold_every_sample_once_longest_first():
-    batches = split(SAMPLES, 2, skip_tokens=0)
+    batches = [lay_out(members, skip_tokens=0) for members in group(SAMPLES, 2)]
     assert [len(b["input_ids"]) for b in batches] == [1, 2]
     assert batches[0]["labels"].tolist() == SAMPLES[2].completion
     assert sorted(torch.cat([b["labels"] for b in batches]).tolist()) == sorted(
@@ -128,9 +128,16 @@ def test_micro_batches_hold_every_sample_once_longest_first():
     )
     for count in range(1, 9):
         for parts in range(1, count + 1):
-            sizes = [len(b["input_ids"]) for b in split([SAMPLES[0]] * count, parts, 0)]
+            sizes = list(map(len, group([SAMPLES[0]] * count, parts)))
             assert sum(sizes) == count
             assert min(sizes) >= 1
+
+
+def test_pieces_are_as_few_as_keep_to_so_many_tokens():
+    """Padded lengths of the student's rows are 11, 7 and 3, and with the demonstrations' 10, 6 and 2 more."""
+    assert [parts_within(SAMPLES, tokens) for tokens in (None, 33, 32, 22, 13, 11, 1)] == [1, 1, 2, 2, 3, 3, 3]
+    shown = [dataclasses.replace(s, demonstration=[1] * (len(s.completion) - 1)) for s in SAMPLES]
+    assert [parts_within(shown, tokens) for tokens in (None, 63, 62, 26, 25)] == [1, 1, 2, 2, 3]
 
 
 def test_completions_shorter_than_what_is_skipped_leave_nothing_and_still_backpropagate(tmp_path):

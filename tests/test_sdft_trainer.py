@@ -101,7 +101,7 @@ class Gradients(TrainerCallback):
 )
 def test_the_loss_is_the_mean_over_the_step_whatever_the_accumulation(options, tmp_path):
     kept, losses = [], []
-    for batch, accumulation in ((8, 1), (2, 4), (1, 8), (3, 3)):
+    for batch, accumulation, tokens in ((8, 1, None), (2, 4, None), (1, 8, None), (3, 3, None), (8, 1, 40), (4, 2, 1)):
         gradients = Gradients()
         run = trained(
             tmp_path,
@@ -109,6 +109,7 @@ def test_the_loss_is_the_mean_over_the_step_whatever_the_accumulation(options, t
             **options,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
+            max_forward_tokens=tokens,
             max_steps=1,
         )
         kept.append(gradients.kept)
@@ -255,7 +256,14 @@ def lines(folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"loss_normalisation": "sequence", "demonstration_weight": 0.5}, {"num_iterations": 2}], ids=str
+    "options",
+    [
+        {},
+        {"loss_normalisation": "sequence", "demonstration_weight": 0.5},
+        {"num_iterations": 2},
+        {"max_forward_tokens": 20},
+    ],
+    ids=str,
 )
 def test_logged_completions_have_the_numbers_of_full_logits(options, tmp_path):
     run = trainer(
