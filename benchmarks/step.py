@@ -1,10 +1,13 @@
 """One optimizer step of our trainer and of TRL's SDFTTrainer: its time, its generation's, its memory, and its loss.
 
 `python -m benchmarks.step` runs both in turns in one process (reverse KL over the full vocabulary, frozen teacher,
-float32, no gradient checkpointing), and each in a process of its own for its memory. It prints a table with ratios to
-TRL's and writes it as CSV and as a plot. Peaks are of resident memory in a whole step that is not the first, above what
-the process held before it loaded a model; and the same above both copies' weights, the gradients and the optimizer's
-state, which no method does without.
+float32, no gradient checkpointing), and each in a process of its own for its memory. Both are given all prompts as one
+batch; ours is told to go through at most 2,048 tokens at once (`max_forward_tokens`), which theirs cannot be told.
+With `--accumulation` the user splits the batch for both, and ours is told nothing more.
+
+It prints a table with ratios to TRL's and writes it as CSV and as a plot. Peaks are of resident memory in a whole step
+that is not the first, above what the process held before it loaded a model; and the same above both copies' weights,
+the gradients and the optimizer's state, which no method does without.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Step:
     working_to_trl: float
 
 
-def prepare(model_name: str, prompts: int, tokens: list[int], folder: Path) -> list[Case]:
+def prepare(model_name: str, prompts: int, tokens: list[int], folder: Path, accumulation: int = 1) -> list[Case]:
     """A case for each length: the first rows of the demo's data, and the starts of one sampled completion of each."""
     model, tokenizer = load_model(model_name)
     rows = [{"prompt": row["prompt"], "demonstration": row["demonstration"]} for row in load_rows(ROWS)[:prompts]]
@@ -68,7 +71,8 @@ def prepare(model_name: str, prompts: int, tokens: list[int], folder: Path) -> l
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return [Case(str(folder), rows, [completion[:count] for completion in completions]) for count in tokens]
+    starts = {count: [completion[:count] for completion in completions] for count in tokens}
+    return [Case(str(folder), rows, starts[count], accumulation) for count in tokens]
 
 
 def compare(case: Case, rounds: int, done: Callable[[], object] = lambda: None) -> dict[str, list[Taken]]:
@@ -172,16 +176,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="measured turns of each trainer (default 3)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 512], help="tokens of each completion")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of the step, all in one batch (default 8)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of the step (default 8)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of the step for both (default 1)")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="default smollm2-135m-instruct")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     files.add_arguments(parser, "step")
     given = parser.parse_args(argv)
+    if given.prompts % given.accumulation:
+        parser.error(f"--prompts is {given.prompts}, which --accumulation {given.accumulation} does not divide")
     torch.set_num_threads(given.threads)
     rows: list[Step] = []
     total = len(given.tokens) * len(TRAINERS) * (given.rounds + 2)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="step") as progress:
-        cases = prepare(given.model, given.prompts, given.tokens, Path(folder))
+        cases = prepare(given.model, given.prompts, given.tokens, Path(folder), given.accumulation)
         peaks: dict[tuple[int, str], tuple[int, int]] = {}
         for case, method in itertools.product(cases, TRAINERS):
             peaks[case.tokens, method] = peak_apart(case, method, given.threads)

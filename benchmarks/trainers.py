@@ -26,14 +26,19 @@ from sdft.trainer import SDFTTrainer
 
 DIVERGENCE = "reverse_kl"
 
+#: Of ours, where the batch is one micro-batch: its `max_forward_tokens`. TRL's trainer has no such setting.
+FORWARD_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class Case:
-    """What one step is made of: a folder with model and tokenizer, rows, and a completion (token ids) for each."""
+    """What one step is made of: a folder with model and tokenizer, rows, and a completion (token ids) for each; and in
+    how many micro-batches the user says that the rows are to be taken."""
 
     folder: str
     rows: list[dict[str, str]]
     completions: list[list[int]]
+    accumulation: int = 1
 
     @property
     def tokens(self) -> int:
@@ -127,6 +132,7 @@ class OurTrainer(Measured, SDFTTrainer):
                 teacher="base",
                 teacher_template="paper",
                 max_completion_length=case.tokens,
+                max_forward_tokens=FORWARD_TOKENS if case.accumulation == 1 else None,
                 **_common(case),
             ),
             train_dataset=case.rows,
@@ -201,7 +207,8 @@ def _common(case: Case) -> dict[str, Any]:
         "output_dir": f"{case.folder}/run",
         "use_cpu": True,
         "max_steps": 1,
-        "per_device_train_batch_size": len(case.rows),
+        "per_device_train_batch_size": len(case.rows) // case.accumulation,
+        "gradient_accumulation_steps": case.accumulation,
         "learning_rate": 0.0,
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",

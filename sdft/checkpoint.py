@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from sdft.errors import TrainingError, UsageError
 
 STAGING = ".saving"
+REPLACED = ".replaced"
 
 
 def check_writable(folder: str | Path) -> None:
@@ -67,15 +68,32 @@ def failing_clearly(what: str, folder: str) -> Iterator[None]:
 
 
 def publish_folder(staged: str, final: str) -> None:
-    """Give a finished folder its name; one that has the name already moves out of the way and goes with the staging."""
+    """Give a finished folder its name; one that has the name already moves out of the way and goes with the staging.
+
+    A run that is killed while neither has the name leaves the old one beside it, where `recover` finds it.
+    """
     for folder, _, names in os.walk(staged):
         for name in names:
             _sync(os.path.join(folder, name))
         _sync(folder)
+    aside = final + REPLACED
     if os.path.isdir(final):
-        os.rename(final, staged + ".replaced")
+        os.rename(final, aside)
     os.rename(staged, final)
     _sync(os.path.dirname(final))
+    if os.path.isdir(aside):
+        os.rename(aside, staged + REPLACED)
+
+
+def recover(folder: str | Path) -> None:
+    """Give its name back to a checkpoint that was about to be replaced when its run was killed."""
+    for aside in Path(folder).glob(f"checkpoint-*{REPLACED}"):
+        final = aside.with_name(aside.name.removesuffix(REPLACED))
+        if final.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                aside.rename(final)
 
 
 def publish_files(staged: str, final: str) -> None:

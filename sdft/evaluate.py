@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.config import EvalSettings
@@ -22,8 +21,10 @@ from sdft.data import Row, check_context, encode_prompt, load_rows
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
 from sdft.models import context_length, eos_token_ids
-from sdft.rollout import batches_by_length, generate, seeded
+from sdft.rollout import batches_by_length, generate
+from sdft.sampling import seed_of
 from sdft.scorers import SCORERS, Scorer, check_answers, exact
+from sdft.shares import each_batch, processes
 from sdft.teacher import Teacher
 from sdft.templates import Message, teacher_messages
 
@@ -58,20 +59,25 @@ def complete(
     top_k: int = 0,
     seed: int = 0,
     progress: str | None = None,
+    share: bool = False,
 ) -> list[list[int]]:
     """The completion of each prompt, in the prompts' order; batches hold prompts of similar length.
 
-    Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` alone and leave
-    the caller's as they were.
+    Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` and the prompt's
+    place alone and leave the caller's as they were. With `share`, processes share the prompts; see `sdft.shares`.
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
     if temperature:
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)
+
+    def completed(numbers: list[int]) -> list[list[int]]:
+        seeds = [seed_of(seed, number) for number in numbers]
+        return generate(model, [prompts[number] for number in numbers], seeds=seeds, **options)
+
+    batches = _batches(prompts, batch_size, share)
     completions: dict[int, list[int]] = {}
-    with seeded(model.device, seed), _batches(prompts, batch_size, progress) as batches:
-        for numbers in batches:
-            outputs = generate(model, [prompts[number] for number in numbers], **options)
-            completions.update(zip(numbers, outputs, strict=True))
+    for numbers, outputs in zip(batches, each_batch(batches, completed, share=share, progress=progress), strict=True):
+        completions.update(zip(numbers, outputs, strict=True))
     return [completions[number] for number in range(len(prompts))]
 
 
@@ -105,6 +111,7 @@ def answer(
     samples: int = 1,
     seed: int = 0,
     progress: str | None = None,
+    share: bool = False,
 ) -> Answers:
     """Ask the model each row's prompt (with a template: the teacher's form of it) and score the answers.
 
@@ -121,6 +128,7 @@ def answer(
         temperature=temperature,
         seed=seed,
         progress=progress,
+        share=share,
     )
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     scored = [(text, row["answer"]) for text, row in zip(texts, rows, strict=True) if row.get("answer")]
@@ -135,32 +143,34 @@ def forgetting(
     *,
     batch_size: int,
     progress: str | None = None,
+    share: bool = False,
 ) -> float:
     """The mean over tokens of KL(start || model), in nats, on the `answers` of the starting model.
 
-    `start` lends that model, which may be the same one with its adapter off.
+    `start` lends that model, which may be the same one with its adapter off. With `share`, processes share the work.
     """
     samples = [
         Sample(prompt, completion, prompt)
         for prompt, completion in zip(answers.prompts, answers.completions, strict=True)
     ]
+
+    def moved(numbers: list[int]) -> float:
+        batch = {k: v.to(model.device) for k, v in lay_out([samples[n] for n in numbers], skip_tokens=0).items()}
+        with start.scoring() as base:
+            seen = teacher_view(base, batch)
+        return float(divergence(model, seen, batch, divergence="forward_kl", reduction="sum").loss)
+
     training = model.training
     model.eval()
-    total, tokens = 0.0, 0
-    with _batches(samples, batch_size, progress) as batches:
-        for numbers in batches:
-            batch = {k: v.to(model.device) for k, v in lay_out([samples[n] for n in numbers], skip_tokens=0).items()}
-            with start.scoring() as base:
-                seen = teacher_view(base, batch)
-            total += divergence(model, seen, batch, divergence="forward_kl", reduction="sum").loss.item()
-            tokens += batch["labels"].numel()
+    total = sum(each_batch(_batches(samples, batch_size, share), moved, share=share, progress=progress))
     model.train(training)
-    return total / max(tokens, 1)
+    return total / max(sum(map(len, answers.completions)), 1)
 
 
 class Exam:
     """The held-out and general prompts of a run, read and checked once, put to a model as often as asked.
 
+    Where there are several processes all must ask: each does its share, and all have the answers.
     `held_out` and `general` are what `load_rows` takes, or None; `settings` say how they are answered and scored.
     """
 
@@ -216,6 +226,7 @@ class Exam:
             samples=self.settings.eval_samples,
             seed=self.seed,
             progress=self._progress(progress),
+            share=True,
         )
 
     def general(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: str) -> Answers | None:
@@ -230,6 +241,7 @@ class Exam:
             batch_size=self.batch_size,
             scorer=SCORERS[self.settings.general_scorer],
             progress=self._progress(progress),
+            share=True,
         )
 
     def forgetting(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Teacher) -> float | None:
@@ -248,6 +260,7 @@ class Exam:
             self._starting_answers,
             batch_size=self.batch_size,
             progress=self._progress("divergence from the starting model"),
+            share=True,
         )
 
     def _progress(self, description: str) -> str | None:
@@ -255,7 +268,8 @@ class Exam:
         return None if self.silent else description
 
 
-def _batches(items: Sequence[list[int]] | Sequence[Sample], size: int, progress: str | None) -> tqdm:
-    """The items' numbers in batches of similar length, behind a progress bar that goes at the end of a `with`."""
-    batches = batches_by_length([len(item) for item in items], size)
-    return tqdm(batches, desc=progress, leave=False, disable=progress is None, dynamic_ncols=True)
+def _batches(items: Sequence[list[int]] | Sequence[Sample], size: int, share: bool) -> list[list[int]]:
+    """The items' numbers in batches of similar length; where they are shared, some for every process."""
+    if share:
+        size = min(size, -(-len(items) // processes()) or 1)
+    return batches_by_length([len(item) for item in items], size)

@@ -107,14 +107,12 @@ def group(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     return [ordered[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def parts_within(samples: Sequence[Sample], tokens: int | None) -> int:
-    """The fewest groups of which each keeps to so many tokens (None: any number), or has a single sample.
+def parts_within(samples: Sequence[Sample], tokens: int) -> int:
+    """The fewest groups of which each keeps to so many tokens, or has a single sample.
 
     What counts are the tokens, padding included, whose activations are kept for a backward pass: the student's, with
     the demonstrations where they are part of the loss.
     """
-    if tokens is None:
-        return 1
     fitting = (n for n in range(1, len(samples)) if all(_padded_tokens(g) <= tokens for g in group(samples, n)))
     return next(fitting, len(samples))
 

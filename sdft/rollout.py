@@ -251,10 +251,7 @@ def _generating(model: PreTrainedModel, processors: LogitsProcessorList) -> Iter
 
 @contextlib.contextmanager
 def seeded(device: torch.device, *entropy: int) -> Iterator[None]:
-    """Random numbers that depend on `entropy` alone, without disturbing the run's own generators.
-
-    Evaluation samples under it, so that a run trains alike whether it is evaluated on the way or not.
-    """
+    """Random numbers that depend on `entropy` alone, without disturbing the caller's: to sample without seeds under."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(*entropy))
         yield

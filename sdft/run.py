@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sdft.checkpoint import write_text
+from sdft.checkpoint import recover, write_text
 from sdft.config import (
     DataArguments,
     EvalArguments,
@@ -251,6 +251,7 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
     """The checkpoint folder that `resume_from_checkpoint` names; "last" is the newest in the output folder."""
     if wanted is None:
         return None
+    recover(folder)
     if wanted != "last":
         found = wanted if Path(wanted).is_dir() else None
     else:

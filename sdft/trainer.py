@@ -37,7 +37,7 @@ from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, la
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
 from sdft.repeats import RepeatedRows, load_samples, save_samples
-from sdft.rollout import Sampling, batches_by_length, finished, sample
+from sdft.rollout import Sampling, finished, sample
 from sdft.sampling import seed_of
 from sdft.saving import WholeSaves
 from sdft.teacher import Teacher, make_teacher
@@ -208,16 +208,22 @@ class SDFTTrainer(WholeSaves):
         return micro_batches, items
 
     def _in_pieces(self, samples: list[Sample]) -> list[Batch]:
-        """A micro-batch, laid out in as many pieces as keep to `max_forward_tokens`, the same in every process."""
-        parts = parts_within(samples, self.args.max_forward_tokens)
-        if self.args.max_forward_tokens is not None:
-            parts = int(self.accelerator.gather(torch.tensor([parts], device=self.args.device)).max())
+        """A micro-batch, laid out in pieces that keep to `max_forward_tokens`."""
+        parts = self._parts(samples, len(samples))
         logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
         pieces = []
         for members in group(samples, parts):
             piece = lay_out(members, self.args.skip_tokens, self.args.loss_normalisation)
             pieces.append(piece | {"samples": members} if logged else piece)
         return pieces
+
+    def _parts(self, samples: list[Sample], most: int) -> int:
+        """In how many groups of at most `most` samples each keeps to `max_forward_tokens`; as many in every process."""
+        parts = -(-len(samples) // most)
+        if self.args.max_forward_tokens is not None:
+            parts = max(parts, parts_within(samples, self.args.max_forward_tokens))
+            parts = int(self.accelerator.gather(torch.tensor([parts], device=self.args.device)).max())
+        return parts
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """A micro-batch's loss and gradients, piece by piece; processes exchange gradients after the last."""
@@ -247,15 +253,16 @@ class SDFTTrainer(WholeSaves):
 
     def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probabilities that their tokens have now."""
-        size, skip = self.args.per_device_train_batch_size, self.args.skip_tokens
-        for numbers in batches_by_length(list(map(len, samples)), size):
-            batch = self._prepare_inputs(lay_out([samples[number] for number in numbers], skip))
+        skip = self.args.skip_tokens
+        scored: dict[int, Sample] = {}
+        for members in group(samples, self._parts(samples, self.args.per_device_train_batch_size)):
+            batch = self._prepare_inputs(lay_out(members, skip))
             score = functools.partial(completion_logprobs, self.student, batch, self.args, self._autocast)
             logprobs = as_forward_of(self.model_wrapped, self.learner, score)
-            lengths = [len(samples[number].completion[skip:]) for number in numbers]
-            for number, values in zip(numbers, logprobs.split(lengths), strict=True):
-                samples[number] = dataclasses.replace(samples[number], old_logprobs=values.tolist())
-        return samples
+            lengths = [len(sample.completion[skip:]) for sample in members]
+            for one, values in zip(members, logprobs.split(lengths), strict=True):
+                scored[id(one)] = dataclasses.replace(one, old_logprobs=values.tolist())
+        return [scored[id(one)] for one in samples]
 
     @property
     def _autocast(self) -> torch.dtype | None:

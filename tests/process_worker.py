@@ -23,7 +23,7 @@ CASES = {
     "base": {"gradient_accumulation_steps": 2, "rollout_top_p": 0.9, "rollout_temperature": 0.9},
     "average": {"teacher": "ema", "ema_rate": 0.2, "save_strategy": "steps", "save_steps": 2},
     "sft": {"method": "sft", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2},
-    "live": {"teacher": "live", "loss_normalisation": "sequence", "demonstration_weight": 0.3},
+    "live": {"teacher": "live", "loss_normalisation": "sequence", "demonstration_weight": 0.3, "eval_temperature": 1.0},
     "repeats": {"num_iterations": 2, "divergence": "forward_kl", "save_strategy": "steps", "save_steps": 1},
     "frozen embeddings": {"freeze_embeddings": True, "tied": True, "teacher": "ema"},
     "pieces": {"max_forward_tokens": 24, "demonstration_weight": 0.2},
@@ -73,7 +73,14 @@ def trainer(folder, processes, **options):
     with torch.no_grad():
         model.get_output_embeddings().weight[1] *= 3
     rows = tiny.rows(16)
-    return SDFTTrainer(model, config, train_dataset=rows, eval_dataset=rows[:4], processing_class=tiny.tiny_tokenizer())
+    return SDFTTrainer(
+        model,
+        config,
+        train_dataset=rows,
+        eval_dataset=rows[:5],
+        general_dataset=[{"prompt": "x" * length} for length in (1, 7, 3)] if config.teacher == "live" else None,
+        processing_class=tiny.tiny_tokenizer(),
+    )
 
 
 def main(folder):
@@ -110,13 +117,13 @@ def finish(run, folder, resume=None, signal_in_step=None):
     run.samples = samples
     run.train(resume_from_checkpoint=resume)
     run.save_model()
-    accuracy = run.evaluate()["eval_accuracy"]
+    measured = list(run.evaluate().values())
     process = run.args.process_index
     (folder / f"lengths-{process}.json").write_text(json.dumps(lengths))
     if process == 0:
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         norms = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
-        (folder / "history.json").write_text(json.dumps({"losses": losses, "norms": norms, "accuracy": [accuracy]}))
+        (folder / "history.json").write_text(json.dumps({"losses": losses, "norms": norms, "measured": measured}))
         if hasattr(run.teacher, "average"):
             save_file(run.teacher.average, folder / "average.safetensors")
     wrapped = type(run.model_wrapped).__mro__

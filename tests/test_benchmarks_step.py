@@ -22,10 +22,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.peers
-def test_both_trainers_take_the_same_step(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_both_trainers_take_the_same_step(accumulation: int, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    (case,) = step.prepare(str(folder), 3, [7], tmp_path / "case")
-    assert [len(completion) for completion in case.completions] == [7, 7, 7]
+    (case,) = step.prepare(str(folder), 4, [7], tmp_path / "case", accumulation)
+    assert [len(completion) for completion in case.completions] == [7, 7, 7, 7]
     trainers = {name: load()(case) for name, load in TRAINERS.items()}
     before = {name: trainer.model.lm_head.weight.clone() for name, trainer in trainers.items()}
     losses = [[trainer.step().loss for _ in range(2)] for trainer in trainers.values()]

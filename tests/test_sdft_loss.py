@@ -135,9 +135,9 @@ def test_micro_batches_hold_every_sample_once_longest_first():
 
 def test_pieces_are_as_few_as_keep_to_so_many_tokens():
     """Padded lengths of the student's rows are 11, 7 and 3, and with the demonstrations' 10, 6 and 2 more."""
-    assert [parts_within(SAMPLES, tokens) for tokens in (None, 33, 32, 22, 13, 11, 1)] == [1, 1, 2, 2, 3, 3, 3]
+    assert [parts_within(SAMPLES, tokens) for tokens in (33, 32, 14, 13, 1)] == [1, 2, 2, 3, 3]
     shown = [dataclasses.replace(s, demonstration=[1] * (len(s.completion) - 1)) for s in SAMPLES]
-    assert [parts_within(shown, tokens) for tokens in (None, 63, 62, 26, 25)] == [1, 1, 2, 2, 3]
+    assert [parts_within(shown, tokens) for tokens in (63, 62, 26, 25)] == [1, 2, 2, 3]
 
 
 def test_completions_shorter_than_what_is_skipped_leave_nothing_and_still_backpropagate(tmp_path):

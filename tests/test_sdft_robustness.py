@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sdft import checkpoint
 from sdft.errors import TrainingError, UsageError
+from sdft.run import checkpoint_to_resume
 from sdft.signals import FinishOnSignal
 from tests import tiny
 from tests.test_sdft_trainer import assert_equal_weights, trained, trainer, weights
@@ -113,6 +114,38 @@ def test_checkpoints_that_go_lose_their_name_before_their_files(tmp_path):
         assert sorted(os.listdir(staged)) == ["checkpoint-2.old"]
         checkpoint.rotate(str(tmp_path), 1, None, staged)
     assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_run_killed_while_it_replaces_a_checkpoint_has_left_one_of_the_two(tmp_path, monkeypatch):
+    def publish(text):
+        staged = tmp_path / ".saving" / "checkpoint-2"
+        staged.mkdir(parents=True, exist_ok=True)
+        (staged / "weights").write_text(text)
+        checkpoint.publish_folder(str(staged), str(tmp_path / "checkpoint-2"))
+
+    def resumed():
+        found = checkpoint_to_resume("last", tmp_path)
+        assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+        return (Path(found) / "weights").read_text()
+
+    publish("first")
+    rename = os.rename
+    for survives, killed_at in (("first", 1), ("first", 2), ("third", 3)):
+        calls = []
+
+        def killed(source, target, killed_at=killed_at, calls=calls):
+            calls.append(source)
+            if len(calls) == killed_at:
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish("third")
+        monkeypatch.setattr(os, "rename", rename)
+        assert resumed() == survives
+    publish("fourth")
+    assert resumed() == "fourth"
 
 
 def test_what_a_rename_makes_visible_has_reached_the_disk(tmp_path, monkeypatch):

@@ -1,0 +1,41 @@
+"""Work on batches that several processes share, each with the whole model or with its part of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+Result = TypeVar("Result")
+
+
+def processes() -> int:
+    """How many processes there are to share with: 1 where none has been told of others."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def each_batch(
+    batches: list[list[int]],
+    work: Callable[[list[int]], Result],
+    *,
+    share: bool = False,
+    progress: str | None = None,
+) -> list[Result]:
+    """What `work` makes of each batch, in the batches' order; `progress` describes a bar, None is no bar.
+
+    With `share` every process calls this with the same batches, does some of them and gets the results of all. Each
+    does as many as any other, if need be one that another does too: sharded weights are there only while all compute.
+    """
+    count, process = (processes(), dist.get_rank()) if share and processes() > 1 else (1, 0)
+    turns = range(process, process + len(batches), count)
+    done: dict[int, Result] = {}
+    for turn in tqdm(turns, desc=progress, leave=False, disable=progress is None, dynamic_ncols=True):
+        number = min(turn, len(batches) - 1)
+        done[number] = work(batches[number])
+    if count > 1:
+        parts: list[dict[int, Result]] = [{} for _ in range(count)]
+        dist.all_gather_object(parts, done)
+        done = {number: result for part in parts for number, result in part.items()}
+    return [done[number] for number in range(len(batches))]
