@@ -13,11 +13,12 @@ from itertools import pairwise
 import torch
 
 #: Workspace for logits where the caller names none: small beside what a model on that device takes.
-DEFAULT_BUDGET = {"cpu": 96 << 20, "cuda": 3 << 30}
+DEFAULT_BUDGET = {"cpu": 160 << 20, "cuda": 3 << 30}
 
-#: Matrix products of fewer tokens are slow, so that a chunk has this many even if they take more than that: a head of
-#: 640 × 262,144 on two cores took 1.19 × the bare products with chunks of 80 tokens, 1.04 × with 128 (medians of 4).
-LEAST_TOKENS = 128
+#: On the CPU, where the caller names no budget, the tokens of a chunk lie between these whatever they take: products of
+#: fewer are slow (a head of 640 × 262,144 on two cores took 1.19 × the bare products with chunks of 80 tokens, 1.11 ×
+#: with 96, 1.04 × with 128), and of more than 256 no faster (576 × 49,152: 1.14 × with 256 tokens and with 426).
+CPU_TOKENS = (112, 256)
 
 #: On a device, tokens of a chunk beyond which little is gained, so that no more of the default budget is taken. Each
 #: chunk reads and writes the whole float32 gradient of a trainable head, and with fewer tokens would wait for that;
@@ -64,7 +65,9 @@ def plan_chunks(
     enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"] if on_device and any_size else tokens
     if budget is None:
         budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
-        budget = max(budget, LEAST_TOKENS * vocab * bytes_per_logit)
+        if device.type == "cpu":
+            least, largest = (count * vocab * bytes_per_logit for count in CPU_TOKENS)
+            budget = min(max(budget, least), largest)
     most = max(1, budget // (vocab * bytes_per_logit) if bytes_per_logit else tokens)
     tile = TILE_TOKENS.get(device.type, TILE_TOKENS["cuda"])
     tile = tile if most >= tile else 1
