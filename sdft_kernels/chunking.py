@@ -17,7 +17,7 @@ DEFAULT_BUDGET = {"cpu": 160 << 20, "cuda": 3 << 30}
 
 #: On the CPU, where the caller names no budget, the tokens of a chunk lie between these whatever they take: products of
 #: fewer are slow (a head of 640 × 262,144 on two cores took 1.19 × the bare products with chunks of 80 tokens, 1.11 ×
-#: with 96, 1.04 × with 128), and of more than 256 no faster (576 × 49,152: 1.14 × with 256 tokens and with 426).
+#: with 96, 1.04 × with 128), and of more than 256 no faster (576 × 49,152: 1.14 × with 256 tokens and with 352).
 CPU_TOKENS = (112, 256)
 
 #: On a device, tokens of a chunk beyond which little is gained, so that no more of the default budget is taken. Each
