@@ -26,6 +26,7 @@ from transformers import (
 
 from sdft.continuous import generate_continuously
 from sdft.errors import TrainingError, UsageError
+from sdft.kv_cache import roomy_cache
 from sdft.sampling import RowSampler, sample_rows, seed_of
 from sdft.stopping import AtStopString, just_stopped, stopped_length
 
@@ -156,6 +157,7 @@ def by_generate(
             generation_config=settings,
             logits_processor=processors,
             stopping_criteria=stopping,
+            past_key_values=roomy_cache(model),
             synced_gpus=is_sharded(model),
         )
     return cast(list[list[int]], output[:, longest:].tolist())

@@ -59,7 +59,10 @@ FAMILIES = {
     ),
     "phi, bias": ("phi", ROPE),
     "falcon_h1, multiplier": ("falcon_h1", {**ROPE, "lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4}),
-    "recurrent_gemma": ("recurrent_gemma", {**ROPE, "head_dim": 8, "logits_soft_cap": 2.0, "lru_width": 32}),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {**ROPE, "num_hidden_layers": 3, "head_dim": 8, "logits_soft_cap": 2.0, "lru_width": 32},
+    ),
     "llama4_text": ("llama4_text", {**ROPE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}),
 }
 

@@ -1,0 +1,59 @@
+"""Keys and values of what has been read and written, with room to spare: a token more does not copy all before it.
+
+transformers' cache joins each new token's keys and values to the old ones in a new tensor, which for every token of a
+rollout reads and writes those of the whole prompt and completion. Here a layer's tensors have room for what comes,
+and are copied only when that runs out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+#: Room is made for this share of the tokens more, and for at least so many: copies then add up to a few of the whole.
+SPARE, LEAST_SPARE = 1 / 8, 32
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values, (rows, heads, tokens, head dim), which are the beginnings of larger tensors."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values with those of new tokens after them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self._key_room, self._value_room = self.keys, self.values
+        self._key_room, self.keys = _append(self._key_room, self.keys, key_states)
+        self._value_room, self.values = _append(self._value_room, self.values, value_states)
+        return self.keys, self.values
+
+
+def _append(room: Tensor, before: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor with room, and its beginning: `before` and after it `new`. It is `room` if both fit there."""
+    old, tokens = before.shape[-2], before.shape[-2] + new.shape[-2]
+    if room.data_ptr() != before.data_ptr() or room.shape[:-2] != before.shape[:-2] or tokens > room.shape[-2]:
+        spare = max(LEAST_SPARE, int(tokens * SPARE))
+        room = new.new_empty(*new.shape[:-2], tokens + spare, new.shape[-1])
+        room[..., :old, :] = before
+    room[..., old:tokens, :] = new
+    return room, room[..., :tokens, :]
+
+
+def roomy_cache(model: PreTrainedModel) -> DynamicCache | None:
+    """The cache that `generate` would make for the model, with room to spare in each layer that attends to all tokens.
+
+    None, for `generate` to do what it does, where there is no such layer or the model remembers in another way.
+    """
+    dynamic = getattr(model, "_supports_default_dynamic_cache", lambda: False)
+    if not dynamic() or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache if any(isinstance(layer, RoomyLayer) for layer in cache.layers) else None
