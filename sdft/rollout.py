@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -227,7 +227,7 @@ def find_backend(name: str) -> Backend:
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether each process has but a part of the weights, so that all must go on until the last has its answers."""
-    return isinstance(model, FSDPModule)
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from sdft.errors import UsageError
@@ -155,15 +155,14 @@ class AdapterAverageTeacher(Teacher):
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
-        trained = {name: p for name, p in self.student.named_parameters() if name in self.average}
-        own = [parameter.detach().clone() for parameter in trained.values()]
-        with torch.no_grad():
-            torch._foreach_copy_(list(trained.values()), [self.average[name] for name in trained])
+        trained = {name: p.detach() for name, p in self.student.named_parameters() if name in self.average}
+        weights = [part(parameter, parameter) for parameter in trained.values()]
+        own = [weight.clone() for weight in weights]
+        torch._foreach_copy_(weights, [part(self.average[name], parameter) for name, parameter in trained.items()])
         try:
             yield causal_lm(self.student)
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(list(trained.values()), own)
+            torch._foreach_copy_(weights, own)
 
     def update(self, student: nn.Module) -> None:
         self._average.follow(student)
@@ -178,6 +177,13 @@ class AdapterAverageTeacher(Teacher):
 def whole(parameter: Tensor) -> Tensor:
     """The parameter, gathered from all processes where each has a shard of it (FSDP2)."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def part(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Of a tensor like the parameter, what this process has of that: its shard, or all where it is not sharded."""
+    if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

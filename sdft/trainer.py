@@ -18,7 +18,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -32,7 +32,7 @@ from sdft.config import SDFTConfig
 from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
-from sdft.forward import as_forward_of
+from sdft.forward import Result, as_forward_of
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
@@ -127,8 +127,6 @@ class SDFTTrainer(WholeSaves):
             check_head(self.student, encode_prompt(self.exam.general_rows[0]["prompt"], processing_class)[:16])
         self.teacher: Teacher | None = None
         if args.method == "sdft":
-            if self.is_fsdp_enabled and args.teacher == "ema" and has_adapter(self.learner):
-                raise UsageError("teacher is 'ema'; of a sharded (FSDP) model with an adapter it may be base or live")
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
         self.start = self._starting_model()
@@ -288,16 +286,20 @@ class SDFTTrainer(WholeSaves):
         """
         started = time.perf_counter()
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        with self._writer() as (model, prompt_ids), self.accelerator.autocast():
-            completions = sample(
-                model,
-                [row[prompt_ids] for row in rows],
-                self.sampling,
-                tokenizer=tokenizer,
-                seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
-                backend=self.args.rollout_backend,
-                batch_size=self.args.rollout_batch_size,
-            )
+
+        def write() -> list[list[int]]:
+            with self._writer() as (model, prompt_ids), self.accelerator.autocast():
+                return sample(
+                    model,
+                    [row[prompt_ids] for row in rows],
+                    self.sampling,
+                    tokenizer=tokenizer,
+                    seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
+                    backend=self.args.rollout_backend,
+                    batch_size=self.args.rollout_batch_size,
+                )
+
+        completions = self._with_weights(write)
         self._count(
             completions=len(rows),
             completion_length=sum(map(len, completions)),
@@ -305,6 +307,16 @@ class SDFTTrainer(WholeSaves):
             rollout_seconds=time.perf_counter() - started,
         )
         return completions
+
+    def _with_weights(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives, in which the student may be called.
+
+        Where a sharded model has peft's wrapped around it, weights outside its layers are whole only in the forward
+        pass of that.
+        """
+        if self.is_fsdp_enabled and self.learner is not self.student:
+            return as_forward_of(self.model_wrapped, self.learner, function)
+        return function()
 
     @contextlib.contextmanager
     def _writer(self) -> Iterator[tuple[PreTrainedModel, str]]:
@@ -408,11 +420,15 @@ class SDFTTrainer(WholeSaves):
         if eval_dataset is not None:
             exam = exam_by(self.args, eval_dataset)
             exam.check(self.student, tokenizer)
-        held_out = exam.held_out(self.student, tokenizer, "held-out prompts")
-        measured = {
-            "accuracy": None if held_out is None else held_out.accuracy,
-            "forgetting": None if self.start is None else self.exam.forgetting(self.student, tokenizer, self.start),
-        }
+
+        def measure() -> dict[str, float | None]:
+            held_out = exam.held_out(self.student, tokenizer, "held-out prompts")
+            return {
+                "accuracy": None if held_out is None else held_out.accuracy,
+                "forgetting": None if self.start is None else self.exam.forgetting(self.student, tokenizer, self.start),
+            }
+
+        measured = self._with_weights(measure)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

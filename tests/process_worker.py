@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import state
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from sdft import SDFTConfig, SDFTTrainer
@@ -27,10 +28,19 @@ CASES = {
     "repeats": {"num_iterations": 2, "divergence": "forward_kl", "save_strategy": "steps", "save_steps": 1},
     "frozen embeddings": {"freeze_embeddings": True, "tied": True, "teacher": "ema"},
     "pieces": {"max_forward_tokens": 24, "demonstration_weight": 0.2},
+    "adapter": {"lora": True, "learning_rate": 1e-2},
+    "adapter's average": {
+        "lora": True,
+        "teacher": "ema",
+        "ema_rate": 0.2,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    },
     "mostly skipped": {"skip_tokens": 2, "gradient_accumulation_steps": 2},
 }
 
-RESUMED = {"average": 2, "sft": 2, "repeats": 1}  # from which step's checkpoint
+RESUMED = {"average": 2, "adapter's average": 2, "sft": 2, "repeats": 1}  # from which step's checkpoint
 
 
 def shard_on_the_cpu():
@@ -48,7 +58,7 @@ def shard_on_the_cpu():
 
 
 def trainer(folder, processes, **options):
-    tied = options.pop("tied", False)
+    tied, lora = options.pop("tied", False), options.pop("lora", False)
     accumulation = options.get("gradient_accumulation_steps", 1)
     if os.environ.get("FSDP"):
         options["fsdp"] = True
@@ -78,8 +88,11 @@ def trainer(folder, processes, **options):
         config,
         train_dataset=rows,
         eval_dataset=rows[:5],
-        general_dataset=[{"prompt": "x" * length} for length in (1, 7, 3)] if config.teacher == "live" else None,
+        general_dataset=[{"prompt": "x" * length} for length in (1, 7, 3)]
+        if config.teacher == "live" or lora
+        else None,
         processing_class=tiny.tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
 
 
