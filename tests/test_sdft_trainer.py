@@ -251,6 +251,18 @@ def test_stop_strings_end_rollouts_and_count_as_finished(tmp_path):
     assert log["completion_length"] < 40
 
 
+def test_under_deepspeed_a_step_is_not_worked_through_in_pieces(tmp_path, monkeypatch):
+    made = SDFTTrainer.create_accelerator_and_postprocess
+
+    def as_if_deepspeed(self):
+        made(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(SDFTTrainer, "create_accelerator_and_postprocess", as_if_deepspeed)
+    with pytest.raises(UsageError, match="max_forward_tokens is set; under DeepSpeed it must not be"):
+        trainer(tmp_path, max_forward_tokens=64)
+
+
 def lines(folder):
     return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
 
