@@ -71,15 +71,16 @@ def check(
         raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
     if importance_clip is not None and old_logprobs is None:
         raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
-    supported_backend(backend, device)
     vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
-    return vocab, products_dtype(
+    dtype = products_dtype(
         device,
         student_hidden=student_hidden,
         student_weight=student_weight,
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
     )
+    supported_backend(backend, device, dtype)
+    return vocab, dtype
 
 
 def check_options(
@@ -197,7 +198,7 @@ def workspace(max_chunk_bytes: Any) -> None:
         raise ValueError(f"max_chunk_bytes must be positive, not {max_chunk_bytes}")
 
 
-def supported_backend(backend: str, device: torch.device) -> None:
+def supported_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     if backend != "triton":
         return
     try:
@@ -211,6 +212,8 @@ def supported_backend(backend: str, device: torch.device) -> None:
             f"backend is 'triton', which needs CUDA tensors (or TRITON_INTERPRET=1), and the hidden states are on "
             f"{device}: ask for 'auto' or 'torch'"
         )
+    if dtype == torch.float64 and not knobs.runtime.interpret:
+        raise ValueError("backend is 'triton', whose kernels compute in float32, and the products are in float64")
 
 
 def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:

@@ -83,10 +83,11 @@ def run_chunks(
     wide, device = products.accumulation_dtype(compute_dtype), student.hidden.device
     work = backend_module(backend, device, wide)
     student_head = make_head(student.weight, student.bias, vocab, compute_dtype)
-    teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype)
     if not student.weight.is_meta and student.weight.is_set_to(teacher.weight):
         # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.
-        teacher_head = Head(student_head.weight, teacher_head.bias)
+        teacher_head = Head(student_head.weight, _head_bias(teacher.bias, vocab, wide))
+    else:
+        teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype)
     gradients = _allocate(student, wanted, wide, live, vocab)
     per_logit = work.bytes_per_logit(compute_dtype, device, objective, with_gradient=wanted.any)
     plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
@@ -113,7 +114,12 @@ def run_chunks(
 def make_head(weight: Tensor, bias: Tensor | None, vocab: int, compute_dtype: torch.dtype) -> Head:
     """The first `vocab` entries, in the dtypes that products take them in."""
     wide = products.accumulation_dtype(compute_dtype)
-    return Head(weight[:vocab].to(compute_dtype), None if bias is None else bias[:vocab].to(wide))
+    return Head(weight[:vocab].to(compute_dtype), _head_bias(bias, vocab, wide))
+
+
+def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype) -> Tensor | None:
+    """Its first `vocab` entries side by side, as kernels read them."""
+    return None if bias is None else bias[:vocab].to(wide).contiguous()
 
 
 def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens, vocab: int) -> Gradients:
@@ -135,8 +141,9 @@ def token_weights(
 ) -> tuple[Tensor, Tensor]:
     """The factor of each live token's gradient, and a factor that every gradient still lacks.
 
-    A mean divides by the sum of the weights. In float16 that would push the logits' gradients out of range, so
-    there it is left for the backward pass, where it meets the upstream gradient; otherwise the second factor is 1.
+    A mean divides by the sum of the weights. In float16 that, or small weights, would push the logits' gradients out of
+    range; so there the largest weight is made 1, and what that and the mean divide by is left for the backward pass,
+    where it meets the upstream gradient. Otherwise the second factor is 1.
     """
     wide = products.accumulation_dtype(compute_dtype)
     one = like.new_ones((), dtype=wide)
@@ -147,10 +154,12 @@ def token_weights(
         total = weight.sum()
         total = torch.where(total == 0, 1, total)
     if reduction != "mean":
-        return weight, one
-    if compute_dtype == torch.float16:
-        return weight, 1 / total
-    return weight.div_(total), one
+        total = one
+    if compute_dtype != torch.float16:
+        return weight.div_(total), one
+    largest = weight.abs().amax() if live.count else one
+    largest = torch.where(largest == 0, 1, largest)
+    return weight.div_(largest), largest / total
 
 
 def check_labels(labels: Tensor, vocab: int) -> None:

@@ -68,8 +68,8 @@ def plan_chunks(
         if device.type == "cpu":
             least, largest = (count * vocab * bytes_per_logit for count in CPU_TOKENS)
             budget = min(max(budget, least), largest)
-    most = max(1, budget // (vocab * bytes_per_logit) if bytes_per_logit else tokens)
     tile = TILE_TOKENS.get(device.type, TILE_TOKENS["cuda"])
+    most = max(1, budget // (vocab * bytes_per_logit) if bytes_per_logit else tokens + tile - 1)
     tile = tile if most >= tile else 1
     chunks = max(1, _divide_up(tokens, most // tile * tile), tokens // max(1, enough))
     chunk = max(1, min(tokens, _divide_up(_divide_up(tokens, tile), chunks) * tile))

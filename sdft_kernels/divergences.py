@@ -32,6 +32,9 @@ from torch import Tensor
 #: 1e-34 of the other, and adds nothing.
 LARGEST_LOG_RATIO = 80.0
 
+#: So are the odds β q / ((1-β) p), which near β = 1 would still overflow.
+LARGEST_ODDS = 1e38
+
 
 @dataclass(frozen=True)
 class LogitOptions:
@@ -141,7 +144,7 @@ def skew_reverse_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
     """
     log_p_over_m = _log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
     loss = column_dot(tile.p, log_p_over_m, tile.q)
-    x = log_ratio.neg_().exp_().mul_(beta / (1 - beta))
+    x = log_ratio.neg_().exp_().mul_(beta / (1 - beta)).clamp_(max=LARGEST_ODDS)
     log1p_x = torch.log1p(x, out=tile.student)
     return centre_under_p(tile, x.reciprocal_().add_(1).reciprocal_().sub_(log1p_x), loss)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdft_kernels import products
 from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
 from sdft_kernels.divergences import LogitOptions, Objective
-from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, reads_are_free
+from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, on_its_device, reads_are_free
 
 OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -70,7 +70,7 @@ def _forward(
     logprobs = [None if labels is None else torch.empty_like(loss) for _ in range(2)]
     rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, *logprobs)
     # Autocast has had its say in compute_dtype; from here on it would lower the softmax arithmetic as well.
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    with on_its_device(student_hidden), torch.autocast(student_hidden.device.type, enabled=False):
         gradients = run_chunks(
             Side(student_hidden, student_weight, student_bias),
             Side(teacher_hidden, teacher_weight, teacher_bias),
@@ -86,7 +86,7 @@ def _forward(
     weighted = rows.weight * loss
     student_logprob, teacher_logprob = (loss.new_empty(0) if v is None else live.spread(v) for v in logprobs)
     return (
-        live.spread(weighted) if reduction == "none" else weighted.sum() * missing_factor,
+        (live.spread(weighted) if reduction == "none" else weighted.sum()) * missing_factor,
         live.spread(loss),
         live.spread(student_entropy),
         live.spread(teacher_entropy),
@@ -181,9 +181,9 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
     given["reduction"] = "sum"
     needed = ctx.needs_input_grad[:3]
     given["want_hidden"], given["want_weight"], given["want_bias"] = needed
-    gradients = fused_linear_divergence_op(**given)[-4:-1]
+    *gradients, missing_factor = fused_linear_divergence_op(**given)[-4:]
     return tuple(
-        gradient.to(dtype) if need else None
+        _scaled(gradient, missing_factor, dtype) if need else None
         for gradient, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)
     )
 
@@ -192,6 +192,8 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor in `dtype`, in the gradient's own memory where that will do and nobody asks for it again."""
     if factor.dim() == 0 and reads_are_free(factor) and factor.item() == 1:
         return gradient.to(dtype)
+    if factor.dim() == 0:
+        factor = factor.view(1)  # else a CUDA kernel would first round it to the gradient's dtype
     if gradient.dtype != dtype and gradient.device.type != "cpu":
         # Both in one pass over a head's worth of memory; on the CPU torch would put the product in between anyway.
         return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))

@@ -11,7 +11,7 @@ from sdft_kernels import arguments, products
 from sdft_kernels.chunk_loop import backend_module, check_labels, make_head
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import LogitOptions
-from sdft_kernels.tokens import TokenScores
+from sdft_kernels.tokens import TokenScores, on_its_device
 
 
 class TokenStats(NamedTuple):
@@ -74,9 +74,9 @@ def linear_token_stats(
         arguments.positive("softcap", softcap)
     arguments.workspace(max_chunk_bytes)
     arguments.one_of("backend", backend, arguments.BACKENDS)
-    arguments.supported_backend(backend, hidden.device)
     vocab = arguments.shared_vocabulary(weight.shape[0], weight.shape[0], vocab_size)
     dtype = arguments.products_dtype(hidden.device, hidden=hidden, weight=weight)
+    arguments.supported_backend(backend, hidden.device, dtype)
     if labels is not None:
         labels = labels.contiguous()
         check_labels(labels, vocab)
@@ -92,7 +92,7 @@ def linear_token_stats(
     head = make_head(weight, bias, vocab, dtype)
     plan = plan_chunks(tokens, vocab, work.scoring_bytes_per_logit(dtype), hidden.device, max_chunk_bytes)
     workspace = work.scoring_workspace(hidden, plan.chunk, vocab, dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         for chunk in plan.slices(tokens):
             work.score_chunk(hidden[chunk].to(dtype), head, scores[chunk], options, workspace)
     return TokenStats(logprob, top1, entropy, logsumexp)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,12 @@ def reads_are_free(tensor: Tensor) -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Whether this is a tensor with values of its own, not one that stands for another while a graph is traced."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, which is where Triton launches kernels and looks for the stream."""
+    device = tensor.device
+    return torch.cuda.device(device) if device.type == "cuda" and is_plain(tensor) else nullcontext()
 
 
 @dataclass

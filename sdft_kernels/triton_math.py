@@ -6,9 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdft_kernels.divergences import LARGEST_LOG_RATIO
+from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_ODDS
 
 _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
+_LARGEST_ODDS = tl.constexpr(LARGEST_ODDS)
 #: Stands for logits beyond the vocabulary: finite, so that no difference of two of them is NaN.
 FAR_BELOW = tl.constexpr(-1e30)
 
@@ -79,7 +80,7 @@ def mixture_score(log_ratio, beta, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == "jsd":
         return (1 - beta) * log_over_mixture(-log_ratio, beta)
     elif DIVERGENCE == "skew_reverse_kl":
-        x = beta / (1 - beta) * tl.exp(-log_ratio)
+        x = tl.minimum(beta / (1 - beta) * tl.exp(-log_ratio), _LARGEST_ODDS)
         return 1 / (1 + 1 / x) - log1p(x)
     else:
         return (beta - 1) * tl.exp(log_over_mixture(log_ratio, 1 - beta))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdft_kernels import fused_linear_divergence
+from sdft_kernels.arguments import supported_backend
 
 
 def call(**changes: Any) -> None:
@@ -82,6 +83,8 @@ def test_the_triton_backend_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.M
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match=r"backend is 'triton', which needs CUDA tensors .* are on cpu"):
         call(backend="triton")
+    with pytest.raises(ValueError, match="whose kernels compute in float32, and the products are in float64"):
+        supported_backend("triton", torch.device("cuda"), torch.float64)
 
 
 def test_right_arguments_pass() -> None:

@@ -68,3 +68,10 @@ def test_where_no_logits_are_held(budget: int | None) -> None:
     assert sum(sizes) == 10_000
     assert all(ENOUGH_TOKENS["frozen"] - 128 < size < 2 * ENOUGH_TOKENS["frozen"] for size in sizes)
     assert plan_chunks(0, 100, 0, CPU).chunk == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 600, 1000])
+def test_few_tokens_are_one_chunk_where_no_logits_are_held(tokens: int) -> None:
+    """Each chunk more would read both heads again."""
+    plan = plan_chunks(tokens, 152_000, 0, CUDA)
+    assert (plan.chunk, plan.chunks) == (tokens, 1)

@@ -1,9 +1,13 @@
 """The loss against its definition: values and gradients on random inputs and on real hidden states."""
 
+import math
+
 import pytest
 import torch
 
 from sdft_kernels import FusedLinearDivergence, fused_linear_divergence
+from sdft_kernels.chunk_loop import token_weights
+from sdft_kernels.tokens import LiveTokens
 from tests.cases import (
     DIVERGENCES,
     assert_close,
@@ -192,6 +196,32 @@ def test_extreme_logits_stay_finite_and_right(divergence: str, size: float) -> N
     assert_close(actual, expected, *LIMITS[torch.float32])
     for tensor in (*actual.output[:4], *actual.gradients.values()):
         assert tensor is None or tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_mixture_that_is_nearly_the_teacher_stays_finite(backend: str) -> None:
+    """With β next to 1 the odds of teacher against student pass float32's largest number."""
+    case = random_case(4, divergence="skew_reverse_kl", beta=1 - 1e-6, backend=backend)
+    case.student_hidden, case.student_weight = torch.eye(4) * 1e3, torch.eye(4)
+    case.teacher_hidden, case.teacher_weight = torch.eye(4).flip(0) * 1e3, torch.eye(4)
+    result = fused(case)
+    assert relative_error(result.output.token_loss, torch.full((4,), -math.log(1e-6))) < 1e-3
+    for gradient in result.gradients.values():
+        assert gradient is None or (gradient.isfinite().all() and gradient.norm() < 1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_in_float16_the_largest_weight_is_one_and_a_factor_says_what_it_was(reduction: str) -> None:
+    """Else small weights, such as 1 / length, would make gradients of logits that float16 cannot hold."""
+    given = torch.rand(9) / 8192
+    weight, factor = token_weights(LiveTokens(given, 9), given, torch.zeros(9), reduction, torch.float16)
+    assert weight.max() == 1
+    torch.testing.assert_close(weight * factor, given / given.sum() if reduction == "mean" else given)
+    case = random_case(9, dtype=torch.float16, token_weight=given, reduction=reduction)
+    upstream = torch.rand(9) * 4096 if reduction == "none" else torch.tensor(4096.0)
+    assert_close(fused(case, upstream), reference(case, upstream), *LIMITS[torch.float16])
+    case.trainable = ("student_hidden",)
+    assert_close(fused(case, upstream), reference(case, upstream), *LIMITS[torch.float16])
 
 
 def test_inputs_of_any_layout() -> None:

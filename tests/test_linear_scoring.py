@@ -168,8 +168,14 @@ def test_same_student_and_teacher() -> None:
 
 def test_non_contiguous_inputs() -> None:
     case = random_case(
-        8, vocab=300, dtype=torch.bfloat16, labels=torch.randint(0, 300, (8,)), old_logprobs=-torch.rand(8) * 8
+        8,
+        vocab=300,
+        dtype=torch.bfloat16,
+        labels=torch.randint(0, 300, (8,)),
+        old_logprobs=-torch.rand(8) * 8,
+        teacher_bias=torch.randn(300, 2)[:, 0],
     )
+    case.student_bias = torch.randn(300, 2)[:, 1]
     wanted = expected(case)
     for name in ("student_hidden", "teacher_weight"):
         setattr(case, name, getattr(case, name).T.contiguous().T)
@@ -179,7 +185,13 @@ def test_non_contiguous_inputs() -> None:
         case.options[name] = case.options[name].repeat_interleave(2)[::2]
         assert not case.options[name].is_contiguous()
     assert_close(without_gradient(case), wanted, 3e-6, 0)
-    actual = linear_token_stats(case.student_hidden, case.student_weight, case.options["labels"], backend="triton")
+    actual = linear_token_stats(
+        case.student_hidden,
+        case.student_weight,
+        case.options["labels"],
+        bias=case.student_bias,
+        backend="triton",
+    )
     assert relative_error(actual.logprob, wanted.output.student_logprob) <= 3e-6
 
 
