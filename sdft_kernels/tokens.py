@@ -27,7 +27,8 @@ def is_plain(tensor: Tensor) -> bool:
 def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one, which is where Triton launches kernels and looks for the stream."""
     device = tensor.device
-    return torch.cuda.device(device) if device.type == "cuda" and is_plain(tensor) else nullcontext()
+    real = device.type == "cuda" and device.index is not None  # which a tensor that is only traced need not have
+    return torch.cuda.device(device) if real else nullcontext()
 
 
 @dataclass
