@@ -7,7 +7,8 @@ a CPU's memory, whatever is asked for). All requests are there before the first 
 step, and with it what is sampled, does not depend on how fast threads are. The run's own random numbers stay
 undisturbed. And an error in the manager's thread ends the call instead of giving fewer results.
 
-The manager's thread knows no autocast: under mixed precision it samples in the type of the weights.
+The cache of pages is of the weights' type, and so is the sampling, under mixed precision too: the autocast that
+accelerate wraps around a model's forward pass is put aside.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from sdft.errors import TrainingError
 from sdft.sampling import RowSampler
 
-PAGE = 32  # tokens in a page of the cache
+PAGE = {"cpu": 32, "cuda": 256}  # tokens in a page of the cache; flash attention takes multiples of 256
 STEP_TOKENS = 512  # the most tokens in a step; without flash attention, rows of a mask as wide as the cache
 
 
@@ -51,7 +52,7 @@ def generate_continuously(
         processors.append(RequestStopper(stopped, cast(list[int], settings.eos_token_id)[0]))
     graphs = False if processors else None  # a graph would repeat the draw that it was captured with
     hints = WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
-    with _own_random_numbers(model.device) as seed, _own_attention(model), _no_warnings():
+    with _own_random_numbers(model.device) as seed, _own_attention(model), _own_forward(model), _no_warnings():
         try:
             manager = cast(Any, model).init_continuous_batching(
                 settings, _configuration(model, prompts, new_tokens, seed, graphs), workload_hints=hints
@@ -72,9 +73,10 @@ def generate_continuously(
 def _configuration(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, graphs: bool | None
 ) -> ContinuousBatchingConfig:
-    pages = sum(-(-(len(prompt) + new_tokens) // PAGE) + 1 for prompt in prompts)
+    page = PAGE["cuda" if model.device.type == "cuda" else "cpu"]
+    pages = sum(-(-(len(prompt) + new_tokens) // page) + 1 for prompt in prompts)
     return ContinuousBatchingConfig(
-        page_size=PAGE,
+        page_size=page,
         num_blocks=pages,
         max_batch_tokens=STEP_TOKENS,
         seed=seed,
@@ -181,6 +183,21 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _own_forward(model: PreTrainedModel) -> Iterator[None]:
+    """The forward pass without accelerate's autocast around it, and with it afterwards."""
+    attributes = vars(model)
+    wrapped = attributes.get("forward")
+    if wrapped is None or "_original_forward" not in attributes:
+        yield
+        return
+    model.forward = attributes["_original_forward"]
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 @contextlib.contextmanager

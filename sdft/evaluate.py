@@ -144,10 +144,12 @@ def forgetting(
     batch_size: int,
     progress: str | None = None,
     share: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> float:
     """The mean over tokens of KL(start || model), in nats, on the `answers` of the starting model.
 
-    `start` lends that model, which may be the same one with its adapter off. With `share`, processes share the work.
+    `start` lends that model, which may be the same one with its adapter off. With `share`, processes share the work;
+    `autocast` is the type of mixed-precision products.
     """
     samples = [
         Sample(prompt, completion, prompt)
@@ -157,8 +159,9 @@ def forgetting(
     def moved(numbers: list[int]) -> float:
         batch = {k: v.to(model.device) for k, v in lay_out([samples[n] for n in numbers], skip_tokens=0).items()}
         with start.scoring() as base:
-            seen = teacher_view(base, batch)
-        return float(divergence(model, seen, batch, divergence="forward_kl", reduction="sum").loss)
+            seen = teacher_view(base, batch, autocast)
+        options = {"divergence": "forward_kl", "reduction": "sum"}
+        return float(divergence(model, seen, batch, autocast=autocast, **options).loss)
 
     training = model.training
     model.eval()
@@ -244,7 +247,13 @@ class Exam:
             share=True,
         )
 
-    def forgetting(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Teacher) -> float | None:
+    def forgetting(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        start: Teacher,
+        autocast: torch.dtype | None = None,
+    ) -> float | None:
         """How far the model has moved from the starting one on the general prompts; None without prompts.
 
         The starting model, which `start` lends, answers them the first time that this is asked.
@@ -261,6 +270,7 @@ class Exam:
             batch_size=self.batch_size,
             progress=self._progress("divergence from the starting model"),
             share=True,
+            autocast=autocast,
         )
 
     def _progress(self, description: str) -> str | None:

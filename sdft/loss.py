@@ -85,23 +85,25 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) 
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, tokens: Sequence[int]) -> None:
+def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dtype | None = None) -> None:
     """Refuse a model whose own logits on a few tokens are not those of the head that `find_head` describes.
 
     One is refused, too, in which a token sees those after it: padding on the right, without a mask, would change it.
+    `autocast` is the type of mixed-precision products.
     """
     if backbone(model) is model:
         raise TrainingError(f"{type(model).__name__} has no backbone apart from its head, and the loss needs one")
     training = model.training
     model.eval()
     input_ids = torch.tensor([list(tokens)], device=model.device)
-    expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
     own = torch.arange(len(tokens), device=model.device)
-    hidden = hidden_states(model, input_ids, own)
-    followed = [hidden_states(model, nn.functional.pad(input_ids, (0, 8), value=v), own).float() for v in (0, 1)]
+    with _autocast(model.device, autocast):
+        expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
+        hidden = hidden_states(model, input_ids, own)
+        followed = [hidden_states(model, nn.functional.pad(input_ids, (0, 8), value=v), own).float() for v in (0, 1)]
     model.train(training)
     head = find_head(model)
-    tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps)
+    tolerance = max(1e-4, 4 * torch.finfo(autocast or head.weight.dtype).eps)
     moved = ((followed[0] - followed[1]).abs().max() / followed[0].abs().max().clamp_min(1e-6)).item()
     if moved > tolerance:
         raise TrainingError(

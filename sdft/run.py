@@ -92,9 +92,15 @@ def train(
     bar = ProgressBar(silent=bool(config.disable_tqdm))
     trainer.add_callback(bar)
 
-    teacher = exam.held_out(trainer.student, tokenizer, "teacher, held-out prompts", template) if shown else None
-    before = exam.held_out(trainer.student, tokenizer, "before, held-out prompts")
-    general_before = exam.general(trainer.student, tokenizer, "before, general prompts")
+    def held_out(progress: str, template: list[Message] | None = None) -> Answers | None:
+        return trainer.with_student(lambda: exam.held_out(trainer.student, tokenizer, progress, template))
+
+    def general(progress: str) -> Answers | None:
+        return trainer.with_student(lambda: exam.general(trainer.student, tokenizer, progress))
+
+    teacher = held_out("teacher, held-out prompts", template) if shown else None
+    before = held_out("before, held-out prompts")
+    general_before = general("before, general prompts")
     train_started = time.perf_counter()
     with contextlib.closing(bar), FinishOnSignal() as finish:
         trainer.add_callback(finish)
@@ -109,14 +115,14 @@ def train(
         return
     training_seconds = time.perf_counter() - train_started
     trainer.save_model()
-    after = exam.held_out(trainer.student, tokenizer, "after, held-out prompts")
-    general_after = exam.general(trainer.student, tokenizer, "after, general prompts")
+    after = held_out("after, held-out prompts")
+    general_after = general("after, general prompts")
     moved = None
     if general_before is not None:
         start = trainer.start or Teacher(
             load_model(of_model.model, of_model.dtype, trainer.student.device, **of_model.trust)[0]
         )
-        moved = exam.forgetting(trainer.student, tokenizer, start)
+        moved = trainer.with_student(lambda: trainer.moved(exam, start))
     if not trainer.is_world_process_zero():
         return
 

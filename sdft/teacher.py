@@ -30,6 +30,9 @@ from sdft.models import causal_lm, has_adapter
 
 AVERAGE_FILE = "teacher_average.safetensors"
 
+#: What FSDP's own activation checkpointing puts before the names of a layer's parameters.
+CHECKPOINTED = "_checkpoint_wrapped_module."
+
 
 class Teacher:
     """The student itself, as it is: the live teacher, and what the others start from."""
@@ -59,7 +62,7 @@ class BaseTeacher(Teacher):
         super().__init__(student)
         self.model = frozen_copy(causal_lm(student))
         if offload:
-            stream(self.model, causal_lm(student).device)
+            stream(self.model, causal_lm(student))
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
@@ -89,10 +92,14 @@ class _Average:
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
-        for name, parameter in student.named_parameters():
-            if name in self.average:
-                average = self.average[name]
-                average.lerp_(whole(parameter).to(average.device, torch.float32), self.rate)
+        for name, parameter in self.followed(student).items():
+            average = self.average[name]
+            average.lerp_(whole(parameter).to(average.device, torch.float32), self.rate)
+
+    def followed(self, student: nn.Module) -> dict[str, nn.Parameter]:
+        """The student's parameters that are averaged, by the names that they had before anything was wrapped."""
+        named = {name.replace(CHECKPOINTED, ""): parameter for name, parameter in student.named_parameters()}
+        return {name: named[name] for name in self.average}
 
     def save(self, folder: str) -> None:
         save_file(self.average, os.path.join(folder, AVERAGE_FILE), metadata={"format": "pt"})
@@ -155,7 +162,7 @@ class AdapterAverageTeacher(Teacher):
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
-        trained = {name: p.detach() for name, p in self.student.named_parameters() if name in self.average}
+        trained = {name: parameter.detach() for name, parameter in self._average.followed(self.student).items()}
         weights = [part(parameter, parameter) for parameter in trained.values()]
         own = [weight.clone() for weight in weights]
         torch._foreach_copy_(weights, [part(self.average[name], parameter) for name, parameter in trained.items()])
@@ -192,14 +199,28 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
-def stream(model: PreTrainedModel, device: torch.device) -> None:
-    """Keep the model's layers on the CPU, and bring each to `device` for just as long as it computes."""
-    from accelerate import cpu_offload
+def stream(model: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Keep the model's layers on the CPU, and bring each to the student's device for just as long as it computes.
 
+    What a layer shares with the student's is there anyway and stays.
+    """
+    device, shared = student.device, {id(parameter) for parameter in student.parameters()}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
     for layer in layers:
-        cpu_offload(nn.Module.to(layer, "cpu"), execution_device=device)
+        own = [parameter for parameter in layer.parameters() if id(parameter) not in shared]
+        kept = [parameter.detach().to("cpu") for parameter in own]
+        if device.type == "cuda":
+            kept = [tensor.pin_memory() for tensor in kept]  # so that the next copy need not wait for the last product
+        _move(own, kept)
+        layer.register_forward_pre_hook(lambda *_, own=own, kept=kept: _move(own, kept, device))
+        layer.register_forward_hook(lambda *_, own=own, kept=kept: _move(own, kept), always_call=True)
+
+
+def _move(parameters: list[nn.Parameter], tensors: list[Tensor], device: torch.device | None = None) -> None:
+    """Give parameters the tensors for their data, on a device if one is named."""
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.data = tensor if device is None else tensor.to(device, non_blocking=True)
 
 
 def make_teacher(kind: str, student: nn.Module, ema_rate: float, *, offload: bool = False) -> Teacher:

@@ -116,15 +116,16 @@ class SDFTTrainer(WholeSaves):
             **kwargs,
         )
         bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
-        if self.is_deepspeed_enabled and args.max_forward_tokens is not None:  # which steps after every backward pass
-            raise UsageError("max_forward_tokens is set; under DeepSpeed it must not be")
-        if self.is_fsdp_enabled:  # where the Trainer leaves the model until it is sharded, and copies would be made
+        self._check_launch()
+        if not self.place_model_on_device and not self.is_model_parallel:
+            # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
         if rows is not None:
-            check_head(self.student, rows[0]["prompt_ids"][:16])
+            check_head(self.student, rows[0]["prompt_ids"][:16], self._autocast)
         elif self.exam.general_rows:
-            check_head(self.student, encode_prompt(self.exam.general_rows[0]["prompt"], processing_class)[:16])
+            tokens = encode_prompt(self.exam.general_rows[0]["prompt"], processing_class)
+            check_head(self.student, tokens[:16], self._autocast)
         self.teacher: Teacher | None = None
         if args.method == "sdft":
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
@@ -154,8 +155,29 @@ class SDFTTrainer(WholeSaves):
         if self.teacher is not None and self.args.teacher == "base":
             return self.teacher
         if has_adapter(self.learner) or self.exam.general_rows:
-            return make_teacher("base", self.learner, self.args.ema_rate)
+            offload = self.args.teacher_offload and not has_adapter(self.learner)
+            return make_teacher("base", self.learner, self.args.ema_rate, offload=offload)
         return None
+
+    def _check_launch(self) -> None:
+        """Refuse ways to launch and wrap a model under which the loss would be another, or nothing would train."""
+        if self.is_deepspeed_enabled:
+            raise UsageError("deepspeed is set; it must not be: several GPUs take DDP or FSDP2 (accelerate launch)")
+        if self.args.torch_compile:
+            raise UsageError("torch_compile is True; it must be False, for the loss is no forward pass of the model's")
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None:
+            return
+        if plugin.fsdp_version != 2:
+            raise UsageError(f"fsdp_version is {plugin.fsdp_version}; it must be 2 (--fsdp_version 2)")
+        if plugin.activation_checkpointing and has_adapter(self.learner):  # peft then finds nothing to save
+            raise UsageError(
+                "fsdp_config has activation_checkpointing; with an adapter it must not, but activation_checkpointing "
+                "may be set beside it"
+            )
+        if plugin.mixed_precision_policy is not None:
+            # By default all that a forward pass returns is rounded to its type: losses and log-probabilities here.
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -224,11 +246,12 @@ class SDFTTrainer(WholeSaves):
         return parts
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """A micro-batch's loss and gradients, piece by piece; processes exchange gradients after the last."""
+        """A micro-batch's loss and gradients, piece by piece; processes exchange whole gradients after the last."""
         *early, last = inputs
         losses = []
         for piece in early:
-            with self.accelerator.no_sync(model):
+            # Sharded gradients are exchanged at once: they would be whole in every process until then.
+            with contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
         losses.append(super().training_step(model, last, num_items_in_batch))
         return torch.stack(losses).sum()
@@ -288,7 +311,7 @@ class SDFTTrainer(WholeSaves):
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
 
         def write() -> list[list[int]]:
-            with self._writer() as (model, prompt_ids), self.accelerator.autocast():
+            with self._writer() as (model, prompt_ids):
                 return sample(
                     model,
                     [row[prompt_ids] for row in rows],
@@ -299,7 +322,7 @@ class SDFTTrainer(WholeSaves):
                     batch_size=self.args.rollout_batch_size,
                 )
 
-        completions = self._with_weights(write)
+        completions = self.with_student(write)
         self._count(
             completions=len(rows),
             completion_length=sum(map(len, completions)),
@@ -308,15 +331,16 @@ class SDFTTrainer(WholeSaves):
         )
         return completions
 
-    def _with_weights(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives, in which the student may be called.
+    def with_student(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives, in which the student may be called, in the run's precision.
 
         Where a sharded model has peft's wrapped around it, weights outside its layers are whole only in the forward
         pass of that.
         """
-        if self.is_fsdp_enabled and self.learner is not self.student:
-            return as_forward_of(self.model_wrapped, self.learner, function)
-        return function()
+        with self.accelerator.autocast():
+            if self.is_fsdp_enabled and self.learner is not self.student:
+                return as_forward_of(self.model_wrapped, self.learner, function)
+            return function()
 
     @contextlib.contextmanager
     def _writer(self) -> Iterator[tuple[PreTrainedModel, str]]:
@@ -425,14 +449,24 @@ class SDFTTrainer(WholeSaves):
             held_out = exam.held_out(self.student, tokenizer, "held-out prompts")
             return {
                 "accuracy": None if held_out is None else held_out.accuracy,
-                "forgetting": None if self.start is None else self.exam.forgetting(self.student, tokenizer, self.start),
+                "forgetting": None if self.start is None else self.moved(self.exam, self.start),
             }
 
-        measured = self._with_weights(measure)
+        measured = self.with_student(measure)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def moved(self, exam: Exam, start: Teacher) -> float | None:
+        """How far the student is from the model that training started from, on the general prompts of `exam`."""
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        return exam.forgetting(self.student, tokenizer, start, self._autocast)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError(
+            "predict does not say how well a model answers; evaluate does, and sdft generate writes answers"
+        )
 
     # Checkpoints: what is in them besides the Trainer's own
 

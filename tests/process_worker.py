@@ -64,6 +64,8 @@ def trainer(folder, processes, **options):
         options["fsdp"] = True
         if options.get("method") == "sft":  # checkpoints in pieces; the saved model is whole all the same
             options["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT"}
+        if options.get("teacher") == "ema" and not lora:  # whose names for parameters FSDP's own checkpointing changes
+            options["fsdp_config"] = {"activation_checkpointing": True}
     config = SDFTConfig(
         output_dir=str(folder),
         **{

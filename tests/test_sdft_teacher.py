@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sdft import teacher as teacher_module
 from sdft.errors import UsageError
 from sdft.teacher import AverageTeacher, BaseTeacher, make_teacher
 from tests import tiny
@@ -85,16 +86,26 @@ def test_the_average_survives_a_checkpoint(tmp_path):
         again.load(str(tmp_path))
 
 
-def test_a_streamed_teacher_scores_as_one_that_is_whole():
+def test_a_streamed_teacher_scores_as_one_that_is_whole(monkeypatch):
+    moves = []
+    move_data = teacher_module._move
+    monkeypatch.setattr(teacher_module, "_move", lambda *given: moves.append(given[2:]) or move_data(*given))
     student = tiny.tiny_model()
+    shared = student.model.layers[0].input_layernorm.weight.requires_grad_(False)
     ids = torch.tensor([[5, 6, 7, 8]])
     expected = student(ids).logits
-    teacher = make_teacher("base", student, 0.5, offload=True)
-    with teacher.scoring() as model:
-        assert all(p.device.type == "meta" for p in model.model.layers.parameters())
-        assert model.get_output_embeddings().weight.device.type == "cpu"
+    with make_teacher("base", student, 0.5, offload=True).scoring() as model:
+        assert moves == [()] * len(model.model.layers)  # away from the device
+        moves.clear()
+        assert model.model.layers[0].input_layernorm.weight is shared
         assert torch.equal(model(ids).logits, expected)
-    assert all(p.device.type == "cpu" for p in student.parameters())
+        assert moves == [(student.device,), ()] * len(model.model.layers)  # there and back, a layer at a time
+        moves.clear()
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids)
+        assert moves[-1] == ()
+    assert torch.equal(student(ids).logits, expected)
 
 
 def test_the_live_teacher_is_the_student():

@@ -2,10 +2,12 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sdft import SDFTConfig, SDFTTrainer
@@ -251,16 +253,56 @@ def test_stop_strings_end_rollouts_and_count_as_finished(tmp_path):
     assert log["completion_length"] < 40
 
 
-def test_under_deepspeed_a_step_is_not_worked_through_in_pieces(tmp_path, monkeypatch):
+def launched(monkeypatch, plugin=None, **attributes):
+    """Have the Trainer believe that it was launched otherwise."""
     made = SDFTTrainer.create_accelerator_and_postprocess
 
-    def as_if_deepspeed(self):
+    def as_if(self):
         made(self)
-        self.is_deepspeed_enabled = True
+        vars(self).update(attributes)
+        self.accelerator.state.fsdp_plugin = plugin
 
-    monkeypatch.setattr(SDFTTrainer, "create_accelerator_and_postprocess", as_if_deepspeed)
-    with pytest.raises(UsageError, match="max_forward_tokens is set; under DeepSpeed it must not be"):
-        trainer(tmp_path, max_forward_tokens=64)
+    monkeypatch.setattr(SDFTTrainer, "create_accelerator_and_postprocess", as_if)
+
+
+def test_torch_compile_and_deepspeed_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="torch_compile is True; it must be False"):
+        trainer(tmp_path, torch_compile=True)
+    launched(monkeypatch, is_deepspeed_enabled=True)
+    with pytest.raises(UsageError, match="deepspeed is set; it must not be"):
+        trainer(tmp_path)
+
+
+def test_under_fsdp_version_1_is_refused_and_2_does_not_round_what_the_loss_returns(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    plugin = SimpleNamespace(fsdp_version=1)
+    launched(monkeypatch, plugin, is_fsdp_enabled=True)
+    with pytest.raises(UsageError, match="fsdp_version is 1; it must be 2"):
+        trainer(tmp_path)
+    plugin.fsdp_version, plugin.activation_checkpointing = 2, True
+    adapter = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    with pytest.raises(UsageError, match="with an adapter it must not"):
+        trainer(tmp_path, model=peft.get_peft_model(tiny.tiny_model(), adapter))
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
+    trainer(tmp_path)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16)
+
+
+def test_continuous_batching_under_mixed_precision_samples_in_the_weights_type(tmp_path):
+    run = trainer(tmp_path, bf16=True, rollout_backend="continuous", max_steps=2, eval_dataset=tiny.rows(2))
+    written = []
+    sample = run.samples
+    run.samples = lambda rows: written.append(sample(rows)) or written[-1]
+    run.train()
+    assert [len(samples) for samples in written] == [2, 2]
+    forward = run.student.forward
+    run.samples(run.train_dataset[:2])
+    assert run.student.forward is forward and "_original_forward" in vars(run.student)  # accelerate's, around its own
+
+
+def test_predict_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(UsageError, match="evaluate does"):
+        trainer(tmp_path).predict([])
 
 
 def lines(folder):
