@@ -33,6 +33,7 @@ from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import Result, as_forward_of
+from sdft.launch import check_launch, switch_off_dropout
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
 from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
@@ -116,7 +117,7 @@ class SDFTTrainer(WholeSaves):
             **kwargs,
         )
         bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
-        self._check_launch()
+        check_launch(self)
         if not self.place_model_on_device and not self.is_model_parallel:
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)
@@ -158,26 +159,6 @@ class SDFTTrainer(WholeSaves):
             offload = self.args.teacher_offload and not has_adapter(self.learner)
             return make_teacher("base", self.learner, self.args.ema_rate, offload=offload)
         return None
-
-    def _check_launch(self) -> None:
-        """Refuse ways to launch and wrap a model under which the loss would be another, or nothing would train."""
-        if self.is_deepspeed_enabled:
-            raise UsageError("deepspeed is set; it must not be: several GPUs take DDP or FSDP2 (accelerate launch)")
-        if self.args.torch_compile:
-            raise UsageError("torch_compile is True; it must be False, for the loss is no forward pass of the model's")
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is None:
-            return
-        if plugin.fsdp_version != 2:
-            raise UsageError(f"fsdp_version is {plugin.fsdp_version}; it must be 2 (--fsdp_version 2)")
-        if plugin.activation_checkpointing and has_adapter(self.learner):  # peft then finds nothing to save
-            raise UsageError(
-                "fsdp_config has activation_checkpointing; with an adapter it must not, but activation_checkpointing "
-                "may be set beside it"
-            )
-        if plugin.mixed_precision_policy is not None:
-            # By default all that a forward pass returns is rounded to its type: losses and log-probabilities here.
-            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -510,12 +491,3 @@ def exam_by(args: SDFTConfig, held_out: Any, general: Any = None) -> Exam:
 def keep_rows(rows: list[Row]) -> Any:
     """A batch stays a list of rows until the rollouts are there."""
     return rows
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Student and teacher are compared token by token; dropout would be noise in what the student learns."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (its type is known at run time only)

@@ -1,0 +1,45 @@
+"""Ways to launch and wrap a model under which the loss would be another, or nothing would train: refused, or mended."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer
+
+from sdft.errors import UsageError
+from sdft.models import has_adapter
+
+
+def check_launch(trainer: Trainer) -> None:
+    """UsageError for what cannot work, before any teacher is made."""
+    if trainer.is_deepspeed_enabled:
+        raise UsageError("deepspeed is set; it must not be: several GPUs take DDP or FSDP2 (accelerate launch)")
+    if trainer.args.torch_compile:
+        raise UsageError("torch_compile is True; it must be False, for the loss is no forward pass of the model's")
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer.accelerator.state.fsdp_plugin, has_adapter(cast(nn.Module, trainer.model)))
+
+
+def _check_fsdp(plugin: Any, adapter: bool) -> None:
+    """What FSDP's `plugin` says; and have it not round what the loss returns."""
+    if plugin.fsdp_version != 2:
+        raise UsageError(f"fsdp_version is {plugin.fsdp_version}; it must be 2 (--fsdp_version 2)")
+    if plugin.activation_checkpointing and adapter:  # peft then finds nothing to save
+        raise UsageError(
+            "fsdp_config has activation_checkpointing; with an adapter it must not, but activation_checkpointing may "
+            "be set beside it"
+        )
+    if plugin.mixed_precision_policy is not None:
+        # By default all that a forward pass returns is rounded to its type: losses and log-probabilities here.
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Student and teacher are compared token by token; dropout would be noise in what the student learns."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (its type is known at run time only)
