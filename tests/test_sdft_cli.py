@@ -158,6 +158,13 @@ def test_the_teacher_is_measured_under_the_templates_asked_for(options, expected
     assert asked[0] is None and len(asked) == 1 + len(expected)
 
 
+def test_eval_takes_a_recipe_that_names_its_teacher(recipe, capsys):
+    assert main(["eval", recipe(teacher="ema")]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out prompts answered exactly" in printed
+    assert "shown the demonstration" not in printed
+
+
 def test_eval_scores_by_the_scorer_named_and_samples_where_told(recipe, model_folder, tmp_path, capsys):
     rows = [{"prompt": f"say {n}", "answer": answer} for n, answer in enumerate(['{"a": 1}', '{"b": 2}'])]
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
