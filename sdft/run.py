@@ -25,7 +25,7 @@ from sdft.config import (
 from sdft.data import WHERE, load_rows
 from sdft.errors import UsageError
 from sdft.evaluate import Answers, Exam, complete, prompts_for
-from sdft.models import add_lora, eos_token_ids, load_model
+from sdft.models import add_lora, check_apart, eos_token_ids, load_model
 from sdft.report import (
     ANSWERED,
     MetricsFile,
@@ -72,6 +72,8 @@ def train(
         )
     shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
+    if of_lora.lora_rank:
+        check_apart(of_model.model, folder)
     resume = checkpoint_to_resume(config.resume_from_checkpoint, folder)
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     exam.check(model, tokenizer, shown)
