@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from transformers import TrainingArguments
 
@@ -24,6 +24,8 @@ from sdft_kernels.divergences import DIVERGENCES
 METHODS = ("sdft", "sft")
 TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
+METRICS = ("accuracy", "forgetting")
+FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")  # the schedules that wait for a metric to get no better
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -373,9 +375,24 @@ class SDFTConfig(EvalSettings, TrainingArguments):
             raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
         parse_template(self.teacher_template)
         EvalSettings.__post_init__(self)
+        self._choose_metric()
         TrainingArguments.__post_init__(self)
+        if self.lr_scheduler_type in FOLLOW_METRIC:
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
         # The teacher is a copy of the model, so each process must load it, not only the first.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    def _choose_metric(self) -> None:
+        """What the best model is the best by: one of the metrics that evaluation during training has."""
+        if self.metric_for_best_model is None:
+            wanted = self.load_best_model_at_end or self.save_strategy == "best"
+            if not wanted and self.lr_scheduler_type not in FOLLOW_METRIC:
+                return
+            self.metric_for_best_model = "accuracy"
+        check_choice("metric_for_best_model", self.metric_for_best_model.removeprefix("eval_"), METRICS)
+        if self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "accuracy"
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

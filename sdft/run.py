@@ -70,6 +70,13 @@ def train(
             "eval_strategy asks for evaluation during training, and eval_file and general_file are not set; at least "
             "one must be, or there is nothing to evaluate on"
         )
+    metric = (config.metric_for_best_model or "").removeprefix("eval_")
+    for name, rows_of, file in (
+        ("accuracy", exam.eval_rows, "eval_file"),
+        ("forgetting", exam.general_rows, "general_file"),
+    ):
+        if as_it_goes and metric == name and not rows_of:
+            raise UsageError(f"metric_for_best_model is {metric!r}, which is measured on {file}, and that is not set")
     shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
     if of_lora.lora_rank:

@@ -103,6 +103,17 @@ def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
     assert summary["scorer"] == "contains"
 
 
+def test_the_best_model_by_what_it_forgot_is_kept(recipe, tmp_path):
+    """It forgets more with every step, so that is the first."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "forgetting"}
+    assert main(["train", recipe(**steps, **best, learning_rate="1e-2", lr_scheduler_type="constant")]) == 0
+    state = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
+    assert state["best_global_step"] == 1
+    first, kept = (tmp_path / "out" / name / "model.safetensors" for name in ("checkpoint-1", "."))
+    assert first.read_bytes() == kept.read_bytes()
+
+
 @pytest.mark.parametrize("options", [["--method", "sft"], ["--teacher", "ema"]], ids=" ".join)
 def test_other_methods_run_too(options, recipe, tmp_path):
     assert main(["train", recipe(max_steps=1), *options]) == 0
@@ -265,6 +276,11 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
         ({"resume_from_checkpoint": "last"}, None, ["resume_from_checkpoint", "no such checkpoint"]),
         ({"resume_from_checkpoint": "x/checkpoint-3"}, None, ["x/checkpoint-3", "no such checkpoint"]),
         ({"eval_strategy": "steps", "eval_file": None, "general_file": None}, None, ["eval_strategy", "eval_file"]),
+        (
+            {"eval_strategy": "steps", "metric_for_best_model": "forgetting", "general_file": None},
+            None,
+            ["metric_for_best_model is 'forgetting'", "general_file"],
+        ),
         ({"train_file": None}, None, ["train_file", "not set"]),
     ],
     ids=str,
