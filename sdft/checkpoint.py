@@ -134,7 +134,7 @@ def rotate(folder: str, limit: int | None, best: str | None, staged: str) -> Non
 @contextlib.contextmanager
 def in_one_move(path: str | Path) -> Iterator[Path]:
     """A file beside `path` to write to; it takes the place of `path` at the end, or goes if something went wrong."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     beside = path.with_name(f".{path.name}.saving")
     try:
         yield beside

@@ -252,6 +252,8 @@ def _check_output_file(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         raise UsageError(f"output_file is {name!r}, a folder; it must be a JSONL file to write")
+    if path.exists() and not path.is_file():  # its place would be taken by a file
+        raise UsageError(f"output_file is {name!r}, a device or a pipe; it must be a JSONL file to write")
     if not path.parent.is_dir():
         raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
 

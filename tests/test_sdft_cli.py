@@ -333,6 +333,13 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(argv, expected, recipe
     assert nothing_written(tmp_path)
 
 
+def test_answers_do_not_take_the_place_of_a_pipe(recipe, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    message = fails(capsys, ["generate", recipe(), "--prompt", "a", "--output_file", "pipe"], 2)
+    assert "output_file is 'pipe', a device or a pipe" in message
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_nan_loss_is_one_line_and_exit_code_1_and_no_half_written_checkpoint(recipe, tmp_path, capsys):
     path = recipe(learning_rate=1e30, lr_scheduler_type="constant", save_strategy="steps", save_steps=2, method="sft")
     message = fails(capsys, ["train", path], 1)

@@ -194,6 +194,13 @@ def test_a_model_takes_the_place_of_one_of_another_kind_and_a_kill_leaves_either
     assert sorted(os.listdir(folder)) == sorted(["README.md", *new])
 
 
+def test_a_file_written_through_a_link_leaves_the_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    checkpoint.write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+
+
 def test_what_a_rename_makes_visible_has_reached_the_disk(tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, os.rename
