@@ -89,6 +89,12 @@ def _load_adapter(
     model, tokenizer = load_model(base, dtype, device, **trust)
     model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
     _call(model, folder)  # what an adapter on top of this one is an adapter of
+    if (adapter.parent / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust["trust_remote_code"])
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"model is {folder!r}, an adapter whose tokenizer cannot be loaded: {reason}") from error
     return model, tokenizer
 
 

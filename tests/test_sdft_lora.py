@@ -144,6 +144,15 @@ def test_an_adapter_of_an_adapter_loads_with_both(base_folder, tmp_path):
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_comes_with_the_chat_template_that_it_was_trained_with(base_folder, tmp_path):
+    saved_adapter(base_folder, tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter"))[1].chat_template == tiny.CHAT_TEMPLATE
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter"))[1].chat_template == tokenizer.chat_template
+
+
 def test_all_weights_learn_from_where_an_adapter_ended(base_folder, tmp_path):
     saved_adapter(base_folder, tmp_path / "adapter")
     model, _ = load_model(str(tmp_path / "adapter"))
