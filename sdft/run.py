@@ -37,6 +37,7 @@ from sdft.report import (
     table,
     write_summary,
 )
+from sdft.resuming import Resuming
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
@@ -105,8 +106,9 @@ def train(
     before = exam.held_out(trainer.student, tokenizer, "before, held-out prompts")
     general_before = exam.general(trainer.student, tokenizer, "before, general prompts")
     train_started = time.perf_counter()
-    with contextlib.closing(bar), FinishOnSignal() as finish:
+    with contextlib.closing(bar), FinishOnSignal() as finish, Resuming(resume) as resuming:
         trainer.add_callback(finish)
+        trainer.add_callback(resuming)
         trainer.train(resume_from_checkpoint=resume)
     if finish.stopped:
         if trainer.is_world_process_zero():

@@ -340,6 +340,31 @@ def test_answers_do_not_take_the_place_of_a_pipe(recipe, tmp_path, capsys):
     assert (tmp_path / "pipe").is_fifo()
 
 
+@pytest.mark.parametrize(
+    ("saved", "options"),
+    [
+        ({}, [["--lora_rank", "2"], ["--freeze_embeddings", "True"], ["--optim", "sgd"]]),
+        ({"lora_rank": 2}, [["--lora_rank", "4"], ["--lora_rank", "0"]]),
+    ],
+    ids=["all weights", "adapter"],
+)
+def test_a_checkpoint_of_other_settings_is_one_line(saved, options, recipe, capsys, monkeypatch):
+    save = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "eval_file": None, "general_file": None}
+    resume = ["train", recipe(**save, **saved), "--resume_from_checkpoint", "last", "--max_steps", "2"]
+    assert main(["train", "recipe.yaml"]) == 0
+    for other in options:
+        message = fails(capsys, [*resume, *other], 2)
+        assert "out/checkpoint-1" in message
+        assert "must be those that it was saved with" in message
+
+    def fail(*_, **__):
+        raise ValueError("of its own")
+
+    monkeypatch.setattr(SDFTTrainer, "samples", fail)
+    with pytest.raises(ValueError, match=r"^of its own$"):
+        main(resume)
+
+
 def test_a_nan_loss_is_one_line_and_exit_code_1_and_no_half_written_checkpoint(recipe, tmp_path, capsys):
     path = recipe(learning_rate=1e30, lr_scheduler_type="constant", save_strategy="steps", save_steps=2, method="sft")
     message = fails(capsys, ["train", path], 1)
