@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sdft.errors import UsageError
@@ -86,19 +87,35 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     return {WHERE: where, **row}
 
 
-def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, ready for the model's answer: through the chat template where the tokenizer has one."""
+def encode_prompt(
+    prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None
+) -> list[int]:
+    """Token ids of a prompt, ready for the model's answer: through the chat template where the tokenizer has one.
+
+    `where` is what errors call the row that it is from.
+    """
     if tokenizer.chat_template:
-        text = render(as_messages(prompt), tokenizer, add_generation_prompt=True)
+        text = render(as_messages(prompt), tokenizer, add_generation_prompt=True, where=where)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str):
         prompt = "\n\n".join(message["content"] for message in prompt)
     return tokenizer(prompt)["input_ids"]
 
 
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+def render(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool,
+    where: str | None = None,
+) -> str:
     """The text of a chat under the tokenizer's template."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except TemplateError as error:
+        where = where or f"the chat that ends with {messages[-1]['content'][-40:]!r}"
+        roles = ", ".join(message["role"] for message in messages)
+        raise UsageError(f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}") from error
 
 
 def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> list[int]:
@@ -106,11 +123,11 @@ def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: 
     demonstration = row["demonstration"]
     if not tokenizer.chat_template:
         text = demonstration if isinstance(demonstration, str) else "\n\n".join(m["content"] for m in demonstration)
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], _end_token(tokenizer, eos_ids)]
     answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
     messages = as_messages(row["prompt"])
-    opening = render(messages, tokenizer, add_generation_prompt=True)
-    whole = render([*messages, *answer], tokenizer, add_generation_prompt=False)
+    opening = render(messages, tokenizer, add_generation_prompt=True, where=row[WHERE])
+    whole = render([*messages, *answer], tokenizer, add_generation_prompt=False, where=row[WHERE])
     if not whole.startswith(opening):
         raise UsageError(
             f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
@@ -118,7 +135,18 @@ def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: 
         )
     ids = tokenizer(whole[len(opening) :], add_special_tokens=False)["input_ids"]
     last = max((position for position, token in enumerate(ids) if token in eos_ids), default=None)
-    return [*ids, tokenizer.eos_token_id] if last is None else ids[: last + 1]
+    return [*ids, _end_token(tokenizer, eos_ids)] if last is None else ids[: last + 1]
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> int:
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    if not eos_ids:
+        raise UsageError(
+            "the tokenizer has no eos_token, nor has the model; there must be one to train on demonstrations, which "
+            "end with it"
+        )
+    return min(eos_ids)
 
 
 def encode_rows(
@@ -139,7 +167,7 @@ def encode_rows(
     """
     encoded = []
     for row in rows:
-        ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer)}
+        ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer, row[WHERE])}
         room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
             ids["completion_ids"] = encode_demonstration(row, tokenizer, eos_ids)
@@ -147,7 +175,7 @@ def encode_rows(
         check_context(row, "prompt", len(ids["prompt_ids"]), room, context)
         if method != "sft":
             chat = teacher_messages(row["prompt"], row["demonstration"], template)
-            ids["teacher_prompt_ids"] = encode_prompt(chat, tokenizer)
+            ids["teacher_prompt_ids"] = encode_prompt(chat, tokenizer, row[WHERE])
             check_context(row, "teacher prompt", len(ids["teacher_prompt_ids"]), max_completion_length, context)
         encoded.append(ids)
     return encoded
