@@ -282,6 +282,9 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
             ["metric_for_best_model is 'forgetting'", "general_file"],
         ),
         ({"train_file": None}, None, ["train_file", "not set"]),
+        ({"learning_rate": None}, None, ["recipe.yaml: learning_rate is not set"]),
+        ({"log_completions": "often"}, None, ["log_completions", "'often'", "a whole number, true or false"]),
+        ({"save_strategy": True}, None, ["True is not a valid SaveStrategy"]),
     ],
     ids=str,
 )
@@ -300,6 +303,8 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
     [
         (["train", "absent.yaml"], ["absent.yaml", "no such recipe"]),
         (["train", "recipe.yaml", "--learning-rte", "1"], ["--learning-rte", "did you mean '--learning_rate'"]),
+        (["train", "--lr", "1e-5"], ["unknown field '--lr'"]),
+        (["train", "--lr", "1e-5", "recipe.yaml"], ["unknown field '--lr'"]),
         (["train", "recipe.yaml", "more.yaml"], ["more.yaml", "one argument too many"]),
         (["train", "recipe.yaml", "--max_steps"], ["max_steps", "expected one argument"]),
         (["train", "train.jsonl"], ["train.jsonl", "not YAML"]),

@@ -40,6 +40,10 @@ from sdft.errors import UsageError
         ("max_chunk_bytes", 0, "at least 1"),
         ("remove_unused_columns", True, "False"),
         ("teacher_template", "{prompt}", "{demonstration}"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("per_device_eval_batch_size", 0, "at least 1"),
+        ("gradient_accumulation_steps", 0, "at least 1"),
+        ("report_to", "nonesuch", "not installed; it may be none"),
         ("metric_for_best_model", "loss", "accuracy or forgetting"),
     ],
 )
