@@ -46,7 +46,7 @@ def load_rows(source: Any, *, name: str | None = None, need: Sequence[str] = ("p
 def _read_file(path: Path) -> list[tuple[int, Any]]:
     if not path.is_file():
         raise UsageError(f"{path} is not there: no such file")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
@@ -55,7 +55,7 @@ def _read_file(path: Path) -> list[tuple[int, Any]]:
         except pyarrow.ArrowInvalid as error:
             raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -71,7 +71,7 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is a {type(row).__name__}; it must be an object with the fields {', '.join(need)}")
     for field in need:
-        if row.get(field) in (None, "", []):
+        if row.get(field) in (None, "", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has no {field}")
     for field in ("prompt", "demonstration"):
         value = row.get(field)
@@ -82,9 +82,15 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
             )
     if not isinstance(row.get("answer"), str | None):
         raise UsageError(f"{where}: answer is a {type(row['answer']).__name__}; it must be text")
+    if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
+        raise UsageError(f"{where}: answer is {row['answer']!r}; it must be text, or be left out")
     if (last := as_messages(row["prompt"])[-1]["role"]) != "user":
         raise UsageError(f"{where}: the last message of the prompt is by {last!r}; it must be by 'user'")
     return {WHERE: where, **row}
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def encode_prompt(

@@ -172,6 +172,12 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     )
     if not exam.eval_rows and not exam.general_rows:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
+    has_base = of_command.base_model not in (None, of_model.model)
+    if not exam.eval_rows and not has_base and not any(row.get("answer") for row in exam.general_rows):
+        raise UsageError(
+            f"general_file is {of_eval.general_file!r}, whose rows have no answer, and base_model is "
+            f"{of_command.base_model!r}; there must be answers to score, or another model to measure divergence from"
+        )
     if of_command.teacher and not exam.has_demonstrations:
         raise UsageError(
             f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
@@ -198,8 +204,8 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     if general is not None and general.right:
         how = ANSWERED[of_command.general_scorer]
         lines.append(f"general prompts {how} ({len(general.right)}): {general.accuracy:.1%}")
-    if general is not None and of_command.base_model not in (None, of_model.model):
-        base, _ = load_model(of_command.base_model, of_model.dtype, device, **of_model.trust)
+    if general is not None and has_base:
+        base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
         moved = exam.forgetting(model, tokenizer, Teacher(base))
         lines.append(f"divergence from {of_command.base_model}: {moved:.3f} nats a token")
     print("\n".join(lines))

@@ -176,6 +176,19 @@ def test_eval_takes_a_recipe_that_names_its_teacher(recipe, capsys):
     assert "shown the demonstration" not in printed
 
 
+def test_eval_of_prompts_without_answers_takes_a_base_model(recipe, model_folder, tmp_path, capsys):
+    recipe()
+    (tmp_path / "unanswered.jsonl").write_text('{"prompt": "a"}\n')
+    command = ["eval", "--model", str(model_folder), "--general_file", "unanswered.jsonl"]
+    for same in ([], ["--base_model", str(model_folder)]):
+        message = fails(capsys, [*command, *same], 2)
+        assert "general_file is 'unanswered.jsonl', whose rows have no answer, and base_model is" in message
+    tiny.tiny_model(1).save_pretrained(tmp_path / "other")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "other")
+    assert main([*command, "--base_model", str(tmp_path / "other")]) == 0
+    assert capsys.readouterr().out.startswith("divergence from")
+
+
 def test_eval_scores_by_the_scorer_named_and_samples_where_told(recipe, model_folder, tmp_path, capsys):
     rows = [{"prompt": f"say {n}", "answer": answer} for n, answer in enumerate(['{"a": 1}', '{"b": 2}'])]
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

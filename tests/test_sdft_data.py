@@ -20,8 +20,10 @@ def test_the_same_rows_from_jsonl_parquet_dataset_and_list(tmp_path):
     rows = tiny.rows(3)
     jsonl = write(tmp_path / "rows.jsonl", *rows, "\n")
     dataset = datasets.Dataset.from_list(rows)
-    dataset.to_parquet(tmp_path / "rows.parquet")
-    for source in (jsonl, str(jsonl), tmp_path / "rows.parquet", dataset, rows):
+    dataset.to_parquet(tmp_path / "ROWS.PARQUET")
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(jsonl.read_text(), encoding="utf-8-sig")  # with a byte order mark, as some editors save
+    for source in (jsonl, str(jsonl), marked, tmp_path / "ROWS.PARQUET", dataset, rows):
         read = load_rows(source)
         assert [{k: row[k] for k in rows[0]} for row in read] == rows
 
@@ -49,6 +51,8 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([[1, 2]], "row 1 is a list"),
         ([{"prompt": 3, "demonstration": "b"}], "row 1: prompt is a int"),
         ([{"prompt": [{"role": "user"}], "demonstration": "b"}], "row 1: prompt is a list"),
+        ([{"prompt": " \n", "demonstration": "b"}], "row 1 has no prompt"),
+        ([{**GOOD, "answer": "  "}], "row 1: answer is '  '"),
         ([{**GOOD, "answer": 3}], "row 1: answer is a int"),
         ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),
     ],
