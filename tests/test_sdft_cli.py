@@ -297,7 +297,6 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
         ({"train_file": None}, None, ["train_file", "not set"]),
         ({"learning_rate": None}, None, ["recipe.yaml: learning_rate is not set"]),
         ({"log_completions": "often"}, None, ["log_completions", "'often'", "a whole number, true or false"]),
-        ({"save_strategy": True}, None, ["True is not a valid SaveStrategy"]),
     ],
     ids=str,
 )
@@ -349,6 +348,13 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(argv, expected, recipe
     for part in expected:
         assert part in message
     assert nothing_written(tmp_path)
+
+
+def test_an_adapter_is_not_written_over_its_model(recipe, model_folder, capsys):
+    before = sorted(os.listdir(model_folder))
+    message = fails(capsys, ["train", recipe(lora_rank=2, output_dir=str(model_folder))], 2)
+    assert "with lora_rank it must be another folder" in message
+    assert sorted(os.listdir(model_folder)) == before
 
 
 def test_answers_do_not_take_the_place_of_a_pipe(recipe, tmp_path, capsys):
