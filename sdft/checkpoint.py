@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,6 +20,8 @@ from sdft.errors import TrainingError, UsageError
 
 STAGING = ".saving"
 REPLACED = ".replaced"
+CONFIGURATIONS = ("adapter_config.json", "config.json")
+WEIGHTS = ("adapter_model.*", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
 
 def check_writable(folder: str | Path) -> None:
@@ -97,11 +100,21 @@ def recover(folder: str | Path) -> None:
 
 
 def publish_files(staged: str, final: str) -> None:
-    """Move each finished file into `final`, replacing the file of that name."""
-    for name in sorted(os.listdir(staged)):
+    """Move each finished file into `final`, replacing the file of that name, then remove what is left of another model.
+
+    A folder with an adapter's configuration is an adapter, whatever else is in it. So a configuration comes last and
+    the old one goes first, and a run that is killed in between leaves the old model or the new one.
+    """
+    names = sorted(os.listdir(staged), key=lambda name: (name in CONFIGURATIONS, name))
+    for name in names:
         _sync(os.path.join(staged, name))
         os.replace(os.path.join(staged, name), os.path.join(final, name))
     _sync(final)
+    if any(name in CONFIGURATIONS for name in names):
+        for name in sorted(os.listdir(final), key=lambda name: (name not in CONFIGURATIONS, name)):
+            if name not in names and any(fnmatch(name, pattern) for pattern in (*CONFIGURATIONS, *WEIGHTS)):
+                os.remove(os.path.join(final, name))
+                _sync(final)
 
 
 def rotate(folder: str, limit: int | None, best: str | None, staged: str) -> None:
@@ -121,7 +134,7 @@ def rotate(folder: str, limit: int | None, best: str | None, staged: str) -> Non
 @contextlib.contextmanager
 def in_one_move(path: str | Path) -> Iterator[Path]:
     """A file beside `path` to write to; it takes the place of `path` at the end, or goes if something went wrong."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     beside = path.with_name(f".{path.name}.saving")
     try:
         yield beside

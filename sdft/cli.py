@@ -129,6 +129,7 @@ def _eval(argv: list[str], started: float) -> None:
     def adapt(recipe: dict[str, Any]) -> None:
         if "model" in recipe:
             recipe.setdefault("base_model", recipe["model"])
+        recipe.pop("teacher", None)  # in a recipe it is who scores the rollouts, here whether to score the teacher
         # As a flag a name means that form alone. The recipe's is the one it trains with, and is measured with the rest.
         if str(recipe.get("teacher_template")) in TEMPLATES:
             del recipe["teacher_template"]

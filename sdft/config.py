@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from sdft.errors import UsageError
 from sdft.layout import NORMALISATIONS
@@ -24,6 +25,8 @@ from sdft_kernels.divergences import DIVERGENCES
 METHODS = ("sdft", "sft")
 TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
+METRICS = ("accuracy", "forgetting")
+FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")  # the schedules that wait for a metric to get no better
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -372,15 +375,43 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         if self.remove_unused_columns:
             raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
         parse_template(self.teacher_template)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_at_least(name, getattr(self, name), 1)
         EvalSettings.__post_init__(self)
+        self._choose_metric()
         TrainingArguments.__post_init__(self)
+        check_installed("report_to", self.report_to)
+        if self.lr_scheduler_type in FOLLOW_METRIC:
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
         # The teacher is a copy of the model, so each process must load it, not only the first.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    def _choose_metric(self) -> None:
+        """What the best model is the best by: one of the metrics that evaluation during training has."""
+        if self.metric_for_best_model is None:
+            wanted = self.load_best_model_at_end or self.save_strategy == "best"
+            if not wanted and self.lr_scheduler_type not in FOLLOW_METRIC:
+                return
+            self.metric_for_best_model = "accuracy"
+        check_choice("metric_for_best_model", self.metric_for_best_model.removeprefix("eval_"), METRICS)
+        if self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "accuracy"
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r}; it may be {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_installed(name: str, trackers: Any) -> None:
+    """Refuse a tracker that the Trainer does not know or that is not installed."""
+    installed = get_available_reporting_integrations()
+    for tracker in trackers:
+        if tracker not in (*installed, "azure_ml", "flyte"):  # these two are not always listed where they are
+            raise UsageError(
+                f"{name} is {tracker!r}, which is not installed; it may be {' or '.join(['none', *installed])}"
+            )
 
 
 def check_between(name: str, value: Any, low: float, high: float, *, closed_above: bool = False) -> None:

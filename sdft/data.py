@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sdft.errors import UsageError
@@ -45,7 +46,7 @@ def load_rows(source: Any, *, name: str | None = None, need: Sequence[str] = ("p
 def _read_file(path: Path) -> list[tuple[int, Any]]:
     if not path.is_file():
         raise UsageError(f"{path} is not there: no such file")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
@@ -54,7 +55,7 @@ def _read_file(path: Path) -> list[tuple[int, Any]]:
         except pyarrow.ArrowInvalid as error:
             raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -70,7 +71,7 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is a {type(row).__name__}; it must be an object with the fields {', '.join(need)}")
     for field in need:
-        if row.get(field) in (None, "", []):
+        if row.get(field) in (None, "", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has no {field}")
     for field in ("prompt", "demonstration"):
         value = row.get(field)
@@ -81,24 +82,46 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
             )
     if not isinstance(row.get("answer"), str | None):
         raise UsageError(f"{where}: answer is a {type(row['answer']).__name__}; it must be text")
+    if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
+        raise UsageError(f"{where}: answer is {row['answer']!r}; it must be text, or be left out")
     if (last := as_messages(row["prompt"])[-1]["role"]) != "user":
         raise UsageError(f"{where}: the last message of the prompt is by {last!r}; it must be by 'user'")
     return {WHERE: where, **row}
 
 
-def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, ready for the model's answer: through the chat template where the tokenizer has one."""
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def encode_prompt(
+    prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None
+) -> list[int]:
+    """Token ids of a prompt, ready for the model's answer: through the chat template where the tokenizer has one.
+
+    `where` is what errors call the row that it is from.
+    """
     if tokenizer.chat_template:
-        text = render(as_messages(prompt), tokenizer, add_generation_prompt=True)
+        text = render(as_messages(prompt), tokenizer, add_generation_prompt=True, where=where)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str):
         prompt = "\n\n".join(message["content"] for message in prompt)
     return tokenizer(prompt)["input_ids"]
 
 
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+def render(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool,
+    where: str | None = None,
+) -> str:
     """The text of a chat under the tokenizer's template."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except TemplateError as error:
+        where = where or f"the chat that ends with {messages[-1]['content'][-40:]!r}"
+        roles = ", ".join(message["role"] for message in messages)
+        raise UsageError(f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}") from error
 
 
 def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> list[int]:
@@ -106,11 +129,11 @@ def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: 
     demonstration = row["demonstration"]
     if not tokenizer.chat_template:
         text = demonstration if isinstance(demonstration, str) else "\n\n".join(m["content"] for m in demonstration)
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], _end_token(tokenizer, eos_ids)]
     answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
     messages = as_messages(row["prompt"])
-    opening = render(messages, tokenizer, add_generation_prompt=True)
-    whole = render([*messages, *answer], tokenizer, add_generation_prompt=False)
+    opening = render(messages, tokenizer, add_generation_prompt=True, where=row[WHERE])
+    whole = render([*messages, *answer], tokenizer, add_generation_prompt=False, where=row[WHERE])
     if not whole.startswith(opening):
         raise UsageError(
             f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
@@ -118,7 +141,18 @@ def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: 
         )
     ids = tokenizer(whole[len(opening) :], add_special_tokens=False)["input_ids"]
     last = max((position for position, token in enumerate(ids) if token in eos_ids), default=None)
-    return [*ids, tokenizer.eos_token_id] if last is None else ids[: last + 1]
+    return [*ids, _end_token(tokenizer, eos_ids)] if last is None else ids[: last + 1]
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> int:
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    if not eos_ids:
+        raise UsageError(
+            "the tokenizer has no eos_token, nor has the model; there must be one to train on demonstrations, which "
+            "end with it"
+        )
+    return min(eos_ids)
 
 
 def encode_rows(
@@ -139,7 +173,7 @@ def encode_rows(
     """
     encoded = []
     for row in rows:
-        ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer)}
+        ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer, row[WHERE])}
         room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
             ids["completion_ids"] = encode_demonstration(row, tokenizer, eos_ids)
@@ -147,7 +181,7 @@ def encode_rows(
         check_context(row, "prompt", len(ids["prompt_ids"]), room, context)
         if method != "sft":
             chat = teacher_messages(row["prompt"], row["demonstration"], template)
-            ids["teacher_prompt_ids"] = encode_prompt(chat, tokenizer)
+            ids["teacher_prompt_ids"] = encode_prompt(chat, tokenizer, row[WHERE])
             check_context(row, "teacher prompt", len(ids["teacher_prompt_ids"]), max_completion_length, context)
         encoded.append(ids)
     return encoded

@@ -60,7 +60,7 @@ def load_model(
             f"{BUILT_IN})"
         ) from error
     if files:
-        model.config._name_or_path = name  # the file's own title would stand in the saved configuration
+        _call(model, name)  # the file's own title would stand in the saved configuration
     nn.Module.to(model, device)
     return model, tokenizer
 
@@ -85,9 +85,42 @@ def _load_adapter(
         raise UsageError(f"model is {str(adapter.parent)!r}, an adapter, which needs peft: pip install peft") from error
     if not trust["allow_pickle"]:
         refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base, folder = _base_of(adapter), str(adapter.parent)
     model, tokenizer = load_model(base, dtype, device, **trust)
-    return PeftModel.from_pretrained(model, str(adapter.parent)).merge_and_unload(), tokenizer
+    model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
+    _call(model, folder)  # what an adapter on top of this one is an adapter of
+    if (adapter.parent / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust["trust_remote_code"])
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"model is {folder!r}, an adapter whose tokenizer cannot be loaded: {reason}") from error
+    return model, tokenizer
+
+
+def _base_of(adapter: Path) -> str:
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _call(model: PreTrainedModel, name: str) -> None:
+    """Have the model saved, and an adapter of it, under the name that loads it again."""
+    model.config._name_or_path = model.name_or_path = name
+
+
+def check_apart(name: str, folder: str | Path) -> None:
+    """UsageError if an adapter of the model `name`, written to output_dir, would replace what it is an adapter of."""
+    seen: set[str] = set()
+    base = name
+    while base not in seen:
+        seen.add(base)
+        path = Path(base).expanduser()
+        if path.is_dir() and path.resolve() == Path(folder).resolve():
+            raise UsageError(
+                f"output_dir is {str(folder)!r}, which holds the model that the adapter is for; with lora_rank it must "
+                "be another folder, for an adapter does not load without its model"
+            )
+        if (adapter := path / "adapter_config.json").is_file():
+            base = _base_of(adapter)
 
 
 def resolve(name: str) -> tuple[str, dict[str, str]]:
@@ -129,8 +162,8 @@ def add_lora(model: PreTrainedModel, settings: LoraArguments) -> nn.Module:
     except ImportError as error:
         raise UsageError(f"lora_rank is {settings.lora_rank}, which needs peft: pip install peft") from error
     target: Any = settings.lora_target_modules
-    if len(target) == 1:
-        (target,) = target  # a name of peft's own, such as all-linear, or a pattern
+    if len(target) == 1 and (target[0].lower() == "all-linear" or set(target[0]) & set(r"\^$*+?()[]{}|")):
+        (target,) = target  # peft's own name for them, or a pattern, which it takes by themselves only
     config = LoraConfig(
         r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=target, task_type="CAUSAL_LM"
     )

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -57,6 +57,8 @@ class RecipeParser(HfArgumentParser):
             is_negation = bool(action.option_strings) and action.option_strings[0].startswith("--no_")
             if is_negation or action.dest in inherited - shown:
                 action.help = argparse.SUPPRESS
+            if action.dest == "log_completions":
+                action.type = _every
         self._optionals._group_actions.sort(key=lambda action: action.dest in inherited)  # the method's own come first
 
     def error(self, message: str) -> Any:
@@ -86,8 +88,15 @@ def parse(
     to another command. `adapt` changes the recipe in place before it is used.
     """
     parser.add_argument("recipe", nargs="?", help=argparse.SUPPRESS)
-    path = parser.parse_known_args(argv)[0].recipe
+    given, unknown = parser.parse_known_args(argv)
+    path = given.recipe
     known = [field.name for dataclass in parser.dataclass_types for field in fields(dataclass) if field.init]
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0])  # its value may look like a recipe
+        if not flag.startswith("-"):
+            raise UsageError(f"{flag!r} is one argument too many: there is one recipe, and every --field has one value")
+        name = flag.lstrip("-").split("=")[0].replace("-", "_")
+        raise UsageError(f"unknown field {flag.split('=')[0]!r}{_suggestion(name, known, parser.prog, '--')}")
     if path is not None:
         recipe = read_recipe(path)
         for name in recipe:
@@ -98,19 +107,11 @@ def parse(
         hints = {k: v for dataclass in parser.dataclass_types for k, v in get_type_hints(dataclass).items()}
         parser.set_defaults(**{n: _as_default(n, v, hints[n], path) for n, v in recipe.items() if n in known})
     try:
-        *settings, _, unknown = parser.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
-        )
+        *settings, _ = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     except UsageError:
         raise
     except (ValueError, ImportError) as error:  # what TrainingArguments finds wrong
         raise UsageError(" ".join(str(error).split())) from error
-    if unknown:
-        flag = unknown[0]
-        if not flag.startswith("-"):
-            raise UsageError(f"{flag!r} is one argument too many: there is one recipe, and every --field has one value")
-        name = flag.lstrip("-").split("=")[0].replace("-", "_")
-        raise UsageError(f"unknown field {flag.split('=')[0]!r}{_suggestion(name, known, parser.prog, '--')}")
     return tuple(settings)
 
 
@@ -132,7 +133,20 @@ def _as_default(name: str, value: Any, hint: Any, path: str) -> Any:
         if not any(kind in str(hint) for kind in ("list", "dict")):
             raise UsageError(f"{path}: {name} is {value!r}; it must be a single value")
         return value
+    if value is None and type(None) not in get_args(hint):
+        raise UsageError(f"{path}: {name} is not set; it must have a value, or be left out for the default")
+    if value is False and name.endswith("_strategy"):  # what YAML makes of no
+        return "no"
     return None if value is None else str(value)
+
+
+def _every(value: str) -> int:
+    """Every so many steps; true is every step and false is none."""
+    switch = {"true": 1, "false": 0}.get(value.lower())
+    try:
+        return int(value) if switch is None else switch
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"it is {value!r}; it must be a whole number, true or false") from error
 
 
 def _suggestion(name: str, known: Sequence[str], command: str, prefix: str = "") -> str:

@@ -25,7 +25,7 @@ from sdft.config import (
 from sdft.data import WHERE, load_rows
 from sdft.errors import UsageError
 from sdft.evaluate import Answers, Exam, complete, prompts_for
-from sdft.models import add_lora, eos_token_ids, load_model
+from sdft.models import add_lora, check_apart, eos_token_ids, load_model
 from sdft.report import (
     ANSWERED,
     MetricsFile,
@@ -37,6 +37,7 @@ from sdft.report import (
     table,
     write_summary,
 )
+from sdft.resuming import Resuming
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
@@ -70,8 +71,17 @@ def train(
             "eval_strategy asks for evaluation during training, and eval_file and general_file are not set; at least "
             "one must be, or there is nothing to evaluate on"
         )
+    metric = (config.metric_for_best_model or "").removeprefix("eval_")
+    for name, rows_of, file in (
+        ("accuracy", exam.eval_rows, "eval_file"),
+        ("forgetting", exam.general_rows, "general_file"),
+    ):
+        if as_it_goes and metric == name and not rows_of:
+            raise UsageError(f"metric_for_best_model is {metric!r}, which is measured on {file}, and that is not set")
     shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
+    if of_lora.lora_rank:
+        check_apart(of_model.model, folder)
     resume = checkpoint_to_resume(config.resume_from_checkpoint, folder)
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     exam.check(model, tokenizer, shown)
@@ -102,8 +112,9 @@ def train(
     before = held_out("before, held-out prompts")
     general_before = general("before, general prompts")
     train_started = time.perf_counter()
-    with contextlib.closing(bar), FinishOnSignal() as finish:
+    with contextlib.closing(bar), FinishOnSignal() as finish, Resuming(resume) as resuming:
         trainer.add_callback(finish)
+        trainer.add_callback(resuming)
         trainer.train(resume_from_checkpoint=resume)
     if finish.stopped:
         if trainer.is_world_process_zero():
@@ -167,6 +178,12 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     )
     if not exam.eval_rows and not exam.general_rows:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
+    has_base = of_command.base_model not in (None, of_model.model)
+    if not exam.eval_rows and not has_base and not any(row.get("answer") for row in exam.general_rows):
+        raise UsageError(
+            f"general_file is {of_eval.general_file!r}, whose rows have no answer, and base_model is "
+            f"{of_command.base_model!r}; there must be answers to score, or another model to measure divergence from"
+        )
     if of_command.teacher and not exam.has_demonstrations:
         raise UsageError(
             f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
@@ -193,8 +210,8 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     if general is not None and general.right:
         how = ANSWERED[of_command.general_scorer]
         lines.append(f"general prompts {how} ({len(general.right)}): {general.accuracy:.1%}")
-    if general is not None and of_command.base_model not in (None, of_model.model):
-        base, _ = load_model(of_command.base_model, of_model.dtype, device, **of_model.trust)
+    if general is not None and has_base:
+        base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
         moved = exam.forgetting(model, tokenizer, Teacher(base))
         lines.append(f"divergence from {of_command.base_model}: {moved:.3f} nats a token")
     print("\n".join(lines))
@@ -249,6 +266,8 @@ def _check_output_file(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         raise UsageError(f"output_file is {name!r}, a folder; it must be a JSONL file to write")
+    if path.exists() and not path.is_file():  # its place would be taken by a file
+        raise UsageError(f"output_file is {name!r}, a device or a pipe; it must be a JSONL file to write")
     if not path.parent.is_dir():
         raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
 

@@ -103,6 +103,17 @@ def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
     assert summary["scorer"] == "contains"
 
 
+def test_the_best_model_by_what_it_forgot_is_kept(recipe, tmp_path):
+    """It forgets more with every step, so that is the first."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "forgetting"}
+    assert main(["train", recipe(**steps, **best, learning_rate="1e-2", lr_scheduler_type="constant")]) == 0
+    state = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
+    assert state["best_global_step"] == 1
+    first, kept = (tmp_path / "out" / name / "model.safetensors" for name in ("checkpoint-1", "."))
+    assert first.read_bytes() == kept.read_bytes()
+
+
 @pytest.mark.parametrize("options", [["--method", "sft"], ["--teacher", "ema"]], ids=" ".join)
 def test_other_methods_run_too(options, recipe, tmp_path):
     assert main(["train", recipe(max_steps=1), *options]) == 0
@@ -156,6 +167,26 @@ def test_the_teacher_is_measured_under_the_templates_asked_for(options, expected
         (name, "50.0%" if name == "turn" else "0.0%") for name in expected
     ]
     assert asked[0] is None and len(asked) == 1 + len(expected)
+
+
+def test_eval_takes_a_recipe_that_names_its_teacher(recipe, capsys):
+    assert main(["eval", recipe(teacher="ema")]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out prompts answered exactly" in printed
+    assert "shown the demonstration" not in printed
+
+
+def test_eval_of_prompts_without_answers_takes_a_base_model(recipe, model_folder, tmp_path, capsys):
+    recipe()
+    (tmp_path / "unanswered.jsonl").write_text('{"prompt": "a"}\n')
+    command = ["eval", "--model", str(model_folder), "--general_file", "unanswered.jsonl"]
+    for same in ([], ["--base_model", str(model_folder)]):
+        message = fails(capsys, [*command, *same], 2)
+        assert "general_file is 'unanswered.jsonl', whose rows have no answer, and base_model is" in message
+    tiny.tiny_model(1).save_pretrained(tmp_path / "other")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "other")
+    assert main([*command, "--base_model", str(tmp_path / "other")]) == 0
+    assert capsys.readouterr().out.startswith("divergence from")
 
 
 def test_eval_scores_by_the_scorer_named_and_samples_where_told(recipe, model_folder, tmp_path, capsys):
@@ -258,7 +289,14 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
         ({"resume_from_checkpoint": "last"}, None, ["resume_from_checkpoint", "no such checkpoint"]),
         ({"resume_from_checkpoint": "x/checkpoint-3"}, None, ["x/checkpoint-3", "no such checkpoint"]),
         ({"eval_strategy": "steps", "eval_file": None, "general_file": None}, None, ["eval_strategy", "eval_file"]),
+        (
+            {"eval_strategy": "steps", "metric_for_best_model": "forgetting", "general_file": None},
+            None,
+            ["metric_for_best_model is 'forgetting'", "general_file"],
+        ),
         ({"train_file": None}, None, ["train_file", "not set"]),
+        ({"learning_rate": None}, None, ["recipe.yaml: learning_rate is not set"]),
+        ({"log_completions": "often"}, None, ["log_completions", "'often'", "a whole number, true or false"]),
     ],
     ids=str,
 )
@@ -277,6 +315,8 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
     [
         (["train", "absent.yaml"], ["absent.yaml", "no such recipe"]),
         (["train", "recipe.yaml", "--learning-rte", "1"], ["--learning-rte", "did you mean '--learning_rate'"]),
+        (["train", "--lr", "1e-5"], ["unknown field '--lr'"]),
+        (["train", "--lr", "1e-5", "recipe.yaml"], ["unknown field '--lr'"]),
         (["train", "recipe.yaml", "more.yaml"], ["more.yaml", "one argument too many"]),
         (["train", "recipe.yaml", "--max_steps"], ["max_steps", "expected one argument"]),
         (["train", "train.jsonl"], ["train.jsonl", "not YAML"]),
@@ -308,6 +348,45 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(argv, expected, recipe
     for part in expected:
         assert part in message
     assert nothing_written(tmp_path)
+
+
+def test_an_adapter_is_not_written_over_its_model(recipe, model_folder, capsys):
+    before = sorted(os.listdir(model_folder))
+    message = fails(capsys, ["train", recipe(lora_rank=2, output_dir=str(model_folder))], 2)
+    assert "with lora_rank it must be another folder" in message
+    assert sorted(os.listdir(model_folder)) == before
+
+
+def test_answers_do_not_take_the_place_of_a_pipe(recipe, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    message = fails(capsys, ["generate", recipe(), "--prompt", "a", "--output_file", "pipe"], 2)
+    assert "output_file is 'pipe', a device or a pipe" in message
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("saved", "options"),
+    [
+        ({}, [["--lora_rank", "2"], ["--freeze_embeddings", "True"], ["--optim", "sgd"]]),
+        ({"lora_rank": 2}, [["--lora_rank", "4"], ["--lora_rank", "0"]]),
+    ],
+    ids=["all weights", "adapter"],
+)
+def test_a_checkpoint_of_other_settings_is_one_line(saved, options, recipe, capsys, monkeypatch):
+    save = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "eval_file": None, "general_file": None}
+    resume = ["train", recipe(**save, **saved), "--resume_from_checkpoint", "last", "--max_steps", "2"]
+    assert main(["train", "recipe.yaml"]) == 0
+    for other in options:
+        message = fails(capsys, [*resume, *other], 2)
+        assert "out/checkpoint-1" in message
+        assert "must be those that it was saved with" in message
+
+    def fail(*_, **__):
+        raise ValueError("of its own")
+
+    monkeypatch.setattr(SDFTTrainer, "samples", fail)
+    with pytest.raises(ValueError, match=r"^of its own$"):
+        main(resume)
 
 
 def test_a_nan_loss_is_one_line_and_exit_code_1_and_no_half_written_checkpoint(recipe, tmp_path, capsys):

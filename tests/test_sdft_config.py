@@ -40,6 +40,11 @@ from sdft.errors import UsageError
         ("max_chunk_bytes", 0, "at least 1"),
         ("remove_unused_columns", True, "False"),
         ("teacher_template", "{prompt}", "{demonstration}"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("per_device_eval_batch_size", 0, "at least 1"),
+        ("gradient_accumulation_steps", 0, "at least 1"),
+        ("report_to", "nonesuch", "not installed; it may be none"),
+        ("metric_for_best_model", "loss", "accuracy or forgetting"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_that_names_it(field, value, may_be, tmp_path):
@@ -71,3 +76,27 @@ def test_model_and_evaluation_settings_are_checked():
 def test_a_live_teacher_cannot_be_offloaded(tmp_path):
     with pytest.raises(UsageError, match="teacher_offload is True; it is for teacher base or ema"):
         SDFTConfig(output_dir=str(tmp_path), teacher="live", teacher_offload=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "metric", "greater"),
+    [
+        ({}, None, None),
+        ({"metric_for_best_model": "forgetting"}, "forgetting", False),
+        ({"metric_for_best_model": "eval_forgetting"}, "eval_forgetting", False),
+        ({"metric_for_best_model": "eval_accuracy"}, "eval_accuracy", True),
+        ({"metric_for_best_model": "accuracy", "greater_is_better": False}, "accuracy", False),
+        ({"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}, "accuracy", True),
+    ],
+    ids=str,
+)
+def test_the_best_model_answers_the_most_or_has_forgotten_the_least(options, metric, greater, tmp_path):
+    config = SDFTConfig(output_dir=str(tmp_path), **{"eval_steps": 500, **options})
+    assert (config.metric_for_best_model, config.greater_is_better) == (metric, greater)
+
+
+def test_a_schedule_that_waits_for_a_metric_knows_which_way_is_better(tmp_path):
+    options = {"output_dir": str(tmp_path), "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
+    assert SDFTConfig(**options).lr_scheduler_kwargs == {"mode": "max"}
+    forgetting = SDFTConfig(**options, metric_for_best_model="forgetting", lr_scheduler_kwargs={"patience": 2})
+    assert forgetting.lr_scheduler_kwargs == {"mode": "min", "patience": 2}

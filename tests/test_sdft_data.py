@@ -20,8 +20,10 @@ def test_the_same_rows_from_jsonl_parquet_dataset_and_list(tmp_path):
     rows = tiny.rows(3)
     jsonl = write(tmp_path / "rows.jsonl", *rows, "\n")
     dataset = datasets.Dataset.from_list(rows)
-    dataset.to_parquet(tmp_path / "rows.parquet")
-    for source in (jsonl, str(jsonl), tmp_path / "rows.parquet", dataset, rows):
+    dataset.to_parquet(tmp_path / "ROWS.PARQUET")
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(jsonl.read_text(), encoding="utf-8-sig")  # with a byte order mark, as some editors save
+    for source in (jsonl, str(jsonl), marked, tmp_path / "ROWS.PARQUET", dataset, rows):
         read = load_rows(source)
         assert [{k: row[k] for k in rows[0]} for row in read] == rows
 
@@ -49,6 +51,8 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([[1, 2]], "row 1 is a list"),
         ([{"prompt": 3, "demonstration": "b"}], "row 1: prompt is a int"),
         ([{"prompt": [{"role": "user"}], "demonstration": "b"}], "row 1: prompt is a list"),
+        ([{"prompt": " \n", "demonstration": "b"}], "row 1 has no prompt"),
+        ([{**GOOD, "answer": "  "}], "row 1: answer is '  '"),
         ([{**GOOD, "answer": 3}], "row 1: answer is a int"),
         ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),
     ],
@@ -100,10 +104,34 @@ def test_a_chat_template_that_rewrites_the_prompt_cannot_be_used_for_sft():
         encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, EOS)
 
 
-def encode(row, method="sdft", context=None):
-    (encoded,) = encode_rows(
-        load_rows([row]),
-        tiny.tiny_tokenizer(),
+def test_a_tokenizer_without_an_end_takes_the_models_or_is_refused_for_sft():
+    tokenizer = tiny.tiny_tokenizer(chat=False)
+    tokenizer.eos_token = None
+    assert encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, frozenset({7}))[1:] == [7]
+    with pytest.raises(UsageError, match="no eos_token, nor has the model"):
+        encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, frozenset())
+
+
+REFUSES = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system role.') }}{% endif %}" + (
+    tiny.CHAT_TEMPLATE.removeprefix("{% for m in messages %}")
+)
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_a_row_that_the_chat_template_refuses_is_named(method):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = REFUSES
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    with pytest.raises(UsageError, match=r"dataset, row 2: .* refuses the messages \(system, user\): No system role\."):
+        encode([GOOD, {**GOOD, "prompt": chat}], method, tokenizer=tokenizer)
+    with pytest.raises(UsageError, match="the chat that ends with 'hi'"):
+        encode_prompt(chat, tokenizer)
+
+
+def encode(rows, method="sdft", context=None, tokenizer=None):
+    encoded, *_ = encode_rows(
+        load_rows(rows if isinstance(rows, list) else [rows]),
+        tokenizer or tiny.tiny_tokenizer(),
         method=method,
         template=TEMPLATES["turn"],
         eos_ids=EOS,

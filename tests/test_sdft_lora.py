@@ -10,7 +10,7 @@ from sdft import SDFTTrainer
 from sdft.config import LoraArguments
 from sdft.errors import TrainingError, UsageError
 from sdft.loss import check_head
-from sdft.models import add_lora, causal_lm, load_model
+from sdft.models import add_lora, causal_lm, check_apart, load_model
 from sdft.teacher import make_teacher
 from tests import tiny
 from tests.test_sdft_trainer import Gradients, assert_equal_weights, full_logits, trained, trainer, weights
@@ -120,6 +120,59 @@ def test_a_saved_adapter_is_small_and_loads_by_its_folder(tmp_path):
     loaded, _ = load_model(str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(loaded), logits(run.model), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(loaded), logits(tiny.tiny_model()))
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    tiny.tiny_model().save_pretrained(tmp_path / "base")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def saved_adapter(name, folder):
+    """An adapter of the model `name` that changes it, saved to `folder`; and that model's logits with it."""
+    model = add_lora(load_model(str(name))[0], LoraArguments(lora_rank=4))
+    move(model)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+def test_an_adapter_of_an_adapter_loads_with_both(base_folder, tmp_path):
+    saved_adapter(base_folder, tmp_path / "first")
+    expected = saved_adapter(tmp_path / "first", tmp_path / "second")
+    loaded, _ = load_model(str(tmp_path / "second"))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_comes_with_the_chat_template_that_it_was_trained_with(base_folder, tmp_path):
+    saved_adapter(base_folder, tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter"))[1].chat_template == tiny.CHAT_TEMPLATE
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter"))[1].chat_template == tokenizer.chat_template
+
+
+def test_all_weights_learn_from_where_an_adapter_ended(base_folder, tmp_path):
+    saved_adapter(base_folder, tmp_path / "adapter")
+    model, _ = load_model(str(tmp_path / "adapter"))
+    start = weights(model)
+    trained(tmp_path / "out", model=model, max_steps=1)
+    assert not torch.equal(model.lm_head.weight, start["lm_head.weight"])
+
+
+def test_an_adapter_may_not_replace_what_it_is_an_adapter_of(base_folder, tmp_path):
+    saved_adapter(base_folder, tmp_path / "adapter")
+    check_apart(str(tmp_path / "adapter"), tmp_path / "out")
+    for folder in (tmp_path / "adapter", base_folder):
+        with pytest.raises(UsageError, match=r"output_dir is .* it must be another folder"):
+            check_apart(str(tmp_path / "adapter"), folder)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "self_attn.q_proj", ".*q_proj"])
+def test_one_layer_is_named_by_its_ending_or_a_pattern(target):
+    names = adapter(with_adapter(lora_target_modules=[target]))
+    assert {name.split(".lora_")[0].split(".")[-1] for name in names} == {"q_proj"}
 
 
 def test_an_adapter_in_the_head_is_refused():

@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdft.config import SDFTConfig
+from sdft.config import LoraArguments, SDFTConfig
 from sdft.data import encode_prompt
 from sdft.errors import UsageError
 from sdft.layout import Sample, lay_out
 from sdft.loss import check_head, distillation_loss
-from sdft.models import BUILT_IN, context_length, eos_token_ids, load_model, resolve
+from sdft.models import BUILT_IN, add_lora, context_length, eos_token_ids, load_model, resolve
 from sdft.rollout import generate
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
@@ -30,6 +30,17 @@ def test_a_gguf_file_is_a_folder_and_a_name(tmp_path):
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     assert resolve(str(tmp_path / "weights.gguf")) == (str(tmp_path), {"gguf_file": "weights.gguf"})
     assert resolve("org/name") == ("org/name", {})
+
+
+def test_a_gguf_file_is_saved_under_the_name_that_loads_it(tmp_path, monkeypatch):
+    """So that an adapter, which names its model, finds it again."""
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("sdft.models.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny.tiny_model())
+    monkeypatch.setattr("sdft.models.AutoTokenizer.from_pretrained", lambda *_, **__: tiny.tiny_tokenizer())
+    name = str(tmp_path / "weights.gguf")
+    model, _ = load_model(name)
+    assert model.config._name_or_path == model.name_or_path == name
+    assert add_lora(model, LoraArguments(lora_rank=2)).peft_config["default"].base_model_name_or_path == name
 
 
 def test_the_built_in_model_says_how_to_get_it_when_it_is_not_there(monkeypatch):

@@ -82,3 +82,21 @@ def test_there_is_a_recipe_for_each_model_and_way() -> None:
 def test_each_recipe_writes_to_a_folder_of_its_own(name: str, settings: Any) -> None:
     folder = settings(name)["output_dir"]
     assert folder == f"runs/{name.removesuffix('.yaml')}"
+
+
+def test_no_and_true_mean_what_they_say(settings: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """YAML takes both for booleans, whatever the field."""
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    fields = ("save_strategy: no", "eval_strategy: no", "logging_strategy: no", "log_completions: true")
+    recipe.write_text("\n".join(("model: m", "train_file: f", "use_cpu: true", *fields)))
+    found = settings(str(recipe))
+    assert [found[f"{kind}_strategy"] for kind in ("save", "eval", "logging")] == ["no", "no", "no"]
+    assert found["log_completions"] == 1
+
+
+def test_log_completions_may_be_true_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(run, "train", lambda *settings, started: handed.append(settings[-1].log_completions))
+    for value in ("true", "False", "3"):
+        assert cli.main(["train", str(EXAMPLES / "demo.yaml"), "--log_completions", value]) == 0
+    assert handed == [1, 0, 3]

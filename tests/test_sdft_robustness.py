@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -146,6 +147,58 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_has_left_one_of_the_two(tmp
         assert resumed() == survives
     publish("fourth")
     assert resumed() == "fourth"
+
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+WHOLE = ("config.json", "model.safetensors")
+SHARDED = ("config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json")
+
+
+def loads_as(folder):
+    """What the files that load_model would read have in them."""
+    kinds = (ADAPTER, WHOLE, SHARDED)  # in the order in which they are looked for
+    kind = next(kind for kind in kinds if all((folder / name).exists() for name in (kind[0], kind[-1])))
+    return kind, {(folder / name).read_text() for name in kind[1:]}
+
+
+@pytest.mark.parametrize(("old", "new"), [(ADAPTER, WHOLE), (WHOLE, ADAPTER), (WHOLE, SHARDED), (SHARDED, WHOLE)])
+def test_a_model_takes_the_place_of_one_of_another_kind_and_a_kill_leaves_either(old, new, tmp_path, monkeypatch):
+    def publish(kind, text, folder):
+        with checkpoint.staging(str(folder)) as staged:
+            for name in kind:
+                (Path(staged) / name).write_text(text)
+            checkpoint.publish_files(staged, str(folder))
+
+    steps = {"replace": os.replace, "remove": os.remove}
+    for killed_at in range(1, 10):
+        folder = tmp_path / str(killed_at)
+        publish(old, "old", folder)
+        (folder / "README.md").write_text("mine")
+        done = []
+
+        def until_killed(action, *paths, killed_at=killed_at, done=done):
+            if len(done) == killed_at:
+                raise KeyboardInterrupt
+            done.append(action)
+            steps[action](*paths)
+
+        for action in steps:
+            monkeypatch.setattr(os, action, functools.partial(until_killed, action))
+        with contextlib.suppress(KeyboardInterrupt):
+            publish(new, "new", folder)
+        monkeypatch.undo()
+        assert loads_as(folder) in ((old, {"old"}), (new, {"new"})), done
+        if len(done) < killed_at:
+            break
+    assert done.count("remove") >= 1
+    assert sorted(os.listdir(folder)) == sorted(["README.md", *new])
+
+
+def test_a_file_written_through_a_link_leaves_the_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    checkpoint.write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_what_a_rename_makes_visible_has_reached_the_disk(tmp_path, monkeypatch):

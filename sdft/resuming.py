@@ -1,0 +1,50 @@
+"""Going on from a checkpoint, which fits only a run with the settings that it was saved with."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from sdft.errors import TrainingError, UsageError
+
+
+class Resuming(TrainerCallback):
+    """Within its `with` block, UsageError in one sentence if the checkpoint does not fit the run.
+
+    What goes wrong once it is loaded is the training's own, and stays as it is. Without a checkpoint nothing is done.
+
+    >>> with Resuming("runs/mine/checkpoint-20") as resuming:
+    ...     trainer.add_callback(resuming)
+    ...     trainer.train(resume_from_checkpoint=resuming.checkpoint)
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self.checkpoint, self._loading = checkpoint, checkpoint is not None
+
+    def __enter__(self) -> Resuming:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        is_clear = isinstance(error, UsageError | TrainingError | torch.OutOfMemoryError)
+        if self._loading and isinstance(error, ValueError | KeyError | RuntimeError) and not is_clear:
+            raise self._refusal(" ".join(str(error).strip().splitlines()[:2])) from error
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._loading:  # an optimizer takes the state of another kind, and fails only when it steps
+            optimizer = kwargs["optimizer"]
+            missing = set(getattr(optimizer, "defaults", ())) - set(optimizer.param_groups[0])
+            if missing:
+                raise self._refusal(f"its optimizer has no {' and no '.join(sorted(missing))}")
+        self._loading = False
+
+    def _refusal(self, reason: str) -> UsageError:
+        return UsageError(
+            f"resume_from_checkpoint is {self.checkpoint!r}, which does not fit: {reason}; the settings of the model, "
+            "what of it learns and the optimizer must be those that it was saved with"
+        )
