@@ -100,17 +100,18 @@ def recover(folder: str | Path) -> None:
 
 
 def publish_files(staged: str, final: str) -> None:
-    """Move each finished file into `final`, replacing the file of that name, then remove what is left of another model.
+    """Move each finished file into `final`, replacing the file of that name; a new model replaces an old one.
 
-    A folder with an adapter's configuration is an adapter, whatever else is in it. So a configuration comes last and
-    the old one goes first, and a run that is killed in between leaves the old model or the new one.
+    A folder with an adapter's configuration is an adapter, whatever else is in it, and may be its model's folder too: a
+    model removes what is left of an adapter, not the reverse. A configuration comes last and the old one goes first, so
+    that a run which is killed in between leaves the old model or the new one.
     """
     names = sorted(os.listdir(staged), key=lambda name: (name in CONFIGURATIONS, name))
     for name in names:
         _sync(os.path.join(staged, name))
         os.replace(os.path.join(staged, name), os.path.join(final, name))
     _sync(final)
-    if any(name in CONFIGURATIONS for name in names):
+    if "config.json" in names:
         for name in sorted(os.listdir(final), key=lambda name: (name not in CONFIGURATIONS, name)):
             if name not in names and any(fnmatch(name, pattern) for pattern in (*CONFIGURATIONS, *WEIGHTS)):
                 os.remove(os.path.join(final, name))

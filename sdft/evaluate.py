@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.config import EvalSettings
-from sdft.data import Row, check_context, encode_prompt, load_rows
+from sdft.data import WHERE, Row, check_context, encode_prompt, load_rows
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
 from sdft.models import context_length, eos_token_ids
@@ -40,7 +40,7 @@ def prompts_for(
     encoded = []
     for row in rows:
         chat = teacher_messages(row["prompt"], row["demonstration"], template) if template else row["prompt"]
-        ids = encode_prompt(chat, tokenizer)
+        ids = encode_prompt(chat, tokenizer, row[WHERE])
         kind = "teacher prompt" if template else "prompt"
         check_context(row, kind, len(ids), max_new_tokens, context_length(model))
         encoded.append(ids)

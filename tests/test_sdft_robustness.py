@@ -190,8 +190,8 @@ def test_a_model_takes_the_place_of_one_of_another_kind_and_a_kill_leaves_either
         assert loads_as(folder) in ((old, {"old"}), (new, {"new"})), done
         if len(done) < killed_at:
             break
-    assert done.count("remove") >= 1
-    assert sorted(os.listdir(folder)) == sorted(["README.md", *new])
+    left = old if new == ADAPTER else ()  # which may be what it is an adapter of
+    assert sorted(os.listdir(folder)) == sorted({"README.md", *new, *left})
 
 
 def test_a_file_written_through_a_link_leaves_the_link(tmp_path):
