@@ -3,6 +3,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from sdft.continuous import PAGE
 from sdft.errors import TrainingError, UsageError
 from sdft.models import eos_token_ids
 from sdft.rollout import (
@@ -203,7 +204,7 @@ def test_an_attention_that_continuous_batching_lacks_is_refused_in_one_sentence(
 
 
 def test_a_cache_that_finds_no_room_says_what_to_change(monkeypatch):
-    monkeypatch.setattr("sdft.continuous.PAGE", 2**40)
+    monkeypatch.setitem(PAGE, "cpu", 2**40)
     with pytest.raises(TrainingError, match="a smaller rollout_batch_size needs less"):
         sample(tiny.tiny_model(), PROMPTS, Sampling(4), backend="continuous")
 
