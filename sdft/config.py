@@ -394,9 +394,10 @@ class SDFTConfig(EvalSettings, TrainingArguments):
             if not wanted and self.lr_scheduler_type not in FOLLOW_METRIC:
                 return
             self.metric_for_best_model = "accuracy"
-        check_choice("metric_for_best_model", self.metric_for_best_model.removeprefix("eval_"), METRICS)
+        self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")  # which the Trainer adds
+        check_choice("metric_for_best_model", self.metric_for_best_model, METRICS)
         if self.greater_is_better is None:
-            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "accuracy"
+            self.greater_is_better = self.metric_for_best_model == "accuracy"
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -160,8 +160,8 @@ def forgetting(
         batch = {k: v.to(model.device) for k, v in lay_out([samples[n] for n in numbers], skip_tokens=0).items()}
         with start.scoring() as base:
             seen = teacher_view(base, batch, autocast)
-        options = {"divergence": "forward_kl", "reduction": "sum"}
-        return float(divergence(model, seen, batch, autocast=autocast, **options).loss)
+        out = divergence(model, seen, batch, autocast=autocast, divergence="forward_kl", reduction="sum")
+        return float(out.loss)
 
     training = model.training
     model.eval()

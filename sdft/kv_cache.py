@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-#: Room is made for this share of the tokens more, and for at least so many: copies then add up to a few of the whole.
+#: Room is made for this share of the tokens more, and for at least so many: all copies together are then at most nine
+#: times what there is in the end, however long that is.
 SPARE, LEAST_SPARE = 1 / 8, 32
 
 

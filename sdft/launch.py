@@ -42,4 +42,4 @@ def switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (its type is known at run time only)
+            cast(Any, module).attention_dropout = 0.0

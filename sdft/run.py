@@ -71,7 +71,7 @@ def train(
             "eval_strategy asks for evaluation during training, and eval_file and general_file are not set; at least "
             "one must be, or there is nothing to evaluate on"
         )
-    metric = (config.metric_for_best_model or "").removeprefix("eval_")
+    metric = config.metric_for_best_model
     for name, rows_of, file in (
         ("accuracy", exam.eval_rows, "eval_file"),
         ("forgetting", exam.general_rows, "general_file"),

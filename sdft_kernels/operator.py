@@ -190,9 +190,9 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor in `dtype`, in the gradient's own memory where that will do and nobody asks for it again."""
-    if factor.dim() == 0 and reads_are_free(factor) and factor.item() == 1:
-        return gradient.to(dtype)
     if factor.dim() == 0:
+        if reads_are_free(factor) and factor.item() == 1:
+            return gradient.to(dtype)
         factor = factor.view(1)  # else a CUDA kernel would first round it to the gradient's dtype
     if gradient.dtype != dtype and gradient.device.type != "cpu":
         # Both in one pass over a head's worth of memory; on the CPU torch would put the product in between anyway.
