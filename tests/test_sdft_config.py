@@ -84,7 +84,7 @@ def test_a_live_teacher_cannot_be_offloaded(tmp_path):
         ({}, None, None),
         ({"metric_for_best_model": "forgetting"}, "forgetting", False),
         ({"metric_for_best_model": "eval_forgetting"}, "forgetting", False),
-        ({"metric_for_best_model": "eval_accuracy"}, "eval_accuracy", True),
+        ({"metric_for_best_model": "eval_accuracy"}, "accuracy", True),
         ({"metric_for_best_model": "accuracy", "greater_is_better": False}, "accuracy", False),
         ({"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}, "accuracy", True),
     ],
