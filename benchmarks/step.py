@@ -5,14 +5,16 @@ float32, no gradient checkpointing), and each in a process of its own for its me
 batch; ours is told to go through at most 2,048 tokens at once (`max_forward_tokens`), which theirs cannot be told.
 With `--accumulation` the user splits the batch for both, and ours is told nothing more.
 
-It prints a table with ratios to TRL's and writes it as CSV and as a plot. Peaks are of resident memory in a whole step
-that is not the first, above what the process held before it loaded a model; and the same above both copies' weights,
-the gradients and the optimizer's state, which no method does without.
+It prints a table with ratios to TRL's and writes it as CSV and as a plot. The floor is the time of our step's matrix
+products and attention alone, done again in each turn with nothing around them (`benchmarks.bare_products`). Peaks are
+of resident memory in a whole step that is not the first, above what the process held before it loaded a model; and the
+same above both copies' weights, the gradients and the optimizer's state, which no method does without.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import statistics
@@ -28,8 +30,9 @@ from tqdm import tqdm
 
 from benchmarks import machine, plots
 from benchmarks import rows as files
+from benchmarks.bare_products import BareProducts
 from benchmarks.memory import resident
-from benchmarks.trainers import TRAINERS, Case, Measured, Taken
+from benchmarks.trainers import OURS, TRAINERS, Case, Measured, Taken
 from sdft.data import encode_prompt, load_rows
 from sdft.models import load_model
 from sdft.rollout import generate, seeded
@@ -42,16 +45,19 @@ AGREEMENT = 1e-4
 
 @dataclass(frozen=True)
 class Step:
-    """One row of the table; seconds are medians over rounds, `seconds` those outside generation."""
+    """One row of the table; seconds are medians over rounds, `seconds` those outside generation, and `floor` those of
+    our step's matrix products and attention alone."""
 
     tokens: int
     method: str
     seconds: float
+    floor: float
     generation: float
     loss: float
     peak_gib: float
     working_gib: float
     seconds_to_trl: float
+    seconds_to_floor: float
     generation_to_trl: float
     working_to_trl: float
 
@@ -75,21 +81,34 @@ def prepare(model_name: str, prompts: int, tokens: list[int], folder: Path, accu
     return [Case(str(folder), rows, starts[count], accumulation) for count in tokens]
 
 
-def compare(case: Case, rounds: int, done: Callable[[], object] = lambda: None) -> dict[str, list[Taken]]:
+@dataclass(frozen=True)
+class Compared:
+    """What each trainer's measured steps took, and the seconds of our step's bare products, one for each round."""
+
+    taken: dict[str, list[Taken]]
+    floor: list[float]
+
+
+def compare(case: Case, rounds: int, done: Callable[[], object] = lambda: None) -> Compared:
     """Both trainers in turns, `rounds` times after one unmeasured turn, in this process."""
     trainers = {name: load()(case) for name, load in TRAINERS.items()}
-    taken: dict[str, list[Taken]] = {name: [] for name in trainers}
+    products = BareProducts()
+    compared = Compared({name: [] for name in trainers}, [])
     for turn in range(rounds + 1):
         for name, trainer in trainers.items():
             gc.collect()
-            step = trainer.step()
             if turn:
-                taken[name].append(step)
+                compared.taken[name].append(trainer.step())
+            else:
+                with products if name == OURS else contextlib.nullcontext():
+                    trainer.step()
             done()
-    mine, theirs = (taken[name][0].loss for name in ("sdft-kernels", "TRL"))
+        if turn:
+            compared.floor.append(products.seconds())
+    mine, theirs = (compared.taken[name][0].loss for name in (OURS, "TRL"))
     if not abs(mine - theirs) <= AGREEMENT:
         raise RuntimeError(f"the losses on the same completions are {mine} (ours) and {theirs} (TRL's)")
-    return taken
+    return compared
 
 
 def peak(path: str, method: str) -> tuple[int, int]:
@@ -121,7 +140,8 @@ def peak_apart(case: Case, method: str, threads: int) -> tuple[int, int]:
     return above, working
 
 
-def to_rows(case: Case, taken: dict[str, list[Taken]], peaks: dict[str, tuple[int, int]]) -> list[Step]:
+def to_rows(case: Case, compared: Compared, peaks: dict[str, tuple[int, int]]) -> list[Step]:
+    taken, floor = compared.taken, statistics.median(compared.floor)
     seconds = {name: statistics.median(step.seconds for step in steps) for name, steps in taken.items()}
     generation = {name: statistics.median(step.generation for step in steps) for name, steps in taken.items()}
     return [
@@ -129,11 +149,13 @@ def to_rows(case: Case, taken: dict[str, list[Taken]], peaks: dict[str, tuple[in
             tokens=case.tokens,
             method=name,
             seconds=seconds[name],
+            floor=floor,
             generation=generation[name],
             loss=steps[0].loss,
             peak_gib=peaks[name][0] / GIBIBYTE,
             working_gib=peaks[name][1] / GIBIBYTE,
             seconds_to_trl=seconds[name] / seconds["TRL"],
+            seconds_to_floor=seconds[name] / floor,
             generation_to_trl=generation[name] / generation["TRL"],
             working_to_trl=peaks[name][1] / peaks["TRL"][1],
         )
@@ -143,14 +165,15 @@ def to_rows(case: Case, taken: dict[str, list[Taken]], peaks: dict[str, tuple[in
 
 def table(rows: list[Step]) -> str:
     lines = [
-        "s: seconds outside generation; gen s: of generation; peak: above start; work: above weights and states",
-        f"{'tokens':6} {'method':12} {'s':>7} {'× TRL':>6} {'gen s':>7} {'× TRL':>6} {'peak GiB':>8} {'work GiB':>8} "
-        f"{'× TRL':>6} {'loss':>9}",
+        "s: seconds outside generation; floor: our step's matrix products and attention alone; gen s: of generation; "
+        "peak: above start; work: above weights and states",
+        f"{'tokens':6} {'method':12} {'s':>7} {'× TRL':>6} {'floor s':>7} {'× floor':>7} {'gen s':>7} {'× TRL':>6} "
+        f"{'peak GiB':>8} {'work GiB':>8} {'× TRL':>6} {'loss':>9}",
     ]
     lines += [
-        f"{row.tokens:6} {row.method:12} {row.seconds:7.2f} {row.seconds_to_trl:6.3f} {row.generation:7.2f} "
-        f"{row.generation_to_trl:6.3f} {row.peak_gib:8.2f} {row.working_gib:8.2f} {row.working_to_trl:6.3f} "
-        f"{row.loss:9.5f}"
+        f"{row.tokens:6} {row.method:12} {row.seconds:7.2f} {row.seconds_to_trl:6.3f} {row.floor:7.2f} "
+        f"{row.seconds_to_floor:7.3f} {row.generation:7.2f} {row.generation_to_trl:6.3f} {row.peak_gib:8.2f} "
+        f"{row.working_gib:8.2f} {row.working_to_trl:6.3f} {row.loss:9.5f}"
         for row in rows
     ]
     return "\n".join(lines)
@@ -194,8 +217,8 @@ def main(argv: list[str] | None = None) -> None:
             peaks[case.tokens, method] = peak_apart(case, method, given.threads)
             progress.update()
         for case in cases:
-            taken = compare(case, given.rounds, progress.update)
-            rows += to_rows(case, taken, {method: peaks[case.tokens, method] for method in TRAINERS})
+            compared = compare(case, given.rounds, progress.update)
+            rows += to_rows(case, compared, {method: peaks[case.tokens, method] for method in TRAINERS})
             progress.write(table(rows[-len(TRAINERS) :]), file=sys.stderr)
     print(machine.heading(), table(rows), sep="\n")
     files.write(rows, given)

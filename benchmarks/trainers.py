@@ -26,6 +26,8 @@ from sdft.trainer import SDFTTrainer
 
 DIVERGENCE = "reverse_kl"
 
+OURS = "sdft-kernels"
+
 #: Of ours, where the batch is one micro-batch: its `max_forward_tokens`. TRL's trainer has no such setting.
 FORWARD_TOKENS = 2048
 
@@ -222,4 +224,4 @@ def _common(case: Case) -> dict[str, Any]:
 
 
 #: By name as plots know it: a function that imports what the trainer needs and gives its class.
-TRAINERS: dict[str, Callable[[], Callable[[Case], Measured]]] = {"sdft-kernels": ours, "TRL": trl}
+TRAINERS: dict[str, Callable[[], Callable[[Case], Measured]]] = {OURS: ours, "TRL": trl}

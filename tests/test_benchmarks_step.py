@@ -71,5 +71,7 @@ def test_the_command_writes_every_number(folder: Path, tmp_path: Path, capsys: p
     assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     assert mine["seconds_to_trl"] == pytest.approx(mine["seconds"] / theirs["seconds"])
     assert mine["generation_to_trl"] == pytest.approx(mine["generation"] / theirs["generation"])
+    assert mine["floor"] == theirs["floor"] > 0
+    assert mine["seconds_to_floor"] == pytest.approx(mine["seconds"] / mine["floor"])
     assert theirs["working_to_trl"] == 1 and mine["peak_gib"] > 0
     assert "× TRL" in capsys.readouterr().out
