@@ -273,6 +273,11 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         "With full fine-tuning, keep on the CPU what the teacher needs only now and then: the layers of base, each "
         "brought to the device as it computes, or the float32 average of ema.",
     )
+    teacher_cache_gib: float = setting(
+        0.0,
+        "GiB of the model's device for the keys and values of prompts that the teacher has read, which it then does "
+        "not read again: for several rollouts of a prompt, or several epochs (teacher: base). 0 keeps none.",
+    )
     teacher_template: list[dict[str, str]] | str | None = field(
         default="paper",
         metadata={
@@ -363,6 +368,7 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         check_at_least("ema_interval", self.ema_interval, 1)
         if self.teacher_offload and self.teacher == "live":
             raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
+        self._check_teacher_cache()
         check_at_least("max_completion_length", self.max_completion_length, 1)
         for name in ("max_chunk_bytes", "max_forward_tokens"):
             if getattr(self, name) is not None:
@@ -386,6 +392,16 @@ class SDFTConfig(EvalSettings, TrainingArguments):
             self.lr_scheduler_kwargs = {"mode": mode, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
         # The teacher is a copy of the model, so each process must load it, not only the first.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    def _check_teacher_cache(self) -> None:
+        if self.teacher_cache_gib == 0:
+            return
+        check_between("teacher_cache_gib", self.teacher_cache_gib, 0, math.inf)
+        if self.method != "sdft" or self.teacher != "base" or self.teacher_offload:
+            raise UsageError(
+                f"teacher_cache_gib is {self.teacher_cache_gib}; it is for method sdft with teacher base and without "
+                "teacher_offload"
+            )
 
     def _choose_metric(self) -> None:
         """What the best model is the best by: one of the metrics that evaluation during training has."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import Trainer
 
+from sdft.config import SDFTConfig
 from sdft.errors import UsageError
 from sdft.models import has_adapter
 
@@ -19,10 +20,11 @@ def check_launch(trainer: Trainer) -> None:
     if trainer.args.torch_compile:
         raise UsageError("torch_compile is True; it must be False, for the loss is no forward pass of the model's")
     if trainer.is_fsdp_enabled:
-        _check_fsdp(trainer.accelerator.state.fsdp_plugin, has_adapter(cast(nn.Module, trainer.model)))
+        adapter = has_adapter(cast(nn.Module, trainer.model))
+        _check_fsdp(trainer.accelerator.state.fsdp_plugin, adapter, cast(SDFTConfig, trainer.args).teacher_cache_gib)
 
 
-def _check_fsdp(plugin: Any, adapter: bool) -> None:
+def _check_fsdp(plugin: Any, adapter: bool, teacher_cache_gib: float) -> None:
     """What FSDP's `plugin` says; and have it not round what the loss returns."""
     if plugin.fsdp_version != 2:
         raise UsageError(f"fsdp_version is {plugin.fsdp_version}; it must be 2 (--fsdp_version 2)")
@@ -30,6 +32,11 @@ def _check_fsdp(plugin: Any, adapter: bool) -> None:
         raise UsageError(
             "fsdp_config has activation_checkpointing; with an adapter it must not, but activation_checkpointing may "
             "be set beside it"
+        )
+    if teacher_cache_gib and adapter:  # the processes would read unlike numbers of prompts, and wait for each other
+        raise UsageError(
+            f"teacher_cache_gib is {teacher_cache_gib}; under FSDP with an adapter, whose teacher is sharded, it must "
+            "be 0"
         )
     if plugin.mixed_precision_policy is not None:
         # By default all that a forward pass returns is rounded to its type: losses and log-probabilities here.

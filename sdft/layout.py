@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Batch = dict[str, Any]  # tensors by name, and under "samples" what they were made of, where that is to be logged
+Batch = dict[str, Any]  # tensors by name, and in training under "samples" what they were made of
 
 #: What the loss is a mean over: a step's tokens, or its completions, each of which is the mean over its own tokens.
 NORMALISATIONS = ("token", "sequence")

@@ -20,6 +20,7 @@ from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
 from sdft.forward import Result, as_forward_of
 from sdft.layout import Batch
+from sdft.prompt_cache import PromptCache
 from sdft.teacher import Teacher
 from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
 
@@ -139,10 +140,22 @@ class View:
 
 
 @torch.no_grad()
-def teacher_view(teacher: PreTrainedModel, batch: Batch, autocast: torch.dtype | None = None) -> View:
-    """The teacher's view of the batch's completions, after its own prompts and without a graph."""
+def teacher_view(
+    teacher: PreTrainedModel,
+    batch: Batch,
+    autocast: torch.dtype | None = None,
+    prompts: PromptCache | None = None,
+    skip_tokens: int = 0,
+) -> View:
+    """The teacher's view of the batch's completions, after its own prompts and without a graph.
+
+    With `prompts`, those that it has read before are found there, and the batch has its "samples".
+    """
     with _autocast(batch["labels"].device, autocast):
-        hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"])
+        if prompts is None:
+            hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_positions"])
+        else:
+            hidden = prompts.hidden_states(backbone(teacher), batch["samples"], skip_tokens)
         return View(hidden, at_head(teacher, lambda head: head))
 
 
@@ -228,10 +241,11 @@ def distillation_loss(
     autocast: torch.dtype | None,
     *,
     per_token: bool = False,
+    prompts: PromptCache | None = None,
 ) -> StepLoss:
     """Self-distillation: the summed divergence between the student and the teacher who sees the demonstration."""
     with teacher.scoring() as scorer:
-        seen = teacher_view(scorer, batch, autocast)
+        seen = teacher_view(scorer, batch, autocast, prompts, config.skip_tokens)
     old_logprobs = batch.get("old_logprobs")
     out = divergence(
         student,

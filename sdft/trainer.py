@@ -35,8 +35,9 @@ from sdft.evaluate import Exam
 from sdft.forward import Result, as_forward_of
 from sdft.launch import check_launch, switch_off_dropout
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
-from sdft.loss import StepLoss, check_head, completion_logprobs, demonstration_loss, distillation_loss
+from sdft.loss import StepLoss, backbone, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
+from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
 from sdft.sampling import seed_of
@@ -132,6 +133,7 @@ class SDFTTrainer(WholeSaves):
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
         self.start = self._starting_model()
+        self.prompts = self._prompt_cache(rows)
         self.completions: CompletionsFile | None = None
         if args.method == "sdft" and args.log_completions:
             self.completions = CompletionsFile(
@@ -159,6 +161,14 @@ class SDFTTrainer(WholeSaves):
             offload = self.args.teacher_offload and not has_adapter(self.learner)
             return make_teacher("base", self.learner, self.args.ema_rate, offload=offload)
         return None
+
+    def _prompt_cache(self, rows: list[Row] | None) -> PromptCache | None:
+        """Where the teacher finds prompts that it has read before, if any are to be kept."""
+        if self.teacher is None or not rows or not self.args.teacher_cache_gib:
+            return None
+        with self.teacher.scoring() as model:
+            check_prompt_cache(model, backbone(model), rows[0]["teacher_prompt_ids"][:16], self._autocast)
+        return PromptCache(int(self.args.teacher_cache_gib * 2**30))
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -211,12 +221,10 @@ class SDFTTrainer(WholeSaves):
     def _in_pieces(self, samples: list[Sample]) -> list[Batch]:
         """A micro-batch, laid out in pieces that keep to `max_forward_tokens`."""
         parts = self._parts(samples, len(samples))
-        logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
-        pieces = []
-        for members in group(samples, parts):
-            piece = lay_out(members, self.args.skip_tokens, self.args.loss_normalisation)
-            pieces.append(piece | {"samples": members} if logged else piece)
-        return pieces
+        return [
+            lay_out(members, self.args.skip_tokens, self.args.loss_normalisation) | {"samples": members}
+            for members in group(samples, parts)
+        ]
 
     def _parts(self, samples: list[Sample], most: int) -> int:
         """In how many groups of at most `most` samples each keeps to `max_forward_tokens`; as many in every process."""
@@ -357,8 +365,10 @@ class SDFTTrainer(WholeSaves):
             if self.teacher is None:
                 out = demonstration_loss(student, inputs, self.args, self._autocast)
                 return StepLoss(out.total / items, out.sums)
-            logged = "samples" in inputs
-            out = distillation_loss(student, self.teacher, inputs, self.args, self._autocast, per_token=logged)
+            logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
+            out = distillation_loss(
+                student, self.teacher, inputs, self.args, self._autocast, per_token=logged, prompts=self.prompts
+            )
             loss = out.total / items
             if share:
                 shown = demonstration_loss(student, demonstrations_of(inputs), self.args, self._autocast)

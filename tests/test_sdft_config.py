@@ -78,6 +78,12 @@ def test_a_live_teacher_cannot_be_offloaded(tmp_path):
         SDFTConfig(output_dir=str(tmp_path), teacher="live", teacher_offload=True)
 
 
+@pytest.mark.parametrize("options", [{"teacher": "ema"}, {"method": "sft"}, {"teacher_offload": True}], ids=str)
+def test_prompts_are_kept_for_a_frozen_teacher_on_the_device_alone(options, tmp_path):
+    with pytest.raises(UsageError, match=r"teacher_cache_gib is 1.5; it is for method sdft with teacher base"):
+        SDFTConfig(output_dir=str(tmp_path), teacher_cache_gib=1.5, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "metric", "greater"),
     [

@@ -163,6 +163,7 @@ VARIANTS = [
     {"method": "sft"},
     {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
     {"num_iterations": 3, "teacher": "live", "num_train_epochs": 1},
+    {"rollouts_per_prompt": 2, "teacher_cache_gib": 0.1},
 ]
 
 
@@ -283,6 +284,9 @@ def test_under_fsdp_version_1_is_refused_and_2_does_not_round_what_the_loss_retu
     adapter = peft.LoraConfig(target_modules=["q_proj"], r=2)
     with pytest.raises(UsageError, match="with an adapter it must not"):
         trainer(tmp_path, model=peft.get_peft_model(tiny.tiny_model(), adapter))
+    plugin.activation_checkpointing, plugin.mixed_precision_policy = False, None
+    with pytest.raises(UsageError, match=r"teacher_cache_gib is 0.5; under FSDP with an adapter"):
+        trainer(tmp_path, model=peft.get_peft_model(tiny.tiny_model(), adapter), teacher_cache_gib=0.5)
     plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
     trainer(tmp_path)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16)
