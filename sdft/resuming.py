@@ -36,11 +36,16 @@ class Resuming(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._loading:  # an optimizer takes the state of another kind, and fails only when it steps
+        if self._loading:
             optimizer = kwargs["optimizer"]
-            missing = set(getattr(optimizer, "defaults", ())) - set(optimizer.param_groups[0])
+            group = optimizer.param_groups[0]
+            # An optimizer takes the state of another kind, and fails only when it steps.
+            missing = set(getattr(optimizer, "defaults", ())) - set(group)
             if missing:
                 raise self._refusal(f"its optimizer has no {' and no '.join(sorted(missing))}")
+            peak = float(group.get("initial_lr", args.learning_rate))
+            if peak != args.learning_rate:  # the schedule would go on from the checkpoint's, whatever the run says
+                raise self._refusal(f"its learning_rate is {peak:g}, and the run's {args.learning_rate:g}")
         self._loading = False
 
     def _refusal(self, reason: str) -> UsageError:

@@ -11,9 +11,10 @@ from tests.cases import random_case
 def flops(products: BareProducts) -> int:
     """Of the noted matrix products."""
     total = 0
-    for (_, arguments, _), times in products.calls.items():
-        left, right = [value for value in arguments if isinstance(value, Form)][-2:]
-        total += times * 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
+    for (func, arguments, _), times in products.calls.items():
+        if func not in (ATTENTION, ATTENTION_BACKWARD):
+            left, right = [value for value in arguments if isinstance(value, Form)][-2:]
+            total += times * 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
     return total
 
 

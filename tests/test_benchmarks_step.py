@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import step
-from benchmarks.trainers import TRAINERS
+from benchmarks.bare_products import ATTENTION, ATTENTION_BACKWARD, BareProducts
+from benchmarks.trainers import TRAINERS, OurTrainer
+from sdft.layout import Batch
 from tests import tiny
+from tests.test_bare_products import flops
 
 
 @pytest.fixture
@@ -38,6 +41,26 @@ def test_both_trainers_take_the_same_step(accumulation: int, folder: Path, tmp_p
         parameters = sum(p.numel() for p in trainer.model.parameters())
         scalars = len(trainer.optimizer.state)  # AdamW counts its steps for each parameter
         assert trainer.held_bytes() == 4 * (5 * parameters + scalars)  # two weights, gradient, two moments
+
+
+def test_the_floor_is_of_the_step_without_its_generation(folder: Path, tmp_path: Path) -> None:
+    (case,) = step.prepare(str(folder), 4, [8], tmp_path / "case")
+    trainer = OurTrainer(case)
+    trainer.products = BareProducts()
+    inputs: list[Batch] = []
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda model, batch, **rest: inputs.append(batch) or compute_loss(model, batch, **rest)
+    trainer.step()
+    (batch,) = inputs
+    layers = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "proj" in name)
+    in_layers = 2 * layers * (3 * batch["input_ids"].numel() + batch["teacher_input_ids"].numel())
+    at_the_head = 4 * 2 * 4 * 8 * trainer.model.lm_head.weight.numel()
+    assert flops(trainer.products) == in_layers + at_the_head
+    calls, depth = trainer.products.calls.items(), trainer.model.config.num_hidden_layers
+    assert (
+        sum(times for (func, *_), times in calls if func == ATTENTION) == 2 * depth
+    )  # the student's and the teacher's
+    assert sum(times for (func, *_), times in calls if func == ATTENTION_BACKWARD) == depth
 
 
 @pytest.mark.peers

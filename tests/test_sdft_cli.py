@@ -367,7 +367,7 @@ def test_answers_do_not_take_the_place_of_a_pipe(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("saved", "options"),
     [
-        ({}, [["--lora_rank", "2"], ["--freeze_embeddings", "True"], ["--optim", "sgd"]]),
+        ({}, [["--lora_rank", "2"], ["--freeze_embeddings", "True"], ["--optim", "sgd"], ["--learning_rate", "0.5"]]),
         ({"lora_rank": 2}, [["--lora_rank", "4"], ["--lora_rank", "0"]]),
     ],
     ids=["all weights", "adapter"],
