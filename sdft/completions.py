@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from sdft.checkpoint import failing_clearly
 from sdft.layout import Sample
 
 COMPLETIONS_FILE = "completions.jsonl"
@@ -73,9 +74,11 @@ class CompletionsFile(TrainerCallback):
         self.records = []
         if state.is_world_process_zero:
             lines = [json.dumps({"step": state.global_step, **record}, ensure_ascii=False) for record in records]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
+            folder = self.path.parent
+            with failing_clearly(COMPLETIONS_FILE, str(folder)):
+                folder.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines)
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

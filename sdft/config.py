@@ -276,7 +276,8 @@ class SDFTConfig(EvalSettings, TrainingArguments):
     teacher_cache_gib: float = setting(
         0.0,
         "GiB of the model's device for the keys and values of prompts that the teacher has read, which it then does "
-        "not read again: for several rollouts of a prompt, or several epochs (teacher: base). 0 keeps none.",
+        "not read again: for several rollouts of a prompt, or several epochs (teacher: base). What it takes to score a "
+        "batch comes on top. 0 keeps none.",
     )
     teacher_template: list[dict[str, str]] | str | None = field(
         default="paper",
@@ -399,8 +400,8 @@ class SDFTConfig(EvalSettings, TrainingArguments):
         check_between("teacher_cache_gib", self.teacher_cache_gib, 0, math.inf)
         if self.method != "sdft" or self.teacher != "base" or self.teacher_offload:
             raise UsageError(
-                f"teacher_cache_gib is {self.teacher_cache_gib}; it is for method sdft with teacher base and without "
-                "teacher_offload"
+                f"teacher_cache_gib is {self.teacher_cache_gib}, method {self.method!r}, teacher {self.teacher!r} and "
+                f"teacher_offload {self.teacher_offload}; it must be 0 but for sdft, base and False"
             )
 
     def _choose_metric(self) -> None:

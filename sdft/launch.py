@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.training_args import OptimizerNames
 
 from sdft.config import SDFTConfig
 from sdft.errors import UsageError
@@ -41,6 +45,30 @@ def _check_fsdp(plugin: Any, adapter: bool, teacher_cache_gib: float) -> None:
     if plugin.mixed_precision_policy is not None:
         # By default all that a forward pass returns is rounded to its type: losses and log-probabilities here.
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def prepare_packages(trainer: Trainer) -> None:
+    """Use liger-kernel where it is asked for, and find out whether the optimizer is installed.
+
+    The Trainer does both when training begins: after teachers were copied, which would keep the model's own modules,
+    and after all that is measured before.
+    """
+    args = trainer.args
+    with _installed(f"use_liger_kernel is {args.use_liger_kernel}"):
+        if args.use_liger_kernel:
+            apply_liger_kernel(trainer.model, args.liger_kernel_config)
+    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+        with _installed(f"optim is '{OptimizerNames(args.optim).value}'"):
+            trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, trainer.model))
+
+
+@contextlib.contextmanager
+def _installed(asked: str) -> Iterator[None]:
+    """UsageError where what was asked for is not to be had."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{asked}, which cannot be had here: {' '.join(str(error).split())}") from error
 
 
 def switch_off_dropout(model: nn.Module) -> None:

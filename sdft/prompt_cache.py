@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,14 @@ KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer, (heads, tokens, he
 #: Layers of a cache that hold nothing but keys and values.
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 
+MUST_BE_OFF = "teacher_cache_gib must be 0"
+
 
 class PromptCache:
-    """Keys and values of prompts, of at most `budget` bytes: what has not been asked for the longest goes first."""
+    """Keys and values of prompts, of at most `budget` bytes: what has not been asked for the longest goes first.
+
+    While completions are scored, those of the batch's prompts, padded, and of its completions are there besides.
+    """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -101,6 +106,8 @@ class PromptCache:
             self._kept.move_to_end(prefix)
             return self._kept[prefix]
         found = _read(backbone, prefix)
+        if _nbytes(found) > self.budget:  # no room would be enough
+            return found
         self._kept[prefix] = found
         self.nbytes += _nbytes(found)
         while self.nbytes > self.budget:
@@ -125,13 +132,16 @@ def check_prompt_cache(
     model: PreTrainedModel, backbone: nn.Module, tokens: Sequence[int], autocast: torch.dtype | None = None
 ) -> None:
     """Refuse a model of which a kept prompt would make another: hidden states after one are compared with its own."""
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    taken = inspect.signature(backbone.forward).parameters
-    if any(type(layer) not in KEYS_AND_VALUES for layer in layers) or "position_ids" not in taken:
-        raise TrainingError(
-            f"{type(model).__name__} remembers what it has read in more than keys and values, or is not told where "
-            "tokens are, so that prompts cannot be kept; teacher_cache_gib must be 0"
-        )
+    config = model.config.get_text_config(decoder=True)
+    reason = None
+    if any(type(layer) not in KEYS_AND_VALUES for layer in DynamicCache(config=config).layers):
+        reason = "remembers what it has read in more than keys and values"
+    elif "position_ids" not in inspect.signature(backbone.forward).parameters:
+        reason = "cannot be told where tokens are"
+    elif _depends_on_length(config):
+        reason = "reads a prompt differently when what follows is long"
+    if reason is not None:
+        raise TrainingError(f"{type(model).__name__} {reason}, so that prompts cannot be kept: {MUST_BE_OFF}")
     whole = list(tokens)
     samples = [Sample([], whole, teacher_prompt=prompt) for prompt in (whole, whole[: 1 + len(whole) // 2])]
     with torch.no_grad(), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
@@ -146,6 +156,12 @@ def check_prompt_cache(
     if not difference <= tolerance:  # a NaN is refused too
         raise TrainingError(
             f"{type(model).__name__} makes something else of a completion after a prompt that it has read before: its "
-            f"hidden states differ by {difference:.2g} of the largest, where {tolerance:.2g} is rounding; "
-            "teacher_cache_gib must be 0"
+            f"hidden states differ by {difference:.2g} of the largest, where {tolerance:.2g} is rounding; {MUST_BE_OFF}"
         )
+
+
+def _depends_on_length(config: Any) -> bool:
+    """Whether a token's rotary embedding, or the scale of its attention, depends on where the sequence ends."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (parameters, *parameters.values()) if isinstance(part, dict)}
+    return bool(kinds & {"longrope", "dynamic"}) or bool(getattr(config, "attn_temperature_tuning", False))

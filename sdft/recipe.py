@@ -32,6 +32,7 @@ _OFTEN_SET = frozenset(
         "max_grad_norm",
         "bf16",
         "activation_checkpointing",
+        "use_liger_kernel",
         "seed",
         "save_strategy",
         "save_steps",

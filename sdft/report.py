@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.checkpoint import in_one_move, write_text
+from sdft.checkpoint import failing_clearly, in_one_move, write_text
 
 METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"
 
@@ -189,7 +189,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with failing_clearly(METRICS_FILE, str(self.path.parent)), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **kwargs["logs"]}) + "\n")
 
 

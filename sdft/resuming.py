@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +12,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.errors import TrainingError, UsageError
+
+#: What loading a checkpoint raises that is of other settings, or damaged.
+DOES_NOT_FIT = (ValueError, KeyError, RuntimeError, pickle.UnpicklingError)
 
 
 class Resuming(TrainerCallback):
@@ -30,7 +35,7 @@ class Resuming(TrainerCallback):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         is_clear = isinstance(error, UsageError | TrainingError | torch.OutOfMemoryError)
-        if self._loading and isinstance(error, ValueError | KeyError | RuntimeError) and not is_clear:
+        if self._loading and isinstance(error, DOES_NOT_FIT) and not is_clear:
             raise self._refusal(" ".join(str(error).strip().splitlines()[:2])) from error
 
     def on_train_begin(
@@ -44,7 +49,8 @@ class Resuming(TrainerCallback):
             if missing:
                 raise self._refusal(f"its optimizer has no {' and no '.join(sorted(missing))}")
             peak = float(group.get("initial_lr", args.learning_rate))
-            if peak != args.learning_rate:  # the schedule would go on from the checkpoint's, whatever the run says
+            # The schedule would go on from the checkpoint's, whatever the run says. Some optimizers keep it in float32.
+            if not math.isclose(peak, args.learning_rate, rel_tol=1e-6):
                 raise self._refusal(f"its learning_rate is {peak:g}, and the run's {args.learning_rate:g}")
         self._loading = False
 

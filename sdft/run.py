@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sdft.checkpoint import recover, write_text
+from sdft.checkpoint import failing_clearly, recover, write_text
 from sdft.config import (
     DataArguments,
     EvalArguments,
@@ -42,6 +43,9 @@ from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
 from sdft.trainer import SDFTTrainer
+
+#: Files of a checkpoint's weights that can run code as they are loaded.
+PICKLED = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"})
 
 
 def train(
@@ -82,7 +86,7 @@ def train(
     folder = Path(str(config.output_dir))
     if of_lora.lora_rank:
         check_apart(of_model.model, folder)
-    resume = checkpoint_to_resume(config.resume_from_checkpoint, folder)
+    resume = checkpoint_to_resume(config.resume_from_checkpoint, folder, allow_pickle=of_model.allow_pickle)
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     exam.check(model, tokenizer, shown)
     try:
@@ -116,16 +120,13 @@ def train(
         trainer.add_callback(finish)
         trainer.add_callback(resuming)
         trainer.train(resume_from_checkpoint=resume)
-    if finish.stopped:
+        training_seconds = time.perf_counter() - train_started
+        if not finish.stopped:
+            trainer.save_model()
+    if finish.stopped or finish.late:
         if trainer.is_world_process_zero():
-            step, of = trainer.state.global_step, trainer.state.max_steps
-            print(
-                f"stopped by SIGTERM after step {step} of {of}: checkpoint-{step} is in {folder}/; "
-                "--resume_from_checkpoint last goes on from there"
-            )
+            print(_stopped(trainer, folder, late=finish.late))
         return
-    training_seconds = time.perf_counter() - train_started
-    trainer.save_model()
     after = held_out("after, held-out prompts")
     general_after = general("after, general prompts")
     moved = None
@@ -160,8 +161,9 @@ def train(
         scorer=config.scorer,
         general_scorer=config.general_scorer,
     )
-    draw_curves(folder, trainer.state.log_history, summary)
-    write_summary(folder, summary)
+    with failing_clearly("the report", str(folder)):
+        draw_curves(folder, trainer.state.log_history, summary)
+        write_summary(folder, summary)
     files = f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png"
     print("", describe(summary), "", table(summary), "", files, sep="\n")
 
@@ -272,7 +274,7 @@ def _check_output_file(name: str) -> None:
         raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
 
 
-def checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
+def checkpoint_to_resume(wanted: str | None, folder: Path, *, allow_pickle: bool = False) -> str | None:
     """The checkpoint folder that `resume_from_checkpoint` names; "last" is the newest in the output folder."""
     if wanted is None:
         return None
@@ -285,7 +287,35 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
         raise UsageError(
             f"resume_from_checkpoint is {wanted!r}, and there is no such checkpoint (output_dir is {folder})"
         )
+    _check_checkpoint(Path(found), allow_pickle=allow_pickle)
     return found
+
+
+def _check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
+    """Refuse a folder from which a run could not go on as it was, or only by loading pickled weights."""
+    names = {path.name for path in folder.iterdir()}
+    asked = f"resume_from_checkpoint is {str(folder)!r}"
+    if TRAINER_STATE_NAME not in names:
+        raise UsageError(f"{asked}, which has no {TRAINER_STATE_NAME}; it must be a checkpoint's folder, or last")
+    if not any(name.startswith("optimizer") for name in names):
+        raise UsageError(
+            f"{asked}, which has no optimizer in it (save_only_model); it must be a checkpoint that has, or the run "
+            "would go on as another"
+        )
+    pickled = names & PICKLED
+    if pickled and not allow_pickle and not any(name.endswith(".safetensors") for name in names):
+        raise UsageError(f"{asked}, whose weights are pickled ({min(pickled)}); loading them takes allow_pickle: true")
+
+
+def _stopped(trainer: SDFTTrainer, folder: Path, *, late: bool) -> str:
+    """What SIGTERM has left."""
+    step, of = trainer.state.global_step, trainer.state.max_steps
+    if late:
+        return f"SIGTERM came after the last step: {folder}/ has the trained model, which was not measured again"
+    return (
+        f"stopped by SIGTERM after step {step} of {of}: checkpoint-{step} is in {folder}/; "
+        "--resume_from_checkpoint last goes on from there"
+    )
 
 
 def _accuracy(answers: Answers | None) -> float | None:

@@ -72,6 +72,17 @@ class BaseTeacher(Teacher):
 class AdapterOffTeacher(Teacher):
     """The model that training started from where an adapter is all that trains: the student without its adapter."""
 
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(student)
+        adapters = set(student.peft_config)  # type: ignore[arg-type]  # peft's own: its parameters' names have theirs
+        trained = (name for name, parameter in student.named_parameters() if parameter.requires_grad)
+        other = next((name for name in trained if adapters.isdisjoint(name.split("."))), None)
+        if other is not None:
+            raise UsageError(
+                f"the model has an adapter, and {other} trains beside it; it must not (LoraConfig: bias must be "
+                "'none'), for the model without its adapter would not be the one that training started from"
+            )
+
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
         with self.student.disable_adapter():  # type: ignore[operator]  # peft's own, unknown to nn.Module

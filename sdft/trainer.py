@@ -33,7 +33,7 @@ from sdft.data import Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import Result, as_forward_of
-from sdft.launch import check_launch, switch_off_dropout
+from sdft.launch import check_launch, prepare_packages, switch_off_dropout
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
 from sdft.loss import StepLoss, backbone, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
@@ -119,6 +119,7 @@ class SDFTTrainer(WholeSaves):
         )
         bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
         check_launch(self)
+        prepare_packages(self)
         if not self.place_model_on_device and not self.is_model_parallel:
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)

@@ -37,6 +37,7 @@ CASES = {
         "save_strategy": "steps",
         "save_steps": 2,
     },
+    "several rollouts": {"rollouts_per_prompt": 2, "teacher_cache_gib": 0.1},
     "mostly skipped": {"skip_tokens": 2, "gradient_accumulation_steps": 2},
 }
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -380,6 +381,11 @@ def test_a_checkpoint_of_other_settings_is_one_line(saved, options, recipe, caps
         message = fails(capsys, [*resume, *other], 2)
         assert "out/checkpoint-1" in message
         assert "must be those that it was saved with" in message
+    optimizer = Path("out/checkpoint-1/optimizer.pt")
+    whole = optimizer.read_bytes()
+    optimizer.write_bytes(b"not an optimizer")
+    assert "out/checkpoint-1', which does not fit" in fails(capsys, resume, 2)
+    optimizer.write_bytes(whole)
 
     def fail(*_, **__):
         raise ValueError("of its own")
@@ -442,6 +448,20 @@ def test_sigterm_ends_training_with_a_checkpoint_exit_code_0_and_a_line(recipe, 
     assert main(["train", recipe(), "--resume_from_checkpoint", "last"]) == 0
     with open("out/model.safetensors", "rb") as resumed, open("straight/model.safetensors", "rb") as straight:
         assert resumed.read() == straight.read()
+
+
+def test_a_sigterm_after_the_last_step_leaves_the_model_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
+    evaluate = SDFTTrainer.evaluate
+
+    def told_to_stop(trainer, *args, **kwargs):
+        if trainer.state.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(SDFTTrainer, "evaluate", told_to_stop)
+    assert main(["train", recipe(eval_strategy="steps", eval_steps=2)]) == 0
+    assert "SIGTERM came after the last step: out/ has the trained model" in capsys.readouterr().out
+    assert "model.safetensors" in os.listdir("out") and "summary.json" not in os.listdir("out")
 
 
 LONG = "".join(json.dumps(row) + "\n" for row in tiny.rows() * 500)

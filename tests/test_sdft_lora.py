@@ -187,6 +187,16 @@ def test_an_adapter_in_the_head_is_refused():
     check_head(causal_lm(model), IDS)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_beside_which_the_model_itself_trains_has_no_base(bias):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias=bias)
+    model = peft.get_peft_model(tiny.tiny_model(attention_bias=True), config)
+    with pytest.raises(
+        UsageError, match=r"q_proj\.base_layer\.bias trains beside it; it must not .*bias must be 'none'"
+    ):
+        make_teacher("base", model, 0.1)
+
+
 def test_a_wrong_adapter_is_one_sentence():
     with pytest.raises(UsageError, match=r"lora_target_modules is \['nothing_proj'\]"):
         with_adapter(lora_target_modules=["nothing_proj"])

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sdft import checkpoint
 from sdft.errors import TrainingError, UsageError
+from sdft.report import MetricsFile
+from sdft.resuming import Resuming
 from sdft.run import checkpoint_to_resume
 from sdft.signals import FinishOnSignal
 from tests import tiny
@@ -93,6 +96,19 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path):
     assert ".saving" not in os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+def test_a_report_that_cannot_be_written_is_one_sentence(name, tmp_path):
+    run = trainer(tmp_path, log_completions=int(name == "completions.jsonl"))
+    run.remove_callback(PrinterCallback)  # whose lines would be too large for a file as well
+    if name == "metrics.jsonl":
+        run.add_callback(MetricsFile(tmp_path))
+    with (
+        files_no_larger_than(300),
+        pytest.raises(TrainingError, match=rf"^{name} could not be written to .*; there was no checkpoint before it$"),
+    ):
+        run.train()
+
+
 def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output_dir is .* cannot be made"):
@@ -121,13 +137,15 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_has_left_one_of_the_two(tmp
     def publish(text):
         staged = tmp_path / ".saving" / "checkpoint-2"
         staged.mkdir(parents=True, exist_ok=True)
-        (staged / "weights").write_text(text)
+        for name in ("trainer_state.json", "optimizer.pt", "model.safetensors"):
+            (staged / name).write_text(text)
         checkpoint.publish_folder(str(staged), str(tmp_path / "checkpoint-2"))
 
     def resumed():
         found = checkpoint_to_resume("last", tmp_path)
         assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
-        return (Path(found) / "weights").read_text()
+        (text,) = {path.read_text() for path in Path(found).iterdir()}
+        return text
 
     publish("first")
     rename = os.rename
@@ -274,6 +292,64 @@ def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path):
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_sigterm_after_the_last_step_leaves_the_model_to_be_saved(tmp_path):
+    run = trainer(tmp_path, eval_dataset=tiny.rows(2), eval_strategy="steps", eval_steps=4)
+    evaluate = run.evaluate
+
+    def told_to_stop_while_it_evaluates(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    run.evaluate = told_to_stop_while_it_evaluates
+    with FinishOnSignal() as finish:
+        run.add_callback(finish)
+        run.train()
+    assert finish.late and not finish.stopped
+    assert_equal_weights(weights(run.model), weights(trained(tmp_path / "undisturbed").model))
+
+
+def checkpoint_with(folder, *names):
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model.safetensors"], r"has no trainer_state.json; it must be a checkpoint's folder, or last"),
+        (["model.safetensors", "trainer_state.json"], r"has no optimizer in it \(save_only_model\)"),
+        (
+            ["pytorch_model.bin", "trainer_state.json", "optimizer.pt"],
+            r"weights are pickled \(pytorch_model.bin\); loading them takes allow_pickle: true",
+        ),
+        (["adapter_model.bin", "trainer_state.json", "optimizer.pt"], r"pickled \(adapter_model.bin\)"),
+    ],
+)
+def test_a_folder_that_a_run_cannot_go_on_from_is_one_sentence(names, message, tmp_path):
+    found = checkpoint_with(tmp_path / "checkpoint-3", *names)
+    with pytest.raises(UsageError, match=rf"^resume_from_checkpoint is '{found}', .*{message}"):
+        checkpoint_to_resume(found, tmp_path)
+
+
+def test_a_checkpoint_is_found_whatever_its_weights_are_in(tmp_path):
+    whole = checkpoint_with(tmp_path / "checkpoint-3", "model.safetensors", "trainer_state.json", "optimizer.pt")
+    assert checkpoint_to_resume("last", tmp_path) == whole
+    pickled = checkpoint_with(tmp_path / "checkpoint-4", "pytorch_model.bin", "trainer_state.json", "optimizer.pt")
+    assert checkpoint_to_resume("last", tmp_path, allow_pickle=True) == pickled
+
+
+@pytest.mark.parametrize(("kept", "fits"), [(torch.tensor(2e-5), True), (2e-5, True), (2.1e-5, False)])
+def test_the_learning_rate_of_a_checkpoint_may_be_kept_in_float32(kept, fits, tmp_path):
+    args = trainer(tmp_path, learning_rate=2e-5).args
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer.param_groups[0]["initial_lr"] = kept
+    refusal = contextlib.nullcontext() if fits else pytest.raises(UsageError, match=r"its learning_rate is 2.1e-05")
+    with refusal, Resuming("checkpoint-1") as resuming:
+        resuming.on_train_begin(args, None, None, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("options", [{}, {"loss_normalisation": "sequence"}], ids=str)

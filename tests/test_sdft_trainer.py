@@ -1,5 +1,6 @@
 """The training loop, on models that train in a second."""
 
+import importlib.util
 import json
 import os
 from types import SimpleNamespace
@@ -8,13 +9,16 @@ import datasets
 import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.llama import modeling_llama
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import as_forward_of
 from sdft.repeats import RepeatedRows
-from sdft.rollout import Sampling, sample
+from sdft.rollout import BACKENDS, Sampling, sample
 from tests import tiny
 
 
@@ -181,6 +185,90 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(options, s
     if straight.teacher is not None:
         with straight.teacher.scoring() as expected, resumed.teacher.scoring() as got:
             assert_equal_weights(weights(got), weights(expected))
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_the_average_follows_the_student_through_training_every_so_many_steps(interval, tmp_path):
+    states = [weights(tiny.tiny_model())]
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            states.append(weights(model))
+
+    run = trained(tmp_path, callbacks=[Keep()], teacher="ema", ema_rate=0.3, ema_interval=interval)
+    average = states[0]
+    for step in range(interval, 5, interval):
+        average = {name: value + 0.3 * (states[step][name] - value) for name, value in average.items()}
+    with run.teacher.scoring() as model:
+        for name, value in weights(model).items():
+            torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-7)
+            assert not torch.equal(value, states[0][name])
+
+
+def test_rollouts_are_sampled_as_the_settings_say(tmp_path):
+    run = trainer(
+        tmp_path,
+        rollout_temperature=0.7,
+        rollout_top_p=0.8,
+        rollout_top_k=9,
+        rollout_min_p=0.1,
+        rollout_stop=["ab"],
+        max_completion_length=5,
+    )
+    assert run.sampling == Sampling(5, frozenset({1}), 0.7, 0.8, 9, 0.1, ("ab",))
+
+
+def test_a_back_end_of_ones_own_writes_the_rollouts_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "own", lambda model, prompts, sampling, tokenizer, seeds: [[7, 8, 1]] * len(prompts))
+    run = trainer(tmp_path, rollout_backend="own", max_steps=1)
+    seen = []
+    make = run.samples
+    run.samples = lambda rows: seen.extend(make(rows)) or seen
+    run.train()
+    assert [sample.completion for sample in seen] == [[7, 8, 1]] * 2
+
+
+def test_a_step_never_holds_logits(tmp_path):
+    """Neither model's, for all of a step's tokens: nothing with the vocabulary in its shape is larger than the head."""
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
+            largest.extend(value.numel() for value in tensors if 101 in value.shape)
+            return out
+
+    run = trainer(tmp_path, per_device_train_batch_size=8, max_steps=1, max_chunk_bytes=4096)
+    with Watch():
+        run.train()
+    head = run.model.lm_head.weight
+    assert len(run.train_dataset) * run.args.max_completion_length * 101 > head.numel() == max(largest)
+
+
+def test_liger_kernels_are_in_the_student_and_in_its_teacher(tmp_path, monkeypatch):
+    rms_norm = pytest.importorskip("liger_kernel.transformers.rms_norm").LigerRMSNorm
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+        monkeypatch.setattr(
+            modeling_llama, name, getattr(modeling_llama, name)
+        )  # put back afterwards: liger replaces it
+    monkeypatch.setattr("sdft.trainer.check_head", lambda *_: None)  # Triton's interpreter does not run their kernels
+    run = trainer(tmp_path, use_liger_kernel=True)
+    with run.teacher.scoring() as teacher:
+        for model in (run.student, teacher):
+            assert model.model.norm.forward.__func__ is rms_norm.forward
+            assert model.model.norm.forward.__self__ is model.model.norm
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: False)
+    with pytest.raises(
+        UsageError, match=r"use_liger_kernel is True, which cannot be had here: .*pip install liger-kernel"
+    ):
+        trainer(tmp_path, use_liger_kernel=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_optimizer_that_is_not_installed_is_refused_before_training(tmp_path):
+    with pytest.raises(UsageError, match=r"optim is 'adamw_bnb_8bit', which cannot be had here: .*bitsandbytes"):
+        trainer(tmp_path, optim="adamw_bnb_8bit")
 
 
 def test_the_base_teacher_of_a_resumed_run_is_the_original_model(tmp_path):
