@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -105,8 +106,11 @@ def compare(
 
 def this_gpu() -> Gpu | None:
     """The roofline's entry for the GPU that is there."""
-    name = torch.cuda.get_device_name()
-    return next((gpu for gpu in GPUS if gpu.name in name), None)
+    name, gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / 2**30
+    known = next((gpu for gpu in GPUS if gpu.name in re.split(r"[\s-]", name)), None)
+    # Of an A100 and an H100 there are slower ones, with 40 GB, on PCIe, or as the two of an NVL.
+    slower = gib < 60 or any(word in name for word in ("PCIe", "NVL", "MIG"))
+    return None if slower else known
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

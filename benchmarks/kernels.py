@@ -20,6 +20,10 @@ from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_backend import make_workspace
 
+#: Vocabularies of both kinds that Triton compiles apart: odd, so that alignment has to come from the workspace, and a
+#: multiple of 16, which lets it assume more.
+VOCABULARIES = (50_257, 151_936)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -32,13 +36,17 @@ class Variant:
     importance: bool = False
     gradient: str | None = "float32"
     tokens: int = 2048  # few tokens: rows split over several programs
-    vocab: int = 50257  # odd, so that alignment has to come from the workspace
+    vocab: int = VOCABULARIES[0]
 
 
 def variants(quick: bool) -> Iterator[AnyVariant]:
     """Every combination that changes a kernel, or two a divergence that between them take every branch; the peers'
     kernels as their own code launches them."""
-    yield from (ScoringVariant(capped, labels) for capped in (False, True) for labels in (False, True))
+    yield from (
+        ScoringVariant(capped, labels, vocab=vocab)
+        for capped, labels in product((False, True), repeat=2)
+        for vocab in (VOCABULARIES if not quick else VOCABULARIES[int(capped) :][:1])
+    )
     yield from (
         PeerVariant(package, divergence) for package in ("TRL", "Liger") for divergence in ("reverse_kl", "jsd")
     )
@@ -47,15 +55,16 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
     if quick:
         for divergence in DIVERGENCES:
             yield Variant(divergence)
-            yield Variant(divergence, True, True, True, True, "bfloat16", tokens=64)
+            yield Variant(divergence, True, True, True, True, "bfloat16", tokens=61, vocab=VOCABULARIES[1])
         return
-    for divergence in DIVERGENCES:
-        for capped in ((False, False), (True, False), (False, True), (True, True)):
-            for gradient in ("float32", "bfloat16", "float16"):
-                yield Variant(divergence, *capped, gradient=gradient)
-            for tokens in (64, 128, 256, 512, 2048):
-                for labels, importance in ((False, False), (True, False), (True, True)):
-                    yield Variant(divergence, *capped, labels, importance, None, tokens)
+    for divergence, student_capped, teacher_capped, vocab in product(
+        DIVERGENCES, (False, True), (False, True), VOCABULARIES
+    ):
+        of_both = Variant(divergence, student_capped, teacher_capped, vocab=vocab)
+        yield from (replace(of_both, gradient=gradient) for gradient in ("float32", "bfloat16", "float16"))
+        for tokens in (61, 64, 128, 256, 512, 2048):
+            for labels, importance in ((False, False), (True, False), (True, True)):
+                yield replace(of_both, labels=labels, importance=importance, gradient=None, tokens=tokens)
 
 
 def call(variant: Variant) -> None:
@@ -95,7 +104,7 @@ class ScoringVariant:
     capped: bool
     labels: bool
     tokens: int = 2048
-    vocab: int = 50257
+    vocab: int = VOCABULARIES[0]
     divergence: str = "(scoring)"
 
 
@@ -124,7 +133,7 @@ class LinearVariant:
     labels: bool = False
     dtype: str = "bfloat16"
     tokens: int = 2048
-    vocab: int = 50257
+    vocab: int = VOCABULARIES[0]
     size: int = 1600  # of hidden states
 
 
@@ -133,13 +142,15 @@ def linear_variants(quick: bool) -> Iterator[LinearVariant]:
     if quick:
         yield LinearVariant("(scoring)", True, True, True, True)
         yield LinearVariant("reverse_kl", True, True, True, True)
-        yield LinearVariant("forward_kl", False, dtype="float16", tokens=64, size=577)
+        yield LinearVariant("reverse_kl", False, tokens=1024, vocab=VOCABULARIES[1], size=3584)
+        yield LinearVariant("forward_kl", False, dtype="float16", tokens=61, size=577)
         return
     for divergence, shared_head in (("(scoring)", True), *product(("reverse_kl", "forward_kl"), (True, False))):
         for capped, bias, labels in product((False, True), repeat=3):
             variant = LinearVariant(divergence, shared_head, capped, bias, labels)
             yield variant
-            yield replace(variant, dtype="float16", tokens=64, size=577)
+            yield replace(variant, vocab=VOCABULARIES[1], size=3584)
+            yield replace(variant, dtype="float16", tokens=61, size=577)
 
 
 def multiply(variant: LinearVariant) -> None:

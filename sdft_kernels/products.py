@@ -45,8 +45,11 @@ def hidden_gradient(logits_gradient: Tensor, weight: Tensor, out: Tensor) -> Non
     """out ← logits_gradient @ weight; (R, V), (V, H) → (R, H)."""
     if logits_gradient.dtype == weight.dtype == out.dtype:
         torch.mm(logits_gradient, weight, out=out)
-    elif logits_gradient.dtype == weight.dtype:
+    elif logits_gradient.dtype == weight.dtype and out.dtype == accumulation_dtype(weight.dtype):
         torch.mm(logits_gradient, weight, out_dtype=out.dtype, out=out)
+    elif logits_gradient.dtype == weight.dtype and gradient_dtype(weight.dtype, weight.device) == weight.dtype:
+        # Under autocast the hidden states may be of a third type, which no product gives.
+        out.copy_(torch.mm(logits_gradient, weight, out_dtype=accumulation_dtype(weight.dtype)))
     else:
         total = logits_gradient.new_zeros(out.shape)
         for slab in _slabs(weight):

@@ -51,7 +51,9 @@ def test_chunks_on_a_device(tokens: int, vocab: int, trainable_head: bool) -> No
     assert all(size % TILE_TOKENS["cuda"] == 0 for size in sizes[:-1])
     assert max(sizes) - min(sizes) < 2 * TILE_TOKENS["cuda"]
     enough = ENOUGH_TOKENS["trainable" if trainable_head else "frozen"]
-    if enough * vocab * 10 <= DEFAULT_BUDGET["cuda"] / 2:
+    most = DEFAULT_BUDGET["cuda"] // (vocab * 10)
+    assert min(sizes) > min(tokens, enough, most) / 2 - TILE_TOKENS["cuda"]  # two even chunks where one is too many
+    if enough <= most / 2:
         assert min(sizes) > min(tokens, enough) - TILE_TOKENS["cuda"]
 
 

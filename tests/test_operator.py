@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sdft_kernels import chunk_loop, fused_linear_divergence, operator, tokens
+from benchmarks.recorder import passing_for_cuda
+from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens
 from sdft_kernels.operator import fused_linear_divergence_op
 from tests.cases import DIVERGENCES, fused, random_case, relative_error
 
@@ -243,3 +244,13 @@ def test_backward_hands_its_memory_over() -> None:
     with Watch():
         loss.backward(torch.tensor(0.5))
     assert set(large) <= {"detach.default", "mul_.Tensor"}, large
+
+
+@pytest.mark.parametrize("hidden", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_device_gives_the_hidden_gradient_in_the_hidden_states_type_whatever_autocast_makes_of_products(
+    hidden: torch.dtype,
+) -> None:
+    """A device's product gives its operands' type or float32; shapes alone are checked here, with no device."""
+    gradient, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 100), (100, 16)))
+    with passing_for_cuda():
+        products.hidden_gradient(gradient, weight, torch.empty(8, 16, dtype=hidden, device="meta"))
