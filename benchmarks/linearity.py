@@ -86,7 +86,8 @@ def draw(points: list[Point], path: Path) -> None:
             for axis in axes[:, column]:
                 axis.set_xscale("log", base=2)
             axes[0][column].set(yscale="log", title=f"growing {growing}")
-            axes[1][column].set(xlabel="tokens" if growing == "tokens" else "vocabulary entries", ylim=(0, None))
+            axes[1][column].set(xlabel="tokens" if growing == "tokens" else "vocabulary entries")
+        axes[1][0].set_ylim(0)  # once both columns, which share it, are drawn
         axes[0][0].set_ylabel("seconds")
         axes[1][0].set_ylabel("MiB above inputs and gradients")
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests import process_worker
+from tests import process_worker, tiny
 
 TRAININGS = [
     *process_worker.CASES,
@@ -30,22 +31,16 @@ def one_process(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
-def two_processes(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
+def in_two_processes(folder, command, environment):
+    """Run a script or module with arguments in two processes; what they print."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FSDP")},
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **({"FSDP": "1"} if request.param == "FSDP2" else {}),
-    }
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FSDP")}
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "tests" / "process_worker.py"), str(folder)],
-        env=environment,
+        [sys.executable, *launch, *command],
+        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -53,6 +48,14 @@ def two_processes(request, tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
+def two_processes(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    worker = str(ROOT / "tests" / "process_worker.py")
+    in_two_processes(folder, [worker, str(folder)], {"FSDP": "1"} if request.param == "FSDP2" else {})
     wrapped = "DistributedDataParallel" if request.param == "DDP" else "FSDPModule"
     for process in (0, 1):
         assert wrapped in json.loads((folder / "base" / f"wrapped-{process}.json").read_text())
@@ -118,3 +121,53 @@ def test_processes_had_unequal_numbers_of_tokens_and_sometimes_none(two_processe
     assert all(a != b for a, b in zip(tokens("base", 0, 0), tokens("base", 1, 0), strict=True))
     pairs = list(zip(tokens("mostly skipped", 0, 2), tokens("mostly skipped", 1, 2), strict=True))
     assert any((a == 0) != (b == 0) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_the_command_gives_in_two_processes_what_it_gives_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_model(max_position_embeddings=512).save_pretrained("model")
+    tiny.tiny_tokenizer().save_pretrained("model")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows()))
+    recipe = {
+        "model": "model",
+        "train_file": "rows.jsonl",
+        "eval_file": "rows.jsonl",
+        "general_file": "rows.jsonl",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "max_steps": 4,
+        "max_completion_length": 6,
+        "eval_completion_length": 6,
+        "learning_rate": "1e-3",
+        "log_completions": 2,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    printed = {}
+    for processes in (1, 2):
+        name = f"{processes}.yaml"
+        own = {"output_dir": f"out{processes}", "per_device_train_batch_size": 4 // processes}
+        Path(name).write_text(yaml.safe_dump({**recipe, **own}))
+        command = ["-m", "sdft.cli", "train", name]
+        if processes == 2:
+            printed[2] = in_two_processes(tmp_path, command, {})
+        else:
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            printed[1] = subprocess.run(
+                [sys.executable, *command], env=environment, capture_output=True, text=True, check=True
+            ).stdout
+    one, two = (Path(f"out{processes}") for processes in (1, 2))
+    assert_close(weights(two), weights(one))
+    measured = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    for name, value in measured[0].items():
+        if not name.endswith("seconds"):
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+            assert measured[1][name] == expected, name
+    steps = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)
+    ]
+    assert [line["step"] for line in steps[1]] == [line["step"] for line in steps[0]]
+    answers = [(folder / "completions.jsonl").read_text().splitlines() for folder in (one, two)]
+    assert len(answers[0]) == len(answers[1]) == 8
+    assert printed[2].count("has the trained model") == 1, "one process reports"
