@@ -31,8 +31,9 @@ from tqdm import tqdm
 from benchmarks import machine, plots
 from benchmarks import rows as files
 from benchmarks.bare_products import BareProducts
+from benchmarks.ledger import OURS
 from benchmarks.memory import resident
-from benchmarks.trainers import OURS, TRAINERS, Case, Measured, Taken
+from benchmarks.trainers import TRAINERS, Case, Measured, Taken
 from sdft.data import encode_prompt, load_rows
 from sdft.models import load_model
 from sdft.rollout import generate, seeded

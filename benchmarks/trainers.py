@@ -21,14 +21,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from benchmarks.bare_products import BareProducts
+from benchmarks.ledger import OURS
 from sdft.config import SDFTConfig
 from sdft.layout import Sample
 from sdft.templates import TEMPLATES
 from sdft.trainer import SDFTTrainer
 
 DIVERGENCE = "reverse_kl"
-
-OURS = "sdft-kernels"
 
 #: Of ours, where the batch is one micro-batch: its `max_forward_tokens`. TRL's trainer has no such setting.
 FORWARD_TOKENS = 2048

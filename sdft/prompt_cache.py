@@ -95,8 +95,9 @@ class PromptCache:
         for layer, (keys, values) in enumerate(next(iter(read.values()), [])):
             batch = [like.new_zeros(len(prefixes), like.shape[0], length, like.shape[2]) for like in (keys, values)]
             for row, prefix in enumerate(prefixes):
-                for states, own in zip(batch, read[prefix][layer] if prefix else (), strict=False):
-                    states[row, :, length - len(prefix) :] = own
+                if prefix:
+                    for states, own in zip(batch, read[prefix][layer], strict=True):
+                        states[row, :, length - len(prefix) :] = own
             past.update(batch[0], batch[1], layer)
         return past
 

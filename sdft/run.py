@@ -309,9 +309,9 @@ def _check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
 
 def _stopped(trainer: SDFTTrainer, folder: Path, *, late: bool) -> str:
     """What SIGTERM has left."""
-    step, of = trainer.state.global_step, trainer.state.max_steps
     if late:
         return f"SIGTERM came after the last step: {folder}/ has the trained model, which was not measured again"
+    step, of = trainer.state.global_step, trainer.state.max_steps
     return (
         f"stopped by SIGTERM after step {step} of {of}: checkpoint-{step} is in {folder}/; "
         "--resume_from_checkpoint last goes on from there"

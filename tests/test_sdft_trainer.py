@@ -265,6 +265,7 @@ def test_liger_kernels_are_in_the_student_and_in_its_teacher(tmp_path, monkeypat
         trainer(tmp_path, use_liger_kernel=True)
 
 
+# Where the package is, there is nothing to refuse; the project itself asks for it nowhere.
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_an_optimizer_that_is_not_installed_is_refused_before_training(tmp_path):
     with pytest.raises(UsageError, match=r"optim is 'adamw_bnb_8bit', which cannot be had here: .*bitsandbytes"):
