@@ -3,7 +3,8 @@
 Logits lie with the vocabulary along the rows, (V, C), since matrix products of few tokens run faster into that
 layout, and the vocabulary is worked through in tiles small enough to stay in the last-level cache from one
 operation to the next, each of which is one pass. Where student and teacher share a head, one product of twice as
-many tokens makes both models' logits. Each logit's exponential is taken once (twice for mixtures).
+many tokens makes both models' logits. Each logit's exponential is taken once (twice for mixtures), as a power of two:
+the pass that takes the maximum off multiplies by what makes z of a product, and bits of z.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.chunking import TILE_TOKENS
 from sdft_kernels.divergences import (
     MIXTURES,
+    NATS,
     PLAIN,
     LogitOptions,
     Objective,
@@ -28,7 +30,7 @@ from sdft_kernels.divergences import (
     column_dot,
     finish,
     is_mixture,
-    log_ratio_in,
+    log_ratio_of,
 )
 from sdft_kernels.tokens import TokenRows, TokenScores
 
@@ -41,36 +43,36 @@ TOKENS_ALIGNED = TILE_TOKENS["cpu"]
 
 
 class Workspace:
-    """Buffers for (V, width) logits, and two arrays for a tile of them.
+    """An array of (V, width) and two for a tile of it.
 
-    Without `keep` there is only one tile's worth of logits: enough where nothing comes after the first pass.
+    Without `keep` the first too is for one tile only: enough where nothing comes after the first pass.
     """
 
     def __init__(self, like: Tensor, width: int, vocab: int, dtype: torch.dtype, *, keep: bool) -> None:
         self.vocab, self.keep = vocab, keep
         self.tile = min(vocab, max(64, TILE_BYTES // (width * dtype.itemsize) // 16 * 16))
-        self._logits = like.new_empty((vocab if keep else self.tile) * width, dtype=dtype)
-        self._exponentials, self._scratch = (like.new_empty(self.tile * width, dtype=dtype) for _ in range(2))
+        self._kept = like.new_empty((vocab if keep else self.tile) * width, dtype=dtype)
+        self._passing = [like.new_empty(self.tile * width, dtype=dtype) for _ in range(2)]
 
     def tiles(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Each tile's part of the vocabulary, logits, exponentials and scratch, (v, width)."""
+        """Each tile's part of the vocabulary, what is kept of it, and two arrays for what is not, (v, width)."""
         for start in range(0, self.vocab, self.tile):
             part = slice(start, min(start + self.tile, self.vocab))
             size = (part.stop - part.start) * width
-            logits = self._logits[start * width if self.keep else 0 :]
-            buffers = [buffer[:size].view(-1, width) for buffer in (logits, self._exponentials, self._scratch)]
+            kept = self._kept[start * width if self.keep else 0 :]
+            buffers = [buffer[:size].view(-1, width) for buffer in (kept, *self._passing)]
             yield part, buffers[0], buffers[1], buffers[2]
 
 
 def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
-    """Of the loss's workspace, for inputs in `dtype`: both models' logits, in whose place the gradient comes."""
+    """Of the loss's workspace, for inputs in `dtype`: two arrays, of which the gradient is made."""
     return 2 * products.accumulation_dtype(dtype).itemsize
 
 
 def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
 ) -> Workspace:
-    """For chunks of up to `tokens` tokens, both models' logits side by side."""
+    """For chunks of up to `tokens` tokens, both models side by side."""
     keep = with_gradient or is_mixture(objective.divergence)
     return Workspace(like, 2 * _aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=keep)
 
@@ -91,34 +93,39 @@ def process_chunk(
     both = torch.cat((hidden, teacher_hidden)) if student.weight is teacher.weight else None
     labels = None if rows.labels is None else torch.nn.functional.pad(rows.labels, (0, width - tokens)).repeat(2)
     capped = objective.student.softcap is not None and gradients.any
+    mixture = is_mixture(objective.divergence)
+    unit = abs(_bits(objective.student, dtype))
     seen: list[_Softmax] = []
     sums: list[Sums] = []
-    for part, logits, exponentials, scratch in workspace.tiles(2 * width):
+    for part, kept, passing, scratch in workspace.tiles(2 * width):
+        # A mixture's second pass starts from logits.
+        logits, exponentials = (kept, passing) if mixture else (passing, kept)
         student_logits, teacher_logits = logits.split(width, 1)
         if both is not None:
             _multiply(student.weight, both, part, logits)
         else:
             _multiply(student.weight, hidden, part, student_logits)
             _multiply(teacher.weight, teacher_hidden, part, teacher_logits)
-        _transform(student_logits, student.bias, part, objective.student)
-        _transform(teacher_logits, teacher.bias, part, objective.teacher)
-        seen.append(_softmax(logits, exponentials, scratch, None if labels is None else labels - part.start))
-        if objective.divergence in PLAIN:
-            slope = _slope(student_logits, seen[-1], objective.student, scratch) if capped else None
+        _transform(student_logits, student.bias, part, objective.student, unit)
+        _transform(teacher_logits, teacher.bias, part, objective.teacher, unit)
+        seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
+        if not mixture:
+            slope = _slope(student_logits, seen[-1], unit, scratch) if capped else None
             sums.append(PLAIN[objective.divergence](_tile(logits, exponentials, seen[-1])))
             if slope is not None:
-                _apply(slope, logits)
-    softmax = _Whole(seen, labels, workspace.tile)
+                _apply(slope, exponentials)
+    softmax = _Whole(seen, labels, workspace.tile, unit)
     shares = softmax.shares()
-    if is_mixture(objective.divergence):
-        for number, (_, logits, exponentials, scratch) in enumerate(workspace.tiles(2 * width)):
-            torch.exp(logits, out=exponentials)
-            slope = _slope(logits[:, :width], seen[number], objective.student, scratch) if capped else None
-            tile = _tile(logits, exponentials, seen[number])
-            log_ratio = log_ratio_in(tile, shares.log_ratio[number].to(dtype))
+    if mixture:
+        for number, (_, kept, passing, scratch) in enumerate(workspace.tiles(2 * width)):
+            student_logits, teacher_logits = kept.split(width, 1)
+            slope = _slope(student_logits, seen[number], unit, scratch) if capped else None
+            tile = _tile(passing, kept, seen[number])
+            log_ratio = log_ratio_of(student_logits, teacher_logits, shares.log_ratio[number].to(dtype), tile.teacher)
+            kept.exp2_()
             sums.append(MIXTURES[objective.divergence](tile, log_ratio, objective.beta))
             if slope is not None:
-                _apply(slope, logits)
+                _apply(slope, kept)
 
     loss, x, y = finish(objective.divergence, objective.beta, _stack(sums), shares)
     rows.loss.copy_(loss[:tokens])
@@ -145,14 +152,15 @@ def _carry_back(
 ) -> None:
     """The logits' gradient x A + y B a tile at a time, and its products with the head and the hidden states."""
     width = len(hidden)
-    kept = 0 if gradients.first else 1
+    before = 0 if gradients.first else 1
     total = hidden.new_zeros(hidden.T.shape)  # (H, C): products of few tokens run faster into that layout
-    for number, (part, logits, _, _) in enumerate(workspace.tiles(2 * width)):
-        gradient = logits[:, :width].mul_(x[number]).addcmul_(logits[:, width:], y[number])
+    for number, (part, kept, passing, _) in enumerate(workspace.tiles(2 * width)):
+        a, b = kept.split(width, 1)
+        gradient = torch.mul(a, x[number], out=passing.view(2, -1, width)[0]).addcmul_(b, y[number])
         if gradients.hidden is not None:
             total.addmm_(head.weight[part].to(hidden.dtype).T, gradient)
         if gradients.weight is not None:
-            gradients.weight[part].addmm_(gradient, hidden, beta=kept)
+            gradients.weight[part].addmm_(gradient, hidden, beta=before)
         if gradients.bias is not None:
             gradients.bias[part] += gradient.sum(1)
     if gradients.hidden is not None:
@@ -161,7 +169,10 @@ def _carry_back(
 
 @dataclass
 class _Softmax:
-    """Of one tile's (v, C) logits: maxima, Σ exp, Σ exp · logit and the labels' logits, (C,), less the maximum."""
+    """Of one tile's (v, C) logits: maxima, Σ exp, Σ exp · bits and the labels' logits, (C,).
+
+    What is summed is relative to the maximum in bits; maxima and labels' logits are as they came.
+    """
 
     peak: Tensor
     total: Tensor
@@ -169,22 +180,23 @@ class _Softmax:
     label: Tensor | None
 
 
-def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, labels: Tensor | None) -> _Softmax:
-    """Takes each token's maximum off the logits and leaves their exponentials. `labels` count from the tile's start;
-    what is said of one outside is of no use."""
+def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float, labels: Tensor | None) -> _Softmax:
+    """Makes logits bits, `unit` times what they are, takes each token's maximum off and leaves their exponentials.
+    `labels` count from the tile's start; what is said of one outside is of no use."""
     peak = logits.amax(0)
-    torch.exp(logits.sub_(peak), out=exponentials)
     label = None if labels is None else logits.gather(0, labels.clamp(0, len(logits) - 1).unsqueeze(0)).squeeze(0)
+    torch.add(-peak * unit, logits, alpha=unit, out=logits)
+    torch.exp2(logits, out=exponentials)
     return _Softmax(peak, exponentials.sum(0), column_dot(exponentials, logits, scratch), label)
 
 
 class _Whole:
     """The softmax of the whole vocabulary from its tiles', in float64: (C,), and (tiles, C) what differs in each."""
 
-    def __init__(self, tiles: list[_Softmax], labels: Tensor | None, tile: int) -> None:
-        peak, total, dot = (
-            torch.stack([getattr(t, name) for t in tiles]).double() for name in ("peak", "total", "dot")
-        )
+    def __init__(self, tiles: list[_Softmax], labels: Tensor | None, tile: int, unit: float) -> None:
+        peaks = torch.stack([t.peak for t in tiles])
+        total, dot = (torch.stack([getattr(t, name) for t in tiles]).double() for name in ("total", "dot"))
+        peak, dot = NATS * (peaks * unit).double(), NATS * dot  # rounded as in the tiles
         largest = peak.amax(0)
         below = peak - largest
         whole = (below.exp() * total).sum(0)
@@ -194,12 +206,13 @@ class _Whole:
         self.log_share = below - log_sum
         self.entropy = log_sum - (self.share * (dot + below * total)).sum(0)
         self.logsumexp = largest + log_sum
-        self.below_largest: Tensor | None = None
+        self.top1: Tensor | None = None
         self.logprob: Tensor | None = None
         if labels is not None:
-            picked = torch.stack([t.label for t in tiles if t.label is not None]).double() + below
-            self.below_largest = picked.gather(0, (labels // tile).unsqueeze(0)).squeeze(0)
-            self.logprob = self.below_largest - log_sum
+            label = torch.stack([t.label for t in tiles if t.label is not None])
+            label = label.gather(0, (labels // tile).unsqueeze(0)).squeeze(0)
+            self.top1 = label >= peaks.amax(0)
+            self.logprob = NATS * unit * label.double() - self.logsumexp
 
     def shares(self) -> Shares:
         """Where the first half of the tokens are the student's and the others the teacher's."""
@@ -240,17 +253,18 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
     hidden = _padded(hidden, width, scores.entropy.dtype)
     labels = None if scores.labels is None else torch.nn.functional.pad(scores.labels, (0, width - tokens))
     seen: list[_Softmax] = []
-    for part, logits, exponentials, scratch in workspace.tiles(width):
+    unit = abs(_bits(options, hidden.dtype))
+    for part, exponentials, logits, scratch in workspace.tiles(width):
         _multiply(head.weight, hidden, part, logits)
-        _transform(logits, head.bias, part, options)
-        seen.append(_softmax(logits, exponentials, scratch, None if labels is None else labels - part.start))
-    softmax = _Whole(seen, labels, workspace.tile)
+        _transform(logits, head.bias, part, options, unit)
+        seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
+    softmax = _Whole(seen, labels, workspace.tile, unit)
     scores.entropy.copy_(softmax.entropy[:tokens])
     scores.logsumexp.copy_(softmax.logsumexp[:tokens])
-    if softmax.logprob is not None and softmax.below_largest is not None:
+    if softmax.logprob is not None and softmax.top1 is not None:
         assert scores.logprob is not None and scores.top1 is not None
         scores.logprob.copy_(softmax.logprob[:tokens])
-        scores.top1.copy_(softmax.below_largest[:tokens] >= 0)
+        scores.top1.copy_(softmax.top1[:tokens])
 
 
 def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) -> Tensor:
@@ -259,22 +273,28 @@ def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) 
     return ratio if clip is None else ratio.clamp_(max=clip)
 
 
-def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions) -> None:
-    """A tile of products to z, in place."""
+def _bits(options: LogitOptions, dtype: torch.dtype) -> float:
+    """What makes z in bits of products, or of their tanh under a soft cap, as `dtype` has it."""
+    bits = (options.softcap or options.scale) / (options.temperature * NATS)
+    return torch.tensor(bits, dtype=dtype, device="cpu").item()
+
+
+def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions, unit: float) -> None:
+    """A tile of products to z in bits over `unit`, in place."""
     if bias is not None:
         logits.add_(bias[part].unsqueeze(1))
     if options.softcap is not None:
-        logits.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap / options.temperature)
-    elif options.scale != options.temperature:
-        logits.mul_(options.scale / options.temperature)
+        logits.mul_(options.scale / options.softcap).tanh_()
+    bits = _bits(options, logits.dtype)
+    if bits != unit:
+        logits.mul_(bits / unit)
 
 
-def _slope(student: Tensor, seen: _Softmax, options: LogitOptions, scratch: Tensor) -> Tensor:
-    """The soft cap's derivative, 1 - tanh²(y / softcap), from z less its maximum."""
-    assert options.softcap is not None
+def _slope(student: Tensor, seen: _Softmax, unit: float, scratch: Tensor) -> Tensor:
+    """The soft cap's derivative, 1 - tanh², from z in bits less its maximum."""
     width = student.shape[1]
-    z = torch.add(student, seen.peak[:width], out=scratch[:, :width])
-    return z.mul_(options.temperature / options.softcap).square_().neg_().add_(1)
+    z = torch.add(student, seen.peak[:width] * unit, out=scratch[:, :width])
+    return z.div_(unit).square_().neg_().add_(1)
 
 
 def _apply(slope: Tensor, logits: Tensor) -> None:
