@@ -47,24 +47,27 @@ def gradient_bytes(inputs: Inputs) -> int:
     return sum(g.numel() * g.element_size() for g in gradients if g is not None)
 
 
-def measure(shape: Shape, method: str, *, trainable_head: bool) -> float:
+def measure(shape: Shape, method: str, divergence: str, *, trainable_head: bool) -> float:
     """Peak mebibytes above inputs and returned gradients, in this process."""
     inputs = make_inputs(shape, trainable_head=trainable_head)
     small = make_inputs(Shape("warm-up", 8, shape.hidden, 1024), trainable_head=trainable_head)
-    METHODS[method](small, "reverse_kl")
+    METHODS[method](small, divergence)
     del small
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
-    METHODS[method](inputs, "reverse_kl")
+    METHODS[method](inputs, divergence)
     return (resident("VmHWM") - before - gradient_bytes(inputs)) / MEBIBYTE
 
 
-def measure_apart(shape: Shape, method: str, *, trainable_head: bool, threads: int) -> float:
+def measure_apart(
+    shape: Shape, method: str, divergence: str = "reverse_kl", *, trainable_head: bool, threads: int
+) -> float:
     """The same in a fresh process."""
     code = (
         "import torch; from benchmarks.memory import measure; from benchmarks.methods import Shape; "
-        f"torch.set_num_threads({threads}); print(measure({shape!r}, {method!r}, trainable_head={trainable_head}))"
+        f"torch.set_num_threads({threads}); "
+        f"print(measure({shape!r}, {method!r}, {divergence!r}, trainable_head={trainable_head}))"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

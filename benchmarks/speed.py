@@ -1,7 +1,9 @@
 """How long the loss and its gradients take, against liger-kernel, TRL, plain torch and the bare matrix products.
 
 `python -m benchmarks.speed` runs all of them in one process, in turns, on the shapes of real heads, prints the median
-time of each, its ratio to the bare products (the floor) and to ours, and writes them as CSV and as a plot.
+time of each, its ratio to the bare products (the floor) and to ours, and the most memory above inputs and gradients
+(`benchmarks.memory`, in a process of its own); and writes them as CSV and as a plot. Of the divergences that were not
+asked for, ours has a line each.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import argparse
 import gc
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +20,17 @@ from tqdm import tqdm
 
 from benchmarks import machine, plots
 from benchmarks import rows as files
+from benchmarks.memory import measure_apart
 from benchmarks.methods import METHODS, SHAPES, Floor, Inputs, Method, Shape, make_inputs, offers
+from sdft_kernels.divergences import DIVERGENCES
 
 FLOOR = "bare products"
+OURS = "sdft-kernels"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One row of the table: seconds are medians over rounds."""
+    """One row of the table: seconds are medians over rounds; mebibytes, where measured, above inputs and gradients."""
 
     shape: str
     head: str
@@ -34,6 +39,7 @@ class Timing:
     seconds: float
     to_floor: float
     to_ours: float
+    mebibytes: float | None = None
 
 
 def seconds_of(method: Method, inputs: Inputs, divergence: str) -> float:
@@ -68,16 +74,26 @@ def compare(
     medians = {name: statistics.median(times) for name, times in taken.items()}
     head = "trainable" if trainable_head else "frozen"
     return [
-        Timing(shape.name, head, divergence, name, seconds, seconds / medians[FLOOR], seconds / medians["sdft-kernels"])
+        Timing(shape.name, head, divergence, name, seconds, seconds / medians[FLOOR], seconds / medians[OURS])
         for name, seconds in medians.items()
     ]
 
 
+def with_memory(row: Timing, shape: Shape, threads: int) -> Timing:
+    """The row with the most memory that its method takes; the floor's arrays are there before."""
+    if row.method == FLOOR:
+        return row
+    trainable = row.head == "trainable"
+    mebibytes = measure_apart(shape, row.method, row.divergence, trainable_head=trainable, threads=threads)
+    return replace(row, mebibytes=mebibytes)
+
+
 def table(rows: list[Timing]) -> str:
-    lines = [f"{'shape':14} {'head':9} {'divergence':16} {'method':15} {'ms':>8} {'× floor':>8} {'× ours':>7}"]
+    columns = ("shape", "head", "divergence", "method", "ms", "× floor", "× ours", "peak MiB")
+    lines = ["{:14} {:9} {:16} {:15} {:>8} {:>8} {:>7} {:>9}".format(*columns)]
     lines += [
         f"{row.shape:14} {row.head:9} {row.divergence:16} {row.method:15} {row.seconds * 1e3:8.0f} "
-        f"{row.to_floor:8.2f} {row.to_ours:7.2f}"
+        f"{row.to_floor:8.2f} {row.to_ours:7.2f} {'' if row.mebibytes is None else round(row.mebibytes):>9}"
         for row in rows
     ]
     return "\n".join(lines)
@@ -108,29 +124,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
     parser.add_argument("--heads", nargs="+", choices=["trainable", "frozen"], default=["trainable", "frozen"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--divergences", nargs="+", default=["reverse_kl"], help="reverse_kl is what the bars are for")
+    parser.add_argument(
+        "--divergences",
+        nargs="+",
+        choices=DIVERGENCES,
+        default=["reverse_kl"],
+        help="to compare every method on, every shape and head (default reverse_kl, which the bars are for); of the "
+        "others ours alone is run, on the first shape and head",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     files.add_arguments(parser, "speed")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    methods = list(dict.fromkeys(["sdft-kernels", *given.methods]))
+    methods = list(dict.fromkeys([OURS, *given.methods]))
     shapes = [shape for shape in SHAPES if shape.name in given.shapes]
-    cases = [(shape, head, d) for shape in shapes for head in given.heads for d in given.divergences]
-    total = sum((1 + sum(offers(m, d) for m in methods)) * (given.rounds + 1) for _, _, d in cases)
+    cases = [(shape, head, d, methods) for shape in shapes for head in given.heads for d in given.divergences]
+    cases += [(shapes[0], given.heads[0], d, [OURS]) for d in DIVERGENCES if d not in given.divergences]
+    offered = [sum(offers(m, d) for m in chosen) for _, _, d, chosen in cases]
     rows: list[Timing] = []
-    with tqdm(total=total, unit="run") as progress:
-        for shape, head, divergence in cases:
-            rows += compare(
+    with tqdm(total=sum((1 + count) * (given.rounds + 1) + count for count in offered), unit="run") as progress:
+        for shape, head, divergence, chosen in cases:
+            found = compare(
                 shape,
                 trainable_head=head == "trainable",
                 divergence=divergence,
-                methods=methods,
+                methods=chosen,
                 rounds=given.rounds,
                 progress=progress,
             )
+            for row in found:
+                rows.append(with_memory(row, shape, given.threads))
+                progress.update(row.method != FLOOR)
     print(machine.heading(), table(rows), sep="\n")
     files.write(rows, given)
-    draw(rows, given.plot)
+    draw([row for row in rows if row.divergence in given.divergences], given.plot)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import gpu, linearity, memory, rows, speed
 from benchmarks.methods import METHODS, Shape
+from sdft_kernels.divergences import DIVERGENCES
 
 TINY = Shape("tiny", 8, 16, 64)
 
@@ -79,6 +80,34 @@ def test_speed_compares_every_method_in_turns(tmp_path: Path) -> None:
         assert row.to_floor == row.seconds / floor and row.to_ours == row.seconds / ours
     assert speed.table(found).count("\n") == len(found)
     check_files(found, given(tmp_path, "speed"), speed.draw)
+
+
+def test_speed_prints_each_other_divergence_on_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command, but for the processes that measure memory."""
+    apart: list[tuple[str, str]] = []
+
+    def measure_apart(shape: Shape, method: str, divergence: str, **_: Any) -> float:
+        apart.append((method, divergence))
+        return 5.0
+
+    monkeypatch.setattr(speed, "SHAPES", (TINY,))
+    monkeypatch.setattr(speed, "measure_apart", measure_apart)
+    files = [f"--{kind}={tmp_path / f'speed.{kind}'}" for kind in ("json", "csv", "plot")]
+    files[-1] += ".svg"
+    speed.main(["--rounds", "1", "--methods", "plain torch", "--heads", "trainable", *files])
+    others = [divergence for divergence in DIVERGENCES if divergence != "reverse_kl"]
+    expected = [(name, "reverse_kl") for name in ("sdft-kernels", "plain torch")]
+    expected += [("sdft-kernels", divergence) for divergence in others]
+    assert apart == expected
+    written = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    assert [(r["method"], r["divergence"]) for r in written if r["method"] != speed.FLOOR] == expected
+    assert {r["mebibytes"] for r in written if r["method"] == speed.FLOOR} == {""}
+    assert {r["mebibytes"] for r in written if r["method"] != speed.FLOOR} == {"5.0"}
+    printed = capsys.readouterr().out
+    for divergence in others:
+        assert printed.count(f"{divergence:16} sdft-kernels") == 1
 
 
 @pytest.mark.slow
