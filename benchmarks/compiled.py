@@ -23,7 +23,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.inner_loop import InnerLoop, inner_loop
+from benchmarks.inner_loop import Loop, kernel_loops
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -98,7 +98,8 @@ class Resources:
     matrix: dict[str, int]  # instructions of the tensor cores in the binary by kind
     widths: dict[str, int]  # global loads and stores in the binary by instruction width
     occupancy: float  # resident warps over the most that a multiprocessor holds
-    inner: InnerLoop
+    inner: Loop
+    around: Loop | None  # of a loop in a loop, the outer one
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _nvidia(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     usage = _tool("cuobjdump", compiled, "-res-usage")
     code = disassemble(compiled)
     registers = _number(r"REG:(\d+)", usage)
+    inner, around = kernel_loops(code, target.backend)
     return Resources(
         registers=registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
@@ -165,13 +167,15 @@ def _nvidia(compiled: CompiledKernel, target: GPUTarget) -> Resources:
         matrix=_count(re.findall(r"\b((?:HMMA|HGMMA|UTC\w*MMA)(?:\.\d\w+)?)\b", code)),
         widths=_count(re.findall(r"\b((?:LDG|LDGSTS|STG)\.E(?:\.\w+)*)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
-        inner=inner_loop(code, target.backend),
+        inner=inner,
+        around=around,
     )
 
 
 def _amd(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     code = compiled.asm["amdgcn"]
     registers = _number(r"\.vgpr_count:\s*(\d+)", code)
+    inner, around = kernel_loops(code, target.backend)
     return Resources(
         registers=registers,
         # Only these go to memory. Scalar registers without room go to the lanes of a vector register and come back
@@ -183,7 +187,8 @@ def _amd(compiled: CompiledKernel, target: GPUTarget) -> Resources:
         matrix=_count(re.findall(r"\b(v_mfma_\w+)", code)),
         widths=_count(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)\b", code)),
         occupancy=occupancy(registers, compiled.metadata.shared, compiled.metadata.num_warps, target),
-        inner=inner_loop(code, target.backend),
+        inner=inner,
+        around=around,
     )
 
 

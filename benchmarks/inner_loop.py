@@ -1,4 +1,4 @@
-"""The loop in which a compiled kernel spends its time, found in its machine code, and what it does there."""
+"""The loops in which a compiled kernel spends its time, found in its machine code, and what it does there."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _WIDE = re.compile(r"\.128$|_dwordx4$|_b128$")
 
 
 @dataclass(frozen=True)
-class InnerLoop:
-    """One turn of the loop, of one thread; of the whole kernel where there is none."""
+class Loop:
+    """One turn of a loop, of one thread; of the whole kernel where there is none."""
 
     loops: bool
     instructions: int
@@ -37,8 +37,11 @@ class InnerLoop:
         return sum(n for name, n in self.accesses.items() if _WIDE.search(name) and ("LDG" in name or "load" in name))
 
 
-def inner_loop(code: str, backend: str) -> InnerLoop:
-    """From nvdisasm's listing ("cuda") or LLVM's ("hip")."""
+def kernel_loops(code: str, backend: str) -> tuple[Loop, Loop | None]:
+    """The innermost loop, and all that one turn of the outermost around it does besides; None where there is no other.
+
+    From nvdisasm's listing ("cuda") or LLVM's ("hip").
+    """
     label, instruction, branch = _NVIDIA if backend == "cuda" else _AMD
     lines = code.splitlines()
     starts = {found.group(1): number for number, line in enumerate(lines) if (found := re.match(label, line))}
@@ -48,12 +51,21 @@ def inner_loop(code: str, backend: str) -> InnerLoop:
         if target and starts.get(target.group(1), number) < number - 1:  # one line long: the trap after the end
             loops.append((starts[target.group(1)], number))
     inner = [loop for loop in loops if not any(other != loop and _within(other, loop) for other in loops)]
-    spans = inner or [(0, len(lines))]
-    bodies = [_instructions(lines[first : last + 1], instruction) for first, last in spans]
+    bodies = {span: _instructions(lines, [span], instruction) for span in inner or [(0, len(lines) - 1)]}
     # Of several loops, the one that reads the rows.
-    body = max(bodies, key=lambda names: (sum(bool(_ACCESS.fullmatch(name)) for name in names), len(names)))
-    return InnerLoop(
-        loops=bool(inner),
+    span, body = max(bodies.items(), key=lambda item: (sum(map(bool, map(_ACCESS.fullmatch, item[1]))), len(item[1])))
+    outer = [loop for loop in loops if loop != span and _within(span, loop)]
+    if not outer:
+        return _turn(body, loops=bool(inner)), None
+    first, last = max(outer, key=lambda loop: loop[1] - loop[0])
+    inside = sorted(loop for loop in inner if _within(loop, (first, last)))
+    between = zip([first, *(end + 1 for _, end in inside)], [*(start - 1 for start, _ in inside), last], strict=True)
+    return _turn(body, loops=True), _turn(_instructions(lines, list(between), instruction), loops=True)
+
+
+def _turn(body: list[str], *, loops: bool) -> Loop:
+    return Loop(
+        loops=loops,
         instructions=len(body),
         special=sum(bool(_SPECIAL.match(name)) for name in body),
         shuffles=sum(bool(_SHUFFLE.match(name)) for name in body),
@@ -65,6 +77,8 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-def _instructions(lines: list[str], pattern: str) -> list[str]:
-    names = [found.group(1) for line in lines if (found := re.match(pattern, line))]
+def _instructions(lines: list[str], spans: list[tuple[int, int]], pattern: str) -> list[str]:
+    """Of these lines, from first to last."""
+    listed = (line for first, last in spans for line in lines[first : last + 1])
+    names = [found.group(1) for line in listed if (found := re.match(pattern, line))]
     return [name for name in names if name not in ("NOP", "s_nop")]

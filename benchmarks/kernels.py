@@ -303,6 +303,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             heaviest[key] = row
     lines = [
         "for each thread; the right half counts one turn of the inner loop (without one, the kernel) per logit of each",
+        "tile; where a kernel multiplies, special functions and shuffles are of the loop around, over the vocabulary;",
         "tile: tokens, vocabulary and hidden entries, warps; scalar: a warp's registers that spill, but not to memory",
         f"{'package':17} {'kernel':21} {'target':6} {'divergence':16} {'logits':6} {'tile':13} {'regs':>4} "
         f"{'spills':>6} {'scalar':>6} {'stack':>5} {'shared':>6} {'warps':>5} | {'special':>7} {'shuffles':>8} "
@@ -310,11 +311,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for (package, kernel, target, divergence, capped, tile), row in heaviest.items():
         inner, elements = row["inner"], row["elements"]
+        of_logits = row["around"] if tile else inner
         named = ", ".join(f"{n} {name}" for name, n in (row["matrix"] | inner["accesses"]).items())
         lines.append(
             f"{package:17} {kernel:21} {target:6} {divergence:16} {capped:6} {tile:13} {row['registers']:4} "
             f"{row['spills']:6} {row['scalar_spills']:6} {row['stack']:5} {row['shared']:6} {row['occupancy']:5.0%} | "
-            f"{inner['special'] / elements:7.2f} {inner['shuffles'] / elements:8.2f} "
+            f"{of_logits['special'] / elements:7.2f} {of_logits['shuffles'] / elements:8.2f} "
             f"{inner['instructions'] / elements:6.1f}  {named}"
         )
     return "\n".join(lines)

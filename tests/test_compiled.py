@@ -92,11 +92,43 @@ def test_every_tile_is_multiplied_on_the_tensor_cores(rows: list[dict], kernel: 
     for row in found:
         assert row["matrix"] and all(kind.startswith(MATRIX[target]) for kind in row["matrix"]), row
         assert row["shared"] <= TARGETS[target], row
+        # In the loop over the vocabulary: an exponential for each logit of each model, and the rows' maxima and sums.
+        models = 2 if kernel == "process_hidden_kernel" else 1
+        assert row["around"]["special"] >= models * row["elements"], row
+        assert row["around"]["shuffles"] > 0, row
         # Operands come 16 bytes at a time, on NVIDIA past the registers.
         if target == "gfx942":
             assert row["widths"]["buffer_load_dwordx4"] > 0, row
         else:
             assert {name for name in row["widths"] if "LDGSTS" in name} == {"LDGSTS.E.BYPASS.128"}, row
+
+
+def test_a_loop_in_a_loop() -> None:
+    """By hand: what the outer one does is counted without the inner one's part."""
+    from benchmarks.inner_loop import kernel_loops
+
+    nested = """
+        /*0000*/                   LDG.E R9, [R2] ;
+.L_x_0:
+        /*0010*/                   MUFU.EX2 R1, R2 ;
+.L_x_1:
+        /*0020*/                   LDG.E.128 R4, [R2] ;
+        /*0030*/              @P0  BRA `(.L_x_1) ;
+        /*0040*/                   SHFL.BFLY PT, R3, R4 ;
+        /*0050*/                   STG.E.128 [R2], R4 ;
+        /*0060*/              @P1  BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+"""
+    inner, around = kernel_loops(nested, "cuda")
+    assert (inner.loops, inner.instructions, inner.special, inner.shuffles) == (True, 2, 0, 0)
+    assert inner.accesses == {"LDG.E.128": 1} and inner.narrow == 0
+    assert around is not None
+    assert (around.instructions, around.special, around.shuffles) == (4, 1, 1)
+    assert around.accesses == {"STG.E.128": 1}
+    alone, nothing = kernel_loops(nested.replace("@P1  BRA `(.L_x_0)", "EXIT"), "cuda")
+    assert alone == inner and nothing is None
+    whole, nothing = kernel_loops(nested.replace("BRA", "EXIT"), "cuda")
+    assert (whole.loops, whole.instructions, nothing) == (False, 8, None)
 
 
 def test_occupancy() -> None:
