@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sdft_kernels import products, torch_backend
+from sdft_kernels import cpu_backend, products, torch_backend
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import Objective
@@ -54,13 +54,15 @@ class Gradients:
 
 
 def backend_module(name: str, device: torch.device, wide: torch.dtype) -> ModuleType:
-    """The row operations: Triton's for float32 logits on CUDA, where it is installed, unless named otherwise."""
+    """The row operations. Unless named otherwise, for float32 logits: Triton's on CUDA, where it is installed, and the
+    compiled ones on a CPU, where they were built."""
+    narrow = name == "auto" and wide == torch.float32
     has_triton = importlib.util.find_spec("triton") is not None
-    if name == "triton" or (name == "auto" and device.type == "cuda" and wide == torch.float32 and has_triton):
+    if name == "triton" or (narrow and device.type == "cuda" and has_triton):
         from sdft_kernels import triton_backend
 
         return triton_backend
-    return torch_backend
+    return cpu_backend if narrow and device.type == "cpu" and cpu_backend.library() else torch_backend
 
 
 def run_chunks(

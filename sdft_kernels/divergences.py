@@ -132,8 +132,8 @@ def forward_kl(tile: Tile) -> Sums:
 
 def jsd(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
     """g = (1-β) log(p/m); the loss is Σ q log(q/m)."""
-    log_p_over_m = _log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
-    loss = column_dot(tile.q, _log_over_mixture(log_ratio, 1 - beta), tile.q)
+    log_p_over_m = log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
+    loss = column_dot(tile.q, log_over_mixture(log_ratio, 1 - beta), tile.q)
     return centre_under_p(tile, log_p_over_m.mul_(1 - beta), loss)
 
 
@@ -143,7 +143,7 @@ def skew_reverse_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
     Up to a constant, which the centring drops, g = x / (1 + x) - log1p(x) with x = β q / ((1-β) p): where p is far
     above q, g is flat, and this form does not lose its small differences in two numbers near 1.
     """
-    log_p_over_m = _log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
+    log_p_over_m = log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
     loss = column_dot(tile.p, log_p_over_m, tile.q)
     x = log_ratio.mul_(-1 / NATS).exp2_().mul_(beta / (1 - beta)).clamp_(max=LARGEST_ODDS)
     log1p_x = torch.log1p(x, out=tile.student)
@@ -152,7 +152,7 @@ def skew_reverse_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
 
 def skew_forward_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
     """g = -(1-β) q/m; the loss is Σ q log(q/m)."""
-    log_q_over_m = _log_over_mixture(log_ratio, 1 - beta)
+    log_q_over_m = log_over_mixture(log_ratio, 1 - beta)
     loss = column_dot(tile.q, log_q_over_m, tile.q)
     return centre_under_p(tile, log_q_over_m.mul_(1 / NATS).exp2_().mul_(beta - 1), loss)
 
@@ -160,10 +160,15 @@ def skew_forward_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
 def log_ratio_of(student: Tensor, teacher: Tensor, constant: Tensor, out: Tensor) -> Tensor:
     """log p - log q in nats from logits in bits, bounded so that its exponentials are finite."""
     log_ratio = torch.add(constant, torch.sub(student, teacher, out=out), alpha=NATS, out=out)
+    return bounded(log_ratio)
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """In place, so that its exponentials are finite."""
     return log_ratio.clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
-def _log_over_mixture(other_over_one: Tensor, share_of_other: float) -> Tensor:
+def log_over_mixture(other_over_one: Tensor, share_of_other: float) -> Tensor:
     """log(one / m) in place from log(other / one), where the mixture m holds `share_of_other` of the other.
 
     -log1p(share · expm1(·)) keeps its digits where the models agree and the log-ratio is small.

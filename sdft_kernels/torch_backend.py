@@ -74,7 +74,7 @@ def loss_workspace(
 ) -> Workspace:
     """For chunks of up to `tokens` tokens, both models side by side."""
     keep = with_gradient or is_mixture(objective.divergence)
-    return Workspace(like, 2 * _aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=keep)
+    return Workspace(like, 2 * aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=keep)
 
 
 def process_chunk(
@@ -88,10 +88,9 @@ def process_chunk(
     workspace: Workspace,
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
-    dtype, tokens, width = rows.loss.dtype, len(rows.loss), _aligned(len(rows.loss))
-    hidden, teacher_hidden = _padded(student_hidden, width, dtype), _padded(teacher_hidden, width, dtype)
-    both = torch.cat((hidden, teacher_hidden)) if student.weight is teacher.weight else None
-    labels = None if rows.labels is None else torch.nn.functional.pad(rows.labels, (0, width - tokens)).repeat(2)
+    dtype, tokens, width = rows.loss.dtype, len(rows.loss), aligned(len(rows.loss))
+    columns = Columns(student_hidden, teacher_hidden, student, teacher, dtype)
+    labels = padded_labels(rows.labels, width, models=2)
     capped = objective.student.softcap is not None and gradients.any
     mixture = is_mixture(objective.divergence)
     unit = abs(_bits(objective.student, dtype))
@@ -100,12 +99,8 @@ def process_chunk(
     for part, kept, passing, scratch in workspace.tiles(2 * width):
         # A mixture's second pass starts from logits.
         logits, exponentials = (kept, passing) if mixture else (passing, kept)
+        columns.multiply(part, logits)
         student_logits, teacher_logits = logits.split(width, 1)
-        if both is not None:
-            _multiply(student.weight, both, part, logits)
-        else:
-            _multiply(student.weight, hidden, part, student_logits)
-            _multiply(teacher.weight, teacher_hidden, part, teacher_logits)
         _transform(student_logits, student.bias, part, objective.student, unit)
         _transform(teacher_logits, teacher.bias, part, objective.teacher, unit)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
@@ -128,21 +123,49 @@ def process_chunk(
                 _apply(slope, kept)
 
     loss, x, y = finish(objective.divergence, objective.beta, _stack(sums), shares)
-    rows.loss.copy_(loss[:tokens])
-    rows.student_entropy.copy_(softmax.entropy[:tokens])
-    rows.teacher_entropy.copy_(softmax.entropy[width:][:tokens])
-    if softmax.logprob is not None and rows.student_logprob is not None and rows.teacher_logprob is not None:
-        rows.student_logprob.copy_(softmax.logprob[:tokens])
-        rows.teacher_logprob.copy_(softmax.logprob[width:][:tokens])
-        if rows.old_logprobs is not None:
-            rows.weight.mul_(importance_weight(rows.student_logprob, rows.old_logprobs, objective.importance_clip))
+    store_rows(rows, objective, loss, softmax.entropy, softmax.logprob)
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, width - tokens))
         factor = factor * (objective.student.scale / objective.student.temperature)
-        _carry_back(hidden, student, (factor * x).to(dtype), (factor * y).to(dtype), gradients, workspace)
+        _carry_back(columns.student, student, (factor * x).to(dtype), (factor * y).to(dtype), gradients, workspace)
 
 
-def _multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
+def store_rows(
+    rows: TokenRows, objective: Objective, loss: Tensor, entropy: Tensor, logprob: Tensor | None
+) -> None:
+    """A chunk's values into `rows`, from (width,), or (2 width,) for the student and then the teacher."""
+    tokens, width = len(rows.loss), len(loss)
+    rows.loss.copy_(loss[:tokens])
+    rows.student_entropy.copy_(entropy[:tokens])
+    rows.teacher_entropy.copy_(entropy[width:][:tokens])
+    if logprob is not None and rows.student_logprob is not None and rows.teacher_logprob is not None:
+        rows.student_logprob.copy_(logprob[:tokens])
+        rows.teacher_logprob.copy_(logprob[width:][:tokens])
+        if rows.old_logprobs is not None:
+            rows.weight.mul_(importance_weight(rows.student_logprob, rows.old_logprobs, objective.importance_clip))
+
+
+class Columns:
+    """A chunk's hidden states, (width, H) each, and the logits that they make, the teacher's after the student's."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, head: Head, teacher_head: Head, dtype: torch.dtype) -> None:
+        width = aligned(len(student))
+        self.student, self._teacher = padded(student, width, dtype), padded(teacher, width, dtype)
+        self._weight, self._teacher_weight = head.weight, teacher_head.weight
+        shared = head.weight is teacher_head.weight
+        self._both = torch.cat((self.student, self._teacher)) if shared else None
+
+    def multiply(self, part: slice, out: Tensor) -> None:
+        """out ← both models' products of a tile of the vocabulary, (v, 2 width)."""
+        if self._both is not None:
+            multiply(self._weight, self._both, part, out)
+        else:
+            student, teacher = out.chunk(2, 1)
+            multiply(self._weight, self.student, part, student)
+            multiply(self._teacher_weight, self._teacher, part, teacher)
+
+
+def multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
     """out ← a tile of the head times hidden states; (v, H), (C, H) → (v, C)."""
     torch.mm(weight[part].to(hidden.dtype), hidden.T, out=out)
 
@@ -244,27 +267,35 @@ def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:
     """For chunks of up to `tokens` tokens."""
-    return Workspace(like, _aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=False)
+    return Workspace(like, aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=False)
 
 
 def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Workspace) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
-    tokens, width = len(hidden), _aligned(len(hidden))
-    hidden = _padded(hidden, width, scores.entropy.dtype)
-    labels = None if scores.labels is None else torch.nn.functional.pad(scores.labels, (0, width - tokens))
+    tokens, width = len(hidden), aligned(len(hidden))
+    hidden = padded(hidden, width, scores.entropy.dtype)
+    labels = padded_labels(scores.labels, width, models=1)
     seen: list[_Softmax] = []
     unit = abs(_bits(options, hidden.dtype))
     for part, exponentials, logits, scratch in workspace.tiles(width):
-        _multiply(head.weight, hidden, part, logits)
+        multiply(head.weight, hidden, part, logits)
         _transform(logits, head.bias, part, options, unit)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
     softmax = _Whole(seen, labels, workspace.tile, unit)
-    scores.entropy.copy_(softmax.entropy[:tokens])
-    scores.logsumexp.copy_(softmax.logsumexp[:tokens])
-    if softmax.logprob is not None and softmax.top1 is not None:
+    store_scores(scores, softmax.entropy, softmax.logsumexp, softmax.logprob, softmax.top1)
+
+
+def store_scores(
+    scores: TokenScores, entropy: Tensor, logsumexp: Tensor, logprob: Tensor | None, top1: Tensor | None
+) -> None:
+    """A chunk's values, (width,), into `scores`."""
+    tokens = len(scores.entropy)
+    scores.entropy.copy_(entropy[:tokens])
+    scores.logsumexp.copy_(logsumexp[:tokens])
+    if logprob is not None and top1 is not None:
         assert scores.logprob is not None and scores.top1 is not None
-        scores.logprob.copy_(softmax.logprob[:tokens])
-        scores.top1.copy_(softmax.top1[:tokens])
+        scores.logprob.copy_(logprob[:tokens])
+        scores.top1.copy_(top1[:tokens])
 
 
 def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) -> Tensor:
@@ -303,11 +334,16 @@ def _apply(slope: Tensor, logits: Tensor) -> None:
         half.mul_(slope)
 
 
-def _aligned(tokens: int) -> int:
+def aligned(tokens: int) -> int:
     """Columns for so many tokens; a budget for fewer than a whole vector of them is kept to."""
     return tokens if tokens < TOKENS_ALIGNED else -(-tokens // TOKENS_ALIGNED) * TOKENS_ALIGNED
 
 
-def _padded(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def padded_labels(labels: Tensor | None, width: int, *, models: int) -> Tensor | None:
+    """A label for each column of so many models' logits, 0 for those that fill up the chunk."""
+    return None if labels is None else torch.nn.functional.pad(labels, (0, width - len(labels))).repeat(models)
+
+
+def padded(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """(C, H) as (width, H), the rest zeros, in the accumulation dtype."""
     return torch.nn.functional.pad(hidden.to(dtype), (0, 0, 0, width - len(hidden)))

@@ -1,0 +1,466 @@
+/* The loss's row operations on a CPU, in float32: the same passes, records and formulas as triton_divergence.py.
+ *
+ * Logits are (rows, tokens): a row for each vocabulary entry of a tile, with `width` columns of the student's and as
+ * many of the teacher's after them, `stride` floats from row to row. `fold_pair` reads a tile while it is in the cache
+ * and keeps running softmax sums; `fold_mixture` reads it again where log(p/m) needs the finished sums; `gradient`
+ * writes the gradient over the student's columns. `fold` is for one model.
+ *
+ * Threads are those of the OpenMP that torch has loaded: this file is linked to none of its own. Each has its share of
+ * a tile's rows and its own records, in float64, FIELDS for each token, which Python adds up.
+ *
+ * Loops over tokens are what the compiler vectorises, one version for each of the instruction sets below.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_PROCESSOR
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* Tokens and vocabulary entries that are worked on at once: two models' logits of so many are 16 KiB. */
+enum { TOKENS = 64, ENTRIES = 32 };
+
+enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL };
+
+/* A record: for each token its largest logit, sum e and sum e (z - largest), with e = exp(z - largest), of the student;
+ * the same of the teacher; the divergence's own sum; the teacher's logit where the student's is largest. */
+enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, FIELDS };
+
+/* What a token's gradient needs: both largest logits and the teacher's at the student's; weights of exp(z - largest)
+ * for both models; the centre; log p - log q where the student's logit is largest. */
+enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, CONSTANTS };
+
+/* How logits z come from products y: z = factor y, or factor tanh(inner y) under a soft cap; bias is added before. */
+struct options {
+    const float *bias;
+    float factor, inner;
+    int32_t capped;
+};
+
+/* ---- Elementary functions, accurate to float32's last digits ---- */
+
+INLINE float from_bits(int32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE int32_t to_bits(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* exp for x <= 88; 0 below -86, before numbers that lack digits, which are slow. */
+INLINE float exponential(float x) {
+    float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the nearest whole number in the lowest bits */
+    float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    y = from_bits((int32_t)((uint32_t)to_bits(y) + ((uint32_t)to_bits(shifted) << 23)));
+    return x < -86.0f ? 0 : y;
+}
+
+/* log for positive numbers that have all their digits. */
+INLINE float logarithm(float x) {
+    int32_t bits = to_bits(x) - 0x3f3504f3; /* from sqrt(1/2): so much more than a power of two */
+    float n = (float)(bits >> 23);
+    float r = from_bits((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    float y = 7.0376836292e-2f;
+    y = y * r - 1.1514610310e-1f;
+    y = y * r + 1.1676998740e-1f;
+    y = y * r - 1.2420140846e-1f;
+    y = y * r + 1.4249322787e-1f;
+    y = y * r - 1.6668057665e-1f;
+    y = y * r + 2.0000714765e-1f;
+    y = y * r - 2.4999993993e-1f;
+    y = y * r + 3.3333331174e-1f;
+    y = y * (r * r * r) - n * 2.12194440e-4f - 0.5f * r * r;
+    return r + y + n * 0.693359375f;
+}
+
+/* By its series near 0, where the quotient would lose digits. */
+INLINE float hyperbolic_tangent(float x) {
+    float y = x * x, size = fabsf(x);
+    float series = x * (1 + y * (-1.0f / 3 + y * (2.0f / 15 + y * (-17.0f / 315 + y * (62.0f / 2835)))));
+    float quotient = 1 - 2 / (exponential(2 * (size > 20 ? 20 : size)) + 1);
+    return size < 0.3f ? series : (x < 0 ? -quotient : quotient);
+}
+
+/* By its series near 0, where the difference would lose digits. */
+INLINE float exponential_minus_1(float x) {
+    float series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))));
+    float difference = exponential(x) - 1;
+    return fabsf(x) < 0.3f ? series : difference;
+}
+
+/* By the series of artanh near 0, where 1 + x would lose digits. */
+INLINE float logarithm_of_1_plus(float x) {
+    float s = x / (2 + x), y = s * s;
+    float series = 2 * s * (1 + y * (1.0f / 3 + y * (1.0f / 5 + y * (1.0f / 7 + y * (1.0f / 9)))));
+    float plain = logarithm(1 + x);
+    return fabsf(x) < 0.4f ? series : plain;
+}
+
+/* ---- Formulas of divergences.py for one logit ---- */
+
+/* Log-ratios and odds are bounded so that their exponentials are finite. */
+INLINE float bounded(float log_ratio) {
+    log_ratio = log_ratio > 80.0f ? 80.0f : log_ratio;
+    return log_ratio < -80.0f ? -80.0f : log_ratio;
+}
+
+/* log(one / m) from log(other / one), where the mixture m holds `share_of_other` of the other. */
+INLINE float log_over_mixture(float other_over_one, float share_of_other) {
+    return -logarithm_of_1_plus(share_of_other * exponential_minus_1(other_over_one));
+}
+
+/* g up to a constant, where dL/dz = p (g - sum p g). */
+INLINE float mixture_score(float log_ratio, float beta, enum divergence divergence) {
+    if (divergence == JSD)
+        return (1 - beta) * log_over_mixture(-log_ratio, beta);
+    if (divergence == SKEW_REVERSE_KL) {
+        float x = beta / (1 - beta) * exponential(-log_ratio);
+        x = x > 1e38f ? 1e38f : x;
+        return 1 / (1 + 1 / x) - logarithm_of_1_plus(x);
+    }
+    return (beta - 1) * exponential(log_over_mixture(log_ratio, 1 - beta));
+}
+
+/* ---- Tiles ---- */
+
+struct block {
+    float z[ENTRIES][TOKENS];
+};
+
+/* Logits of up to ENTRIES rows and TOKENS columns of products; under a bias or a cap what `factor` multiplies is
+ * written back, so that later passes do with that. */
+INLINE void load(float *products, long stride, int rows, int tokens, const struct options *options, int finish,
+                 struct block *block) {
+    for (int r = 0; r < rows; r++, products += stride) {
+        if (finish) {
+            float bias = options->bias ? options->bias[r] : 0;
+            for (int j = 0; j < tokens; j++)
+                products[j] += bias;
+            if (options->capped)
+                for (int j = 0; j < tokens; j++)
+                    products[j] = hyperbolic_tangent(products[j] * options->inner);
+        }
+        for (int j = 0; j < tokens; j++)
+            block->z[r][j] = products[j] * options->factor;
+    }
+}
+
+/* The largest of each token's logits so far, from `peak` on, and what `other` holds there. */
+INLINE void largest(const struct block *z, const struct block *other, int rows, int tokens, float *peak, float *at) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < tokens; j++) {
+            int above = z->z[r][j] > peak[j];
+            at[j] = above ? other->z[r][j] : at[j];
+            peak[j] = above ? z->z[r][j] : peak[j];
+        }
+}
+
+/* Logits less their largest, in place, their exponentials, and sum and dot of these added to the record's. */
+INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tokens, const float *peak, double *sum,
+                             double *dot) {
+    float sums[TOKENS] = {0}, dots[TOKENS] = {0};
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < tokens; j++) {
+            z->z[r][j] -= peak[j];
+            e->z[r][j] = exponential(z->z[r][j]);
+            sums[j] += e->z[r][j];
+            dots[j] += e->z[r][j] * z->z[r][j];
+        }
+    for (int j = 0; j < tokens; j++) {
+        sum[j] += sums[j];
+        dot[j] += dots[j];
+    }
+}
+
+/* How far the old largest logit lies above the new one; before the first there are no sums to move. */
+static double shift_of(double old, float peak) { return old == -INFINITY ? 0 : old - peak; }
+
+/* A sum e g after what e is relative to has moved by `shift`, and each g has grown by `offset`. */
+static double moved(double sum, double moment, double shift, double offset) {
+    return exp(shift) * (moment + offset * sum);
+}
+
+/* A record's sums relative to new largest logits, which few blocks bring. */
+static void move_record(double *record, long width, enum divergence divergence, float a, float b, float c) {
+    double *field[FIELDS];
+    for (int i = 0; i < FIELDS; i++)
+        field[i] = record + i * width;
+    double shift = shift_of(*field[PEAK], a), teacher_shift = shift_of(*field[TEACHER_PEAK], b);
+    if (divergence == REVERSE_KL)
+        *field[CROSS] = moved(*field[SUM], *field[CROSS], shift, shift - (*field[TEACHER_AT_PEAK] - c));
+    if (divergence == FORWARD_KL)
+        *field[CROSS] = moved(*field[TEACHER_SUM], *field[CROSS], teacher_shift, teacher_shift - shift);
+    *field[DOT] = moved(*field[SUM], *field[DOT], shift, shift);
+    *field[SUM] *= exp(shift);
+    *field[TEACHER_DOT] = moved(*field[TEACHER_SUM], *field[TEACHER_DOT], teacher_shift, teacher_shift);
+    *field[TEACHER_SUM] *= exp(teacher_shift);
+    *field[PEAK] = a;
+    *field[TEACHER_PEAK] = b;
+    *field[TEACHER_AT_PEAK] = c;
+}
+
+INLINE int least(long a, long b) { return (int)(a < b ? a : b); }
+
+/* One thread's rows of a tile for both models; `records` are its own. */
+INLINE void fold_pair_rows(float *logits, long rows, long stride, long width, struct options student,
+                           struct options teacher, enum divergence divergence, double *records) {
+    struct block s, t, e;
+    for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
+        int count = least(ENTRIES, rows - row);
+        for (long first = 0; first < width; first += TOKENS) {
+            int tokens = least(TOKENS, width - first);
+            double *record = records + first;
+            float a[TOKENS], b[TOKENS], c[TOKENS], unused[TOKENS] = {0}, cross[TOKENS] = {0};
+            load(logits + first, stride, count, tokens, &student, student.bias || student.capped, &s);
+            load(logits + width + first, stride, count, tokens, &teacher, teacher.bias || teacher.capped, &t);
+            for (int j = 0; j < tokens; j++) {
+                a[j] = (float)record[PEAK * width + j];
+                b[j] = (float)record[TEACHER_PEAK * width + j];
+                c[j] = (float)record[TEACHER_AT_PEAK * width + j];
+            }
+            largest(&s, &t, count, tokens, a, c);
+            largest(&t, &t, count, tokens, b, unused);
+            for (int j = 0; j < tokens; j++)
+                if (a[j] > record[PEAK * width + j] || b[j] > record[TEACHER_PEAK * width + j])
+                    move_record(record + j, width, divergence, a[j], b[j], c[j]);
+            add_exponentials(&s, &e, count, tokens, a, record + SUM * width, record + DOT * width);
+            if (divergence == REVERSE_KL)
+                for (int r = 0; r < count; r++)
+                    for (int j = 0; j < tokens; j++)
+                        cross[j] += e.z[r][j] * (s.z[r][j] - (t.z[r][j] - c[j]));
+            add_exponentials(&t, &e, count, tokens, b, record + TEACHER_SUM * width, record + TEACHER_DOT * width);
+            if (divergence == FORWARD_KL)
+                for (int r = 0; r < count; r++)
+                    for (int j = 0; j < tokens; j++)
+                        cross[j] += e.z[r][j] * (t.z[r][j] - s.z[r][j]);
+            for (int j = 0; j < tokens; j++)
+                record[CROSS * width + j] += cross[j];
+        }
+        student.bias += student.bias ? ENTRIES : 0;
+        teacher.bias += teacher.bias ? ENTRIES : 0;
+    }
+}
+
+/* The same for one model's softmax alone. */
+INLINE void fold_rows(float *logits, long rows, long stride, long width, struct options options, double *records) {
+    struct block z, e;
+    for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
+        int count = least(ENTRIES, rows - row);
+        for (long first = 0; first < width; first += TOKENS) {
+            int tokens = least(TOKENS, width - first);
+            double *peak = records + PEAK * width + first, *sum = records + SUM * width + first;
+            double *dot = records + DOT * width + first;
+            float a[TOKENS], unused[TOKENS] = {0};
+            load(logits + first, stride, count, tokens, &options, options.bias || options.capped, &z);
+            for (int j = 0; j < tokens; j++)
+                a[j] = (float)peak[j];
+            largest(&z, &z, count, tokens, a, unused);
+            for (int j = 0; j < tokens; j++)
+                if (a[j] > peak[j]) {
+                    double shift = shift_of(peak[j], a[j]);
+                    dot[j] = moved(sum[j], dot[j], shift, shift);
+                    sum[j] *= exp(shift);
+                    peak[j] = a[j];
+                }
+            add_exponentials(&z, &e, count, tokens, a, sum, dot);
+        }
+        options.bias += options.bias ? ENTRIES : 0;
+    }
+}
+
+/* A mixture's second pass: sum e (g - g at the peak), and the loss's own, sum e log(p/m) for the skewed reverse KL and
+ * sum f log(q/m) for the other two, (2, width) added to. */
+INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width, struct options student,
+                              struct options teacher, enum divergence divergence, float beta, const float *constants,
+                              double *sums) {
+    struct block s, t;
+    for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
+        int count = least(ENTRIES, rows - row);
+        for (long first = 0; first < width; first += TOKENS) {
+            int tokens = least(TOKENS, width - first);
+            const float *a = constants + A * width + first, *b = constants + B * width + first;
+            const float *c = constants + C * width + first, *peak_ratio = constants + PEAK_RATIO * width + first;
+            float scores[TOKENS] = {0}, losses[TOKENS] = {0}, at_peak[TOKENS];
+            load(logits + first, stride, count, tokens, &student, 0, &s);
+            load(logits + width + first, stride, count, tokens, &teacher, 0, &t);
+            for (int j = 0; j < tokens; j++)
+                at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
+            for (int r = 0; r < count; r++)
+                for (int j = 0; j < tokens; j++) {
+                    float z = s.z[r][j] - a[j];
+                    float log_ratio = bounded(z - (t.z[r][j] - c[j]) + peak_ratio[j]);
+                    float e = exponential(z);
+                    scores[j] += e * (mixture_score(log_ratio, beta, divergence) - at_peak[j]);
+                    if (divergence == SKEW_REVERSE_KL)
+                        losses[j] += e * log_over_mixture(-log_ratio, beta);
+                    else
+                        losses[j] += exponential(t.z[r][j] - b[j]) * log_over_mixture(log_ratio, 1 - beta);
+                }
+            for (int j = 0; j < tokens; j++) {
+                sums[first + j] += scores[j];
+                sums[width + first + j] += losses[j];
+            }
+        }
+    }
+}
+
+/* Writes the gradient over the student's products. */
+INLINE void gradient_rows(float *logits, long rows, long stride, long width, struct options student,
+                          struct options teacher, enum divergence divergence, float beta, const float *constants) {
+    struct block s, t;
+    for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
+        int count = least(ENTRIES, rows - row);
+        for (long first = 0; first < width; first += TOKENS) {
+            int tokens = least(TOKENS, width - first);
+            const float *a = constants + A * width + first, *b = constants + B * width + first;
+            const float *c = constants + C * width + first, *centre = constants + CENTRE * width + first;
+            const float *p_factor = constants + P_FACTOR * width + first, *q_factor = constants + Q_FACTOR * width + first;
+            const float *peak_ratio = constants + PEAK_RATIO * width + first;
+            float at_peak[TOKENS];
+            load(logits + first, stride, count, tokens, &student, 0, &s);
+            load(logits + width + first, stride, count, tokens, &teacher, 0, &t);
+            if (divergence != REVERSE_KL && divergence != FORWARD_KL)
+                for (int j = 0; j < tokens; j++)
+                    at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
+            for (int r = 0; r < count; r++) {
+                float *product = logits + r * stride + first;
+                for (int j = 0; j < tokens; j++) {
+                    float z = s.z[r][j] - a[j], p = exponential(z) * p_factor[j], ratio = z - (t.z[r][j] - c[j]);
+                    float gradient;
+                    if (divergence == REVERSE_KL)
+                        gradient = p * (ratio - centre[j]);
+                    else if (divergence == FORWARD_KL)
+                        gradient = p - exponential(t.z[r][j] - b[j]) * q_factor[j];
+                    else
+                        gradient = p * (mixture_score(bounded(ratio + peak_ratio[j]), beta, divergence) - at_peak[j] -
+                                        centre[j]);
+                    product[j] = student.capped ? gradient * (1 - product[j] * product[j]) : gradient;
+                }
+            }
+        }
+    }
+}
+
+/* ---- For each instruction set, and each divergence ---- */
+
+EACH_PROCESSOR void fold_share(float *logits, long rows, long stride, long width, const struct options *options,
+                               double *records) {
+    fold_rows(logits, rows, stride, width, *options, records);
+}
+
+EACH_PROCESSOR void fold_pair_share(float *logits, long rows, long stride, long width, const struct options *student,
+                                    const struct options *teacher, enum divergence divergence, double *records) {
+#define CASE(name)                                                                                                     \
+    case name:                                                                                                         \
+        fold_pair_rows(logits, rows, stride, width, *student, *teacher, name, records);                                \
+        break
+    switch (divergence) {
+        CASE(REVERSE_KL);
+        CASE(FORWARD_KL);
+    default:
+        fold_pair_rows(logits, rows, stride, width, *student, *teacher, JSD, records);
+    }
+#undef CASE
+}
+
+EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, long width, const struct options *student,
+                                       const struct options *teacher, enum divergence divergence, float beta,
+                                       const float *constants, double *sums) {
+#define CASE(name)                                                                                                     \
+    case name:                                                                                                         \
+        fold_mixture_rows(logits, rows, stride, width, *student, *teacher, name, beta, constants, sums);               \
+        break
+    switch (divergence) {
+        CASE(JSD);
+        CASE(SKEW_REVERSE_KL);
+        CASE(SKEW_FORWARD_KL);
+    default:
+        break;
+    }
+#undef CASE
+}
+
+EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long width, const struct options *student,
+                                   const struct options *teacher, enum divergence divergence, float beta,
+                                   const float *constants) {
+#define CASE(name)                                                                                                     \
+    case name:                                                                                                         \
+        gradient_rows(logits, rows, stride, width, *student, *teacher, name, beta, constants);                         \
+        break
+    switch (divergence) {
+        CASE(REVERSE_KL);
+        CASE(FORWARD_KL);
+        CASE(JSD);
+        CASE(SKEW_REVERSE_KL);
+        CASE(SKEW_FORWARD_KL);
+    }
+#undef CASE
+}
+
+/* ---- What Python calls: a tile's rows shared out among threads ---- */
+
+static struct options from_row(const struct options *options, long row) {
+    struct options moved = *options;
+    moved.bias += moved.bias ? row : 0;
+    return moved;
+}
+
+void fold(float *logits, long rows, long stride, long width, const struct options *options, double *records,
+          int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        long first = rows * thread / threads, past = rows * (thread + 1) / threads;
+        struct options own = from_row(options, first);
+        fold_share(logits + first * stride, past - first, stride, width, &own, records + thread * FIELDS * width);
+    }
+}
+
+void fold_pair(float *logits, long rows, long stride, long width, const struct options *student,
+               const struct options *teacher, int divergence, float beta, double *records, int threads) {
+    (void)beta; /* so that all kernels of two models are called alike */
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        long first = rows * thread / threads, past = rows * (thread + 1) / threads;
+        struct options own = from_row(student, first), others = from_row(teacher, first);
+        fold_pair_share(logits + first * stride, past - first, stride, width, &own, &others, divergence,
+                        records + thread * FIELDS * width);
+    }
+}
+
+void fold_mixture(float *logits, long rows, long stride, long width, const struct options *student,
+                  const struct options *teacher, int divergence, float beta, const float *constants, double *sums,
+                  int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        long first = rows * thread / threads, past = rows * (thread + 1) / threads;
+        fold_mixture_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, beta,
+                           constants, sums + thread * 2 * width);
+    }
+}
+
+void gradient(float *logits, long rows, long stride, long width, const struct options *student,
+              const struct options *teacher, int divergence, float beta, const float *constants, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        long first = rows * thread / threads, past = rows * (thread + 1) / threads;
+        gradient_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, beta,
+                       constants);
+    }
+}
