@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sdft_kernels import cpu_backend
+
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "sdft-kernels")
 
 
@@ -19,6 +21,7 @@ def describe() -> dict[str, str]:
         "machine": f"{_processor()}, {torch.get_num_threads()} threads, {_memory()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items() if v),
+        "cpu_kernels": "compiled" if cpu_backend.library() else "not built",
         "date": datetime.date.today().isoformat(),
     }
 
@@ -26,7 +29,10 @@ def describe() -> dict[str, str]:
 def heading() -> str:
     """The same in a line or two."""
     found = describe()
-    return f"{found['machine']}; {found['device']}; {found['date']}\n{found['versions']}"
+    return (
+        f"{found['machine']}; {found['device']}; {found['date']}\n"
+        f"{found['versions']} (its kernels for CPUs {found['cpu_kernels']})"
+    )
 
 
 def _version(package: str) -> str:

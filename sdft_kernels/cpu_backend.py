@@ -10,25 +10,28 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sdft_kernels import pages
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, bounded, is_mixture, log_over_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.torch_backend import Columns, aligned, multiply, padded, padded_labels, store_rows, store_scores
 
-#: Bytes of both models' logits in a tile.
-TILE_BYTES = 6 << 20
+#: Bytes of both models' logits in a tile: more make faster products, until tile and head leave the cache. On two cores
+#: SmolLM2's head took 1.20 × the bare products with 3 MiB, 1.14 × with 6, 1.14 × with 12, 1.13 × with 24.
+TILE_BYTES = 12 << 20
 
-#: Floats in a cache line. Rows start at an odd number of lines, so that those of a column do not share a few sets.
-LINE = 16
+#: Floats in a cache line, and in what makes rows share a few sets of the cache where it divides their length.
+LINE, SETS = 16, 128
 
-#: Float64s of a token's record, as in cpu_kernels.c.
+#: As in cpu_kernels.c: float64s of a token's record, and places among its constants.
 FIELDS = 8
+P_FACTOR, Q_FACTOR, CENTRE = 3, 4, 5
 
 
 class _Options(ctypes.Structure):
@@ -68,14 +71,22 @@ class Workspace:
 
     def __init__(self, like: Tensor, width: int, vocab: int, *, keep: bool) -> None:
         self.vocab, self.keep = vocab, keep
-        stride = width if width < LINE else -(-width // LINE) * LINE
-        stride += LINE if stride // LINE % 2 == 0 and stride >= LINE else 0
+        stride = width + (LINE if width % SETS == 0 else 0)
         self.tile = min(vocab, max(64, TILE_BYTES // (4 * stride) // 16 * 16))
-        self._rows = like.new_empty((vocab if keep else self.tile, stride), dtype=torch.float32)
+        rows = vocab if keep else self.tile
+        memory = pages.take(like, rows * stride, torch.float32)
+        self._rows = memory[: rows * stride].view(rows, stride)
+        self._backwards = True
+        weakref.finalize(self, pages.give_back, memory).atexit = False
 
     def tiles(self, width: int) -> Iterator[tuple[slice, Tensor]]:
-        """Each tile's part of the vocabulary, and its rows, (v, width)."""
-        for start in range(0, self.vocab, self.tile):
+        """Each tile's part of the vocabulary, and its rows, (v, width).
+
+        A pass goes the other way than the one before it, and starts with what the cache still holds.
+        """
+        starts = range(0, self.vocab, self.tile)
+        self._backwards = not self._backwards
+        for start in reversed(starts) if self._backwards else starts:
             part = slice(start, min(start + self.tile, self.vocab))
             first = start if self.keep else 0
             yield part, self._rows[first : first + part.stop - part.start, :width]
@@ -109,58 +120,67 @@ def process_chunk(
     labels = padded_labels(rows.labels, chunk.width, models=2)
     label_logits = torch.zeros(2 * chunk.width)
     records = _new_records(chunk.width)
-    for part, logits in workspace.tiles(2 * chunk.width):
+    for part, logits in chunk.tiles():
         columns.multiply(part, logits)
         chunk.run("fold_pair", part, logits, records)
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-
     p, q = _Softmax(records[:, :3]), _Softmax(records[:, 3:6])
-    own, teacher_at_peak = records[:, 6:].unbind(1)
-    at_peak = teacher_at_peak.gather(0, records[:, 0].argmax(0, keepdim=True)).squeeze(0)
-    peak_ratio = (q.peak - at_peak) + q.log_sum - p.log_sum  # log p - log q where p is largest
-    constants = torch.stack((p.peak, q.peak, at_peak, *torch.zeros(3, chunk.width), peak_ratio)).float()
-    centre = torch.zeros_like(peak_ratio)
-    if objective.divergence == "reverse_kl":
-        centre = p.mean_of(own, p.shift - (teacher_at_peak - at_peak))
-        loss = centre + peak_ratio
-    elif objective.divergence == "forward_kl":
-        loss = q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum
-    else:
-        sums = torch.zeros(torch.get_num_threads(), 2, chunk.width, dtype=torch.float64)
-        for part, logits in workspace.tiles(2 * chunk.width):
-            chunk.run("fold_mixture", part, logits, constants, sums)
-        scores, losses = sums.sum(0)
-        centre = scores / p.total
-        loss = losses / (p.total if objective.divergence == "skew_reverse_kl" else q.total)
-        if objective.divergence == "jsd":
-            share = objective.beta
-            at_peak_score = (1 - share) * log_over_mixture(-bounded(peak_ratio), share)
-            loss = centre + at_peak_score + share * loss
-
-    entropy = torch.cat((p.entropy, q.entropy))
+    loss, constants = _combine(chunk, p, q, *records[:, [0, 6, 7]].unbind(1))
     logprob = None
     if labels is not None:
-        factors = torch.tensor([_factor(objective.student), _factor(objective.teacher)])
-        label_logits *= factors.repeat_interleave(chunk.width)
+        label_logits[: chunk.width] *= _factor(objective.student)
+        label_logits[chunk.width :] *= _factor(objective.teacher)
         logprob = label_logits.double() - torch.cat((p.logsumexp, q.logsumexp))
-    store_rows(rows, objective, loss, entropy, logprob)
+    store_rows(rows, objective, loss, torch.cat((p.entropy, q.entropy)), logprob)
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, chunk.width - len(rows.weight)))
         factor *= objective.student.scale / objective.student.temperature
-        constants[3:6] = torch.stack((factor / p.total, factor / q.total, centre))
+        constants[P_FACTOR], constants[Q_FACTOR] = factor / p.total, factor / q.total
         _carry_back(columns.student, chunk, constants, gradients)
 
 
+def _combine(
+    chunk: _Chunk, p: _Softmax, q: _Softmax, peaks: Tensor, own: Tensor, teacher_at_peaks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens' divergence, (width,), and what their gradient needs but for factors, (CONSTANTS, width).
+
+    From the models' softmax, and each thread's largest student's logit, the divergence's own sum, and the teacher's
+    logit where the student's is largest, (threads, width).
+    """
+    objective = chunk.objective
+    at_peak = teacher_at_peaks.gather(0, peaks.argmax(0, keepdim=True)).squeeze(0)
+    peak_ratio = (q.peak - at_peak) + q.log_sum - p.log_sum  # log p - log q where p is largest
+    zero = torch.zeros_like(peak_ratio)
+    constants = torch.stack((p.peak, q.peak, at_peak, zero, zero, zero, peak_ratio)).float()
+    if objective.divergence == "reverse_kl":
+        centre = p.mean_of(own, p.shift - (teacher_at_peaks - at_peak))
+        constants[CENTRE] = centre
+        return centre + peak_ratio, constants
+    if objective.divergence == "forward_kl":
+        return q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum, constants
+    sums = torch.zeros(torch.get_num_threads(), 2, chunk.width, dtype=torch.float64)
+    for part, logits in chunk.tiles():
+        chunk.run("fold_mixture", part, logits, constants, sums)
+    scores, losses = sums.sum(0)
+    centre = scores / p.total
+    constants[CENTRE] = centre
+    loss = losses / (p.total if objective.divergence == "skew_reverse_kl" else q.total)
+    if objective.divergence == "jsd":
+        at_peak_score = (1 - objective.beta) * log_over_mixture(bounded(-peak_ratio), objective.beta)
+        loss = centre + at_peak_score + objective.beta * loss
+    return loss, constants
+
+
 def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: ChunkGradients) -> None:
-    """The logits' gradient a tile at a time, over the student's logits, and its products with head and hidden states."""
+    """The logits' gradient a tile at a time, over the student's logits, and its products with states and head."""
     before = 0 if gradients.first else 1
     total = torch.zeros_like(hidden)
-    for part, logits in chunk.workspace.tiles(2 * chunk.width):
+    for part, logits in chunk.tiles():
         chunk.run("gradient", part, logits, constants)
         gradient = logits[:, : chunk.width]
         if gradients.hidden is not None:
-            total.addmm_(gradient.T, chunk.student.weight[part].to(hidden.dtype))
+            total.addmm_(gradient.T, chunk.head.weight[part].to(hidden.dtype))
         if gradients.weight is not None:
             gradients.weight[part].addmm_(gradient, hidden, beta=before)
         if gradients.bias is not None:
@@ -170,22 +190,25 @@ def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: Chu
 
 
 class _Chunk:
-    """What the kernels need to know of a chunk of tokens beside its logits."""
+    """A chunk's logits, and what the kernels need to know of it beside them."""
 
-    def __init__(self, tokens: int, student: Head, teacher: Head, objective: Objective, workspace: Workspace) -> None:
-        self.width, self.workspace = aligned(tokens), workspace
-        self.student, self._teacher, self._objective = student, teacher, objective
+    def __init__(self, tokens: int, head: Head, teacher: Head, objective: Objective, workspace: Workspace) -> None:
+        self.width, self.head, self.objective = aligned(tokens), head, objective
+        self._teacher, self._workspace = teacher, workspace
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each tile's part of the vocabulary, and both models' logits, (v, 2 width)."""
+        return self._workspace.tiles(2 * self.width)
 
     def run(self, kernel: str, part: slice, logits: Tensor, *arrays: Tensor) -> None:
         """A kernel of two models on a tile's logits, with `arrays` as it takes them."""
-        objective = self._objective
         call(
             kernel,
             *(logits.data_ptr(), len(logits), logits.stride(0), self.width),
-            _options(objective.student, self.student.bias, part),
-            _options(objective.teacher, self._teacher.bias, part),
-            DIVERGENCES.index(objective.divergence),
-            objective.beta,
+            _options(self.objective.student, self.head.bias, part),
+            _options(self.objective.teacher, self._teacher.bias, part),
+            DIVERGENCES.index(self.objective.divergence),
+            self.objective.beta,
             *(array.data_ptr() for array in arrays),
         )
 

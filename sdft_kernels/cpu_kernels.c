@@ -72,7 +72,7 @@ INLINE float exponential(float x) {
     return x < -86.0f ? 0 : y;
 }
 
-/* log for positive numbers that have all their digits. */
+/* log for positive numbers that have all their digits; what is not a number stays so. */
 INLINE float logarithm(float x) {
     int32_t bits = to_bits(x) - 0x3f3504f3; /* from sqrt(1/2): so much more than a power of two */
     float n = (float)(bits >> 23);
@@ -87,7 +87,7 @@ INLINE float logarithm(float x) {
     y = y * r - 2.4999993993e-1f;
     y = y * r + 3.3333331174e-1f;
     y = y * (r * r * r) - n * 2.12194440e-4f - 0.5f * r * r;
-    return r + y + n * 0.693359375f;
+    return x == x ? r + y + n * 0.693359375f : x;
 }
 
 /* By its series near 0, where the quotient would lose digits. */

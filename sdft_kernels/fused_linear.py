@@ -87,7 +87,8 @@ def fused_linear_divergence(
             elsewhere what keeps the device busy, up to 3 GiB. Of no effect where nothing takes a gradient and Triton
             works on bfloat16 or float16: for reverse and forward KL its kernel multiplies a tile at a time, and no
             logit reaches memory.
-        backend: "torch", "triton", or "auto": Triton for CUDA tensors where it is installed, else torch.
+        backend: "torch", "triton", or "auto": Triton for CUDA tensors where it is installed, compiled kernels for
+            float32 logits on a CPU where they were built (with this package, by a C compiler), else torch.
 
     Returns:
         A :class:`DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`,

@@ -53,7 +53,7 @@ def linear_token_stats(
         vocab_size: only the first `vocab_size` entries of the head take part; None means all.
         max_chunk_bytes: memory for logits; None chooses for the device. Of no effect where Triton works on bfloat16 or
             float16: its kernel multiplies a tile at a time, and no logit reaches memory.
-        backend: "torch", "triton" or "auto".
+        backend: "torch", "triton" or "auto", as there.
 
     Returns:
         A :class:`TokenStats`.

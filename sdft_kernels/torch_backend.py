@@ -32,6 +32,7 @@ from sdft_kernels.divergences import (
     is_mixture,
     log_ratio_of,
 )
+from sdft_kernels.pages import on_large_pages
 from sdft_kernels.tokens import TokenRows, TokenScores
 
 #: Bytes of both models' logits in a tile; a call's scratch is twice that. Smaller tiles make slower products, larger
@@ -51,7 +52,7 @@ class Workspace:
     def __init__(self, like: Tensor, width: int, vocab: int, dtype: torch.dtype, *, keep: bool) -> None:
         self.vocab, self.keep = vocab, keep
         self.tile = min(vocab, max(64, TILE_BYTES // (width * dtype.itemsize) // 16 * 16))
-        self._kept = like.new_empty((vocab if keep else self.tile) * width, dtype=dtype)
+        self._kept = on_large_pages(like.new_empty((vocab if keep else self.tile) * width, dtype=dtype))
         self._passing = [like.new_empty(self.tile * width, dtype=dtype) for _ in range(2)]
 
     def tiles(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -130,9 +131,7 @@ def process_chunk(
         _carry_back(columns.student, student, (factor * x).to(dtype), (factor * y).to(dtype), gradients, workspace)
 
 
-def store_rows(
-    rows: TokenRows, objective: Objective, loss: Tensor, entropy: Tensor, logprob: Tensor | None
-) -> None:
+def store_rows(rows: TokenRows, objective: Objective, loss: Tensor, entropy: Tensor, logprob: Tensor | None) -> None:
     """A chunk's values into `rows`, from (width,), or (2 width,) for the student and then the teacher."""
     tokens, width = len(rows.loss), len(loss)
     rows.loss.copy_(loss[:tokens])
@@ -272,7 +271,7 @@ def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype)
 
 def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Workspace) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
-    tokens, width = len(hidden), aligned(len(hidden))
+    width = aligned(len(hidden))
     hidden = padded(hidden, width, scores.entropy.dtype)
     labels = padded_labels(scores.labels, width, models=1)
     seen: list[_Softmax] = []

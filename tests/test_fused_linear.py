@@ -34,7 +34,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_matches_the_float64_reference(divergence: str, reduction: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_matches_the_float64_reference(backend: str, divergence: str, reduction: str, dtype: torch.dtype) -> None:
     case = random_case(
         dtype=dtype,
         bias=True,
@@ -53,16 +54,20 @@ def test_matches_the_float64_reference(divergence: str, reduction: str, dtype: t
     )
     # float16 cannot hold the gradients of a mean without the loss scaling that its users apply
     upstream = torch.randn(37) if reduction == "none" else torch.tensor(700.0)
-    assert_close(fused(case, upstream, max_chunk_bytes=60_000), reference(case, upstream), *LIMITS[dtype])
+    actual = fused(case, upstream, max_chunk_bytes=60_000, backend=backend)
+    assert_close(actual, reference(case, upstream), *LIMITS[dtype])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("shared_head", [True, False])
 @pytest.mark.parametrize("trainable", [("student_hidden", "student_weight"), ("student_hidden",), ("student_weight",)])
-def test_each_set_of_trainable_inputs(divergence: str, shared_head: bool, trainable: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_each_set_of_trainable_inputs(
+    backend: str, divergence: str, shared_head: bool, trainable: tuple[str, ...]
+) -> None:
     case = random_case(shared_head=shared_head, divergence=divergence)
     case.trainable = trainable
-    assert_as_exact_as_products(fused(case), case)
+    assert_as_exact_as_products(fused(case, backend=backend), case)
 
 
 def test_nothing_trainable_gives_the_same_loss() -> None:
@@ -176,8 +181,9 @@ def test_same_student_and_teacher(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
-def test_extreme_logits_stay_finite_and_right(divergence: str, size: float) -> None:
+def test_extreme_logits_stay_finite_and_right(divergence: str, size: float, backend: str) -> None:
     """One-hot models, ties, and teacher probabilities that underflow to 0."""
     logits = torch.tensor(
         [
@@ -192,13 +198,13 @@ def test_extreme_logits_stay_finite_and_right(divergence: str, size: float) -> N
     case = random_case(divergence=divergence)
     case.student_hidden, case.student_weight = logits * size, identity
     case.teacher_hidden, case.teacher_weight = logits.flip(0) * size, identity
-    actual, expected = fused(case), reference(case)
+    actual, expected = fused(case, backend=backend), reference(case)
     assert_close(actual, expected, *LIMITS[torch.float32])
     for tensor in (*actual.output[:4], *actual.gradients.values()):
         assert tensor is None or tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_a_mixture_that_is_nearly_the_teacher_stays_finite(backend: str) -> None:
     """With β next to 1 the odds of teacher against student pass float32's largest number."""
     case = random_case(4, divergence="skew_reverse_kl", beta=1 - 1e-6, backend=backend)
@@ -286,8 +292,9 @@ def test_the_module_is_the_function_with_its_settings_kept() -> None:
         FusedLinearDivergence("jsd", beta=1)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_real_hidden_states(smollm2_hidden_states: tuple[torch.Tensor, ...], divergence: str) -> None:
+def test_real_hidden_states(smollm2_hidden_states: tuple[torch.Tensor, ...], divergence: str, backend: str) -> None:
     """SmolLM2's own hidden states and head, in float32 and bfloat16.
 
     Its states are large and its logits small differences of them: a float32 product alone moves the gradient by
@@ -297,10 +304,10 @@ def test_real_hidden_states(smollm2_hidden_states: tuple[torch.Tensor, ...], div
     case = random_case(1, divergence=divergence)
     case.student_hidden, case.teacher_hidden = student, teacher
     case.student_weight = case.teacher_weight = head
-    actual = fused(case)
+    actual = fused(case, backend=backend)
     assert_as_exact_as_products(actual, case)
     assert_close(actual, reference(case), 1e-5, 1e-5)
 
     case.student_hidden, case.teacher_hidden = student.bfloat16(), teacher.bfloat16()
     case.student_weight = case.teacher_weight = head.bfloat16()
-    assert_close(fused(case), reference(case), 1e-5, 5e-3)
+    assert_close(fused(case, backend=backend), reference(case), 1e-5, 5e-3)

@@ -1,8 +1,11 @@
 """What a user installs: the wheel alone, in an empty environment, with torch and nothing of the training stack."""
 
+import os
+import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 SMOKE = """
 import sys, torch
-from sdft_kernels import fused_linear_divergence
+from sdft_kernels import cpu_backend, fused_linear_divergence
+print("kernels compiled:", cpu_backend.library() is not None)
 h, w = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
 fused_linear_divergence(h, w, torch.randn(5, 8), w).loss.backward()
 assert h.grad.isfinite().all() and w.grad.isfinite().all()
@@ -47,6 +51,23 @@ def test_the_wheel_works_in_an_empty_environment(python: Path, tmp_path: Path) -
     done = subprocess.run([python, "-c", SMOKE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no transformers here" in done.stdout
+    assert "kernels compiled: True" in done.stdout
+
+
+@pytest.mark.slow
+def test_without_a_c_compiler_the_loss_is_left_to_torch(python: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"  # without what an earlier build has left beside the sources
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CC": "false"})
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    before_the_other = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([python, "-c", SMOKE], cwd=tmp_path, env=before_the_other, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kernels compiled: False" in done.stdout
 
 
 def test_importing_the_kernels_imports_no_training_stack() -> None:

@@ -1,4 +1,5 @@
-"""Log-probabilities, entropies and log-sum-exps against float64 full logits, on both backends."""
+"""Log-probabilities, entropies and log-sum-exps against float64 full logits, on every backend (of which "auto" is the
+compiled kernels)."""
 
 from typing import Any
 
@@ -23,7 +24,7 @@ def expected_stats(
     return TokenStats(logprob, top1, -(log_p.exp() * log_p).sum(1), z.logsumexp(1))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options", [{}, {"scale": 1.5, "temperature": 0.7}, {"softcap": 8.0, "scale": 0.5, "temperature": 1.2}]
@@ -52,7 +53,7 @@ def test_matches_full_logits(backend: str, dtype: torch.dtype, options: dict[str
     assert actual.top1.any() and not actual.top1.all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_without_labels_and_without_tokens(backend: str) -> None:
     stats = linear_token_stats(torch.randn(3, 8), torch.randn(50, 8), backend=backend)
     assert stats.logprob is None and stats.top1 is None
