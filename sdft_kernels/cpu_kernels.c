@@ -15,8 +15,13 @@
 #include <stdint.h>
 #include <string.h>
 
+/* A version for each kind of processor, chosen when the library is loaded. Before GCC 12 the newer names do not do. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define EACH_PROCESSOR
 #endif
