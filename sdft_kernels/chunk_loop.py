@@ -19,7 +19,6 @@ from sdft_kernels import cpu_backend, products, torch_backend
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import Objective
-from sdft_kernels.pages import on_large_pages
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
 
 
@@ -130,7 +129,7 @@ def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens
     hidden, weight = student.hidden, student.weight
     gradients = Gradients(
         hidden=hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight=on_large_pages(hidden.new_empty(weight.shape if wanted.weight else (0,), dtype=wide)),
+        weight=hidden.new_empty(weight.shape if wanted.weight else (0,), dtype=wide),
         bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )
     if live.some_left_out:

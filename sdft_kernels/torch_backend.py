@@ -32,7 +32,6 @@ from sdft_kernels.divergences import (
     is_mixture,
     log_ratio_of,
 )
-from sdft_kernels.pages import on_large_pages
 from sdft_kernels.tokens import TokenRows, TokenScores
 
 #: Bytes of both models' logits in a tile; a call's scratch is twice that. Smaller tiles make slower products, larger
@@ -52,7 +51,7 @@ class Workspace:
     def __init__(self, like: Tensor, width: int, vocab: int, dtype: torch.dtype, *, keep: bool) -> None:
         self.vocab, self.keep = vocab, keep
         self.tile = min(vocab, max(64, TILE_BYTES // (width * dtype.itemsize) // 16 * 16))
-        self._kept = on_large_pages(like.new_empty((vocab if keep else self.tile) * width, dtype=dtype))
+        self._kept = like.new_empty((vocab if keep else self.tile) * width, dtype=dtype)
         self._passing = [like.new_empty(self.tile * width, dtype=dtype) for _ in range(2)]
 
     def tiles(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
