@@ -118,8 +118,8 @@ def process_chunk(
     chunk = _Chunk(len(rows.loss), student, teacher, objective, workspace)
     columns = Columns(student_hidden, teacher_hidden, student, teacher, torch.float32)
     labels = padded_labels(rows.labels, chunk.width, models=2)
-    label_logits = torch.zeros(2 * chunk.width)
-    records = _new_records(chunk.width)
+    label_logits = columns.student.new_zeros(2 * chunk.width)
+    records = _new_records(label_logits, chunk.width)
     for part, logits in chunk.tiles():
         columns.multiply(part, logits)
         chunk.run("fold_pair", part, logits, records)
@@ -159,7 +159,7 @@ def _combine(
         return centre + peak_ratio, constants
     if objective.divergence == "forward_kl":
         return q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum, constants
-    sums = torch.zeros(torch.get_num_threads(), 2, chunk.width, dtype=torch.float64)
+    sums = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width)
     for part, logits in chunk.tiles():
         chunk.run("fold_mixture", part, logits, constants, sums)
     scores, losses = sums.sum(0)
@@ -220,9 +220,9 @@ def call(kernel: str, *arguments: object) -> None:
     getattr(kernels, kernel)(*arguments, torch.get_num_threads())
 
 
-def _new_records(width: int) -> Tensor:
+def _new_records(like: Tensor, width: int) -> Tensor:
     """Before any logits: (threads, FIELDS, width) in float64."""
-    records = torch.zeros(torch.get_num_threads(), FIELDS, width, dtype=torch.float64)
+    records = like.new_zeros((torch.get_num_threads(), FIELDS, width), dtype=torch.float64)
     records[:, [0, 3]] = -torch.inf
     return records
 
@@ -260,8 +260,8 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
     width = aligned(len(hidden))
     hidden = padded(hidden, width, torch.float32)
     labels = padded_labels(scores.labels, width, models=1)
-    label_logits = torch.zeros(width)
-    records = _new_records(width)
+    label_logits = hidden.new_zeros(width)
+    records = _new_records(hidden, width)
     for part, logits in workspace.tiles(width):
         multiply(head.weight, hidden, part, logits)
         of_head = _options(options, head.bias, part)
@@ -269,7 +269,7 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
     softmax = _Softmax(records[:, :3])
-    label_logits *= torch.tensor(_factor(options))
+    label_logits *= _factor(options)
     logprob, top1 = None, None
     if labels is not None:
         logprob, top1 = label_logits.double() - softmax.logsumexp, label_logits >= softmax.peak

@@ -116,3 +116,20 @@ def test_calls_at_once_do_not_share_a_workspace() -> None:
         thread.join()
     for mine, other in zip(together, alone, strict=True):
         assert_close(mine, other, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_defaults_of_dtype_and_device_are_not_those_of_the_kernels(divergence: str) -> None:
+    """Their arrays are float32 and float64 on the CPU, whatever new tensors are elsewhere in a program."""
+    labels = torch.arange(37)
+    case = random_case(divergence=divergence, labels=labels)
+    expected = reference(case)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            actual = fused(case)
+            stats = linear_token_stats(case.student_hidden, case.student_weight, labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(actual, expected, 2e-6, 2e-6)
+    torch.testing.assert_close(stats.logprob, actual.output.student_logprob)
