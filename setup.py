@@ -9,6 +9,7 @@ from setuptools import Extension, setup
 kernels = Extension(
     "sdft_kernels._cpu_kernels",
     sources=["sdft_kernels/cpu_kernels.c"],
+    depends=["sdft_kernels/cpu_products.h"],
     extra_compile_args=[
         *("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
         *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),

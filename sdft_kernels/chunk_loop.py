@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sdft_kernels import cpu_backend, products, torch_backend
+from sdft_kernels import cpu_backend, pages, products, torch_backend
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import Objective
@@ -127,9 +127,10 @@ def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype) -> Tensor | N
 def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens, vocab: int) -> Gradients:
     """Zero only what no chunk will overwrite: other tokens' rows, the head's padding, and all where there are none."""
     hidden, weight = student.hidden, student.weight
+    shape = weight.shape if wanted.weight else (0,)
     gradients = Gradients(
         hidden=hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight=hidden.new_empty(weight.shape if wanted.weight else (0,), dtype=wide),
+        weight=pages.empty(shape, wide) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=wide),
         bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )
     if live.some_left_out:

@@ -1,8 +1,9 @@
 """The loss of a chunk of tokens by compiled kernels on a CPU, in float32: the same names as in `torch_backend`.
 
-Logits lie as there, (V, C) with the teacher's columns after the student's, in one array that the products write, the
-kernels of cpu_kernels.c read twice, and the gradient overwrites. Between products and kernels a tile of the vocabulary
-stays in the cache.
+Logits lie as there, (V, C) with the teacher's columns after the student's, in one array, which is written once and read
+once or twice. Products too are those of cpu_kernels.c: a few vocabulary entries at a time, so that what is made of
+their logits, and the gradient between them and its own products, stay in the cache. Tiles of the vocabulary are for
+heads that the kernels cannot read as they are, and for scoring, which keeps no more logits than a tile's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import weakref
 from collections.abc import Iterator
 
 import torch
@@ -20,10 +20,9 @@ from sdft_kernels import pages
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, bounded, is_mixture, log_over_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
-from sdft_kernels.torch_backend import Columns, aligned, multiply, padded, padded_labels, store_rows, store_scores
+from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
 
-#: Bytes of both models' logits in a tile: more make faster products, until tile and head leave the cache. On two cores
-#: SmolLM2's head took 1.20 × the bare products with 3 MiB, 1.14 × with 6, 1.14 × with 12, 1.13 × with 24.
+#: Bytes of logits in a tile, where the vocabulary is worked through in tiles.
 TILE_BYTES = 12 << 20
 
 #: Floats in a cache line, and in what makes rows share a few sets of the cache where it divides their length.
@@ -45,6 +44,36 @@ class _Options(ctypes.Structure):
     )
 
 
+class _Model(ctypes.Structure):
+    """What makes some columns of a tile's logits: `struct model`."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_void_p),
+        ("head", ctypes.c_void_p),
+        ("first", ctypes.c_long),
+        ("tokens", ctypes.c_long),
+        ("hidden_size", ctypes.c_long),
+        ("head_stride", ctypes.c_long),
+    )
+
+
+class _Carry(ctypes.Structure):
+    """What a tile's gradient is multiplied with, and where that goes: `struct carry`."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_void_p),
+        ("head", ctypes.c_void_p),
+        ("head_gradient", ctypes.c_void_p),
+        ("bias_gradient", ctypes.c_void_p),
+        ("hidden_gradient", ctypes.c_void_p),
+        ("hidden_size", ctypes.c_long),
+        ("head_stride", ctypes.c_long),
+        ("head_gradient_stride", ctypes.c_long),
+        ("add", ctypes.c_int32),
+        ("first_tile", ctypes.c_int32),
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they were not built or have no OpenMP to run on."""
@@ -52,44 +81,51 @@ def library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     try:
-        kernels = ctypes.CDLL(spec.origin)
+        return load(spec.origin)
     except OSError:
         return None
+
+
+def load(path: str) -> ctypes.CDLL:
+    """A library of the compiled kernels."""
+    found = ctypes.CDLL(path)
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     logits, options = (pointer, size, size, size), ctypes.POINTER(_Options)
     pair = (*logits, options, options, number, ctypes.c_float)
-    kernels.fold.argtypes = (*logits, options, pointer, number)
-    kernels.fold_pair.argtypes = kernels.gradient.argtypes = (*pair, pointer, number)
-    kernels.fold_mixture.argtypes = (*pair, pointer, pointer, number)
-    for kernel in (kernels.fold, kernels.fold_pair, kernels.fold_mixture, kernels.gradient):
+    models = ctypes.POINTER(_Model)
+    found.fold.argtypes = (*logits, options, models, pointer, number)
+    found.fold_pair.argtypes = (*pair, models, number, pointer, number)
+    found.fold_mixture.argtypes = (*pair, pointer, pointer, number)
+    found.carry_back.argtypes = (*pair, pointer, ctypes.POINTER(_Carry), pointer, number)
+    for kernel in (found.fold, found.fold_pair, found.fold_mixture, found.carry_back):
         kernel.restype = None
-    return kernels
+    found.carry_back_scratch.argtypes, found.carry_back_scratch.restype = (size,), size
+    return found
 
 
 class Workspace:
     """Rows of logits for each vocabulary entry, `width` of them; without `keep`, for the entries of one tile only."""
 
-    def __init__(self, like: Tensor, width: int, vocab: int, *, keep: bool) -> None:
+    def __init__(self, width: int, vocab: int, *, keep: bool) -> None:
         self.vocab, self.keep = vocab, keep
         stride = width + (LINE if width % SETS == 0 else 0)
         self.tile = min(vocab, max(64, TILE_BYTES // (4 * stride) // 16 * 16))
-        rows = vocab if keep else self.tile
-        memory = pages.take(like, rows * stride, torch.float32)
-        self._rows = memory[: rows * stride].view(rows, stride)
-        self._backwards = True
-        weakref.finalize(self, pages.give_back, memory).atexit = False
+        self._rows = pages.empty((vocab if keep else self.tile, stride), torch.float32)
+        self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
 
-    def tiles(self, width: int) -> Iterator[tuple[slice, Tensor]]:
-        """Each tile's part of the vocabulary, and its rows, (v, width).
-
-        A pass goes the other way than the one before it, and starts with what the cache still holds.
-        """
-        starts = range(0, self.vocab, self.tile)
-        self._backwards = not self._backwards
-        for start in reversed(starts) if self._backwards else starts:
-            part = slice(start, min(start + self.tile, self.vocab))
+    def tiles(self, width: int, *, whole: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Each tile's part of the vocabulary, and its rows, (v, width); where all are kept, `whole` makes it one."""
+        tile = self.vocab if whole and self.keep else self.tile
+        for start in range(0, self.vocab, tile):
+            part = slice(start, min(start + tile, self.vocab))
             first = start if self.keep else 0
             yield part, self._rows[first : first + part.stop - part.start, :width]
+
+    def scratch(self, sizes: list[int]) -> list[Tensor]:
+        """Arrays of so many uninitialised float32 beside the logits, the same memory at every call."""
+        if len(self._scratch) < sum(sizes):
+            self._scratch = self._scratch.new_empty(sum(sizes))
+        return list(self._scratch[: sum(sizes)].split(sizes))
 
 
 def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
@@ -101,7 +137,7 @@ def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
 ) -> Workspace:
     """For chunks of up to `tokens` tokens, both models side by side."""
-    return Workspace(like, 2 * aligned(tokens), vocab, keep=with_gradient or is_mixture(objective.divergence))
+    return Workspace(2 * aligned(tokens), vocab, keep=with_gradient or is_mixture(objective.divergence))
 
 
 def process_chunk(
@@ -116,13 +152,14 @@ def process_chunk(
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     chunk = _Chunk(len(rows.loss), student, teacher, objective, workspace)
-    columns = Columns(student_hidden, teacher_hidden, student, teacher, torch.float32)
+    hidden = padded(student_hidden, chunk.width, torch.float32)
+    columns = _columns(hidden, padded(teacher_hidden, chunk.width, torch.float32), student, teacher)
     labels = padded_labels(rows.labels, chunk.width, models=2)
-    label_logits = columns.student.new_zeros(2 * chunk.width)
+    label_logits = hidden.new_zeros(2 * chunk.width)
     records = _new_records(label_logits, chunk.width)
     for part, logits in chunk.tiles():
-        columns.multiply(part, logits)
-        chunk.run("fold_pair", part, logits, records)
+        models = (_Model * len(columns))(*(some.model(part) for some in columns))
+        chunk.run("fold_pair", part, logits, models, len(models), records.data_ptr())
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
     p, q = _Softmax(records[:, :3]), _Softmax(records[:, 3:6])
@@ -137,7 +174,48 @@ def process_chunk(
         factor = torch.nn.functional.pad(rows.weight.double(), (0, chunk.width - len(rows.weight)))
         factor *= objective.student.scale / objective.student.temperature
         constants[P_FACTOR], constants[Q_FACTOR] = factor / p.total, factor / q.total
-        _carry_back(columns.student, chunk, constants, gradients)
+        _carry_back(hidden, chunk, constants, gradients)
+
+
+class _Columns:
+    """Some columns of a chunk's logits, from column `first` on: their hidden states, (tokens, H), and a head."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, first: int = 0) -> None:
+        (tokens, self._size), columns = hidden.shape, kernels().panel_columns()
+        whole = torch.nn.functional.pad(hidden, (0, 0, 0, -tokens % columns))
+        self._panels = whole.view(-1, columns, self._size).transpose(1, 2).contiguous()
+        self._weight, self._first, self._tokens = weight, first, tokens
+
+    def model(self, part: slice) -> _Model:
+        """For a tile of the vocabulary, until the next one is asked for."""
+        self._head = rows_of(self._weight, part)
+        return _Model(
+            self._panels.data_ptr(),
+            self._head.data_ptr(),
+            self._first,
+            self._tokens,
+            self._size,
+            self._head.stride(0),
+        )
+
+
+def _columns(student_hidden: Tensor, teacher_hidden: Tensor, student: Head, teacher: Head) -> list[_Columns]:
+    """Both models' columns of logits: one product's, where they share a head."""
+    if student.weight is teacher.weight:
+        return [_Columns(torch.cat((student_hidden, teacher_hidden)), student.weight)]
+    first = len(student_hidden)
+    return [_Columns(student_hidden, student.weight), _Columns(teacher_hidden, teacher.weight, first)]
+
+
+def is_read_as_it_is(weight: Tensor) -> bool:
+    """Whether kernels can read this head: in float32, the numbers of each row side by side."""
+    return weight.dtype == torch.float32 and weight.stride(1) == 1
+
+
+def rows_of(weight: Tensor, part: slice) -> Tensor:
+    """A head's rows for a tile of the vocabulary, as kernels read them."""
+    rows = weight[part]
+    return rows if is_read_as_it_is(rows) else rows.float().contiguous()
 
 
 def _combine(
@@ -161,7 +239,7 @@ def _combine(
         return q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum, constants
     sums = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width)
     for part, logits in chunk.tiles():
-        chunk.run("fold_mixture", part, logits, constants, sums)
+        chunk.run("fold_mixture", part, logits, constants.data_ptr(), sums.data_ptr())
     scores, losses = sums.sum(0)
     centre = scores / p.total
     constants[CENTRE] = centre
@@ -173,20 +251,30 @@ def _combine(
 
 
 def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: ChunkGradients) -> None:
-    """The logits' gradient a tile at a time, over the student's logits, and its products with states and head."""
-    before = 0 if gradients.first else 1
-    total = torch.zeros_like(hidden)
-    for part, logits in chunk.tiles():
-        chunk.run("gradient", part, logits, constants)
-        gradient = logits[:, : chunk.width]
-        if gradients.hidden is not None:
-            total.addmm_(gradient.T, chunk.head.weight[part].to(hidden.dtype))
-        if gradients.weight is not None:
-            gradients.weight[part].addmm_(gradient, hidden, beta=before)
-        if gradients.bias is not None:
-            gradients.bias[part] += gradient.sum(1)
+    """The gradient of the student's logits, a few vocabulary entries at a time, times hidden states and head."""
+    threads, size, width = torch.get_num_threads(), hidden.shape[1], chunk.width
+    columns = kernels().panel_columns()
+    panels = torch.nn.functional.pad(hidden, (0, -size % columns)).view(width, -1, columns).transpose(0, 1).contiguous()
+    scratch, sums = chunk.scratch(threads, kernels().carry_back_scratch(width), width * len(panels) * columns)
+    for number, (part, logits) in enumerate(chunk.tiles()):
+        head = rows_of(chunk.head.weight, part)
+        weight = None if gradients.weight is None else gradients.weight[part]
+        carry = _Carry(
+            panels.data_ptr(),
+            head.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            None if gradients.bias is None else gradients.bias[part].data_ptr(),
+            None if gradients.hidden is None else sums.data_ptr(),
+            size,
+            head.stride(0),
+            0 if weight is None else weight.stride(0),
+            not gradients.first,
+            number == 0,
+        )
+        chunk.run("carry_back", part, logits, constants.data_ptr(), carry, scratch.data_ptr())
     if gradients.hidden is not None:
-        gradients.hidden.copy_(total[: len(gradients.hidden)])
+        total = sums.view(threads, *panels.shape).sum(0).transpose(0, 1).reshape(width, -1)
+        gradients.hidden.copy_(total[: len(gradients.hidden), :size])
 
 
 class _Chunk:
@@ -195,13 +283,19 @@ class _Chunk:
     def __init__(self, tokens: int, head: Head, teacher: Head, objective: Objective, workspace: Workspace) -> None:
         self.width, self.head, self.objective = aligned(tokens), head, objective
         self._teacher, self._workspace = teacher, workspace
+        self._as_they_are = is_read_as_it_is(head.weight) and is_read_as_it_is(teacher.weight)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each tile's part of the vocabulary, and both models' logits, (v, 2 width)."""
-        return self._workspace.tiles(2 * self.width)
+        """Each tile's part of the vocabulary, and both models' logits, (v, 2 width); one tile, unless heads have to be
+        laid out for the kernels a tile at a time."""
+        return self._workspace.tiles(2 * self.width, whole=self._as_they_are)
 
-    def run(self, kernel: str, part: slice, logits: Tensor, *arrays: Tensor) -> None:
-        """A kernel of two models on a tile's logits, with `arrays` as it takes them."""
+    def scratch(self, threads: int, *floats: int) -> list[Tensor]:
+        """Arrays of so many uninitialised float32 for each thread, the same for every chunk of a call."""
+        return self._workspace.scratch([threads * count for count in floats])
+
+    def run(self, kernel: str, part: slice, logits: Tensor, *arguments: object) -> None:
+        """A kernel of two models on a tile's logits, with `arguments` as it takes them."""
         call(
             kernel,
             *(logits.data_ptr(), len(logits), logits.stride(0), self.width),
@@ -209,15 +303,20 @@ class _Chunk:
             _options(self.objective.teacher, self._teacher.bias, part),
             DIVERGENCES.index(self.objective.divergence),
             self.objective.beta,
-            *(array.data_ptr() for array in arrays),
+            *arguments,
         )
 
 
 def call(kernel: str, *arguments: object) -> None:
     """One of the compiled kernels, on as many threads as torch takes."""
-    kernels = library()
-    assert kernels is not None, "the compiled kernels were not built"
-    getattr(kernels, kernel)(*arguments, torch.get_num_threads())
+    getattr(kernels(), kernel)(*arguments, torch.get_num_threads())
+
+
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels, where they were built."""
+    found = library()
+    assert found is not None, "the compiled kernels were not built"
+    return found
 
 
 def _new_records(like: Tensor, width: int) -> Tensor:
@@ -252,7 +351,7 @@ def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:
     """For chunks of up to `tokens` tokens."""
-    return Workspace(like, aligned(tokens), vocab, keep=False)
+    return Workspace(aligned(tokens), vocab, keep=False)
 
 
 def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Workspace) -> None:
@@ -262,10 +361,11 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
     labels = padded_labels(scores.labels, width, models=1)
     label_logits = hidden.new_zeros(width)
     records = _new_records(hidden, width)
+    columns = _Columns(hidden, head.weight)
     for part, logits in workspace.tiles(width):
-        multiply(head.weight, hidden, part, logits)
         of_head = _options(options, head.bias, part)
-        call("fold", logits.data_ptr(), len(logits), logits.stride(0), width, of_head, records.data_ptr())
+        address = logits.data_ptr()
+        call("fold", address, len(logits), logits.stride(0), width, of_head, columns.model(part), records.data_ptr())
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
     softmax = _Softmax(records[:, :3])

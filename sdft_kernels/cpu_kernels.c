@@ -2,8 +2,8 @@
  *
  * Logits are (rows, tokens): a row for each vocabulary entry of a tile, with `width` columns of the student's and as
  * many of the teacher's after them, `stride` floats from row to row. `fold_pair` reads a tile while it is in the cache
- * and keeps running softmax sums; `fold_mixture` reads it again where log(p/m) needs the finished sums; `gradient`
- * writes the gradient over the student's columns. `fold` is for one model.
+ * and keeps running softmax sums; `fold_mixture` reads it again where log(p/m) needs the finished sums; `carry_back`
+ * makes the gradient, a few rows at a time, and multiplies it with hidden states and head. `fold` is for one model.
  *
  * Threads are those of the OpenMP that torch has loaded: this file is linked to none of its own. Each has its share of
  * a tile's rows and its own records, in float64, FIELDS for each token, which Python adds up.
@@ -326,11 +326,13 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
     }
 }
 
-/* Writes the gradient over the student's products. */
+/* The gradient of the student's products, rows `gradient_stride` apart. */
 INLINE void gradient_rows(float *logits, long rows, long stride, long width, struct options student,
-                          struct options teacher, enum divergence divergence, float beta, const float *constants) {
+                          struct options teacher, enum divergence divergence, float beta, const float *constants,
+                          float *gradients, long gradient_stride) {
     struct block s, t;
-    for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
+    for (long row = 0; row < rows;
+         row += ENTRIES, logits += ENTRIES * stride, gradients += ENTRIES * gradient_stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
             int tokens = least(TOKENS, width - first);
@@ -345,7 +347,8 @@ INLINE void gradient_rows(float *logits, long rows, long stride, long width, str
                 for (int j = 0; j < tokens; j++)
                     at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
             for (int r = 0; r < count; r++) {
-                float *product = logits + r * stride + first;
+                const float *product = logits + r * stride + first;
+                float *to = gradients + r * gradient_stride + first;
                 for (int j = 0; j < tokens; j++) {
                     float z = s.z[r][j] - a[j], p = exponential(z) * p_factor[j], ratio = z - (t.z[r][j] - c[j]);
                     float gradient;
@@ -356,7 +359,7 @@ INLINE void gradient_rows(float *logits, long rows, long stride, long width, str
                     else
                         gradient = p * (mixture_score(bounded(ratio + peak_ratio[j]), beta, divergence) - at_peak[j] -
                                         centre[j]);
-                    product[j] = student.capped ? gradient * (1 - product[j] * product[j]) : gradient;
+                    to[j] = student.capped ? gradient * (1 - product[j] * product[j]) : gradient;
                 }
             }
         }
@@ -404,10 +407,11 @@ EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, lo
 
 EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long width, const struct options *student,
                                    const struct options *teacher, enum divergence divergence, float beta,
-                                   const float *constants) {
+                                   const float *constants, float *gradients, long gradient_stride) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
-        gradient_rows(logits, rows, stride, width, *student, *teacher, name, beta, constants);                         \
+        gradient_rows(logits, rows, stride, width, *student, *teacher, name, beta, constants, gradients,               \
+                      gradient_stride);                                                                                \
         break
     switch (divergence) {
         CASE(REVERSE_KL);
@@ -419,6 +423,110 @@ EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long w
 #undef CASE
 }
 
+/* ---- Matrix products ---- */
+
+/* What products read next: lines of the cache that they ask memory for as they go, of one range and then another. */
+struct fetch {
+    const char *at, *past, *then, *then_past;
+};
+
+INLINE struct fetch fetching(const float *range, long count, const float *then, long then_count) {
+    return (struct fetch){(const char *)range, (const char *)(range + count), (const char *)then,
+                          (const char *)(then + then_count)};
+}
+
+INLINE void fetch_some(struct fetch *fetch) {
+    if (fetch->at < fetch->past) {
+        __builtin_prefetch(fetch->at, 0, 2);
+        __builtin_prefetch(fetch->at + 64, 0, 2);
+        fetch->at += 128;
+    } else if (fetch->then < fetch->then_past) {
+        fetch->at = fetch->then;
+        fetch->past = fetch->then = fetch->then_past;
+    }
+}
+
+/* What makes so many columns of a tile's logits, from column `first` on: panels of (hidden size, panel_columns()) of
+ * transposed hidden states one after another, and the head's rows for the tile. */
+struct model {
+    const float *hidden, *head;
+    long first, tokens, hidden_size, head_stride;
+};
+
+/* What a tile's gradient is multiplied with, and where that goes; null where it is not wanted. */
+struct carry {
+    const float *hidden;    /* the student's hidden states, panels of (width, panel_columns()) */
+    const float *head;      /* rows for the tile's vocabulary entries */
+    float *head_gradient;   /* as many rows, added to, or set to where `add` is 0 */
+    float *bias_gradient;   /* added to */
+    float *hidden_gradient; /* for each thread as many panels, set to by a chunk's first tile */
+    long hidden_size, head_stride, head_gradient_stride;
+    int32_t add, first_tile;
+};
+
+/* The products with one set of instructions. */
+struct products {
+    int rows, columns;
+    void (*to_logits)(const struct model *, const float *, long, float *, long, struct fetch *);
+    void (*to_head)(const float *, long, long, long, const struct carry *, float *, struct fetch *);
+    void (*to_hidden)(const float *, long, long, long, const struct carry *, const float *, float *, int, float *,
+                      struct fetch *);
+};
+
+/* Hidden entries that a sum of logits takes at once: a panel of so many stays in the nearest cache. */
+enum { DEPTH = 192 };
+
+#define LANES 4
+#define TILE_ROWS 6
+#define SET(name) name##_default
+#include "cpu_products.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#define TILE_ROWS 6
+#define SET(name) name##_avx2
+#include "cpu_products.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+#define LANES 16
+#define TILE_ROWS 14
+#define SET(name) name##_avx512
+#include "cpu_products.h"
+#pragma GCC pop_options
+
+static const struct products *products(void) {
+#ifdef PRODUCTS /* for tests */
+    return &PRODUCTS;
+#endif
+    if (__builtin_cpu_supports("avx512f"))
+        return &products_avx512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &products_avx2 : &products_default;
+}
+
+#else
+
+static const struct products *products(void) { return &products_default; }
+
+#endif
+
+/* Rows whose gradient is made at once, and floats from one of its rows to the next, which do not share sets of the
+ * cache. */
+static long block_rows(void) { return 56 / products()->rows * products()->rows; }
+
+static long gradient_stride(long width) { return width + 16; }
+
+static float sum_of(const float *values, long count) {
+    double sum = 0;
+    for (long i = 0; i < count; i++)
+        sum += values[i];
+    return (float)sum;
+}
+
 /* ---- What Python calls: a tile's rows shared out among threads ---- */
 
 static struct options from_row(const struct options *options, long row) {
@@ -427,25 +535,43 @@ static struct options from_row(const struct options *options, long row) {
     return moved;
 }
 
-void fold(float *logits, long rows, long stride, long width, const struct options *options, double *records,
-          int threads) {
+/* Both models' logits, or one's, of rows from `row` on; meanwhile as many rows of the heads after them are asked for. */
+static void make_logits(const struct model *models, int count, long row, long rows, float *logits, long stride) {
+    for (const struct model *model = models; model < models + count; model++) {
+        const float *head = model->head + row * model->head_stride;
+        struct fetch fetch = fetching(head + rows * model->head_stride, rows * model->head_stride, 0, 0);
+        products()->to_logits(model, head, rows, logits + model->first, stride, &fetch);
+    }
+}
+
+void fold(float *logits, long rows, long stride, long width, const struct options *options, const struct model *model,
+          double *records, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        long first = rows * thread / threads, past = rows * (thread + 1) / threads;
-        struct options own = from_row(options, first);
-        fold_share(logits + first * stride, past - first, stride, width, &own, records + thread * FIELDS * width);
+        long past = rows * (thread + 1) / threads, block = block_rows();
+        for (long row = rows * thread / threads; row < past; row += block) {
+            struct options own = from_row(options, row);
+            int count = least(block, past - row);
+            make_logits(model, 1, row, count, logits + row * stride, stride);
+            fold_share(logits + row * stride, count, stride, width, &own, records + thread * FIELDS * width);
+        }
     }
 }
 
 void fold_pair(float *logits, long rows, long stride, long width, const struct options *student,
-               const struct options *teacher, int divergence, float beta, double *records, int threads) {
+               const struct options *teacher, int divergence, float beta, const struct model *models, int count,
+               double *records, int threads) {
     (void)beta; /* so that all kernels of two models are called alike */
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        long first = rows * thread / threads, past = rows * (thread + 1) / threads;
-        struct options own = from_row(student, first), others = from_row(teacher, first);
-        fold_pair_share(logits + first * stride, past - first, stride, width, &own, &others, divergence,
-                        records + thread * FIELDS * width);
+        long past = rows * (thread + 1) / threads, block = block_rows();
+        for (long row = rows * thread / threads; row < past; row += block) {
+            struct options own = from_row(student, row), others = from_row(teacher, row);
+            int some = least(block, past - row);
+            make_logits(models, count, row, some, logits + row * stride, stride);
+            fold_pair_share(logits + row * stride, some, stride, width, &own, &others, divergence,
+                            records + thread * FIELDS * width);
+        }
     }
 }
 
@@ -460,12 +586,43 @@ void fold_mixture(float *logits, long rows, long stride, long width, const struc
     }
 }
 
-void gradient(float *logits, long rows, long stride, long width, const struct options *student,
-              const struct options *teacher, int divergence, float beta, const float *constants, int threads) {
+/* How many columns a panel of hidden states has in `carry`. */
+int panel_columns(void) { return products()->columns; }
+
+/* Floats that each thread of `carry_back` works in. */
+long carry_back_scratch(long width) { return block_rows() * (gradient_stride(width) + products()->columns); }
+
+void carry_back(float *logits, long rows, long stride, long width, const struct options *student,
+                const struct options *teacher, int divergence, float beta, const float *constants,
+                const struct carry *carry, float *scratch, int threads) {
+    const struct products *set = products();
+    long block = block_rows(), step = gradient_stride(width);
+    long sums = width * ((carry->hidden_size + set->columns - 1) / set->columns * set->columns);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         long first = rows * thread / threads, past = rows * (thread + 1) / threads;
-        gradient_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, beta,
-                       constants);
+        float *gradient = scratch + thread * carry_back_scratch(width), *panel = gradient + block * step;
+        float *hidden = carry->hidden_gradient ? carry->hidden_gradient + thread * sums : 0;
+        if (hidden && carry->first_tile && first == past)
+            memset(hidden, 0, sizeof *hidden * sums);
+        for (long row = first; row < past; row += block) {
+            int count = least(block, past - row);
+            const float *head = carry->head + row * carry->head_stride;
+            long after = least(block, past - row - count);
+            struct fetch own = fetching(head, count * carry->head_stride, 0, 0);
+            struct fetch next = fetching(logits + (row + count) * stride, after * stride, head + count * carry->head_stride,
+                                         carry->head_gradient ? 0 : after * carry->head_stride);
+            gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, beta, constants,
+                           gradient, step);
+            if (carry->bias_gradient)
+                for (int r = 0; r < count; r++)
+                    carry->bias_gradient[row + r] += sum_of(gradient + r * step, width);
+            if (carry->head_gradient)
+                set->to_head(gradient, step, count, width, carry,
+                             carry->head_gradient + row * carry->head_gradient_stride, &own);
+            if (hidden)
+                set->to_hidden(gradient, step, count, width, carry, head, hidden, !carry->first_tile || row > first,
+                               panel, &next);
+        }
     }
 }

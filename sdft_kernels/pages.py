@@ -1,34 +1,57 @@
-"""A CPU workspace kept from one call to the next: memory that is taken anew costs a fault for each page of it."""
+"""Large CPU memory kept from one call to the next: memory taken anew costs a fault for each page of it.
+
+That is what a call's workspace and a head's gradient are. A tensor made here gives its memory back when nothing holds
+it any longer, as when an optimizer's `zero_grad` drops a gradient; the next one of about its size takes it over. Until
+then the pages are the system's to take whenever memory is short (MADV_FREE).
+"""
 
 from __future__ import annotations
 
-import ctypes
+import math
 import mmap
-import sys
+import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-#: The workspace of the last call, at most one.
-_spare: list[Tensor] = []
+#: Bytes below which glibc's malloc keeps what was freed itself.
+LEAST = 32 << 20
 
-#: madvise: the system may take these pages whenever memory is short; until then they stay, and need no faults.
-_MADV_FREE = 8
+#: How many pieces are kept: of a step, the workspace and the gradient.
+KEPT = 2
 
-
-def take(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """So many uninitialised numbers on the CPU, or more: those of an earlier call, or new ones."""
-    spare = _spare.pop() if _spare else None
-    if spare is not None and spare.dtype == dtype and len(spare) >= count:
-        return spare
-    return like.new_empty(count, dtype=dtype)
+_spare: list[mmap.mmap] = []
 
 
-def give_back(tensor: Tensor) -> None:
-    """Keeps what `take` gave for the next call, its pages free for the system to take back until then."""
-    if sys.platform == "linux":
-        start, size = tensor.data_ptr(), tensor.numel() * tensor.itemsize
-        first, past = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < past:  # a system that knows no such advice says so in a result that changes nothing here
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(past - first), _MADV_FREE)
-        _spare[:] = [tensor]
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `torch.empty` on the CPU; a storage of this memory cannot be resized."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < LEAST or not hasattr(mmap, "MADV_FREE"):
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    memory = _taken(size) or mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = memoryview(memory)  # what the storage holds
+    weakref.finalize(view, _give_back, memory).atexit = False
+    return torch.frombuffer(view, dtype=dtype, count=count).view(*shape)
+
+
+def _taken(size: int) -> mmap.mmap | None:
+    """A spare piece of so many bytes, up to twice as many."""
+    for memory in list(_spare):
+        if size <= len(memory) <= 2 * size:
+            try:
+                _spare.remove(memory)
+            except ValueError:  # another thread was first
+                continue
+            return memory
+    return None
+
+
+def _give_back(memory: mmap.mmap) -> None:
+    try:
+        memory.madvise(mmap.MADV_FREE)
+    except OSError:  # a system that knows no such advice
+        return
+    _spare.append(memory)
+    del _spare[:-KEPT]

@@ -1,13 +1,20 @@
 """What the compiled kernels do beside the loss, which the tests of the loss cover: they run wherever "auto" does."""
 
+import copy
+import ctypes
+import io
+import platform
+import shutil
+import subprocess
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from sdft_kernels import cpu_backend, fused_linear_divergence, linear_token_stats, pages, torch_backend
 from sdft_kernels.chunk_loop import backend_module
-from sdft_kernels.cpu_backend import Workspace
 from tests.cases import DIVERGENCES, assert_close, fused, random_case, reference
 
 CPU = torch.device("cpu")
@@ -81,23 +88,105 @@ def test_what_is_not_a_number_stays_one_and_among_its_tokens() -> None:
     assert linear_token_stats(hidden, weight).entropy.isnan().tolist() == [False, False, True, False, False]
 
 
-def test_passes_turn_around() -> None:
-    workspace = Workspace(torch.empty(0), 32, 300, keep=True)
-    workspace.tile = 128
-    there, back = ([part.start for part, _ in workspace.tiles(32)] for _ in range(2))
-    assert there == [0, 128, 256] and back == there[::-1]
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("layout", ["bfloat16", "columns", "part of a row"])
+def test_heads_that_the_kernels_cannot_read_as_they_are(divergence: str, layout: str) -> None:
+    """Laid out a tile at a time; rows that lie further apart than they are long are read where they are."""
+    dtype = torch.bfloat16 if layout == "bfloat16" else torch.float32
+    case = random_case(vocab=333, dtype=dtype, divergence=divergence, bias=True)
+    if layout == "columns":
+        case.student_weight = case.student_weight.T.contiguous().T
+    if layout == "part of a row":
+        case.student_weight = torch.cat((case.student_weight, case.student_weight), 1)[:, :48]
+    assert_close(fused(case), reference(case), 2e-6, 2e-6 if dtype == torch.float32 else 5e-3)
 
 
-def test_a_workspace_is_kept_for_the_next_call() -> None:
-    count = 5 << 20
-    first = pages.take(torch.empty(0), count, torch.float32)
-    memory = first.data_ptr()
-    pages.give_back(first)
-    again = pages.take(torch.empty(0), count - 5, torch.float32)
-    assert again.data_ptr() == memory
-    assert pages.take(torch.empty(0), count, torch.float32).data_ptr() != memory  # while another call has it
-    pages.give_back(again)
-    assert len(pages.take(torch.empty(0), count + 5, torch.float32)) == count + 5
+@pytest.mark.parametrize("name", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("size", [1, 7, 40, 200])
+def test_each_set_of_instructions(
+    name: str, size: int, kernels_of: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden sizes that fill no panel, some, and more than a sum takes at once; tokens of every number of rows."""
+    kernels = kernels_of(name)
+    monkeypatch.setattr(cpu_backend, "library", lambda: kernels)
+    labels = torch.arange(75)
+    case = random_case(75, size, size + 3, 333, bias=True, labels=labels)
+    assert_close(fused(case), reference(case), 2e-6, 2e-6)
+    shared = random_case(75, size, vocab=333, shared_head=True, labels=labels)
+    assert_close(fused(shared.with_options(max_chunk_bytes=8 * 333 * 32)), reference(shared), 2e-6, 2e-6)
+    stats = linear_token_stats(shared.student_hidden, shared.student_weight, labels)
+    torch.testing.assert_close(stats.logprob, fused(shared).output.student_logprob)
+
+
+@pytest.fixture(scope="module")
+def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """The kernels as a processor with these instructions takes them."""
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def build(name: str) -> ctypes.CDLL:
+        compiler, cpu = shutil.which("gcc"), Path("/proc/cpuinfo")
+        if compiler is None or platform.machine() != "x86_64" or not cpu.exists():
+            pytest.skip("needs gcc on Linux on an x86-64 processor")
+        if not {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}}.get(name, set()) <= set(cpu.read_text().split()):
+            pytest.skip(f"this processor has no {name}")
+        built = folder / f"{name}.so"
+        if not built.exists():
+            source = Path(cpu_backend.__file__).with_name("cpu_kernels.c")
+            options = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+            command = [compiler, *options, f"-DPRODUCTS=products_{name}", str(source), "-o", str(built)]
+            subprocess.run(command, check=True)
+        return cpu_backend.load(str(built))
+
+    return build
+
+
+@pytest.fixture
+def nothing_kept() -> None:
+    pages._spare.clear()
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_large_memory_is_kept_for_the_next_call() -> None:
+    """By what holds it last, for what is about as large; meanwhile nobody else has it."""
+    rows = pages.LEAST // 4000 + 2
+    first, other = (pages.empty((rows, 1000), torch.float32) for _ in range(2))
+    memory, view = first.data_ptr(), first[1:]
+    assert other.data_ptr() != memory
+    del first
+    assert not pages._spare
+    del view
+    larger = pages.empty((rows + 5000, 1000), torch.float32)  # more pages than there are
+    assert larger.data_ptr() != memory
+    again = pages.empty((rows - 1, 1000), torch.float32)
+    assert again.data_ptr() == memory and again.shape == (rows - 1, 1000)
+    again.fill_(1)
+    many = [again, other, larger]
+    del again, other, larger, many
+    assert len(pages._spare) == pages.KEPT
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_a_gradient_takes_the_memory_of_one_that_was_dropped() -> None:
+    case = random_case(16, 64, 64, pages.LEAST // 256 + 1, shared_head=True)
+    first = fused(case).gradients["student_weight"]
+    assert first is not None
+    memory, expected = first.data_ptr(), first.clone()
+    kept = fused(case).gradients["student_weight"]
+    assert kept is not None and kept.data_ptr() != memory
+    del first
+    again = fused(case).gradients["student_weight"]
+    assert again is not None and again.data_ptr() == memory
+    torch.testing.assert_close(again, expected)
+
+
+def test_large_gradients_are_tensors_like_any_other() -> None:
+    gradient = pages.empty((pages.LEAST // 4, 1), torch.float32).fill_(2)
+    file = io.BytesIO()
+    torch.save(gradient, file)
+    file.seek(0)
+    for same in (torch.load(file), copy.deepcopy(gradient), gradient.clone().share_memory_(), gradient.share_memory_()):
+        assert same.shape == gradient.shape and bool((same == 2).all())
 
 
 def test_calls_at_once_do_not_share_a_workspace() -> None:

@@ -47,8 +47,11 @@ def test_matches_full_logits(backend: str, dtype: torch.dtype, options: dict[str
         max_chunk_bytes=4 * 2503 * 5,
         backend=backend,
     )
+    # Logits of a hundred nats: some draws leave float32 products fewer digits than 2e-6, whatever comes after.
+    products = expected_stats(hidden.float() @ weight.float().T, torch.eye(2503), labels, bias, **options)
     for name in ("logprob", "entropy", "logsumexp"):
-        assert relative_error(getattr(actual, name), getattr(expected, name)) < 2e-6, name
+        limit = max(2e-6, 1.5 * relative_error(getattr(products, name), getattr(expected, name)))
+        assert relative_error(getattr(actual, name), getattr(expected, name)) < limit, name
     assert torch.equal(actual.top1, expected.top1)
     assert actual.top1.any() and not actual.top1.all()
 
