@@ -1,9 +1,11 @@
-/* The loss's row operations on a CPU, in float32: the same passes, records and formulas as triton_divergence.py.
+/* The loss on a CPU, in float32: row operations with the same passes, records and formulas as triton_divergence.py, and
+ * the matrix products around them (cpu_products.h).
  *
  * Logits are (rows, tokens): a row for each vocabulary entry of a tile, with `width` columns of the student's and as
- * many of the teacher's after them, `stride` floats from row to row. `fold_pair` reads a tile while it is in the cache
- * and keeps running softmax sums; `fold_mixture` reads it again where log(p/m) needs the finished sums; `carry_back`
- * makes the gradient, a few rows at a time, and multiplies it with hidden states and head. `fold` is for one model.
+ * many of the teacher's after them, `stride` floats from row to row. `fold_pair` makes a block of rows and folds it into
+ * running softmax sums while it is in the cache; `fold_mixture` reads the tile again where log(p/m) needs the finished
+ * sums; `carry_back` makes the gradient, a block of rows at a time, and multiplies it with hidden states and head.
+ * `fold` is for one model.
  *
  * Threads are those of the OpenMP that torch has loaded: this file is linked to none of its own. Each has its share of
  * a tile's rows and its own records, in float64, FIELDS for each token, which Python adds up.
@@ -27,8 +29,8 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* Tokens and vocabulary entries that are worked on at once: two models' logits of so many are 16 KiB. */
-enum { TOKENS = 64, ENTRIES = 32 };
+/* Tokens and vocabulary entries that row operations take at once: two models' logits of so many are 14 KiB. */
+enum { TOKENS = 64, ENTRIES = 28 };
 
 enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL };
 
@@ -223,40 +225,50 @@ static void move_record(double *record, long width, enum divergence divergence, 
 
 INLINE int least(long a, long b) { return (int)(a < b ? a : b); }
 
-/* One thread's rows of a tile for both models; `records` are its own. */
+/* Of up to ENTRIES rows and TOKENS tokens; `record` is that of the first of these. */
+INLINE void fold_pair_block(float *logits, int rows, long stride, int tokens, long width, const struct options *student,
+                            const struct options *teacher, enum divergence divergence, double *record) {
+    struct block s, t, e;
+    float a[TOKENS], b[TOKENS], c[TOKENS], unused[TOKENS] = {0}, cross[TOKENS] = {0};
+    load(logits, stride, rows, tokens, student, student->bias || student->capped, &s);
+    load(logits + width, stride, rows, tokens, teacher, teacher->bias || teacher->capped, &t);
+    for (int j = 0; j < tokens; j++) {
+        a[j] = (float)record[PEAK * width + j];
+        b[j] = (float)record[TEACHER_PEAK * width + j];
+        c[j] = (float)record[TEACHER_AT_PEAK * width + j];
+    }
+    largest(&s, &t, rows, tokens, a, c);
+    largest(&t, &t, rows, tokens, b, unused);
+    for (int j = 0; j < tokens; j++)
+        if (a[j] > record[PEAK * width + j] || b[j] > record[TEACHER_PEAK * width + j])
+            move_record(record + j, width, divergence, a[j], b[j], c[j]);
+    add_exponentials(&s, &e, rows, tokens, a, record + SUM * width, record + DOT * width);
+    if (divergence == REVERSE_KL)
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < tokens; j++)
+                cross[j] += e.z[r][j] * (s.z[r][j] - (t.z[r][j] - c[j]));
+    add_exponentials(&t, &e, rows, tokens, b, record + TEACHER_SUM * width, record + TEACHER_DOT * width);
+    if (divergence == FORWARD_KL)
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < tokens; j++)
+                cross[j] += e.z[r][j] * (t.z[r][j] - s.z[r][j]);
+    for (int j = 0; j < tokens; j++)
+        record[CROSS * width + j] += cross[j];
+}
+
+/* Some rows of a tile for both models; `records` are the thread's own. Whole blocks have loops of known length. */
 INLINE void fold_pair_rows(float *logits, long rows, long stride, long width, struct options student,
                            struct options teacher, enum divergence divergence, double *records) {
-    struct block s, t, e;
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
             int tokens = least(TOKENS, width - first);
-            double *record = records + first;
-            float a[TOKENS], b[TOKENS], c[TOKENS], unused[TOKENS] = {0}, cross[TOKENS] = {0};
-            load(logits + first, stride, count, tokens, &student, student.bias || student.capped, &s);
-            load(logits + width + first, stride, count, tokens, &teacher, teacher.bias || teacher.capped, &t);
-            for (int j = 0; j < tokens; j++) {
-                a[j] = (float)record[PEAK * width + j];
-                b[j] = (float)record[TEACHER_PEAK * width + j];
-                c[j] = (float)record[TEACHER_AT_PEAK * width + j];
-            }
-            largest(&s, &t, count, tokens, a, c);
-            largest(&t, &t, count, tokens, b, unused);
-            for (int j = 0; j < tokens; j++)
-                if (a[j] > record[PEAK * width + j] || b[j] > record[TEACHER_PEAK * width + j])
-                    move_record(record + j, width, divergence, a[j], b[j], c[j]);
-            add_exponentials(&s, &e, count, tokens, a, record + SUM * width, record + DOT * width);
-            if (divergence == REVERSE_KL)
-                for (int r = 0; r < count; r++)
-                    for (int j = 0; j < tokens; j++)
-                        cross[j] += e.z[r][j] * (s.z[r][j] - (t.z[r][j] - c[j]));
-            add_exponentials(&t, &e, count, tokens, b, record + TEACHER_SUM * width, record + TEACHER_DOT * width);
-            if (divergence == FORWARD_KL)
-                for (int r = 0; r < count; r++)
-                    for (int j = 0; j < tokens; j++)
-                        cross[j] += e.z[r][j] * (t.z[r][j] - s.z[r][j]);
-            for (int j = 0; j < tokens; j++)
-                record[CROSS * width + j] += cross[j];
+            if (count == ENTRIES && tokens == TOKENS)
+                fold_pair_block(logits + first, ENTRIES, stride, TOKENS, width, &student, &teacher, divergence,
+                                records + first);
+            else
+                fold_pair_block(logits + first, count, stride, tokens, width, &student, &teacher, divergence,
+                                records + first);
         }
         student.bias += student.bias ? ENTRIES : 0;
         teacher.bias += teacher.bias ? ENTRIES : 0;
@@ -326,42 +338,45 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
     }
 }
 
-/* The gradient of the student's products, rows `gradient_stride` apart. */
-INLINE void gradient_rows(float *logits, long rows, long stride, long width, struct options student,
-                          struct options teacher, enum divergence divergence, float beta, const float *constants,
+/* The gradient of the student's products, of up to ENTRIES rows and TOKENS tokens; `constants` are the first's. */
+INLINE void gradient_block(const float *logits, int rows, long stride, int tokens, long width,
+                           const struct options *student, const struct options *teacher, enum divergence divergence,
+                           float beta, const float *constants, float *gradients, long gradient_stride) {
+    const float *a = constants + A * width, *b = constants + B * width, *c = constants + C * width;
+    const float *p_factor = constants + P_FACTOR * width, *q_factor = constants + Q_FACTOR * width;
+    const float *centre = constants + CENTRE * width, *peak_ratio = constants + PEAK_RATIO * width;
+    float at_peak[TOKENS];
+    if (divergence != REVERSE_KL && divergence != FORWARD_KL)
+        for (int j = 0; j < tokens; j++)
+            at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
+    for (int r = 0; r < rows; r++, logits += stride, gradients += gradient_stride)
+        for (int j = 0; j < tokens; j++) {
+            float z = logits[j] * student->factor - a[j], other = logits[width + j] * teacher->factor;
+            float p = exponential(z) * p_factor[j], ratio = z - (other - c[j]), gradient;
+            if (divergence == REVERSE_KL)
+                gradient = p * (ratio - centre[j]);
+            else if (divergence == FORWARD_KL)
+                gradient = p - exponential(other - b[j]) * q_factor[j];
+            else
+                gradient = p * (mixture_score(bounded(ratio + peak_ratio[j]), beta, divergence) - at_peak[j] - centre[j]);
+            gradients[j] = student->capped ? gradient * (1 - logits[j] * logits[j]) : gradient;
+        }
+}
+
+/* The same for all tokens, rows `gradient_stride` apart. */
+INLINE void gradient_rows(const float *logits, long rows, long stride, long width, const struct options *student,
+                          const struct options *teacher, enum divergence divergence, float beta, const float *constants,
                           float *gradients, long gradient_stride) {
-    struct block s, t;
-    for (long row = 0; row < rows;
-         row += ENTRIES, logits += ENTRIES * stride, gradients += ENTRIES * gradient_stride) {
+    for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride, gradients += ENTRIES * gradient_stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
             int tokens = least(TOKENS, width - first);
-            const float *a = constants + A * width + first, *b = constants + B * width + first;
-            const float *c = constants + C * width + first, *centre = constants + CENTRE * width + first;
-            const float *p_factor = constants + P_FACTOR * width + first, *q_factor = constants + Q_FACTOR * width + first;
-            const float *peak_ratio = constants + PEAK_RATIO * width + first;
-            float at_peak[TOKENS];
-            load(logits + first, stride, count, tokens, &student, 0, &s);
-            load(logits + width + first, stride, count, tokens, &teacher, 0, &t);
-            if (divergence != REVERSE_KL && divergence != FORWARD_KL)
-                for (int j = 0; j < tokens; j++)
-                    at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
-            for (int r = 0; r < count; r++) {
-                const float *product = logits + r * stride + first;
-                float *to = gradients + r * gradient_stride + first;
-                for (int j = 0; j < tokens; j++) {
-                    float z = s.z[r][j] - a[j], p = exponential(z) * p_factor[j], ratio = z - (t.z[r][j] - c[j]);
-                    float gradient;
-                    if (divergence == REVERSE_KL)
-                        gradient = p * (ratio - centre[j]);
-                    else if (divergence == FORWARD_KL)
-                        gradient = p - exponential(t.z[r][j] - b[j]) * q_factor[j];
-                    else
-                        gradient = p * (mixture_score(bounded(ratio + peak_ratio[j]), beta, divergence) - at_peak[j] -
-                                        centre[j]);
-                    to[j] = student.capped ? gradient * (1 - product[j] * product[j]) : gradient;
-                }
-            }
+            if (count == ENTRIES && tokens == TOKENS)
+                gradient_block(logits + first, ENTRIES, stride, TOKENS, width, student, teacher, divergence, beta,
+                               constants + first, gradients + first, gradient_stride);
+            else
+                gradient_block(logits + first, count, stride, tokens, width, student, teacher, divergence, beta,
+                               constants + first, gradients + first, gradient_stride);
         }
     }
 }
@@ -410,7 +425,7 @@ EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long w
                                    const float *constants, float *gradients, long gradient_stride) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
-        gradient_rows(logits, rows, stride, width, *student, *teacher, name, beta, constants, gradients,               \
+        gradient_rows(logits, rows, stride, width, student, teacher, name, beta, constants, gradients,                 \
                       gradient_stride);                                                                                \
         break
     switch (divergence) {
@@ -514,10 +529,10 @@ static const struct products *products(void) { return &products_default; }
 
 #endif
 
-/* Rows whose gradient is made at once, and floats from one of its rows to the next, which do not share sets of the
- * cache. */
-static long block_rows(void) { return 56 / products()->rows * products()->rows; }
+/* Vocabulary entries from whose logits to whose products all stays in the cache, whole tiles of them. */
+static long block_rows(void) { return 2 * ENTRIES / products()->rows * products()->rows; }
 
+/* Floats from one row of a block's gradient to the next; a power of two would have rows share sets of the cache. */
 static long gradient_stride(long width) { return width + 16; }
 
 static float sum_of(const float *values, long count) {

@@ -89,7 +89,7 @@ def process_chunk(
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     dtype, tokens, width = rows.loss.dtype, len(rows.loss), aligned(len(rows.loss))
-    columns = Columns(student_hidden, teacher_hidden, student, teacher, dtype)
+    columns = _Columns(student_hidden, teacher_hidden, student, teacher, dtype)
     labels = padded_labels(rows.labels, width, models=2)
     capped = objective.student.softcap is not None and gradients.any
     mixture = is_mixture(objective.divergence)
@@ -143,7 +143,7 @@ def store_rows(rows: TokenRows, objective: Objective, loss: Tensor, entropy: Ten
             rows.weight.mul_(importance_weight(rows.student_logprob, rows.old_logprobs, objective.importance_clip))
 
 
-class Columns:
+class _Columns:
     """A chunk's hidden states, (width, H) each, and the logits that they make, the teacher's after the student's."""
 
     def __init__(self, student: Tensor, teacher: Tensor, head: Head, teacher_head: Head, dtype: torch.dtype) -> None:
@@ -156,14 +156,14 @@ class Columns:
     def multiply(self, part: slice, out: Tensor) -> None:
         """out ← both models' products of a tile of the vocabulary, (v, 2 width)."""
         if self._both is not None:
-            multiply(self._weight, self._both, part, out)
+            _multiply(self._weight, self._both, part, out)
         else:
             student, teacher = out.chunk(2, 1)
-            multiply(self._weight, self.student, part, student)
-            multiply(self._teacher_weight, self._teacher, part, teacher)
+            _multiply(self._weight, self.student, part, student)
+            _multiply(self._teacher_weight, self._teacher, part, teacher)
 
 
-def multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
+def _multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
     """out ← a tile of the head times hidden states; (v, H), (C, H) → (v, C)."""
     torch.mm(weight[part].to(hidden.dtype), hidden.T, out=out)
 
@@ -276,7 +276,7 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
     seen: list[_Softmax] = []
     unit = abs(_bits(options, hidden.dtype))
     for part, exponentials, logits, scratch in workspace.tiles(width):
-        multiply(head.weight, hidden, part, logits)
+        _multiply(head.weight, hidden, part, logits)
         _transform(logits, head.bias, part, options, unit)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
     softmax = _Whole(seen, labels, workspace.tile, unit)
@@ -333,7 +333,7 @@ def _apply(slope: Tensor, logits: Tensor) -> None:
 
 
 def aligned(tokens: int) -> int:
-    """Columns for so many tokens; a budget for fewer than a whole vector of them is kept to."""
+    """_Columns for so many tokens; a budget for fewer than a whole vector of them is kept to."""
     return tokens if tokens < TOKENS_ALIGNED else -(-tokens // TOKENS_ALIGNED) * TOKENS_ALIGNED
 
 
