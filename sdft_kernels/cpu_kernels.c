@@ -474,7 +474,7 @@ struct carry {
     const float *head;      /* rows for the tile's vocabulary entries */
     float *head_gradient;   /* as many rows, added to, or set to where `add` is 0 */
     float *bias_gradient;   /* added to */
-    float *hidden_gradient; /* for each thread as many panels, set to by a chunk's first tile */
+    float *hidden_gradient; /* for each thread as many panels, added to, or set to by a chunk's first tile */
     long hidden_size, head_stride, head_gradient_stride;
     int32_t add, first_tile;
 };
@@ -601,7 +601,7 @@ void fold_mixture(float *logits, long rows, long stride, long width, const struc
     }
 }
 
-/* How many columns a panel of hidden states has in `carry`. */
+/* How many columns a panel has: tokens in `model`, hidden entries in `carry`. */
 int panel_columns(void) { return products()->columns; }
 
 /* Floats that each thread of `carry_back` works in. */

@@ -49,7 +49,7 @@ INLINE void SET(tile)(int rows, long count, const float *a, long row_step, long 
     }
 }
 
-/* As many of these rows as one tile takes: few numbers, each of which has code of its own in `some`. */
+/* As many of these rows as one tile takes: few numbers, each of which has code of its own in `fitted`. */
 static int SET(fitting)(long rows) {
     if (rows >= TILE_ROWS)
         return TILE_ROWS;
@@ -61,7 +61,7 @@ INLINE void SET(fitted)(int rows, long count, const float *a, long row_step, lon
                         long out_stride, int add, struct fetch *fetch) {
 #define CASE(number)                                                                                                   \
     case number:                                                                                                       \
-        SET(tile)(number, count, a, row_step, step, b, out, out_stride, add, fetch);                       \
+        SET(tile)(number, count, a, row_step, step, b, out, out_stride, add, fetch);                                   \
         break
     switch (rows) {
         CASE(TILE_ROWS);
@@ -92,7 +92,7 @@ static void SET(by_rows)(int rows, long count, const float *a, long stride, cons
 /* Logits (rows, model->tokens) of so many rows of the head. */
 static void SET(to_logits)(const struct model *model, const float *head, long rows, float *logits, long stride,
                            struct fetch *fetch) {
-    for (long k = 0; k < model->hidden_size; k += DEPTH) {
+    for (long k = 0; k == 0 || k < model->hidden_size; k += DEPTH) {
         long depth = model->hidden_size - k < DEPTH ? model->hidden_size - k : DEPTH;
         for (long j = 0; j < model->tokens; j += COLUMNS) {
             const float *hidden = model->hidden + j * model->hidden_size + k * COLUMNS;
@@ -130,8 +130,7 @@ static void SET(to_hidden)(const float *gradient, long stride, long rows, long w
                     panel[row * COLUMNS + k] = j + k < carry->hidden_size ? from[k] : 0;
         for (long token = 0, fit; token < width; token += fit) {
             fit = SET(fitting)(width - token);
-            SET(fitted)(fit, rows, gradient + token, 1, stride, panel, out + token * COLUMNS, COLUMNS, add,
-                        fetch);
+            SET(fitted)(fit, rows, gradient + token, 1, stride, panel, out + token * COLUMNS, COLUMNS, add, fetch);
         }
     }
 }
