@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         entries = [
             ledger.entry(method, roofline.MODELS[model].at(ledger.TOKENS), trainable_head=trainable_head)
             for model in tqdm(given.models, unit="model")
-            for trainable_head, methods in ((True, ledger.COMPARED), (False, (*ledger.COMPARED, ledger.NO_GRADIENT)))
-            for method in methods
+            for trainable_head in (True, False)
+            for method in ledger.COUNTED[trainable_head]
         ]
         report["ledger"] = [asdict(entry) for entry in entries]
         broken += ledger.broken_bars(entries)

@@ -34,6 +34,7 @@ class Variant:
     teacher_capped: bool = False
     labels: bool = False
     importance: bool = False
+    bias: bool = False
     gradient: str | None = "float32"
     tokens: int = 2048  # few tokens: rows split over several programs
     vocab: int = VOCABULARIES[0]
@@ -43,8 +44,9 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
     """Every combination that changes a kernel, or two a divergence that between them take every branch; the peers'
     kernels as their own code launches them."""
     yield from (
-        ScoringVariant(capped, labels, vocab=vocab)
-        for capped, labels in product((False, True), repeat=2)
+        ScoringVariant(capped, labels, bias, vocab=vocab)
+        for capped, labels, bias in product((False, True), repeat=3)
+        if bias == labels or not quick
         for vocab in (VOCABULARIES[capped : capped + 1] if quick else VOCABULARIES)
     )
     yield from (
@@ -55,13 +57,14 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
     if quick:
         for divergence in DIVERGENCES:
             yield Variant(divergence)
-            yield Variant(divergence, True, True, True, True, "bfloat16", tokens=61, vocab=VOCABULARIES[1])
+            yield Variant(divergence, True, True, True, True, True, "bfloat16", tokens=61, vocab=VOCABULARIES[1])
         return
     for divergence, student_capped, teacher_capped, vocab in product(
         DIVERGENCES, (False, True), (False, True), VOCABULARIES
     ):
         of_both = Variant(divergence, student_capped, teacher_capped, vocab=vocab)
-        yield from (replace(of_both, gradient=gradient) for gradient in ("float32", "bfloat16", "float16"))
+        for gradient, bias in product(("float32", "bfloat16", "float16"), (False, True)):
+            yield replace(of_both, gradient=gradient, bias=bias, labels=bias)
         for tokens in (61, 64, 128, 256, 512, 2048):
             for labels, importance in ((False, False), (True, False), (True, True)):
                 yield replace(of_both, labels=labels, importance=importance, gradient=None, tokens=tokens)
@@ -77,6 +80,7 @@ def call(variant: Variant) -> None:
         dtype = getattr(torch, variant.gradient)
         separate = make_workspace(like, 4, variant.vocab, dtype)
         gradient = student if dtype == torch.float32 else separate
+    bias = torch.empty(variant.vocab) if variant.bias else None
     given, written = torch.empty(variant.tokens), torch.empty(variant.tokens)
     rows = TokenRows(
         weight=given,
@@ -94,7 +98,7 @@ def call(variant: Variant) -> None:
         teacher=LogitOptions(softcap=30.0 if variant.teacher_capped else None),
         importance_clip=2.0 if variant.importance else None,
     )
-    triton_divergence.process_rows(student, teacher, rows, objective, gradient)
+    triton_divergence.process_rows(student, teacher, rows, objective, gradient, bias, bias)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class ScoringVariant:
 
     capped: bool
     labels: bool
+    bias: bool
     tokens: int = 2048
     vocab: int = VOCABULARIES[0]
     divergence: str = "(scoring)"
@@ -119,7 +124,8 @@ def score(variant: ScoringVariant) -> None:
         logsumexp=written,
     )
     logits = make_workspace(written, variant.tokens, variant.vocab, torch.float32)
-    triton_scoring.score_rows(logits, scores, LogitOptions(softcap=30.0 if variant.capped else None))
+    bias = torch.empty(variant.vocab) if variant.bias else None
+    triton_scoring.score_rows(logits, bias, scores, LogitOptions(softcap=30.0 if variant.capped else None))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+#: Rows of logits, and a bias, have memory up to a multiple of this many elements, so that kernels load and store 16
+#: bytes at a time whatever the vocabulary's size.
+ROW_ALIGNMENT = 16
+
 
 @dataclass(frozen=True)
 class Head:
-    """A model's head (V, H), in the products' dtype, and its bias (V,) or None, in the accumulation dtype."""
+    """A model's head (V, H), in the products' dtype, and its bias (V,) or None, in the accumulation dtype and with
+    memory up to the row alignment."""
 
     weight: Tensor
     bias: Tensor | None
@@ -19,8 +24,8 @@ class Head:
 class ChunkGradients:
     """Where a chunk's gradients go, None for what is not wanted.
 
-    `hidden`, (C, H), is to be written; `weight`, (V, H), is to be added to, or written if `first`; `bias`, (V,), is to
-    be added to.
+    `hidden`, (C, H), is to be written; `weight`, (V, H), is to be added to, or written if `first`, and where it is not
+    in the accumulation dtype there is only this chunk; `bias`, (V,), is to be added to.
     """
 
     hidden: Tensor | None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels import cpu_backend, pages, products, torch_backend
-from sdft_kernels.chunk import ChunkGradients, Head
+from sdft_kernels.chunk import ROW_ALIGNMENT, ChunkGradients, Head
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
@@ -46,7 +46,8 @@ class Wanted:
 
 @dataclass
 class Gradients:
-    """Of Σ w·L: (N, H) in the hidden states' dtype, (V, H) and (V,) in the accumulation dtype; else empty."""
+    """Of Σ w·L: (N, H) in the hidden states' dtype, (V, H) and (V,) in the accumulation dtype; else empty. The head's
+    may also be in the dtype that it is returned in, where there is nothing to add up."""
 
     hidden: Tensor
     weight: Tensor
@@ -90,9 +91,10 @@ def run_chunks(
         teacher_head = Head(student_head.weight, _head_bias(teacher.bias, vocab, wide))
     else:
         teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype)
-    gradients = _allocate(student, wanted, wide, live, vocab)
     per_logit = work.bytes_per_logit(compute_dtype, device, objective, with_gradient=wanted.any)
     plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
+    returned = products.head_gradient_dtype(student.weight.dtype, compute_dtype, device)
+    gradients = _allocate(student, wanted, wide, returned if plan.chunks == 1 else wide, live, vocab)
     workspace = work.loss_workspace(
         student.hidden, plan.chunk, vocab, compute_dtype, objective, with_gradient=wanted.any
     )
@@ -102,7 +104,7 @@ def run_chunks(
         with live.rows_of(gradients.hidden, chunk) if wanted.hidden else nullcontext() as hidden:
             work.process_chunk(
                 live.take(student.hidden, chunk).to(compute_dtype),
-                live.take(teacher.hidden, chunk).to(compute_dtype),
+                live.take(teacher.hidden, chunk, cleaned=False).to(compute_dtype),
                 student_head,
                 teacher_head,
                 rows[chunk],
@@ -121,16 +123,20 @@ def make_head(weight: Tensor, bias: Tensor | None, vocab: int, compute_dtype: to
 
 def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype) -> Tensor | None:
     """Its first `vocab` entries side by side, as kernels read them."""
-    return None if bias is None else bias[:vocab].to(wide).contiguous()
+    return None if bias is None else torch.nn.functional.pad(bias[:vocab].to(wide), (0, -vocab % ROW_ALIGNMENT))[:vocab]
 
 
-def _allocate(student: Side, wanted: Wanted, wide: torch.dtype, live: LiveTokens, vocab: int) -> Gradients:
+def _allocate(
+    student: Side, wanted: Wanted, wide: torch.dtype, head_dtype: torch.dtype, live: LiveTokens, vocab: int
+) -> Gradients:
     """Zero only what no chunk will overwrite: other tokens' rows, the head's padding, and all where there are none."""
     hidden, weight = student.hidden, student.weight
     shape = weight.shape if wanted.weight else (0,)
     gradients = Gradients(
         hidden=hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight=pages.empty(shape, wide) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=wide),
+        weight=(
+            pages.empty(shape, head_dtype) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=head_dtype)
+        ),
         bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )
     if live.some_left_out:

@@ -83,17 +83,18 @@ def _forward(
             max_chunk_bytes=max_chunk_bytes,
             backend=backend,
         )
-    weighted = rows.weight * loss
+    head_dtype = products.head_gradient_dtype(student_weight.dtype, compute_dtype, student_hidden.device)
+    weighted = live.spread(rows.weight * loss)
     student_logprob, teacher_logprob = (loss.new_empty(0) if v is None else live.spread(v) for v in logprobs)
     return (
-        (live.spread(weighted) if reduction == "none" else weighted.sum()) * missing_factor,
+        (weighted if reduction == "none" else weighted.sum()) * missing_factor,
         live.spread(loss),
         live.spread(student_entropy),
         live.spread(teacher_entropy),
         student_logprob,
         teacher_logprob,
         gradients.hidden,
-        gradients.weight,
+        gradients.weight.to(head_dtype),
         gradients.bias,
         missing_factor,
     )
@@ -115,6 +116,7 @@ def _fake(*values: Any) -> OpResult:
     given = _named(values)
     hidden, weight = given["student_hidden"], given["student_weight"]
     wide = products.accumulation_dtype(given["compute_dtype"])
+    head_dtype = products.head_gradient_dtype(weight.dtype, given["compute_dtype"], hidden.device)
     tokens = hidden.shape[0]
     labelled = 0 if given["labels"] is None else tokens
     return (
@@ -125,7 +127,7 @@ def _fake(*values: Any) -> OpResult:
         hidden.new_empty(labelled, dtype=wide),
         hidden.new_empty(labelled, dtype=wide),
         hidden.new_empty(hidden.shape if given["want_hidden"] else (0,)),
-        hidden.new_empty(weight.shape if given["want_weight"] else (0,), dtype=wide),
+        hidden.new_empty(weight.shape if given["want_weight"] else (0,), dtype=head_dtype),
         hidden.new_empty(weight.shape[0] if given["want_bias"] else 0, dtype=wide),
         hidden.new_empty((), dtype=wide),
     )

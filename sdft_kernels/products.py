@@ -27,8 +27,15 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if widens else accumulation_dtype(dtype)
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out ← hidden @ weight.T + bias; (R, H), (V, H), (V,) → (R, V) in the accumulation dtype."""
+def head_gradient_dtype(weight: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that the head's gradient is returned in: its own where one product can make all of it, rounding float32
+    sums once, and needs no float32 buffer. Not float16, whose range a sum over tokens may leave."""
+    own = weight == compute == gradient_dtype(compute, device) == torch.bfloat16
+    return weight if own else accumulation_dtype(compute)
+
+
+def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out ← hidden @ weight.T; (R, H), (V, H) → (R, V) in the accumulation dtype."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
     elif gradient_dtype(hidden.dtype, hidden.device) == hidden.dtype:
@@ -37,8 +44,6 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
         wide = hidden.to(out.dtype)
         for slab in _slabs(weight):
             torch.mm(wide, weight[slab].to(out.dtype).T, out=out[:, slab])
-    if bias is not None:
-        out.add_(bias)
 
 
 def hidden_gradient(logits_gradient: Tensor, weight: Tensor, out: Tensor) -> None:

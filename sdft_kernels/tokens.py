@@ -74,7 +74,8 @@ class LiveTokens:
     """The tokens whose weight is not 0; the others contribute nothing, whatever their hidden states hold.
 
     On the CPU the others are left out. A device cannot say how many there are without making the host wait, so
-    there their rows are replaced by zeros on the way into the products.
+    there the student's rows, which go into the head's gradient, are replaced by zeros on the way into the products, and
+    backends see to it that weight 0 makes gradient 0 of whatever the teacher's hold.
     """
 
     def __init__(self, weight: Tensor | None, count: int) -> None:
@@ -82,6 +83,7 @@ class LiveTokens:
         self.count = count
         self._index: Tensor | None = None
         self._mask: Tensor | None = None
+        self._zeros: dict[torch.dtype, Tensor] = {}
         if weight is None:
             return
         mask = weight != 0
@@ -91,13 +93,16 @@ class LiveTokens:
             self._index = mask.nonzero().squeeze(1)
             self.count = self._index.numel()
 
-    def take(self, tensor: Tensor, part: slice = slice(None)) -> Tensor:
-        """The rows of an (N, ...) tensor that belong to a slice of the live tokens."""
+    def take(self, tensor: Tensor, part: slice = slice(None), *, cleaned: bool = True) -> Tensor:
+        """The rows of an (N, ...) tensor that belong to a slice of the live tokens. On a device the other tokens' are
+        among them, as they are unless `cleaned`."""
         if self._index is not None:
             return tensor.index_select(0, self._index[part])
-        if self._mask is not None:
+        if self._mask is not None and cleaned:
             mask = self._mask[part].view(-1, *[1] * (tensor.dim() - 1))
-            return torch.where(mask, tensor[part], 0)
+            if tensor.dtype not in self._zeros:  # a plain 0 would be put on the device for each chunk
+                self._zeros[tensor.dtype] = tensor.new_zeros(())
+            return torch.where(mask, tensor[part], self._zeros[tensor.dtype])
         return tensor[part]
 
     @contextmanager

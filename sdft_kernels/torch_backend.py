@@ -32,7 +32,7 @@ from sdft_kernels.divergences import (
     is_mixture,
     log_ratio_of,
 )
-from sdft_kernels.tokens import TokenRows, TokenScores
+from sdft_kernels.tokens import TokenRows, TokenScores, reads_are_free
 
 #: Bytes of both models' logits in a tile; a call's scratch is twice that. Smaller tiles make slower products, larger
 #: ones leave the cache: of 1, 2, 3 and 4 MiB, 3 was fastest on two cores with 32 MiB of last-level cache.
@@ -87,7 +87,12 @@ def process_chunk(
     gradients: ChunkGradients,
     workspace: Workspace,
 ) -> None:
-    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
+    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht).
+
+    Of a token of weight 0 the teacher's may hold anything.
+    """
+    if not reads_are_free(rows.weight):  # else there are no such tokens: see LiveTokens
+        teacher_hidden = torch.where(rows.weight[:, None] != 0, teacher_hidden, 0)
     dtype, tokens, width = rows.loss.dtype, len(rows.loss), aligned(len(rows.loss))
     columns = _Columns(student_hidden, teacher_hidden, student, teacher, dtype)
     labels = padded_labels(rows.labels, width, models=2)
@@ -180,8 +185,10 @@ def _carry_back(
         gradient = torch.mul(a, x[number], out=passing.view(2, -1, width)[0]).addcmul_(b, y[number])
         if gradients.hidden is not None:
             total.addmm_(head.weight[part].to(hidden.dtype).T, gradient)
-        if gradients.weight is not None:
+        if gradients.weight is not None and gradients.weight.dtype == gradient.dtype:
             gradients.weight[part].addmm_(gradient, hidden, beta=before)
+        elif gradients.weight is not None:  # there is only this chunk
+            gradients.weight[part].copy_(gradient @ hidden)
         if gradients.bias is not None:
             gradients.bias[part] += gradient.sum(1)
     if gradients.hidden is not None:

@@ -8,20 +8,18 @@ needed only once, a kernel multiplies as well, and no logits are held: their wor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sdft_kernels import products
-from sdft_kernels.chunk import ChunkGradients, Head
+from sdft_kernels.chunk import ROW_ALIGNMENT, ChunkGradients, Head
 from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import process_rows
 from sdft_kernels.triton_linear import Operands, multiplies, process_hidden, score_hidden
 from sdft_kernels.triton_scoring import score_rows
-
-#: Rows of logits start at multiples of this many elements, so that kernels load and store 16 bytes at a time.
-ROW_ALIGNMENT = 16
 
 
 def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -37,6 +35,11 @@ class Workspace:
     student: Tensor
     teacher: Tensor
     gradient: Tensor
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """(tokens, 1): a product with it sums the gradient over the tokens, with float32 sums and in one launch."""
+        return self.gradient.new_ones(len(self.gradient), 1)
 
 
 def _gradient_apart(dtype: torch.dtype, device: torch.device, with_gradient: bool) -> bool:
@@ -83,7 +86,10 @@ def process_chunk(
     gradients: ChunkGradients,
     workspace: Workspace | Operands,
 ) -> None:
-    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
+    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht).
+
+    Of a token of weight 0 the teacher's may hold anything.
+    """
     if isinstance(workspace, Operands):
         heads = workspace.head(student), workspace.head(teacher)
         process_hidden(student_hidden, teacher_hidden, *heads, rows, objective)
@@ -91,15 +97,16 @@ def process_chunk(
     tokens = len(student_hidden)
     student_logits, teacher_logits = workspace.student[:tokens], workspace.teacher[:tokens]
     gradient = workspace.gradient[:tokens]
-    products.logits(student_hidden, student.weight, student.bias, student_logits)
-    products.logits(teacher_hidden, teacher.weight, teacher.bias, teacher_logits)
-    process_rows(student_logits, teacher_logits, rows, objective, gradient if gradients.any else None)
+    products.logits(student_hidden, student.weight, student_logits)
+    products.logits(teacher_hidden, teacher.weight, teacher_logits)
+    wanted = gradient if gradients.any else None
+    process_rows(student_logits, teacher_logits, rows, objective, wanted, student.bias, teacher.bias)
     if gradients.hidden is not None:
         products.hidden_gradient(gradient, student.weight, gradients.hidden)
     if gradients.weight is not None:
         products.add_weight_gradient(gradient, student_hidden, gradients.weight, first=gradients.first)
     if gradients.bias is not None:
-        gradients.bias += gradient.sum(0, dtype=gradients.bias.dtype)
+        products.add_weight_gradient(gradient, workspace.ones[:tokens], gradients.bias[:, None], first=False)
 
 
 def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
@@ -122,5 +129,5 @@ def score_chunk(
         score_hidden(hidden, workspace.head(head), scores, options)
         return
     logits = workspace[: len(hidden)]
-    products.logits(hidden, head.weight, head.bias, logits)
-    score_rows(logits, scores, options)
+    products.logits(hidden, head.weight, logits)
+    score_rows(logits, head.bias, scores, options)

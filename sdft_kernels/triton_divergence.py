@@ -22,19 +22,19 @@ from torch import Tensor
 from sdft_kernels.divergences import Objective, is_mixture
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_math import (
+    load_logit,
     load_logits,
     log_over_mixture,
     log_ratio_at,
     mixture_score,
     split_columns,
-    transform,
 )
 from sdft_kernels.triton_sums import RECORD, fold_pair, merge, merge_softmax, moved, store_pair, teacher_at_peak
 
 #: Vocabulary entries a program handles at once; 16 bytes a thread and load, four times.
 BLOCK = 2048
-#: The same for the second pass and the gradient of a mixture, whose elementary functions take more registers.
-MIXTURE_BLOCK = 1024
+#: The same where each takes more registers, for a mixture's elementary functions or for biases.
+NARROW_BLOCK = 1024
 WARPS = 4
 
 #: Programs that keep a large device busy: 132 multiprocessors, several programs each.
@@ -48,31 +48,34 @@ def process_rows(
     rows: TokenRows,
     objective: Objective,
     gradient: Tensor | None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
 ) -> None:
-    """Fills `rows` from (R, V) float32 products of hidden states and heads, which may be overwritten.
+    """Fills `rows` from (R, V) float32 products of hidden states and heads, which may be overwritten, and biases, (V,).
 
-    `gradient`, where wanted, receives rows.weight · dL/dlogits; it may be `student` itself. Rows of all three
-    start 16-byte aligned, padded to a multiple of 16 entries.
+    `gradient`, where wanted, receives rows.weight · dL/dlogits, and 0 where that weight is 0, whatever the logits; it
+    may be `student` itself. Biases and the rows of all three start 16-byte aligned, padded to a multiple of 16 entries.
     """
     tokens, vocab = student.shape
     if tokens == 0:
         return
-    splits = split_rows(tokens, vocab)
+    splits, mixes = split_rows(tokens, vocab), is_mixture(objective.divergence)
+    block = BLOCK if student_bias is None and teacher_bias is None else NARROW_BLOCK
     partial = student.new_empty((tokens, splits, RECORD.value))
-    mixture = student.new_empty((tokens, splits, 2)) if is_mixture(objective.divergence) else None
+    mixture = student.new_empty((tokens, splits, 2)) if mixes else None
     constants = None if gradient is None else student.new_empty((tokens, RECORD.value))
-    logits = (student, teacher, student.stride(0), teacher.stride(0), vocab)
+    logits = (student, teacher, student_bias, teacher_bias, student.stride(0), teacher.stride(0), vocab)
     settings = kernel_settings(objective)
     grid = (tokens, splits)
     label_logits = (rows.labels, rows.student_logprob, rows.teacher_logprob)
-    partials_kernel[grid](*logits, partial, *label_logits, **settings, BLOCK=BLOCK, num_warps=WARPS)
-    if is_mixture(objective.divergence):
+    partials_kernel[grid](*logits, partial, *label_logits, **settings, BLOCK=block, num_warps=WARPS)
+    if mixes:
         mixture_kernel[grid](
-            *logits, partial, mixture, objective.beta, **settings, SPLITS=splits, BLOCK=MIXTURE_BLOCK, num_warps=WARPS
+            *logits, partial, mixture, objective.beta, **settings, SPLITS=splits, BLOCK=NARROW_BLOCK, num_warps=WARPS
         )
     combine(partial, mixture, constants, rows, objective)
     if gradient is not None:
-        block = MIXTURE_BLOCK if is_mixture(objective.divergence) else BLOCK
+        block = NARROW_BLOCK if mixes else block
         gradient_kernel[(tokens, triton.cdiv(vocab, block))](
             *logits,
             gradient,
@@ -136,6 +139,8 @@ def kernel_settings(objective: Objective) -> dict[str, Any]:
 def partials_kernel(
     student_pointer,
     teacher_pointer,
+    student_bias_pointer,
+    teacher_bias_pointer,
     student_stride,
     teacher_stride,
     vocab,
@@ -171,10 +176,26 @@ def partials_kernel(
     for start in range(first_column, past_column, BLOCK):
         columns = start + tl.arange(0, BLOCK)[None, :]
         s = load_logits(
-            student_pointer, student_stride, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED
+            student_pointer,
+            student_bias_pointer,
+            student_stride,
+            columns,
+            vocab,
+            student_scale,
+            student_softcap,
+            temperature,
+            STUDENT_CAPPED,
         )
         t = load_logits(
-            teacher_pointer, teacher_stride, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED
+            teacher_pointer,
+            teacher_bias_pointer,
+            teacher_stride,
+            columns,
+            vocab,
+            teacher_scale,
+            teacher_softcap,
+            temperature,
+            TEACHER_CAPPED,
         )
         a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
             s, t, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak, DIVERGENCE
@@ -183,8 +204,26 @@ def partials_kernel(
     store_pair(record, None, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
     if labels_pointer is not None:
         label = tl.load(labels_pointer + row)
-        s = transform(tl.load(student_pointer + label), student_scale, student_softcap, temperature, STUDENT_CAPPED)
-        t = transform(tl.load(teacher_pointer + label), teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
+        s = load_logit(
+            student_pointer,
+            student_bias_pointer,
+            label,
+            vocab,
+            student_scale,
+            student_softcap,
+            temperature,
+            STUDENT_CAPPED,
+        )
+        t = load_logit(
+            teacher_pointer,
+            teacher_bias_pointer,
+            label,
+            vocab,
+            teacher_scale,
+            teacher_softcap,
+            temperature,
+            TEACHER_CAPPED,
+        )
         tl.store(student_logprob_pointer + row, s, mask=split == 0)
         tl.store(teacher_logprob_pointer + row, t, mask=split == 0)
 
@@ -193,6 +232,8 @@ def partials_kernel(
 def mixture_kernel(
     student_pointer,
     teacher_pointer,
+    student_bias_pointer,
+    teacher_bias_pointer,
     student_stride,
     teacher_stride,
     vocab,
@@ -227,20 +268,36 @@ def mixture_kernel(
     for start in range(first_column, past_column, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s = load_logits(
-            student_pointer, student_stride, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED
+            student_pointer,
+            student_bias_pointer,
+            student_stride,
+            columns,
+            vocab,
+            student_scale,
+            student_softcap,
+            temperature,
+            STUDENT_CAPPED,
         )
         t = load_logits(
-            teacher_pointer, teacher_stride, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED
+            teacher_pointer,
+            teacher_bias_pointer,
+            teacher_stride,
+            columns,
+            vocab,
+            teacher_scale,
+            teacher_softcap,
+            temperature,
+            TEACHER_CAPPED,
         )
         log_p = (s - a) - student_log_sum
         log_q = (t - b) - teacher_log_sum
         log_ratio = log_ratio_at(log_p, log_q)
         p = tl.exp(log_p)
-        scores += p * (mixture_score(log_ratio, beta, DIVERGENCE) - peak_score)
         if DIVERGENCE == "skew_reverse_kl":
             losses += p * log_over_mixture(-log_ratio, beta)
         else:
             losses += tl.exp(log_q) * log_over_mixture(log_ratio, 1 - beta)
+        scores += p * (mixture_score(log_ratio, beta, DIVERGENCE) - peak_score)
     record = mixture_pointer + (row * tl.num_programs(1) + split) * 2
     tl.store(record, tl.sum(scores, 0))
     tl.store(record + 1, tl.sum(losses, 0))
@@ -326,6 +383,8 @@ def combine_kernel(
 def gradient_kernel(
     student_pointer,
     teacher_pointer,
+    student_bias_pointer,
+    teacher_bias_pointer,
     student_stride,
     teacher_stride,
     vocab,
@@ -343,7 +402,10 @@ def gradient_kernel(
     TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last pass, over one block of a row: writes factor · p · (g - centre), and p - q for forward KL."""
+    """The last pass, over one block of a row: writes factor · p · (g - centre), and p - q for forward KL.
+
+    Where the factor is 0 so is the gradient, also of a token whose logits are no numbers.
+    """
     row = tl.program_id(0).to(tl.int64)
     constants = constants_pointer + row * RECORD
     a = tl.load(constants)
@@ -356,6 +418,7 @@ def gradient_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s = load_logits(
         student_pointer + row * student_stride,
+        student_bias_pointer,
         student_stride,
         columns,
         vocab,
@@ -366,6 +429,7 @@ def gradient_kernel(
     )
     t = load_logits(
         teacher_pointer + row * teacher_stride,
+        teacher_bias_pointer,
         teacher_stride,
         columns,
         vocab,
@@ -391,6 +455,6 @@ def gradient_kernel(
         capped = s * (temperature / student_softcap)
         gradient *= 1 - capped * capped
     # Past the vocabulary p is 0, and so is what is written to the padding.
-    gradient = tl.where(columns < vocab, gradient, 0.0)
+    gradient = tl.where(columns < tl.where(factor == 0, 0, vocab), gradient, 0.0)
     out = gradient_pointer + row * gradient_stride + columns
     tl.store(out, gradient.to(gradient_pointer.dtype.element_ty), mask=columns < gradient_stride)

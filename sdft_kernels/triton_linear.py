@@ -24,7 +24,7 @@ from sdft_kernels.chunk import Head
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import combine, kernel_settings
-from sdft_kernels.triton_math import FAR_BELOW, split_columns, transform
+from sdft_kernels.triton_math import FAR_BELOW, add_bias, split_columns, transform
 from sdft_kernels.triton_scoring import store_scores
 from sdft_kernels.triton_sums import RECORD, fold, fold_pair, merge, store_pair
 
@@ -190,8 +190,7 @@ def product(hidden_rows, weight_rows, size, BLOCK_K: tl.constexpr):
 @triton.jit
 def finish_logits(y, bias_pointer, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
     """Transformed logits of (M, N) products at `columns`, (1, N); far below all others past the vocabulary."""
-    if bias_pointer is not None:
-        y += tl.load(bias_pointer + columns, mask=columns < vocab, other=0.0)
+    y = add_bias(y, bias_pointer, columns, vocab)
     return tl.where(columns < vocab, transform(y, scale, softcap, temperature, CAPPED), FAR_BELOW)
 
 

@@ -49,10 +49,29 @@ def transform(y, scale, softcap, temperature, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def load_logits(pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """Transformed logits at `columns` of a row; far below all others past the vocabulary."""
-    raw = tl.load(pointer + columns, mask=columns < stride, other=0.0)
-    return tl.where(columns < vocab, transform(raw, scale, softcap, temperature, CAPPED), FAR_BELOW)
+def add_bias(y, bias_pointer, columns, past):
+    """Products with the head's bias at `columns` added, if it has one and they lie before `past`."""
+    if bias_pointer is not None:
+        y += tl.load(bias_pointer + columns, mask=columns < past, other=0.0)
+    return y
+
+
+@triton.jit
+def load_logits(pointer, bias_pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
+    """Transformed logits at `columns` of a row; far below all others past the vocabulary.
+
+    The bias is read as far as the row goes, padding and all, so that its loads are as wide.
+    """
+    y = tl.load(pointer + columns, mask=columns < stride, other=0.0)
+    y = add_bias(y, bias_pointer, columns, stride)
+    return tl.where(columns < vocab, transform(y, scale, softcap, temperature, CAPPED), FAR_BELOW)
+
+
+@triton.jit
+def load_logit(pointer, bias_pointer, label, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
+    """The transformed logit at one label of a row."""
+    y = add_bias(tl.load(pointer + label), bias_pointer, label, vocab)
+    return transform(y, scale, softcap, temperature, CAPPED)
 
 
 @triton.jit

@@ -8,20 +8,24 @@ from torch import Tensor
 
 from sdft_kernels.divergences import LogitOptions
 from sdft_kernels.tokens import TokenScores
-from sdft_kernels.triton_math import load_logits, transform
+from sdft_kernels.triton_math import load_logit, load_logits
 from sdft_kernels.triton_sums import fold
 
 BLOCK = 2048
 WARPS = 4
 
 
-def score_rows(logits: Tensor, scores: TokenScores, options: LogitOptions) -> None:
-    """Fills `scores` from (R, V) float32 products, rows 16-byte aligned and padded to a multiple of 16 entries."""
+def score_rows(logits: Tensor, bias: Tensor | None, scores: TokenScores, options: LogitOptions) -> None:
+    """Fills `scores` from (R, V) float32 products and the head's bias, (V,) or None.
+
+    Rows and bias start 16-byte aligned, padded to a multiple of 16 entries.
+    """
     tokens, vocab = logits.shape
     if tokens == 0:
         return
     score_kernel[(tokens,)](
         logits,
+        bias,
         logits.stride(0),
         vocab,
         *(scores.labels, scores.logprob, scores.top1, scores.entropy, scores.logsumexp),
@@ -35,6 +39,7 @@ def score_rows(logits: Tensor, scores: TokenScores, options: LogitOptions) -> No
 @triton.jit
 def score_kernel(
     logits_pointer,
+    bias_pointer,
     stride,
     vocab,
     labels_pointer,
@@ -56,12 +61,12 @@ def score_kernel(
     dot = tl.zeros([1, BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)[None, :]
-        z = load_logits(logits_pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED)
+        z = load_logits(logits_pointer, bias_pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED)
         a, total, dot, _, _, _ = fold(z, a, total, dot)
     label_logit = 0.0
     if labels_pointer is not None:
-        label_logit = tl.load(logits_pointer + tl.load(labels_pointer + row))
-        label_logit = transform(label_logit, scale, softcap, temperature, CAPPED)
+        label = tl.load(labels_pointer + row)
+        label_logit = load_logit(logits_pointer, bias_pointer, label, vocab, scale, softcap, temperature, CAPPED)
     store_scores(
         label_logit,
         tl.max(a),

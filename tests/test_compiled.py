@@ -52,14 +52,18 @@ def test_no_spills_and_no_stack(rows: list[dict], target: str) -> None:
             assert row["stack"] == 0, row
 
 
+def vectors_read(row: dict) -> int:
+    """For each vocabulary entry, numbers of 4 bytes: two models' logits or one's, and as many biases if there are."""
+    return (1 if row["kernel"] == "score_kernel" else 2) * (2 if row["bias"] else 1)
+
+
 def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None:
     """Whatever touches a row is 16 bytes wide; the narrow accesses are a row's few constants."""
     for row in rows:
         if "combine" in row["kernel"] or row["kernel"] in TILES:
             continue
         widths = row["widths"]
-        models = 1 if row["kernel"] == "score_kernel" else 2
-        loads = models * row["elements"] // 4  # of 4 logits each, for a thread
+        loads = vectors_read(row) * row["elements"] // 4  # of 4 numbers each, for a thread
         if row["target"] == "gfx942":
             assert widths["buffer_load_dwordx4"] >= loads, row
         else:
@@ -76,10 +80,8 @@ def test_the_inner_loop_reaches_rows_16_bytes_at_a_time(rows: list[dict]) -> Non
         inner = row["inner"]
         assert row["narrow"] == 0, row
         assert inner["loops"] == (row["kernel"] != "gradient_kernel"), row
-        # Two models' logits or one's, 4 bytes each, in loads of 16.
         wide = sum(n for name, n in inner["accesses"].items() if name in ("LDG.E.128", "buffer_load_dwordx4"))
-        models = 1 if row["kernel"] == "score_kernel" else 2
-        assert wide * 4 == models * row["elements"], row
+        assert wide * 4 == vectors_read(row) * row["elements"], row
         assert inner["special"] >= row["elements"], row  # reverse KL's gradient has one exponential a logit: p
 
 

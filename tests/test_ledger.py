@@ -16,7 +16,7 @@ from benchmarks import ledger, roofline
 from benchmarks.ledger import COMPARED, OURS, TRAFFIC, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
-from sdft_kernels import triton_linear
+from sdft_kernels import fused_linear_divergence, triton_linear
 from sdft_kernels.divergences import DIVERGENCES, Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_backend import make_workspace
@@ -171,6 +171,57 @@ def test_our_ledger_keeps_to_the_bars(name: str, trainable_head: bool) -> None:
     assert entry.waits == 0
     assert ledger.broken_bars([entry]) == []
     assert len(ledger.broken_bars([replace(entry, bytes_per_logit=30.1, waits=1)])) == 2
+
+
+def test_one_chunk_needs_no_float32_gradient_of_the_head() -> None:
+    """Above the logits and their gradient, 10 bytes each, and what is returned, only vectors over tokens."""
+    shape = roofline.MODELS["Llama-3.1-8B"].at(1024)
+    entry = ledger.entry(OURS, shape, trainable_head=True)
+    assert entry.workspace < 1.01 * 10 * shape.tokens * shape.vocab
+    more = ledger.entry(OURS, shape_of_more := replace(shape, tokens=4096), trainable_head=True)
+    assert more.workspace > 4 * shape_of_more.hidden * shape.vocab
+
+
+@pytest.mark.parametrize("trainable_head", HEADS)
+def test_weights_labels_and_biases_keep_to_the_bars(trainable_head: bool) -> None:
+    shape = roofline.MODELS["Llama-3.1-8B"].at(4096)
+    plain, entry = (
+        ledger.entry(method, shape, trainable_head=trainable_head) for method in (OURS, ledger.EVERY_OPTION)
+    )
+    assert ledger.broken_bars([entry]) == []
+    assert entry.bytes_per_logit == plain.bytes_per_logit
+    # The student's hidden states of tokens with weight 0 are taken out.
+    assert entry.launches_per_chunk == plain.launches_per_chunk + 1
+    assert len(ledger.broken_bars([replace(entry, bytes_per_logit=30.1, launches_per_chunk=9)])) == 2
+
+
+@pytest.mark.parametrize("trainable_head", HEADS)
+def test_a_mixture_reads_its_logits_once_more(trainable_head: bool) -> None:
+    shape = roofline.MODELS["Llama-3.1-8B"].at(4096)
+    plain, entry = (ledger.entry(method, shape, trainable_head=trainable_head) for method in (OURS, ledger.MIXTURE))
+    assert entry.units == plain.units
+    assert entry.bytes_per_logit == plain.bytes_per_logit + 8
+    assert entry.launches_per_chunk == plain.launches_per_chunk + 1 <= 8
+
+
+def test_a_bias_that_trains_takes_a_launch_that_reads_the_gradient() -> None:
+    """A product with a column of ones."""
+    shape = roofline.MODELS["Llama-3.1-8B"].at(4096)
+    inputs = ledger.meta_inputs(shape, trainable_head=True)
+    bias = inputs.student_hidden.new_empty(shape.vocab).requires_grad_()
+
+    def call() -> None:
+        hidden, weight = inputs.student_hidden, inputs.student_weight
+        fused_linear_divergence(
+            hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, student_bias=bias
+        ).loss.backward()
+
+    noted = record(call, TRAFFIC, ledger.IMPLEMENTATIONS)
+    chunk = ledger.chunk_size(OURS, shape, trainable_head=True)
+    of_bias = [op for op in noted.ops if op.flops and op.writes[0].shape == (shape.vocab, 1)]
+    assert len(of_bias) == shape.tokens // chunk
+    read = sum(touch.nbytes for op in of_bias for touch in op.reads if 1 not in touch.shape)
+    assert read == 2 * shape.tokens * shape.vocab
 
 
 def test_without_a_gradient_no_logit_moves(monkeypatch: pytest.MonkeyPatch) -> None:

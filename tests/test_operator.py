@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.recorder import passing_for_cuda
-from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens
+from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens, torch_backend
 from sdft_kernels.operator import fused_linear_divergence_op
 from tests.cases import DIVERGENCES, fused, random_case, relative_error
 
@@ -128,7 +128,7 @@ class NoWaiting(TorchDispatchMode):
 
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are then treated as a device's, whose values the host may not look at."""
-    for module in (tokens, operator, chunk_loop):
+    for module in (tokens, operator, chunk_loop, torch_backend):
         monkeypatch.setattr(module, "reads_are_free", lambda tensor: False)
 
 
@@ -157,16 +157,27 @@ def test_the_watch_for_waiting_can_fail() -> None:
         torch.ones(()).item()
 
 
-def test_a_token_of_weight_zero_contributes_nothing_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There its row is replaced by zeros instead of left out; the result is the CPU's."""
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_token_of_weight_zero_contributes_nothing_on_a_device(
+    monkeypatch: pytest.MonkeyPatch, backend: str, divergence: str
+) -> None:
+    """There it is not left out, and its hidden states may hold anything; the result is the CPU's."""
     weight = torch.tensor([1.0, 0.0, 0.5] * 4)
-    case = random_case(12, bias=True, token_weight=weight, labels=torch.randint(0, 1003, (12,)))
-    expected = fused(case)
+    case = random_case(
+        12,
+        bias=True,
+        token_weight=weight,
+        labels=torch.randint(0, 1003, (12,)),
+        old_logprobs=-torch.rand(12) * 8,
+        divergence=divergence,
+    )
+    expected = fused(case, backend=backend)
     case.student_hidden[weight == 0] = float("nan")
     case.teacher_hidden[weight == 0] = float("nan")
     case.options["labels"][weight == 0] = -100
     as_on_a_device(monkeypatch)
-    actual = fused(case)
+    actual = fused(case, backend=backend)
     for name, value in actual.output._asdict().items():
         assert relative_error(value, getattr(expected.output, name)) < 1e-6, name
     for name, gradient in actual.gradients.items():

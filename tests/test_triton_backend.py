@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdft_kernels import linear_token_stats, triton_backend, triton_divergence
+from sdft_kernels import chunk_loop, linear_token_stats, products, triton_backend, triton_divergence
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_divergence import BLOCK, split_rows
@@ -31,6 +31,7 @@ def test_matches_the_float64_reference(divergence: str, reduction: str) -> None:
         9,
         vocab=5003,
         bias=True,
+        teacher_bias=torch.randn(5003),
         divergence=divergence,
         reduction=reduction,
         beta=0.3,
@@ -106,9 +107,41 @@ def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch)
         workspace.as_strided((tokens, workspace.stride(0)), (workspace.stride(0), 1)).fill_(float("nan"))
         return workspace
 
+    def poisoned_bias(bias: torch.Tensor | None, vocab: int, wide: torch.dtype) -> torch.Tensor | None:
+        if bias is None:
+            return None
+        return torch.nn.functional.pad(bias[:vocab].to(wide), (0, -vocab % 16), value=float("nan"))[:vocab]
+
     monkeypatch.setattr(triton_backend, "make_workspace", poisoned)
-    case = random_case(3, vocab=BLOCK + 5, divergence="jsd")
+    monkeypatch.setattr(chunk_loop, "_head_bias", poisoned_bias)
+    case = random_case(3, vocab=BLOCK + 5, divergence="jsd", bias=True)
     assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("chunk_bytes", [None, 200_000])
+def test_a_head_gradient_in_the_heads_own_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, backend: str, chunk_bytes: int | None
+) -> None:
+    """As on an NVIDIA device, with its products of bfloat16 that have float32 sums done in float32 here."""
+
+    def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(hidden.float(), weight.float().T, out=out)
+
+    def add(gradient: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool) -> None:
+        kinds.add(total.dtype)
+        whole = gradient.float().T @ hidden.float()
+        total.copy_(whole if first else whole + total)
+
+    kinds: set[torch.dtype] = set()
+    monkeypatch.setattr(products, "gradient_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(products, "logits", logits)
+    monkeypatch.setattr(products, "add_weight_gradient", add)
+    case = random_case(40, vocab=1003, dtype=torch.bfloat16)
+    output = fused(case, torch.tensor(0.37), backend=backend, max_chunk_bytes=chunk_bytes)
+    assert_close(output, reference(case, torch.tensor(0.37)), 3e-6, 5e-3)
+    if backend == "triton":
+        assert kinds == {torch.bfloat16 if chunk_bytes is None else torch.float32}
 
 
 def test_vectors_over_tokens_that_are_not_contiguous() -> None:
