@@ -14,7 +14,7 @@ from benchmarks.compiled import TARGETS, Launch, compile_launch, record_launches
 from benchmarks.ledger import OURS, meta_inputs
 from benchmarks.methods import METHODS, PEER_BETA, Shape
 from benchmarks.recorder import passing_for_cuda
-from sdft_kernels import triton_divergence, triton_linear, triton_scoring
+from sdft_kernels import triton_divergence, triton_linear, triton_scaling, triton_scoring
 from sdft_kernels.chunk import Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
@@ -49,6 +49,7 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
         if bias == labels or not quick
         for vocab in (VOCABULARIES[capped : capped + 1] if quick else VOCABULARIES)
     )
+    yield from (ScalingVariant(dtype) for dtype in ("float32", "bfloat16", "float16"))
     yield from (
         PeerVariant(package, divergence) for package in ("TRL", "Liger") for divergence in ("reverse_kl", "jsd")
     )
@@ -126,6 +127,22 @@ def score(variant: ScoringVariant) -> None:
     logits = make_workspace(written, variant.tokens, variant.vocab, torch.float32)
     bias = torch.empty(variant.vocab) if variant.bias else None
     triton_scoring.score_rows(logits, bias, scores, LogitOptions(softcap=30.0 if variant.capped else None))
+
+
+@dataclass(frozen=True)
+class ScalingVariant:
+    """One way of multiplying a gradient by the upstream one."""
+
+    dtype: str
+    vocab: int = VOCABULARIES[0]
+    size: int = 1600  # of hidden states
+    divergence: str = "(scaling)"
+
+
+def scale(variant: ScalingVariant) -> None:
+    """As `call`, for the kernel of the backward pass."""
+    gradient = torch.empty(variant.vocab, variant.size, dtype=getattr(torch, variant.dtype), device="meta")
+    triton_scaling.scale(gradient, torch.empty(1))
 
 
 @dataclass(frozen=True)
@@ -231,7 +248,7 @@ PEERS: dict[str, Callable[[PeerVariant], None]] = {
 }
 
 
-AnyVariant = Variant | ScoringVariant | LinearVariant | PeerVariant
+AnyVariant = Variant | ScoringVariant | ScalingVariant | LinearVariant | PeerVariant
 
 
 def launches(variant: AnyVariant, backend: str) -> list[Launch]:
@@ -242,6 +259,8 @@ def launches(variant: AnyVariant, backend: str) -> list[Launch]:
             PEERS[variant.package](variant)
         elif isinstance(variant, ScoringVariant):
             score(variant)
+        elif isinstance(variant, ScalingVariant):
+            scale(variant)
         elif isinstance(variant, Variant):
             call(variant)
 

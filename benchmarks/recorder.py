@@ -137,7 +137,7 @@ class _Recorder(TorchDispatchMode):
             for pointers in (self._traffic[name].reads, self._traffic[name].writes)
         )
         flops = sum(2 * given[rows].numel() * len(given[head]) for rows, head in self._traffic[name].products)
-        self._note(Op(name, self._touches(reads), self._touches(writes), flops))
+        self.noted.ops.append(Op(name, self._touches(reads), self._touches(writes), flops))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -21,6 +21,7 @@ from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, bounded, is_mixture, log_over_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
+from sdft_kernels.torch_backend import scale as scale
 
 #: Bytes of logits in a tile, where the vocabulary is worked through in tiles.
 TILE_BYTES = 12 << 20

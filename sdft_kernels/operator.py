@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels import products
-from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
+from sdft_kernels.chunk_loop import Side, Wanted, backend_module, check_labels, run_chunks, token_weights
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, on_its_device, reads_are_free
 
@@ -139,6 +139,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: OpResult) -> None:
     parameters = (given["student_hidden"], given["student_weight"], given["student_bias"])
     ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
     ctx.per_token = given["reduction"] == "none"
+    ctx.backend, ctx.wide = given["backend"], products.accumulation_dtype(given["compute_dtype"])
     ctx.deferred = gradients_deferred(given["reduction"], *ctx.needs_input_grad[1:3])
     if ctx.deferred:
         ctx.tensor_names = [name for name, value in given.items() if isinstance(value, Tensor)]
@@ -169,7 +170,7 @@ def _ready_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (bias, factor),
     )
     return tuple(
-        _scaled(gradient, factor, dtype) if needed else None
+        _scaled(ctx, gradient, factor, dtype) if needed else None
         for (gradient, factor), dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     )
 
@@ -185,14 +186,15 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
     given["want_hidden"], given["want_weight"], given["want_bias"] = needed
     *gradients, missing_factor = fused_linear_divergence_op(**given)[-4:]
     return tuple(
-        _scaled(gradient, missing_factor, dtype) if need else None
+        _scaled(ctx, gradient, missing_factor, dtype) if need else None
         for gradient, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)
     )
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor in `dtype`, in the gradient's own memory where that will do and nobody asks for it again."""
-    if factor.dim() == 0:
+    of_each_token = factor.dim() > 0
+    if not of_each_token:
         if reads_are_free(factor) and factor.item() == 1:
             return gradient.to(dtype)
         factor = factor.view(1)  # else a CUDA kernel would first round it to the gradient's dtype
@@ -201,7 +203,11 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
     if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(dtype)
-    return gradient.mul_(factor).to(dtype)
+    if of_each_token:
+        gradient.mul_(factor)
+    else:
+        backend_module(ctx.backend, gradient.device, ctx.wide).scale(gradient, factor)
+    return gradient.to(dtype)
 
 
 def _not_twice(gradient: Tensor) -> Tensor:

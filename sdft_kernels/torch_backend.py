@@ -265,6 +265,11 @@ def _tile(logits: Tensor, exponentials: Tensor, seen: _Softmax) -> Tile:
     return Tile(student, teacher, p, q, seen.total[: p.shape[1]])
 
 
+def scale(values: Tensor, factor: Tensor) -> None:
+    """values ← values · factor in place; any shape, and (1,)."""
+    values.mul_(factor)
+
+
 def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
     """Of scoring's workspace."""
     return products.accumulation_dtype(dtype).itemsize

@@ -19,6 +19,7 @@ from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import process_rows
 from sdft_kernels.triton_linear import Operands, multiplies, process_hidden, score_hidden
+from sdft_kernels.triton_scaling import scale as scale
 from sdft_kernels.triton_scoring import score_rows
 
 

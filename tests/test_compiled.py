@@ -40,7 +40,7 @@ def rows(every_row: list[dict]) -> list[dict]:
 
 def test_every_kernel_is_there_for_every_target(rows: list[dict]) -> None:
     kernels = {"partials_kernel", "mixture_kernel", "combine_kernel", "gradient_kernel", "score_kernel"}
-    kernels |= {*TILES, "combine_scores_kernel"}
+    kernels |= {*TILES, "combine_scores_kernel", "scale_kernel"}
     assert {(row["kernel"], row["target"]) for row in rows} == {(k, t) for k in kernels for t in TARGETS}
 
 
@@ -52,6 +52,10 @@ def test_no_spills_and_no_stack(rows: list[dict], target: str) -> None:
             assert row["stack"] == 0, row
 
 
+def reads_logits(row: dict) -> bool:
+    return not ("combine" in row["kernel"] or row["kernel"] == "scale_kernel" or row["kernel"] in TILES)
+
+
 def vectors_read(row: dict) -> int:
     """For each vocabulary entry, numbers of 4 bytes: two models' logits or one's, and as many biases if there are."""
     return (1 if row["kernel"] == "score_kernel" else 2) * (2 if row["bias"] else 1)
@@ -60,7 +64,7 @@ def vectors_read(row: dict) -> int:
 def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None:
     """Whatever touches a row is 16 bytes wide; the narrow accesses are a row's few constants."""
     for row in rows:
-        if "combine" in row["kernel"] or row["kernel"] in TILES:
+        if not reads_logits(row):
             continue
         widths = row["widths"]
         loads = vectors_read(row) * row["elements"] // 4  # of 4 numbers each, for a thread
@@ -75,7 +79,7 @@ def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None
 
 def test_the_inner_loop_reaches_rows_16_bytes_at_a_time(rows: list[dict]) -> None:
     for row in rows:
-        if "combine" in row["kernel"] or row["kernel"] in TILES:
+        if not reads_logits(row):
             continue
         inner = row["inner"]
         assert row["narrow"] == 0, row
@@ -83,6 +87,19 @@ def test_the_inner_loop_reaches_rows_16_bytes_at_a_time(rows: list[dict]) -> Non
         wide = sum(n for name, n in inner["accesses"].items() if name in ("LDG.E.128", "buffer_load_dwordx4"))
         assert wide * 4 == vectors_read(row) * row["elements"], row
         assert inner["special"] >= row["elements"], row  # reverse KL's gradient has one exponential a logit: p
+
+
+def test_a_gradient_is_scaled_16_bytes_at_a_time(rows: list[dict]) -> None:
+    found = [row for row in rows if row["kernel"] == "scale_kernel"]
+    assert {(row["target"], row["dtype"]) for row in found} >= {
+        (t, d) for t in TARGETS for d in ("float32", "bfloat16")
+    }
+    for row in found:
+        vectors = row["elements"] * (4 if row["dtype"] == "float32" else 2) // 16
+        accesses = row["inner"]["accesses"]
+        assert row["narrow"] == 0, row
+        assert sum(n for name, n in accesses.items() if "LDG.E.128" in name or "load_dwordx4" in name) == vectors, row
+        assert sum(n for name, n in accesses.items() if "STG.E.128" in name or "store_dwordx4" in name) == vectors, row
 
 
 @pytest.mark.parametrize("kernel", TILES)

@@ -1,9 +1,11 @@
 """The Triton row operations, run by Triton's interpreter, against the float64 reference."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from sdft_kernels import chunk_loop, linear_token_stats, products, triton_backend, triton_divergence
+from sdft_kernels import chunk_loop, linear_token_stats, products, triton_backend, triton_divergence, triton_scaling
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_divergence import BLOCK, split_rows
@@ -18,6 +20,16 @@ from tests.cases import (
     reference,
     relative_error,
 )
+
+
+def watched(access: Any, touched: list[str]) -> Any:
+    """An access of Triton's interpreter that is noted."""
+
+    def noted(*arguments: Any) -> Any:
+        touched.append(access.__name__)
+        return access(*arguments)
+
+    return noted
 
 
 def interpreted(case: Case, upstream: torch.Tensor | None = None, **extra: int) -> Result:
@@ -142,6 +154,33 @@ def test_a_head_gradient_in_the_heads_own_bfloat16(
     assert_close(output, reference(case, torch.tensor(0.37)), 3e-6, 5e-3)
     if backend == "triton":
         assert kinds == {torch.bfloat16 if chunk_bytes is None else torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 15, triton_scaling.BLOCK, 2 * triton_scaling.BLOCK + 3])
+def test_scaling_rounds_once(monkeypatch: pytest.MonkeyPatch, count: int, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(triton_scaling, "PROGRAMS", 2)  # so that one takes more than one block
+    values = torch.randn(count).to(dtype)
+    expected = (values.float() * 0.37).to(dtype)
+    triton_scaling.scale(values, torch.tensor([0.37]))
+    # Triton's interpreter cuts bfloat16's last digits off instead of rounding them.
+    assert relative_error(values, expected) <= (2**-7 if dtype == torch.bfloat16 else 0)
+
+
+def test_scaling_by_1_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    touched: list[str] = []
+    for name in ("create_masked_load", "create_masked_store"):
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder, name, watched(getattr(interpreter.InterpreterBuilder, name), touched)
+        )
+    values = torch.randn(9)
+    before = values.clone()
+    triton_scaling.scale(values, torch.ones(1))
+    assert torch.equal(values, before) and not touched[1:]  # the factor itself is the one load
+    triton_scaling.scale(values, torch.full((1,), 2.0))
+    assert torch.equal(values, 2 * before) and len(touched) == 4
 
 
 def test_vectors_over_tokens_that_are_not_contiguous() -> None:
