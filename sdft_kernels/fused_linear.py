@@ -56,7 +56,9 @@ def fused_linear_divergence(
 
     Gradients reach `student_hidden`, `student_weight` and `student_bias`, each computed only where it is
     required (a frozen head costs nothing), in the forward pass while the chunk's logits are there; the
-    teacher's side, `token_weight` and `old_logprobs` never receive any. Weight gradients accumulate in float32.
+    teacher's side, `token_weight` and `old_logprobs` never receive any. Weight gradients accumulate in float32;
+    on NVIDIA devices a bfloat16 head's is then rounded before the upstream gradient multiplies it, which costs
+    digits only where that is no power of two.
 
     Args:
         student_hidden: (N, Hs), float32, bfloat16 or float16 (float64 is for gradient checks).
