@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.recorder import passing_for_cuda
+from benchmarks import ledger
+from benchmarks.recorder import passing_for_cuda, record
 from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens, torch_backend
 from sdft_kernels.operator import fused_linear_divergence_op
 from tests.cases import DIVERGENCES, fused, random_case, relative_error
@@ -107,6 +108,24 @@ def test_runs_on_fake_and_meta_tensors(reduction: str) -> None:
     run("meta")
     with FakeTensorMode():
         run("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("max_chunk_bytes", [None, 100_000])
+def test_a_device_returns_what_tracing_expects(dtype: torch.dtype, max_chunk_bytes: int | None) -> None:
+    """Shapes and dtypes, of one chunk and of several, on meta tensors that pass for a device's."""
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    given = (meta(300, 16), meta(1000, 16), meta(1000), meta(300, 16), meta(1000, 16), None, None, None, None)
+    options = ("reverse_kl", 0.5, 1.0, 1.0, 1.0, None, None, None, "mean", 1000, dtype, max_chunk_bytes, "auto")
+    results: list[operator.OpResult] = []
+    record(lambda: results.append(operator._forward(*given, *options, True, True, True)), ledger.TRAFFIC, {})
+    with passing_for_cuda():
+        expected = operator._fake(*given, *options, True, True, True)
+    assert [(t.shape, t.dtype) for t in results[0]] == [(t.shape, t.dtype) for t in expected]
+    assert results[0][7].dtype == (torch.float32 if dtype == torch.float16 else dtype)
 
 
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique", "equal")
