@@ -17,8 +17,13 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A version for each kind of processor, chosen when the library is loaded. Before GCC 12 the newer names do not do. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+/* A version for each kind of processor, chosen when the library is loaded. Before GCC 12 the newer names do not do. To
+ * measure one kind on another, name it when compiling: -DPRODUCTS=products_avx2 -DROW_TARGET=arch=x86-64-v3. */
+#define QUOTED(...) #__VA_ARGS__
+#define QUOTED_VALUE(...) QUOTED(__VA_ARGS__)
+#ifdef ROW_TARGET
+#define EACH_PROCESSOR __attribute__((target(QUOTED_VALUE(ROW_TARGET))))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -515,7 +520,7 @@ enum { DEPTH = 192 };
 #pragma GCC pop_options
 
 static const struct products *products(void) {
-#ifdef PRODUCTS /* for tests */
+#ifdef PRODUCTS /* for tests and measurements */
     return &PRODUCTS;
 #endif
     if (__builtin_cpu_supports("avx512f"))

@@ -102,7 +102,11 @@ def test_heads_that_the_kernels_cannot_read_as_they_are(divergence: str, layout:
     assert_close(fused(case), reference(case), 2e-6, 2e-6 if dtype == torch.float32 else 5e-3)
 
 
-@pytest.mark.parametrize("name", ["default", "avx2", "avx512"])
+#: What row operations are compiled for with each set of the products.
+ROW_TARGETS = {"default": "arch=x86-64", "avx2": "avx2,fma", "avx512": "avx512f"}
+
+
+@pytest.mark.parametrize("name", ROW_TARGETS)
 @pytest.mark.parametrize("size", [1, 7, 40, 200])
 def test_each_set_of_instructions(
     name: str, size: int, kernels_of: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
@@ -111,8 +115,11 @@ def test_each_set_of_instructions(
     kernels = kernels_of(name)
     monkeypatch.setattr(cpu_backend, "library", lambda: kernels)
     labels = torch.arange(75)
-    case = random_case(75, size, size + 3, 333, bias=True, labels=labels)
-    assert_close(fused(case), reference(case), 2e-6, 2e-6)
+    for divergence in DIVERGENCES:
+        case = random_case(
+            75, size, size + 3, 333, bias=True, labels=labels, divergence=divergence, student_softcap=9.0
+        )
+        assert_close(fused(case), reference(case), 2e-6, 2e-6)
     shared = random_case(75, size, vocab=333, shared_head=True, labels=labels)
     assert_as_exact_as_products(fused(shared, max_chunk_bytes=8 * 333 * 32), shared)
     stats = linear_token_stats(shared.student_hidden, shared.student_weight, labels)
@@ -134,7 +141,8 @@ def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctyp
         if not built.exists():
             source = Path(cpu_backend.__file__).with_name("cpu_kernels.c")
             options = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-            command = [compiler, *options, f"-DPRODUCTS=products_{name}", str(source), "-o", str(built)]
+            kind = (f"-DPRODUCTS=products_{name}", f"-DROW_TARGET={ROW_TARGETS[name]}")
+            command = [compiler, *options, *kind, str(source), "-o", str(built)]
             subprocess.run(command, check=True)
         return cpu_backend.load(str(built))
 
