@@ -6,10 +6,11 @@ Nothing is run on a GPU and nothing is timed: see recorder.py for how the calls 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from benchmarks.methods import METHODS, Inputs, Method, Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
 from sdft_kernels import fused_linear_divergence
 from sdft_kernels.chunking import plan_chunks
-from sdft_kernels.operator import _forward, fused_linear_divergence_op
+from sdft_kernels.operator import _forward, _scale, fused_linear_divergence_op, scale_op
 
 _TRL_STATISTICS = (
     *("s_max_ptr", "s_sum_ptr", "s_x_sum_ptr"),
@@ -77,8 +78,11 @@ TRAFFIC = {
     ),
 }
 
-#: The custom operator's fake kernel would hide what it does.
-IMPLEMENTATIONS = {fused_linear_divergence_op._opoverload: _forward}
+#: The custom operators' fake kernels would hide what they do.
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
+    fused_linear_divergence_op._opoverload: _forward,
+    scale_op._opoverload: _scale,
+}
 
 #: Tokens that the peers work on at once, as their code has it (checked in tests/test_ledger.py).
 PEER_CHUNK = {"Liger eager": 1024, "Liger compiled": 1024, "TRL": 4096}

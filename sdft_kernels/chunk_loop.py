@@ -104,7 +104,7 @@ def run_chunks(
         with live.rows_of(gradients.hidden, chunk) if wanted.hidden else nullcontext() as hidden:
             work.process_chunk(
                 live.take(student.hidden, chunk).to(compute_dtype),
-                live.take(teacher.hidden, chunk, cleaned=False).to(compute_dtype),
+                live.take(teacher.hidden, chunk, cleaned=not work.TEACHER_MAY_BE_ANYTHING).to(compute_dtype),
                 student_head,
                 teacher_head,
                 rows[chunk],

@@ -20,6 +20,7 @@ from sdft_kernels import pages
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, bounded, is_mixture, log_over_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
+from sdft_kernels.torch_backend import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
 from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
 from sdft_kernels.torch_backend import scale as scale
 

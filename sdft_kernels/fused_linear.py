@@ -76,7 +76,7 @@ def fused_linear_divergence(
         teacher_softcap: the teacher's.
         token_weight: (N,) floating point, or None for all ones. A token of weight 0 contributes exactly
             nothing, whatever its hidden states hold; on the CPU it is not even projected, on a device (where
-            the host cannot know without waiting) zeros are projected in its place.
+            the host cannot know without waiting) zeros are projected in the student's place.
         labels: (N,) int64, the sampled tokens, or None. Not read where the weight is 0.
         old_logprobs: (N,) log-probabilities of the labels when they were sampled, in nats; then each token's
             weight is multiplied by exp(student_logprob - old_logprobs), without gradient through it.

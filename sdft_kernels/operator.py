@@ -191,22 +191,32 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
     )
 
 
+def _scale(values: Tensor, factor: Tensor, backend: str, wide: torch.dtype) -> None:
+    with on_its_device(values):
+        backend_module(backend, values.device, wide).scale(values, factor)
+
+
+#: An operator, so that who notes what happens to tensors sees a kernel's launch too.
+scale_op = torch.library.custom_op("sdft_kernels::scale_", _scale, mutates_args=("values",))
+
+
 def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor in `dtype`, in the gradient's own memory where that will do and nobody asks for it again."""
+    asked_again = torch._C._autograd._get_current_graph_task_keep_graph()
     of_each_token = factor.dim() > 0
     if not of_each_token:
         if reads_are_free(factor) and factor.item() == 1:
-            return gradient.to(dtype)
+            return gradient.to(dtype, copy=asked_again)
         factor = factor.view(1)  # else a CUDA kernel would first round it to the gradient's dtype
     if gradient.dtype != dtype and gradient.device.type != "cpu":
         # Both in one pass over a head's worth of memory; on the CPU torch would put the product in between anyway.
         return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
-    if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
+    if asked_again or not is_plain(gradient) or not gradient.is_contiguous():
         return (gradient * factor).to(dtype)
     if of_each_token:
         gradient.mul_(factor)
     else:
-        backend_module(ctx.backend, gradient.device, ctx.wide).scale(gradient, factor)
+        scale_op(gradient, factor, ctx.backend, ctx.wide)
     return gradient.to(dtype)
 
 

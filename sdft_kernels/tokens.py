@@ -74,8 +74,8 @@ class LiveTokens:
     """The tokens whose weight is not 0; the others contribute nothing, whatever their hidden states hold.
 
     On the CPU the others are left out. A device cannot say how many there are without making the host wait, so
-    there the student's rows, which go into the head's gradient, are replaced by zeros on the way into the products, and
-    backends see to it that weight 0 makes gradient 0 of whatever the teacher's hold.
+    there their rows are replaced by zeros on the way into the products; the teacher's, which go into no gradient, may
+    also be left to a backend.
     """
 
     def __init__(self, weight: Tensor | None, count: int) -> None:

@@ -32,11 +32,14 @@ from sdft_kernels.divergences import (
     is_mixture,
     log_ratio_of,
 )
-from sdft_kernels.tokens import TokenRows, TokenScores, reads_are_free
+from sdft_kernels.tokens import TokenRows, TokenScores
 
 #: Bytes of both models' logits in a tile; a call's scratch is twice that. Smaller tiles make slower products, larger
 #: ones leave the cache: of 1, 2, 3 and 4 MiB, 3 was fastest on two cores with 32 MiB of last-level cache.
 TILE_BYTES = 3 << 20
+
+#: Whether the teacher's hidden state of a token of weight 0 may hold anything.
+TEACHER_MAY_BE_ANYTHING = False
 
 #: Matrix products are slower where the number of tokens is no multiple of this, so zeros fill up the last chunk.
 TOKENS_ALIGNED = TILE_TOKENS["cpu"]
@@ -87,12 +90,7 @@ def process_chunk(
     gradients: ChunkGradients,
     workspace: Workspace,
 ) -> None:
-    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht).
-
-    Of a token of weight 0 the teacher's may hold anything.
-    """
-    if not reads_are_free(rows.weight):  # else there are no such tokens: see LiveTokens
-        teacher_hidden = torch.where(rows.weight[:, None] != 0, teacher_hidden, 0)
+    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     dtype, tokens, width = rows.loss.dtype, len(rows.loss), aligned(len(rows.loss))
     columns = _Columns(student_hidden, teacher_hidden, student, teacher, dtype)
     labels = padded_labels(rows.labels, width, models=2)

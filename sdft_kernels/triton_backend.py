@@ -22,6 +22,9 @@ from sdft_kernels.triton_linear import Operands, multiplies, process_hidden, sco
 from sdft_kernels.triton_scaling import scale as scale
 from sdft_kernels.triton_scoring import score_rows
 
+#: Whether the teacher's hidden state of a token of weight 0 may hold anything: the kernel of the gradient makes that 0.
+TEACHER_MAY_BE_ANYTHING = True
+
 
 def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
     """(tokens, vocab) uninitialised, its rows padded to the alignment."""
@@ -39,7 +42,7 @@ class Workspace:
 
     @cached_property
     def ones(self) -> Tensor:
-        """(tokens, 1): a product with it sums the gradient over the tokens, with float32 sums and in one launch."""
+        """(tokens, 1): a product with it adds up half-precision numbers over the tokens in float32, in one launch."""
         return self.gradient.new_ones(len(self.gradient), 1)
 
 
@@ -87,10 +90,7 @@ def process_chunk(
     gradients: ChunkGradients,
     workspace: Workspace | Operands,
 ) -> None:
-    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht).
-
-    Of a token of weight 0 the teacher's may hold anything.
-    """
+    """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     if isinstance(workspace, Operands):
         heads = workspace.head(student), workspace.head(teacher)
         process_hidden(student_hidden, teacher_hidden, *heads, rows, objective)
@@ -106,7 +106,9 @@ def process_chunk(
         products.hidden_gradient(gradient, student.weight, gradients.hidden)
     if gradients.weight is not None:
         products.add_weight_gradient(gradient, student_hidden, gradients.weight, first=gradients.first)
-    if gradients.bias is not None:
+    if gradients.bias is not None and gradient.dtype == gradients.bias.dtype:
+        gradients.bias += gradient.sum(0)
+    elif gradients.bias is not None:
         products.add_weight_gradient(gradient, workspace.ones[:tokens], gradients.bias[:, None], first=False)
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import ledger
 from benchmarks.recorder import passing_for_cuda, record
-from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens, torch_backend
+from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens
 from sdft_kernels.operator import fused_linear_divergence_op
 from tests.cases import DIVERGENCES, fused, random_case, relative_error
 
@@ -147,7 +148,7 @@ class NoWaiting(TorchDispatchMode):
 
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are then treated as a device's, whose values the host may not look at."""
-    for module in (tokens, operator, chunk_loop, torch_backend):
+    for module in (tokens, operator, chunk_loop):
         monkeypatch.setattr(module, "reads_are_free", lambda tensor: False)
 
 
@@ -203,6 +204,33 @@ def test_a_token_of_weight_zero_contributes_nothing_on_a_device(
         assert relative_error(gradient, expected.gradients[name]) < 2e-6, name
 
 
+class TensorOfItsOwnKind(Tensor):
+    """Whose values nothing looks at, so that no token is left out, on a CPU either."""
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_weights_that_are_no_plain_tensor(backend: str) -> None:
+    weight = torch.tensor([1.0, 0.0, 0.5] * 4)
+    case = random_case(12, token_weight=weight)
+    expected = fused(case, backend=backend)
+    case.teacher_hidden[weight == 0] = float("nan")
+    case.options["token_weight"] = weight.as_subclass(TensorOfItsOwnKind)
+    actual = fused(case, backend=backend)
+    assert relative_error(actual.output.loss, expected.output.loss) < 1e-6
+    for name in case.trainable:
+        assert relative_error(actual.gradients[name], expected.gradients[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_weight_that_all_but_vanishes_leaves_its_token_its_values(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    case = random_case(12, token_weight=torch.tensor([1e30, 1e-30, 1.0] * 4))
+    expected = fused(case, backend=backend)
+    as_on_a_device(monkeypatch)
+    assert relative_error(fused(case, backend=backend).output.token_loss, expected.output.token_loss) < 1e-6
+
+
 def test_backward_twice() -> None:
     hidden, weight, *teacher = small_inputs()
     loss = fused_linear_divergence(hidden, weight, *teacher).loss * 2
@@ -214,6 +242,31 @@ def test_backward_twice() -> None:
         assert torch.equal(a, c)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, (hidden, weight))
+
+
+def test_backward_into_the_same_gradients_again_and_again() -> None:
+    hidden, weight, *teacher = small_inputs()
+    loss = fused_linear_divergence(hidden, weight, *teacher).loss
+    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    assert relative_error(weight.grad, 3 * once) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_is_traced_has_the_upstream_gradient_too(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Also where tensors are real and calls only noted, among which a kernel's launch has to be."""
+    as_on_a_device(monkeypatch)
+
+    def gradients(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> tuple[Tensor, ...]:
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = fused_linear_divergence(hidden, weight, *teacher, backend=backend).loss * 3
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    traced = make_fx(gradients)(*small_inputs())
+    others = small_inputs()
+    for actual, expected in zip(traced(*others), gradients(*others), strict=True):
+        assert relative_error(actual, expected) < 1e-6
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
