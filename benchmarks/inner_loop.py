@@ -48,8 +48,9 @@ def kernel_loops(code: str, backend: str) -> tuple[Loop, Loop | None]:
     loops = []
     for number, line in enumerate(lines):
         target = re.search(branch, line)
-        if target and starts.get(target.group(1), number) < number - 1:  # one line long: the trap after the end
-            loops.append((starts[target.group(1)], number))
+        start = starts.get(target.group(1), number) if target else number
+        if start < number - 1 and not _waits(lines[start:number]):  # one line long: the trap after the end
+            loops.append((start, number))
     inner = [loop for loop in loops if not any(other != loop and _within(other, loop) for other in loops)]
     bodies = {span: _instructions(lines, [span], instruction) for span in inner or [(0, len(lines) - 1)]}
     # Of several loops, the one that reads the rows.
@@ -61,6 +62,11 @@ def kernel_loops(code: str, backend: str) -> tuple[Loop, Loop | None]:
     inside = sorted(loop for loop in inner if _within(loop, (first, last)))
     between = zip([first, *(end + 1 for _, end in inside)], [*(start - 1 for start, _ in inside), last], strict=True)
     return _turn(body, loops=True), _turn(_instructions(lines, list(between), instruction), loops=True)
+
+
+def _waits(lines: list[str]) -> bool:
+    """Whether a loop of these lines only asks whether a barrier has been reached."""
+    return len(lines) <= 4 and any("SYNCS" in line for line in lines)
 
 
 def _turn(body: list[str], *, loops: bool) -> Loop:

@@ -146,6 +146,14 @@ def test_a_loop_in_a_loop() -> None:
     assert around.accesses == {"STG.E.128": 1}
     alone, nothing = kernel_loops(nested.replace("@P1  BRA `(.L_x_0)", "EXIT"), "cuda")
     assert alone == inner and nothing is None
+    wait = """
+.L_x_2:
+        /*0021*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR67], R4 ;
+        /*0022*/              @!P3 BRA `(.L_x_2) ;
+        /*0030*/              @P0"""
+    waiting, around = kernel_loops(nested.replace("\n        /*0030*/              @P0", wait), "cuda")
+    assert (waiting.loops, waiting.instructions, waiting.accesses) == (True, 4, inner.accesses)
+    assert around is not None and around.accesses == {"STG.E.128": 1}
     whole, nothing = kernel_loops(nested.replace("BRA", "EXIT"), "cuda")
     assert (whole.loops, whole.instructions, nothing) == (False, 8, None)
 
