@@ -154,6 +154,13 @@ def test_a_loop_in_a_loop() -> None:
     waiting, around = kernel_loops(nested.replace("\n        /*0030*/              @P0", wait), "cuda")
     assert (waiting.loops, waiting.instructions, waiting.accesses) == (True, 4, inner.accesses)
     assert around is not None and around.accesses == {"STG.E.128": 1}
+    behind = """
+.L_x_3:
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR67], R4 ;
+        /*0090*/              @!P3 BRA `(.L_x_3) ;
+        /*00a0*/                   BRA `(.L_x_1) ;
+"""
+    assert kernel_loops(nested + behind, "cuda") == kernel_loops(nested, "cuda")
     whole, nothing = kernel_loops(nested.replace("BRA", "EXIT"), "cuda")
     assert (whole.loops, whole.instructions, nothing) == (False, 8, None)
 
