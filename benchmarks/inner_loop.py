@@ -52,7 +52,7 @@ def kernel_loops(code: str, backend: str) -> tuple[Loop, Loop | None]:
         start = starts.get(target.group(1), number) if target else number
         if start < number - 1:  # one line long: the trap after the end
             (waits if _waits(lines[start:number]) else loops).append((start, number))
-    # A wait that stands behind the kernel's end has a jump after it, on no condition, which leads back and is no loop's.
+    # A wait that stands behind the kernel's end has a jump after it, on no condition, which only leads back.
     loops = [loop for loop in loops if "@" in lines[loop[1]] or not any(loop[1] == end + 1 for _, end in waits)]
     inner = [loop for loop in loops if not any(other != loop and _within(other, loop) for other in loops)]
     bodies = {span: _instructions(lines, [span], instruction) for span in inner or [(0, len(lines) - 1)]}
