@@ -178,8 +178,8 @@ def test_one_chunk_needs_no_float32_gradient_of_the_head() -> None:
     shape = roofline.MODELS["Llama-3.1-8B"].at(1024)
     entry = ledger.entry(OURS, shape, trainable_head=True)
     assert entry.workspace < 1.01 * 10 * shape.tokens * shape.vocab
-    more = ledger.entry(OURS, shape_of_more := replace(shape, tokens=4096), trainable_head=True)
-    assert more.workspace > 4 * shape_of_more.hidden * shape.vocab
+    several_chunks = ledger.entry(OURS, replace(shape, tokens=4096), trainable_head=True)
+    assert several_chunks.workspace > 4 * shape.hidden * shape.vocab
 
 
 @pytest.mark.parametrize("trainable_head", HEADS)
