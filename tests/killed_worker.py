@@ -1,4 +1,6 @@
-"""A run that saves every step, killed at random moments and resumed, many times: for test_sdft_robustness.
+"""A run that saves every step, killed and resumed, many times: for test_sdft_robustness.
+
+It is killed in turn at a random moment and amid one of its saves, a random one.
 
 `python tests/killed_worker.py FOLDER TIMES SEED` prints a JSON line for each time. Importing everything takes longer
 than such a run, so each is a child forked from a process that has imported it all and computed nothing.
@@ -76,6 +78,16 @@ def outcome(folder):
     return [p.read_bytes() for p in (folder / "model.safetensors", last / "teacher_average.safetensors")]
 
 
+def wait_for_a_save(child, folder, saves):
+    """Returns amid the given save, counted from 1, or when the child has ended."""
+    saving = folder / ".saving"
+    for number in range(saves):
+        while not saving.exists() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            pass
+        while number + 1 < saves and saving.exists():
+            pass
+
+
 def main(folder, times, seed):
     torch.set_num_threads(1)
     straight = folder / "straight"
@@ -87,8 +99,12 @@ def main(folder, times, seed):
     for number in range(times):
         killed = folder / f"killed-{number}"
         child = start(killed)
-        moment = moments.uniform(0.15, 1) * whole  # before that it has not begun
-        time.sleep(moment)
+        began = time.perf_counter()
+        if number % 2:
+            wait_for_a_save(child, killed, moments.randint(1, STEPS))
+        else:
+            time.sleep(moments.uniform(0.15, 1) * whole)  # before that it has not begun
+        moment = time.perf_counter() - began
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         last = get_last_checkpoint(killed)
