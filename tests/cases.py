@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sdft_kernels import DivergenceOutput, fused_linear_divergence
-from sdft_kernels.reference import divergence_of_logits, reference_divergence
+from sdft_kernels.reference import reference_divergence
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 
@@ -50,13 +52,14 @@ def random_case(
     shared_head: bool = False,
     bias: bool = False,
     seed: int | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> Case:
     """Fresh random inputs with logits of the spread that language models have, a few nats."""
-    generator = torch.Generator().manual_seed(torch.seed() % 2**62 if seed is None else seed)
+    generator = torch.Generator(device).manual_seed(torch.seed() % 2**62 if seed is None else seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     if shared_head:
         teacher_size = student_size
@@ -71,6 +74,25 @@ def random_case(
     student_bias = normal(vocab).to(dtype) if bias else None
     trainable = ("student_hidden", "student_weight", *(("student_bias",) if bias else ()))
     return Case(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, options, trainable)
+
+
+def every_option(tokens: int, vocab: int, device: str = "cpu") -> dict[str, Any]:
+    """All of the loss's options at once; among the token weights are zeros, and most importance weights are near 1."""
+    weight = torch.rand(tokens, device=device) + 0.1
+    weight[1::3] = 0
+    return {
+        "teacher_bias": torch.randn(vocab, device=device),
+        "beta": 0.3,
+        "temperature": 1.3,
+        "student_logit_scale": 1.2,
+        "teacher_logit_scale": 0.8,
+        "student_softcap": 9.0,
+        "teacher_softcap": 12.0,
+        "token_weight": weight,
+        "labels": torch.randint(0, vocab, (tokens,), device=device),
+        "old_logprobs": (2 * torch.randn(tokens, device=device) - 2 - math.log(vocab)).clamp(max=0),
+        "importance_clip": 3.0,
+    }
 
 
 @dataclass
@@ -116,19 +138,39 @@ def reference(case: Case, upstream: Tensor | None = None, dtype: torch.dtype = t
     return _run(reference_divergence, case, dtype, upstream)
 
 
-def reference_from_float32_logits(case: Case) -> Result:
-    """The float64 reference but for the two products that make logits, which are float32's."""
-    student = (case.student_hidden @ case.student_weight.T).double().requires_grad_()
-    teacher = (case.teacher_hidden @ case.teacher_weight.T).double()
-    output = divergence_of_logits(student, teacher, **case.options)
-    output.loss.sum().backward()
-    assert student.grad is not None
-    gradients = {
-        "student_hidden": student.grad @ case.student_weight.double(),
-        "student_weight": student.grad.T @ case.student_hidden.double(),
-        "student_bias": None,
-    }
-    return Result(output, {name: gradient if name in case.trainable else None for name, gradient in gradients.items()})
+def reference_from_float32_logits(case: Case, upstream: Tensor | None = None) -> Result:
+    """The float64 reference but for the two products that make logits, which are float32's, on the case's device."""
+    with Float32Products(case.student_hidden.dtype):
+        return reference(case, upstream)
+
+
+class Float32Products(TorchFunctionMode):
+    """Products of float64 numbers, which were of `dtype`, are those that a device makes of that, in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.matmul:  # which is what `@` calls
+            return _Float32Product.apply(*args, self.dtype)
+        return func(*args, **(kwargs or {}))
+
+
+class _Float32Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(left, right)
+        if dtype in (torch.float32, torch.float64):
+            return (left.to(dtype) @ right.to(dtype)).double()
+        if left.is_cuda:
+            return torch.mm(left.to(dtype), right.to(dtype), out_dtype=torch.float32).double()
+        return (left.float() @ right.float()).double()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        left, right = ctx.saved_tensors
+        return gradient @ right.T, left.T @ gradient, None
 
 
 def errors(actual: Result, expected: Result) -> dict[str, float]:
@@ -153,16 +195,26 @@ def assert_close(actual: Result, expected: Result, values: float, gradients: flo
         assert error <= limit, f"relative error of {name} is {error:.1e}, over {limit:.0e}"
 
 
-def assert_as_exact_as_products(actual: Result, case: Case, least: float = 2e-6, beyond: float = 1.5) -> None:
-    """Float32 values and gradients within `least`, or `beyond` times what float32 products alone make of the inputs.
+def assert_as_exact_as_products(
+    actual: Result,
+    case: Case,
+    least: float = 2e-6,
+    beyond: float = 1.5,
+    *,
+    upstream: Tensor | None = None,
+    gradients: float | None = None,
+) -> None:
+    """Values and gradients within `least`, or `beyond` times what float32 products alone make of the inputs.
 
     Where student and teacher share a head, what is expected is a difference of nearly equal terms, and some draws of
-    the inputs leave float32 logits fewer digits than `least`, whatever is done with them afterwards.
+    the inputs leave float32 logits fewer digits than `least`, whatever is done with them afterwards. `gradients` stands
+    for `least` where these are rounded to fewer digits.
     """
-    expected = reference(case)
-    from_products = errors(reference_from_float32_logits(case), expected)
+    expected = reference(case, upstream)
+    from_products = errors(reference_from_float32_logits(case, upstream), expected)
     for name, error in errors(actual, expected).items():
-        limit = max(least, beyond * from_products[name])
+        rounded = gradients if gradients is not None and name.startswith("grad") else least
+        limit = max(rounded, beyond * from_products[name])
         assert error <= limit, (
             f"relative error of {name} is {error:.1e}, over {limit:.1e}; products alone {from_products[name]:.1e}"
         )

@@ -1,8 +1,12 @@
-"""Shared set-up: Triton's kernels run on CPU tensors here, through its interpreter, chosen before it is imported."""
+"""Shared set-up: Triton's kernels run on CPU tensors here, through its interpreter, chosen before it is imported.
+
+With SDFT_TEST_DEVICE=cuda they are compiled instead, for the tests in tests/gpu, which `make gpu` runs.
+"""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("SDFT_TEST_DEVICE") != "cuda":
+    os.environ["TRITON_INTERPRET"] = "1"
 # Threads that spin while they wait make small operations many times slower on a machine that is busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,13 +6,11 @@ import argparse
 import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import gpu, linearity, memory, rows, speed
+from benchmarks import linearity, memory, rows, speed
 from benchmarks.methods import METHODS, Shape
 from sdft_kernels.divergences import DIVERGENCES
 
@@ -36,30 +34,6 @@ def check_files(found: list[Any], files: argparse.Namespace, draw: Any) -> None:
     plot = files.plot.with_suffix(".png")
     draw(found, plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize(
-    ("name", "gib", "entry"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 80, "A100"),
-        ("NVIDIA A100-SXM4-40GB", 40, None),
-        ("NVIDIA H100 80GB HBM3", 80, "H100"),
-        ("NVIDIA H100 PCIe", 80, None),
-        ("NVIDIA H100 NVL", 94, None),
-        ("NVIDIA H200", 141, "H200"),
-        ("NVIDIA GH200 480GB", 96, None),
-        ("NVIDIA B200", 180, "B200"),
-        ("NVIDIA GeForce RTX 4090", 24, None),
-    ],
-)
-def test_a_prediction_stands_beside_the_gpu_that_it_is_of_alone(
-    name: str, gib: int, entry: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=gib * 2**30))
-    found = gpu.this_gpu()
-    assert (found and found.name) == entry
 
 
 def test_speed_compares_every_method_in_turns(tmp_path: Path) -> None:

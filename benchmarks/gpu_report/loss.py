@@ -1,0 +1,454 @@
+"""The loss and its gradients in bfloat16 beside every peer and the bare products: time, memory, digits, predictions.
+
+The methods of a case take turns on the same inputs, of which there are two sets, so that no cache helps. The digits are
+those of the same head with fewer tokens, against float64 on the same device. A share of the floor is the time of the
+bare products over a method's: the share of the rate that the card itself reaches at these shapes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import plots
+from benchmarks.gpu import Call, free_bytes, mebibytes, milliseconds, most_memory, release, wall_seconds
+from benchmarks.gpu_report.cases import described, guarded, models, notes, predicted_gpu
+from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
+from benchmarks.ledger import COMPARED, EVERY_OPTION, OURS, Ledger, count
+from benchmarks.methods import (
+    DEVICE_METHODS,
+    LIGER_HALF_HARD,
+    LIGER_HALF_HARD_COMPILED,
+    PEER_BETA,
+    Inputs,
+    Method,
+    OurFloor,
+    every_option,
+    make_inputs,
+    ours,
+)
+from benchmarks.roofline import Gpu, Model, seconds
+from sdft_kernels.divergences import DIVERGENCES
+from sdft_kernels.reference import reference_divergence
+
+TOKENS, FEW, MANY = 8192, 1024, 16_384
+TOY_TOKENS, TOY_FEW, TOY_MANY = 24, 16, 32
+
+SOFTCAP = "ours, softcap"
+PLAIN = "plain torch"
+FLOOR_WHOLE, FLOOR_CHUNKS = "bare products", "bare products, chunks"
+FLOORS = (FLOOR_WHOLE, FLOOR_CHUNKS)
+CUTE = "Liger CuTe"
+PEERS = ("TRL", "Liger Triton", CUTE, "Liger eager")
+COMPILED = ("Liger compiled", LIGER_HALF_HARD_COMPILED)
+
+#: Seconds that compiling Liger's loss may take, and the least that is left for it.
+COMPILE_SECONDS = 45.0
+#: Rounds of a method of which one call takes longer are fewer.
+LONG_SECONDS, ROUNDS, FEW_ROUNDS = 0.3, 5, 3
+#: Of the free memory, what plain torch may take by its ledger.
+PLAIN_SHARE = 0.6
+#: A rate that products surely reach here, for guesses of a case's time.
+SLOW_FLOPS = 4e14
+ERROR_ROWS, ERROR_SEED = 256, 7
+
+
+@dataclass
+class Known:
+    """What earlier cases found: relative errors by model, divergence and method, where they broke a string under
+    "broken"; and milliseconds of the bare products by model, tokens and head."""
+
+    errors: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    floors: dict[tuple[str, int, str], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: the methods of each block take turns; the next block begins with memory given back."""
+
+    model: Model
+    tokens: int
+    trainable_head: bool
+    divergence: str
+    blocks: tuple[tuple[str, ...], ...]
+    rounds: int = ROUNDS
+    reserve: float = 0.0  # seconds that are to be left afterwards
+
+    @property
+    def head(self) -> str:
+        return "trainable" if self.trainable_head else "frozen"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}, {self.tokens} tokens, {self.head} head, {self.divergence}"
+
+    @property
+    def flops(self) -> int:
+        """Of the products that any exact method needs."""
+        return (4 if self.trainable_head else 3) * 2 * self.tokens * self.model.hidden * self.model.vocab
+
+    def guess(self, methods: tuple[str, ...]) -> float:
+        """Seconds that a block takes, at about twice the floor's time for each call."""
+        calls = len(methods) * (self.rounds + 2)
+        compiling = COMPILE_SECONDS if any(name in COMPILED for name in methods) else 0
+        return max(compiling, self.reserve + 1 + calls * 2 * self.flops / SLOW_FLOPS)
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """The most important first. What takes longest, many tokens and what is compiled, comes last."""
+    few, tokens, many = (TOY_FEW, TOY_TOKENS, TOY_MANY) if settings.toy else (FEW, TOKENS, MANY)
+    heads = [(model, trainable) for model in models(settings) for trainable in (True, False)]
+    first = models(settings)[0]
+    peers = tuple(name for name in PEERS if name != CUTE or has_cute())
+
+    def own(model: Model) -> tuple[str, ...]:
+        return (OURS, SOFTCAP) if model.softcap else (OURS,)
+
+    for size in (tokens, few):
+        for model, trainable in heads[: 1 if settings.toy and size == few else None]:
+            yield Case(model, size, trainable, "reverse_kl", (FLOORS, (*own(model), *peers), (PLAIN,)))
+    for divergence in ("jsd", *(name for name in DIVERGENCES if name not in ("reverse_kl", "jsd"))):
+        offered = (*peers, LIGER_HALF_HARD) if divergence == "jsd" else peers if divergence in PEER_BETA else ()
+        yield Case(first, tokens, True, divergence, ((OURS, *offered),))
+    yield Case(first, tokens, True, "reverse_kl", ((OURS, EVERY_OPTION),))
+    for model, trainable in heads[: 1 if settings.toy else None]:
+        blocks = ((FLOOR_CHUNKS,), (*own(model), *peers))
+        yield Case(model, many, trainable, "reverse_kl", blocks, FEW_ROUNDS, COMPILE_SECONDS)
+    if not settings.toy:
+        for trainable in (True, False):
+            yield Case(first, tokens, trainable, "reverse_kl", ((OURS, "Liger compiled"),))
+        yield Case(first, tokens, True, "jsd", ((OURS, LIGER_HALF_HARD_COMPILED),))
+
+
+def has_cute() -> bool:
+    """Whether there is what Liger's CuTe kernels are written in."""
+    return importlib.util.find_spec("cutlass") is not None
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    yield from guarded(settings, "first call", 5, partial(first_call, settings))
+    known = Known()
+    for case in cases(settings):
+        seconds_needed = case.guess(case.blocks[0])
+        yield from guarded(settings, case.name, seconds_needed, partial(measure, settings, case, known))
+    if not has_cute():
+        yield skipped(CUTE, "nvidia-cutlass-dsl is not installed")
+
+
+def first_call(settings: Settings) -> Iterator[Row]:
+    """What a user waits for: all of ours is compiled, or read from Triton's cache, before the first loss is there."""
+    case = next(cases(settings))
+    inputs = inputs_of(case, settings.device, seed=0)
+    first, second = (wall_seconds(lambda: ours(inputs, case.divergence), settings.device) for _ in range(2))
+    yield {"case": "first call", "method": OURS, "first_call_s": first, "second_call_s": second}
+
+
+def inputs_of(case: Case, device: str, seed: int) -> Inputs:
+    shape, trainable = case.model.at(case.tokens), case.trainable_head
+    return make_inputs(shape, trainable_head=trainable, dtype=torch.bfloat16, seed=seed, device=device)
+
+
+def measure(settings: Settings, case: Case, known: Known) -> Iterator[Row]:
+    """The rows of a case, block by block."""
+    device, gpu = settings.device, predicted_gpu(settings)
+    find_errors(settings, case, known)
+    sets = [inputs_of(case, device, seed) for seed in range(2)]
+    floor = known.floors.get((case.model.name, case.tokens, case.head))
+    ours_ms = None
+    for block in case.blocks:
+        if settings.left() < (0 if settings.toy else case.guess(block)):
+            yield from ({**skipped(case.name, "no time left"), "method": name} for name in block)
+            continue
+        ready: dict[str, Method] = {}
+        failed: dict[str, str] = {}
+        for name in block:
+            try:
+                ready[name] = prepare(name, sets, case, device)
+            except Exception as error:
+                failed[name] = described(error)
+        if failed:
+            release(device, thorough=True)
+        taken = in_turns(ready, sets, case, settings, failed)
+        ready.clear()
+        floors = [taken[name].median for name in FLOORS if name in taken]
+        if floors:
+            floor = known.floors[case.model.name, case.tokens, case.head] = min(floors)
+        ours_ms = taken[OURS].median if OURS in taken else ours_ms
+        for name in block:
+            if name in failed:
+                yield {"case": case.name, "method": name, "error": failed[name]}
+            elif name not in taken:
+                yield {**skipped(case.name, "no time left"), "method": name}
+            else:
+                errors = known.errors.get((case.model.name, case.divergence, name), {})
+                yield row_of(case, name, taken[name], floor, ours_ms, errors, gpu)
+        release(device)
+
+
+@dataclass
+class Taken:
+    """What one method's calls took. The first one compiles what compiles."""
+
+    first_seconds: float = 0.0
+    peak: int | None = None  # bytes above inputs and returned gradients
+    milliseconds: list[float] = field(default_factory=list)
+    rounds: int = ROUNDS
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+    def turn(self, number: int, call: Call, inputs: Inputs, device: str) -> None:
+        if number == 0:
+            self.first_seconds = wall_seconds(call, device)
+        elif number == 1:
+            peaks: list[int | None] = []
+            took = wall_seconds(lambda: peaks.append(most_memory(call, device)), device)
+            self.rounds = FEW_ROUNDS if took > LONG_SECONDS else ROUNDS
+            self.peak = None if peaks[0] is None else peaks[0] - returned_bytes(inputs)
+        else:
+            self.milliseconds.append(milliseconds(call, device))
+
+
+def prepare(name: str, sets: list[Inputs], case: Case, device: str) -> Method:
+    """The method, with all that it holds beside its inputs made."""
+    if name in FLOORS:
+        return OurFloor(sets[0], whole=name == FLOOR_WHOLE)
+    if name == PLAIN:
+        ledger = ledger_of(case, name)
+        needed, free = 0 if ledger is None else ledger.workspace, free_bytes(device)
+        if needed > PLAIN_SHARE * free:
+            raise MemoryError(f"about {needed / 2**30:.0f} GiB, of {free / 2**30:.0f} that are free")
+    if name in (SOFTCAP, EVERY_OPTION):
+        options = {id(inputs): options_of(name, inputs, case.model) for inputs in sets}
+        return lambda inputs, divergence: ours(inputs, divergence, **options[id(inputs)])
+    return DEVICE_METHODS[name]
+
+
+def options_of(name: str, inputs: Inputs, model: Model) -> dict[str, Any]:
+    if name == SOFTCAP:
+        return {"student_softcap": model.softcap, "teacher_softcap": model.softcap}
+    return every_option(inputs) if name == EVERY_OPTION else {}
+
+
+def in_turns(
+    methods: dict[str, Method], sets: list[Inputs], case: Case, settings: Settings, failed: dict[str, str]
+) -> dict[str, Taken]:
+    """Every method in turns, after two turns of other use: the first compiles, and memory is taken in the second.
+
+    One that breaks is put into `failed` and has no more turns. Where time is up, the rounds until then count.
+    """
+    taken = {name: Taken() for name in methods}
+    for turn in range(2 + case.rounds):
+        if turn > 2 and settings.left() < 0:
+            break
+        inputs = sets[turn % len(sets)]
+        for name, method in methods.items():
+            if name in failed or len(taken[name].milliseconds) >= taken[name].rounds:
+                continue
+            for others in sets:
+                others.clear()
+            try:
+                taken[name].turn(turn, partial(method, inputs, case.divergence), inputs, settings.device)
+            except Exception as error:
+                failed[name] = described(error)
+            if name in failed:
+                release(settings.device, thorough=True)
+    for inputs in sets:
+        inputs.clear()
+    return {name: times for name, times in taken.items() if name not in failed and times.milliseconds}
+
+
+def returned_bytes(inputs: Inputs) -> int:
+    gradients = (inputs.student_hidden.grad, inputs.student_weight.grad)
+    return sum(g.numel() * g.element_size() for g in gradients if g is not None)
+
+
+def row_of(
+    case: Case,
+    name: str,
+    taken: Taken,
+    floor: float | None,
+    ours_ms: float | None,
+    errors: dict[str, Any],
+    gpu: Gpu | None,
+) -> Row:
+    ms = taken.median
+    row: Row = {
+        "case": case.name,
+        "model": case.model.name,
+        "tokens": case.tokens,
+        "head": case.head,
+        "divergence": case.divergence,
+        "method": name,
+        "ms": ms,
+        "fastest_ms": min(taken.milliseconds),
+        "slowest_ms": max(taken.milliseconds),
+        "rounds": len(taken.milliseconds),
+        "first_call_s": taken.first_seconds,
+        "tflops": case.flops / ms / 1e9,
+        "floor_share": None if floor is None else floor / ms,
+        "ours_over_this": None if ours_ms is None or name in FLOORS else ours_ms / ms,
+        "peak_mib": None if name in FLOORS else mebibytes(taken.peak),
+        "error_loss": errors.get("loss"),
+        "error_hidden": errors.get("hidden"),
+        "error_weight": errors.get("weight") if case.trainable_head else None,
+        "errors_broken": errors.get("broken"),
+    }
+    try:
+        ledger = ledger_of(case, name)
+    except Exception as error:  # a prediction that breaks leaves the measurement as it is
+        return {**row, "prediction_error": described(error)}
+    if ledger is not None:
+        predicted = None if gpu is None else seconds(ledger, gpu) * 1e3
+        row |= {
+            "gb_per_s": sum(op.nbytes for op in ledger.ops) / ms / 1e6,
+            "ledger_mib": mebibytes(ledger.workspace),
+            "predicted_ms": predicted,
+            "measured_over_predicted": None if predicted is None else ms / predicted,
+        }
+    return row
+
+
+def ledger_of(case: Case, name: str) -> Ledger | None:
+    """None for a method that no ledger follows."""
+    followed = OURS if name == SOFTCAP else name
+    if followed not in (*COMPARED, EVERY_OPTION, PLAIN):
+        return None
+    return count(followed, case.model.at(case.tokens), trainable_head=case.trainable_head, divergence=case.divergence)
+
+
+def find_errors(settings: Settings, case: Case, known: Known) -> None:
+    """Each method's relative errors, of the same head with few tokens, where they are not known yet."""
+    methods = [name for block in case.blocks for name in block if name not in (*FLOORS, *COMPILED, LIGER_HALF_HARD)]
+    missing = [name for name in methods if (case.model.name, case.divergence, name) not in known.errors]
+    few = replace(case, tokens=TOY_FEW if settings.toy else FEW, trainable_head=True)
+    # Of those with options, each has a reference of its own.
+    for chosen in (
+        [name for name in missing if name not in (SOFTCAP, EVERY_OPTION)],
+        *([name] for name in missing if name in (SOFTCAP, EVERY_OPTION)),
+    ):
+        if chosen:
+            try:
+                found = errors_of(few, chosen, settings.device)
+            except Exception as error:
+                found = {name: {"broken": described(error)} for name in chosen}
+            known.errors |= {(case.model.name, case.divergence, name): errors for name, errors in found.items()}
+            release(settings.device)
+
+
+def errors_of(case: Case, methods: list[str], device: str) -> dict[str, dict[str, Any]]:
+    """Of methods that have a reference in common."""
+    inputs = inputs_of(case, device, ERROR_SEED)
+    expected = reference(inputs, case.divergence, options_of(methods[0], inputs, case.model))
+    found: dict[str, dict[str, Any]] = {}
+    for name in methods:
+        inputs.clear()
+        try:
+            loss = prepare(name, [inputs], case, device)(inputs, case.divergence)
+            hidden, weight = inputs.student_hidden.grad, inputs.student_weight.grad
+            assert hidden is not None and weight is not None
+            found[name] = dict(
+                zip(("loss", "hidden", "weight"), map(relative_error, (loss, hidden, weight), expected), strict=True)
+            )
+            del loss, hidden, weight
+        except Exception as error:
+            found[name] = {"broken": described(error)}
+        if "broken" in found[name]:
+            release(device, thorough=True)
+    return found
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖."""
+    return ((actual.detach().double() - expected).norm() / expected.norm()).item()
+
+
+def reference(inputs: Inputs, divergence: str, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, hidden gradient and weight gradient in float64, of some tokens' logits at a time."""
+    hidden = inputs.student_hidden.detach().double().requires_grad_()
+    weight = inputs.student_weight.detach().double().requires_grad_()
+    tokens = len(hidden)
+    of_each_token = {name: options[name] for name in ("token_weight", "labels", "old_logprobs") if name in options}
+    others = {name: value for name, value in options.items() if name not in of_each_token}
+    total = options["token_weight"].double().sum() if "token_weight" in options else tokens
+    loss = hidden.new_zeros(())
+    for start in range(0, tokens, ERROR_ROWS):
+        rows = slice(start, start + ERROR_ROWS)
+        part = reference_divergence(
+            hidden[rows],
+            weight,
+            inputs.teacher_hidden[rows].double(),
+            weight.detach(),
+            divergence=divergence,
+            reduction="sum",
+            **{name: vector[rows] for name, vector in of_each_token.items()},
+            **others,
+        ).loss
+        (part / total).backward()
+        loss += part.detach() / total
+    assert hidden.grad is not None and weight.grad is not None
+    return loss, hidden.grad, weight.grad
+
+
+def table(rows: list[Row]) -> str:
+    columns = [
+        ("model", "model", ""),
+        ("tokens", "tokens", ""),
+        ("head", "head", ""),
+        ("divergence", "divergence", ""),
+        ("method", "method", ""),
+        ("ms", "ms", ".3f"),
+        ("first call s", "first_call_s", ".2f"),
+        ("needed TFLOP/s", "tflops", ".0f"),
+        ("share of floor", "floor_share", ".2f"),
+        ("GB/s (ledger)", "gb_per_s", ".0f"),
+        ("MiB", "peak_mib", ".0f"),
+        ("MiB (ledger)", "ledger_mib", ".0f"),
+        ("ms predicted", "predicted_ms", ".3f"),
+        ("measured/predicted", "measured_over_predicted", ".2f"),
+        ("ours/this", "ours_over_this", ".3f"),
+        ("loss error", "error_loss", ".1e"),
+        ("hidden error", "error_hidden", ".1e"),
+        ("weight error", "error_weight", ".1e"),
+    ]
+    head = (
+        f"bfloat16. Errors: relative, against float64, with {FEW} tokens. Share of floor: the time of the faster bare "
+        "products (float32 logits, the head's gradient added in float32) over this. MiB above inputs and gradients.\n\n"
+    )
+    waits = [
+        f"The first call of ours took {row['first_call_s']:.1f} s, the second {row['second_call_s']:.3f} s.\n\n"
+        for row in rows
+        if "second_call_s" in row
+    ]
+    return head + "".join(waits) + markdown((row for row in rows if "ms" in row), columns) + notes(rows)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Milliseconds by method for each model, a panel for each head; a line where the bare products are."""
+    timed = [row for row in rows if "ms" in row and row["divergence"] == "reverse_kl"]
+    if not timed:
+        return
+    timed = [row for row in timed if row["tokens"] == timed[0]["tokens"]]
+    names = list(dict.fromkeys(row["model"] for row in timed))
+    drawn = (OURS, "TRL", "Liger Triton", "Liger eager", "Liger compiled", PLAIN)
+    methods = [name for name in drawn if any(row["method"] == name for row in timed)]
+    with plots.panels(path, 1, 2, (13, 4.5), sharey=True) as axes:
+        for axis, head in zip(axes[0], ("trainable", "frozen"), strict=True):
+            here = [row for row in timed if row["head"] == head]
+            plots.bars(axis, names, {m: {r["model"]: r["ms"] for r in here if r["method"] == m} for m in methods})
+            for place, name in enumerate(names):
+                floors = [row["ms"] for row in here if row["model"] == name and row["method"] in FLOORS]
+                if floors:
+                    axis.hlines(min(floors), place - 0.45, place + 0.45, color="black", linewidth=1)
+            axis.set_title(f"{head} head, {timed[0]['tokens']} tokens")
+            axis.tick_params("x", rotation=15)
+        axes[0][0].set_ylabel("ms (line: bare products)")

@@ -1,0 +1,359 @@
+"""One optimizer step of our trainer, and of TRL's, at real sizes: seconds and memory of each phase.
+
+Weights are random and made on the device, in bfloat16; completions are random tokens, given and not sampled: what
+sampling takes is the stage `rollouts`. Activation checkpointing is on, AdamW's state in bfloat16. A step is measured
+after one that is not. Phases are told apart by waiting for the device between them, which a step by itself does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+import sdft.loss
+from benchmarks import plots
+from benchmarks.gpu_report.models import SIZES, character_tokenizer, random_model
+from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
+from benchmarks.ledger import OURS
+from sdft.config import SDFTConfig
+from sdft.trainer import SDFTTrainer
+
+GIBIBYTE = 2**30
+PHASES = ("teacher", "forward", "loss", "backward", "optimizer", "rest")
+
+#: Tokens of completions in a step, in as many rows as it takes; one row at least.
+STEP_TOKENS = 8192
+
+#: transformers 5.17, which GPU machines may have, has the older name alone.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trainer, a model, what trains, and the tokens of each completion."""
+
+    method: str
+    model: str
+    trains: str  # "all weights" or "LoRA"
+    tokens: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.model}, {self.trains}, {self.rows} × {self.tokens} tokens"
+
+
+def case(method: str, model: str, trains: str, tokens: int, step_tokens: int = STEP_TOKENS) -> Case:
+    return Case(method, model, trains, tokens, max(1, step_tokens // tokens))
+
+
+def cases(settings: Settings) -> list[Case]:
+    """What matters most comes first."""
+    if settings.toy:
+        toys = [(OURS, "all weights", 8), (OURS, "LoRA", 16), ("TRL", "all weights", 8)]
+        return [case(method, "toy", trains, tokens, 32) for method, trains, tokens in toys]
+    small, large = ("Qwen2.5-1.5B", "all weights"), ("Qwen2.5-7B", "LoRA")
+    return [
+        case(OURS, *small, 1024),
+        case("TRL", *small, 1024),
+        case(OURS, *large, 1024),
+        case(OURS, *small, 4096),
+        case(OURS, *large, 4096),
+        case(OURS, *large, 16_384),
+        case("TRL", *small, 4096),
+        case(OURS, *small, 16_384),
+        case("TRL", *large, 4096),
+        case(OURS, *large, 32_768),
+        case(OURS, *large, 65_536),
+    ]
+
+
+@dataclass
+class Phases:
+    """Seconds and peak memory of what is going on; what goes on within a phase belongs to it."""
+
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak: dict[str, float] = field(default_factory=dict)
+    _within: bool = False
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._within:
+            yield
+            return
+        self._within, started = True, self.now()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
+            if self.device == "cuda":
+                peak = torch.cuda.max_memory_allocated() / GIBIBYTE
+                self.peak[name] = max(self.peak.get(name, 0.0), peak)
+            self._within = False
+
+    def around(self, function: Any, name: str) -> Any:
+        """The same function, as a phase."""
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            with self.phase(name):
+                return function(*arguments, **options)
+
+        return wrapped
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.peak.clear()
+
+
+class Clock(TrainerCallback):
+    """Times the optimizer, and the whole of each step."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+        self.wholes: list[float] = []
+        self.taken: list[tuple[dict[str, float], dict[str, float]]] = []
+        self._open: contextlib.ExitStack | None = None
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.phases.clear()
+        self.began = self.phases.now()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(self.phases.phase("optimizer"))
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self._open is not None:
+            self._open.close()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        whole = self.phases.now() - self.began
+        found = dict(self.phases.seconds)
+        found["rest"] = whole - sum(found.values())
+        self.taken.append((found, dict(self.phases.peak)))
+        self.wholes.append(whole)
+
+
+def settings_of(case: Case, device: str, folder: str) -> dict[str, Any]:
+    """What both trainers take from transformers: two steps over the same rows, and no files."""
+    return {
+        "output_dir": folder,
+        "use_cpu": device == "cpu",
+        CHECKPOINTING: True,
+        "max_steps": 2,
+        "per_device_train_batch_size": case.rows,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused" if device == "cuda" else "adamw_torch",
+        "max_completion_length": case.tokens,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def prompt_rows(case: Case) -> list[dict[str, str]]:
+    """Prompts of 64 tokens, and demonstrations of 128."""
+    return [{"prompt": chr(97 + n % 26) * 64, "demonstration": chr(65 + n % 26) * 128} for n in range(2 * case.rows)]
+
+
+def completions_of(case: Case) -> list[list[int]]:
+    """Random tokens, none of which ends anything."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = SIZES[case.model]["vocab_size"]
+    return torch.randint(5, vocab, (case.rows, case.tokens), generator=generator).tolist()
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+
+
+class OurTrainer(SDFTTrainer):
+    """Ours, whose completions are given."""
+
+    given: list[list[int]]
+
+    def rollouts(self, rows: list[dict[str, Any]], places: list[int]) -> list[list[int]]:
+        self._count(completions=len(rows), completion_length=0, finished=0, rollout_seconds=0)
+        return self.given[: len(rows)]
+
+
+def ours(case: Case, device: str, folder: str) -> Any:
+    trainer = OurTrainer(
+        random_model(case.model, device),
+        SDFTConfig(
+            divergence="reverse_kl",
+            teacher="base",
+            teacher_template="turn",
+            **settings_of(case, device, folder),
+        ),
+        train_dataset=prompt_rows(case),
+        processing_class=character_tokenizer(),
+        peft_config=lora() if case.trains == "LoRA" else None,
+    )
+    trainer.given = completions_of(case)
+    return trainer
+
+
+def trl(case: Case, device: str, folder: str) -> Any:
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig as TheirConfig
+    from trl.experimental.sdft import SDFTTrainer as TheirTrainer
+
+    class TRLTrainer(TheirTrainer):
+        """TRL's, whose completions are given, and whose base teacher is a copy of a model that has no files."""
+
+        def _generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+            return prompt_ids, completions_of(case)[: len(prompt_ids)]
+
+        def _setup_teacher_model(self) -> None:
+            if case.trains == "LoRA":
+                super()._setup_teacher_model()
+            else:
+                self.teacher_model = copy.deepcopy(cast(nn.Module, self.model)).requires_grad_(False).eval()
+
+    rows = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}], "privileged_context": row["demonstration"]}
+        for row in prompt_rows(case)
+    ]
+    return TRLTrainer(
+        random_model(case.model, device),
+        TheirConfig(
+            distillation_mode="full_logits",
+            distillation_alpha=1.0,
+            teacher_model_kind="base",
+            num_generations=1,
+            max_prompt_length=None,
+            bf16=False,
+            **settings_of(case, device, folder),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=character_tokenizer(),
+        peft_config=lora() if case.trains == "LoRA" else None,
+    )
+
+
+TRAINERS = {OURS: ours, "TRL": trl}
+
+
+def measure(case: Case, device: str) -> Row:
+    """The second step of two."""
+    phases = Phases(device)
+    clock = Clock(phases)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
+        trainer = TRAINERS[case.method](case, device, folder)
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        if case.method == OURS:
+            for function, phase in (
+                ("teacher_view", "teacher"),
+                ("hidden_states", "forward"),
+                ("fused_linear_divergence", "loss"),
+            ):
+                wrapped = phases.around(getattr(sdft.loss, function), phase)
+                patches.enter_context(mock.patch.object(sdft.loss, function, wrapped))
+        else:  # in one: its loss makes logits, teacher's and student's, by the models' own forward passes
+            trainer.compute_loss = phases.around(trainer.compute_loss, "loss")
+        trainer.accelerator.backward = phases.around(trainer.accelerator.backward, "backward")
+        held = torch.cuda.memory_allocated() / GIBIBYTE if device == "cuda" else None
+        trainer.train()
+    seconds, peak = clock.taken[-1]
+    whole = clock.wholes[-1]
+    row: Row = {"case": case.name, **dataclasses.asdict(case), "seconds": whole}
+    row["tokens_per_second"] = case.rows * case.tokens / whole
+    row["models_gib"] = held
+    row["peak_gib"] = max(peak.values()) if peak else None
+    for phase in PHASES:
+        row[f"{phase}_seconds"] = seconds.get(phase)
+        row[f"{phase}_gib"] = peak.get(phase)
+    return row
+
+
+def release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    each_second = 6000.0  # tokens of a step, until one was measured; making the models and a first step take as long
+    for case in cases(settings):
+        expected = 6 + 3 * case.rows * case.tokens / each_second
+        if not settings.toy and settings.left() < expected:
+            yield skipped(case.name, f"no time left: {settings.left():.0f} s, and it takes about {expected:.0f}")
+            continue
+        if settings.left() <= 0:
+            yield skipped(case.name, "no time left")
+            continue
+        broken = None
+        try:
+            yield measure(case, settings.device)
+        except Exception as error:
+            broken = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+        release(settings.device)
+        if broken is not None:
+            yield {"case": case.name, "error": broken}
+
+
+def table(rows: list[Row]) -> str:
+    columns = [
+        ("step", "case", ""),
+        ("s", "seconds", ".2f"),
+        ("tokens/s", "tokens_per_second", ",.0f"),
+        *((f"{phase} s", f"{phase}_seconds", ".2f") for phase in PHASES),
+        ("peak GiB", "peak_gib", ".1f"),
+        ("models GiB", "models_gib", ".1f"),
+        *((f"{phase} GiB", f"{phase}_gib", ".1f") for phase in PHASES[:-1]),
+    ]
+    measured = [row for row in rows if "seconds" in row]
+    lines = [
+        "Seconds of an optimizer step without its rollouts, and the most memory held in each phase, weights and "
+        "optimizer's state among it. TRL's loss phase holds both models' forward passes.",
+        "",
+        markdown(measured, columns),
+    ]
+    lines += [f"\n{row['case']}: {row.get('error') or row.get('skipped')}" for row in rows if "seconds" not in row]
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A bar of each phase's seconds for each step."""
+    measured = [row for row in rows if "seconds" in row]
+    names = [row["case"].replace(", ", "\n", 1) for row in measured]
+    with plots.panels(path, 1, 1, (max(6.0, 2.2 * len(measured)), 5)) as axes:
+        heights = {
+            phase: {name: row.get(f"{phase}_seconds") or 0.0 for name, row in zip(names, measured, strict=True)}
+            for phase in PHASES
+        }
+        plots.bars(axes[0][0], names, heights)
+        axes[0][0].set_ylabel("seconds")
+        axes[0][0].tick_params("x", labelsize=6)

@@ -1,0 +1,60 @@
+"""Tests of the compiled kernels on a CUDA GPU: `make gpu` runs them, or
+
+    SDFT_TEST_DEVICE=cuda python -m pytest tests/gpu
+
+With SDFT_TEST_DEVICE=cpu the same tests run through Triton's interpreter, at small shapes, where they need no GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+CHOSEN = os.environ.get("SDFT_TEST_DEVICE", "")
+HERE = Path(__file__).parent
+
+
+def _reason() -> str | None:
+    """Why nothing here can run, if so."""
+    if CHOSEN == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, and torch sees none here"
+    return None if CHOSEN == "cuda" else "needs compiled kernels: `make gpu`, or SDFT_TEST_DEVICE=cuda pytest tests/gpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _reason()
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("gpu")
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the case under test lies."""
+    return CHOSEN or "cpu"
+
+
+@pytest.fixture
+def cuda() -> str:
+    """The same for what only a GPU can show."""
+    if CHOSEN != "cuda":
+        pytest.skip("is about a GPU itself")
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_left_behind() -> Iterator[None]:
+    """Several processes share the GPU."""
+    yield
+    if CHOSEN == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

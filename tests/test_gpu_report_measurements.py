@@ -1,0 +1,259 @@
+"""The stages of the GPU report that measure, with toys on the CPU: every row, table and plot, and what stops none."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu_report import card, loss, parts, scoring
+from benchmarks.gpu_report.cases import TOYS, guarded, notes
+from benchmarks.gpu_report.stage import Row, Settings
+from benchmarks.ledger import EVERY_OPTION, OURS, chunk_size, meta_inputs
+from benchmarks.methods import DEVICE_METHODS, OurFloor, every_option, make_inputs
+from benchmarks.recorder import Op, Touch, record
+from benchmarks.roofline import GPUS, MODELS, PRODUCT_EFFICIENCY
+from sdft_kernels.reference import reference_divergence
+from tests.cases import relative_error
+
+H100 = next(entry for entry in GPUS if entry.name == "H100")
+
+
+def toy(seconds: float = 60) -> Settings:
+    return Settings("cpu", True, time.monotonic() + seconds)
+
+
+def first_case(monkeypatch: pytest.MonkeyPatch, *methods: str, **fields: Any) -> loss.Case:
+    """The only case of the loss's stage: these methods in turns."""
+    given: dict[str, Any] = {"tokens": 16, "trainable_head": True, "divergence": "reverse_kl", "blocks": (methods,)}
+    case = loss.Case(TOYS[0], **{**given, **fields})
+    monkeypatch.setattr(loss, "cases", lambda settings: iter([case]))
+    return case
+
+
+def check(rows: list[Row], stage: ModuleType) -> None:
+    """All is flat, can be written as JSON and is finite, and the table has a line for each row or reason."""
+    assert rows
+    written = stage.table(rows)
+    for row in rows:
+        json.dumps(row, allow_nan=False)
+        for key, value in row.items():
+            assert value is None or isinstance(value, (str, int, float)), key
+            if isinstance(value, float):
+                assert math.isfinite(value) and (value > 0 or key.startswith("error")), (key, row)
+        if "error" in row or "skipped" in row:
+            assert (row.get("error") or row["skipped"]) in written
+    timed = [row for row in rows if "ms" in row]
+    lines = [line for line in written.splitlines() if line.startswith("| ")]
+    assert timed and len(lines) == 1 + len([row for row in timed if row["case"] != "copy"])
+
+
+@pytest.mark.parametrize("name", ["card", "parts", "scoring", pytest.param("loss", marks=pytest.mark.slow)])
+def test_a_stage_measures_a_toy(name: str, tmp_path: Path) -> None:
+    stage = importlib.import_module(f"benchmarks.gpu_report.{name}")
+    rows = list(stage.run(toy()))
+    check(rows, stage)
+    # Peers may not be there; ours has to work.
+    assert not [row for row in rows if "error" in row and not str(row.get("method")).startswith(("TRL", "Liger"))]
+    if hasattr(stage, "draw"):
+        stage.draw(rows, tmp_path / "new" / "plot.png")
+        assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+        stage.draw([], tmp_path / "empty.png")
+        assert not (tmp_path / "empty.png").exists()
+
+
+@pytest.mark.parametrize("stage", [card, loss, parts, scoring])
+def test_past_the_deadline_all_is_skipped(stage: ModuleType) -> None:
+    rows = list(stage.run(toy(-1)))
+    assert len(rows) > 3 and all(row["skipped"] for row in rows)
+    assert rows[0]["case"] in stage.table(rows)
+
+
+def test_a_block_begins_only_where_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card: the case has time when it begins, and none is left for its second block."""
+    case = first_case(monkeypatch, blocks=((OURS,), ("plain torch",)))
+    monkeypatch.setattr(loss, "in_turns", lambda *_: {OURS: loss.Taken(milliseconds=[1.0])})
+    left = iter([100.0, 0.0])
+    settings: Any = SimpleNamespace(device="cpu", toy=False, left=lambda: next(left))
+    rows = list(
+        loss.measure(
+            settings, case, loss.Known(errors={(case.model.name, "reverse_kl", m): {} for m in (OURS, "plain torch")})
+        )
+    )
+    assert [(row["method"], "skipped" in row) for row in rows] == [(OURS, False), ("plain torch", True)]
+
+
+def test_what_breaks_is_told_and_stops_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel\nand much more")
+
+    calls: list[int] = []
+
+    def breaks_later(inputs: Any, divergence: str) -> torch.Tensor:
+        calls.append(1)
+        return breaks() if len(calls) > 3 else DEVICE_METHODS[OURS](inputs, divergence)
+
+    monkeypatch.setitem(DEVICE_METHODS, "TRL", breaks)
+    monkeypatch.setitem(DEVICE_METHODS, "Liger eager", breaks_later)
+    first_case(monkeypatch, "TRL", OURS, "Liger eager", "plain torch")
+    rows = [row for row in loss.run(toy()) if row.get("method") and "second_call_s" not in row]
+    found = {row["method"]: row for row in rows}
+    assert list(found) == ["TRL", OURS, "Liger eager", "plain torch"]
+    assert found["TRL"]["error"] == found["Liger eager"]["error"] == "RuntimeError: no such kernel"
+    assert found[OURS]["rounds"] == found["plain torch"]["rounds"] == loss.ROUNDS
+    check(rows, loss)
+
+
+def test_without_ours_and_a_floor_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(DEVICE_METHODS, OURS, breaks)
+    monkeypatch.setattr(loss, "ours", breaks)
+    monkeypatch.setattr(OurFloor, "__call__", breaks)
+    first_case(monkeypatch, blocks=(loss.FLOORS, (OURS, "plain torch")))
+    rows = {row.get("method"): row for row in loss.run(toy()) if row["case"].startswith("toy")}
+    assert all(rows[name]["error"] == "OutOfMemoryError: no room" for name in (*loss.FLOORS, OURS))
+    assert rows["plain torch"]["ms"] > 0 and rows["plain torch"]["ours_over_this"] is None
+
+
+def test_a_case_that_breaks_is_a_row() -> None:
+    def measure() -> Any:
+        yield {"case": "fragile", "ms": 1.0}
+        raise MemoryError
+
+    rows = list(guarded(toy(), "fragile", 0, measure))
+    assert rows == [{"case": "fragile", "ms": 1.0}, {"case": "fragile", "error": "MemoryError: "}]
+    assert notes(rows).endswith("- fragile: MemoryError: ") and notes(rows[:1]) == ""
+
+
+def test_errors_are_those_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is as exact as bfloat16 gradients are; one that returns another loss is not."""
+    monkeypatch.setitem(DEVICE_METHODS, "TRL", lambda inputs, _: DEVICE_METHODS[OURS](inputs, "forward_kl"))
+    case = first_case(monkeypatch, OURS, "TRL", EVERY_OPTION)
+    rows = {row["method"]: row for row in loss.run(toy()) if row["case"] == case.name}
+    for method in (OURS, EVERY_OPTION):
+        assert rows[method]["error_loss"] < 1e-5
+        assert rows[method]["error_hidden"] < 5e-3 and rows[method]["error_weight"] < 5e-3
+    assert rows["TRL"]["error_loss"] > 1e-2 and rows["TRL"]["error_hidden"] > 1e-1
+
+
+@pytest.mark.parametrize("with_options", [False, True])
+def test_the_reference_is_the_same_in_parts(with_options: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "ERROR_ROWS", 5)
+    inputs = make_inputs(TOYS[0].at(12), trainable_head=True, dtype=torch.bfloat16)
+    options = every_option(inputs) if with_options else {}
+    found = loss.reference(inputs, "jsd", options)
+    hidden = inputs.student_hidden.detach().double().requires_grad_()
+    weight = inputs.student_weight.detach().double().requires_grad_()
+    teacher = inputs.teacher_hidden.double()
+    expected = reference_divergence(hidden, weight, teacher, weight.detach(), divergence="jsd", **options).loss
+    expected.backward()
+    for actual, wanted in zip(found, (expected.detach(), hidden.grad, weight.grad), strict=True):
+        assert wanted is not None and relative_error(actual, wanted) < 1e-9
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_floor_is_the_bare_products(trainable: bool) -> None:
+    """Of all tokens at once, and in the chunks of ours."""
+    shape = MODELS["Llama-3.1-8B"].at(8192)
+    for whole in (True, False):
+        inputs = meta_inputs(shape, trainable_head=trainable)
+        noted = record(lambda inputs=inputs, whole=whole: OurFloor(inputs, whole=whole)(inputs, ""), {}, {})
+        ops = [op for op in noted.ops if op.flops]
+        units = 4 if trainable else 3
+        assert sum(op.flops for op in ops) == units * 2 * shape.tokens * shape.hidden * shape.vocab
+        assert (len(ops) == units) == whole
+
+
+def test_peers_take_turns_at_what_they_offer() -> None:
+    real = Settings("cuda", False, time.monotonic())
+    found = list(loss.cases(real))
+    assert [(case.model.name, case.tokens, case.head) for case in found[:3]] == [
+        ("Llama-3.1-8B", 8192, "trainable"),
+        ("Llama-3.1-8B", 8192, "frozen"),
+        ("Qwen2.5-7B", 8192, "trainable"),
+    ]
+    assert {case.divergence for case in found} == set(loss.DIVERGENCES)
+    for case in found:
+        methods = [name for block in case.blocks for name in block]
+        assert OURS in methods and len(set(methods)) == len(methods)
+        if case.divergence.startswith("skew"):
+            assert methods == [OURS]
+        assert (loss.SOFTCAP in methods) == (case.model.name == "Gemma-2-9B")
+    compiled = [any(name in loss.COMPILED for block in case.blocks for name in block) for case in found]
+    assert compiled == sorted(compiled) and sum(compiled) == 3
+    assert all(case.guess(case.blocks[-1]) >= loss.COMPILE_SECONDS for case in found[-3:])
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=lambda model: model.name)
+def test_a_chunk_has_the_ledgers_launches(model: Any, divergence: str) -> None:
+    chunk = parts.chunk_of(model, 8192, divergence)
+    shape = model.at(8192)
+    row_kernels = [op.name.rpartition(".")[2] for op in chunk.ops if not op.flops]
+    mixture = ["mixture_kernel"] if divergence == "jsd" else []
+    assert row_kernels == ["partials_kernel", *mixture, "combine_kernel", "gradient_kernel"]
+    assert [bool(op.flops) for op in chunk.ops] == [True] * 2 + [False] * len(row_kernels) + [True] * 2
+    assert {op.flops for op in chunk.ops if op.flops} == {2 * chunk.tokens * shape.hidden * shape.vocab}
+    assert 0 < chunk.tokens <= 2 * chunk_size(OURS, shape, trainable_head=True) and not chunk.alone
+    added_to = (shape.vocab, shape.hidden)
+    assert added_to in [touch.shape for touch in chunk.ops[-1].reads]  # not the first chunk, which only writes
+
+
+@pytest.mark.parametrize(
+    ("op", "ms", "words"),
+    [
+        (Op("mm", flops=10**12), 1e3 / (PRODUCT_EFFICIENCY * 989), "as predicted"),
+        (
+            Op("mm", flops=10**12),
+            2.0,
+            "the product reaches 500 TFLOP/s where 692 were assumed; with a bfloat16 result 625",
+        ),
+        (Op("mm", flops=10**12), 2.0, "; a large square one 700; memory at 0.00 of 3.35 TB/s"),
+        (Op("mm", flops=10**12), 1.0, "faster: the product reaches 1000 TFLOP/s"),
+        (Op("k", (Touch(0, (1,), 2 * 10**9),)), 1.0, "reads and writes, at 2.00 of 3.35 TB/s"),
+        (
+            Op("mm", (Touch(0, (1,), 2 * 10**9),), flops=10**9),
+            1.0,
+            "the product waits for memory, at 2.00 of 3.35 TB/s",
+        ),
+        (Op("k", (Touch(0, (1,), 10),)), 0.012, "a launch of 12 µs, where 3 were assumed"),
+    ],
+)
+def test_a_part_that_is_off_is_explained(op: Op, ms: float, words: str) -> None:
+    other = 1.6 if op.flops else None
+    row = parts.row_of(parts.Part("part", lambda: None), op, ms, other, H100, [700.0])
+    assert words in row["diagnosis"]
+    assert "predicted_ms" not in parts.row_of(parts.Part("part", lambda: None), op, ms, other, None, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "entry"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80, "A100"),
+        ("NVIDIA A100-SXM4-40GB", 40, None),
+        ("NVIDIA H100 80GB HBM3", 80, "H100"),
+        ("NVIDIA H100 PCIe", 80, None),
+        ("NVIDIA H100 NVL", 94, None),
+        ("NVIDIA H200", 141, "H200"),
+        ("NVIDIA GH200 480GB", 96, None),
+        ("NVIDIA B200", 180, "B200"),
+        ("NVIDIA GeForce RTX 4090", 24, None),
+    ],
+)
+def test_a_prediction_stands_beside_the_gpu_that_it_is_of_alone(
+    name: str, gib: int, entry: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=gib * 2**30))
+    found = gpu.this_gpu()
+    assert (found and found.name) == entry
