@@ -152,7 +152,9 @@ class _Recorder(TorchDispatchMode):
         if packet is aten._local_scalar_dense:
             self._note(Op(str(packet), waits=True))
             return 0  # the comparisons that ask whether there is anything left to do: there is not
-        result = func(*args, **kwargs)
+        # On tensors without values torch 2.11 takes a product's `out_dtype` for its `beta`.
+        into = kwargs.get("out") if packet in PRODUCTS else None
+        result = func(*args, **kwargs) if into is None else into
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         reads, writes = _accesses(func, args, kwargs)

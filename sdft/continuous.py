@@ -51,12 +51,14 @@ def generate_continuously(
     processors = LogitsProcessorList(processors)
     if stopped is not None and settings.eos_token_id != -1:
         processors.append(RequestStopper(stopped, cast(list[int], settings.eos_token_id)[0]))
-    graphs = False if processors else None  # a graph would repeat the draw that it was captured with
+    # A graph would repeat the draw that it was captured with; and a step prepared before the last one has been sampled
+    # would tell the sampler of its own requests too early.
+    in_turn = False if processors else None
     hints = WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
     with _own_random_numbers(model.device) as seed, _own_attention(model), _own_forward(model), _no_warnings():
         try:
             manager = cast(Any, model).init_continuous_batching(
-                settings, _configuration(model, prompts, new_tokens, seed, graphs), workload_hints=hints
+                settings, _configuration(model, prompts, new_tokens, seed, in_turn), workload_hints=hints
             )
         except (ValueError, AttributeError) as error:
             raise _refusal(model, error) from error
@@ -72,7 +74,7 @@ def generate_continuously(
 
 
 def _configuration(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, graphs: bool | None
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, in_turn: bool | None
 ) -> ContinuousBatchingConfig:
     page = PAGE["cuda" if model.device.type == "cuda" else "cpu"]
     pages = sum(-(-(len(prompt) + new_tokens) // page) + 1 for prompt in prompts)
@@ -81,7 +83,8 @@ def _configuration(
         num_blocks=pages,
         max_batch_tokens=STEP_TOKENS,
         seed=seed,
-        use_cuda_graph=graphs,
+        use_cuda_graph=in_turn,
+        use_async_batching=in_turn,
         auto_switch_to_flash=model.dtype in (torch.float16, torch.bfloat16),  # flash attention takes no other
         disable_nccl_graph_mixing=False,  # the environment is not ours to change
     )
@@ -110,7 +113,8 @@ class RequestSampler(_OfRequests):
         return torch.tensor(self.rows, dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        return self.sampler.draw(scores, self.rows)
+        drawn = self.sampler.draw(scores[: len(self.rows)], self.rows)
+        return drawn if len(drawn) == len(scores) else torch.cat((drawn, scores[len(drawn) :]))  # padding
 
 
 class RequestStopper(_OfRequests):

@@ -241,9 +241,15 @@ def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
     return smaller
 
 
+#: Devices on which there is an autocast. Asked once: torch 2.11's compiler cannot trace the question.
+WITH_AUTOCAST = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(name)
+)
+
+
 def products_dtype(device: torch.device, **tensors: Tensor) -> torch.dtype:
     """The dtype in which matrix products take their operands: autocast's where it is on, else the inputs' one."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in WITH_AUTOCAST and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:

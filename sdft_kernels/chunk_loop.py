@@ -145,14 +145,19 @@ def _allocate(
     return gradients
 
 
+#: Of float16's range: it has all its digits down to 6e-5, and an even distribution over a vocabulary of 256k gives each
+#: entry a gradient of 4e-6; while a log-ratio of hundreds of nats still stays under its largest number, 65,504.
+FLOAT16_WEIGHT = 64.0
+
+
 def token_weights(
     live: LiveTokens, token_weight: Tensor | None, like: Tensor, reduction: str, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The factor of each live token's gradient, and a factor that every gradient still lacks.
 
     A mean divides by the sum of the weights. In float16 that, or small weights, would push the logits' gradients out of
-    range; so there the largest weight is made 1, and what that and the mean divide by is left for the backward pass,
-    where it meets the upstream gradient. Otherwise the second factor is 1.
+    range; so there the largest weight is made `FLOAT16_WEIGHT`, and what that and the mean divide by is left for the
+    backward pass, where it meets the upstream gradient. Otherwise the second factor is 1.
     """
     wide = products.accumulation_dtype(compute_dtype)
     one = like.new_ones((), dtype=wide)
@@ -168,7 +173,8 @@ def token_weights(
         return weight.div_(total), one
     largest = weight.abs().amax() if live.count else one
     largest = torch.where(largest == 0, 1, largest)
-    return weight.div_(largest), largest / total
+    unit = largest / FLOAT16_WEIGHT
+    return weight.div_(unit), unit / total
 
 
 def check_labels(labels: Tensor, vocab: int) -> None:

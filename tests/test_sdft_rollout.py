@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from sdft.continuous import PAGE
+from sdft.continuous import PAGE, RequestSampler
 from sdft.errors import TrainingError, UsageError
 from sdft.models import eos_token_ids
 from sdft.rollout import (
@@ -17,6 +19,7 @@ from sdft.rollout import (
     sample,
     seeded,
 )
+from sdft.sampling import RowSampler
 from sdft.stopping import stopped_length
 from tests import tiny
 
@@ -345,3 +348,15 @@ def test_a_backend_of_ones_own_can_be_named_and_is_held_to_its_contract(monkeypa
         sample(model, PROMPTS, Sampling(3), backend="short")
     with pytest.raises(UsageError, match="backend is 'vllm'; it may be generate, continuous, own, short"):
         sample(model, PROMPTS, Sampling(3), backend="vllm")
+
+
+def test_a_step_that_is_padded_draws_for_its_requests_alone():
+    """As on a GPU, where a step's rows are a round number: those beyond its requests are nobody's."""
+    seeds, scores = [7, 8, 9], torch.randn(5, 11)
+    names = ["a", "b", "c"]
+    sampler = RequestSampler(RowSampler(seeds, torch.device("cpu")), names)
+    requests = [SimpleNamespace(state=SimpleNamespace(request_id=name)) for name in ("c", "a")]
+    sampler.prepare_tensor_args(requests)
+    drawn = sampler(scores, torch.zeros(5, dtype=torch.int32))
+    assert torch.equal(drawn[:2], RowSampler(seeds, torch.device("cpu")).draw(scores[:2], [2, 0]))
+    assert torch.equal(drawn[2:], scores[2:])

@@ -158,6 +158,28 @@ def test_a_head_gradient_in_the_heads_own_bfloat16(
         assert kinds[False] == {torch.float32}
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_float16_keeps_its_digits_over_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
+    """As on an NVIDIA device, where gradients of logits are float16 too: there most are under its smallest normal
+    number, unless all are larger by a factor that is taken back at the end."""
+
+    def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(hidden.float(), weight.float().T, out=out)
+
+    def add(gradient: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool) -> None:
+        assert gradient.dtype == torch.float16 and first
+        torch.mm(gradient.float().T, hidden.float(), out=total)
+
+    monkeypatch.setattr(products, "gradient_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(products, "logits", logits)
+    monkeypatch.setattr(products, "add_weight_gradient", add)
+    case = random_case(1, vocab=50_257, dtype=torch.float16, divergence=divergence)
+    case.trainable = ("student_weight",)
+    scaled = torch.tensor(1024.0)  # as a GradScaler has it: else what is returned is too small for float16
+    found, expected = (run(case, scaled).gradients["student_weight"] for run in (interpreted, reference))
+    assert found is not None and expected is not None and relative_error(found, expected) <= 2**-10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 15, triton_scaling.BLOCK, 2 * triton_scaling.BLOCK + 3])
 def test_scaling_rounds_once(monkeypatch: pytest.MonkeyPatch, count: int, dtype: torch.dtype) -> None:

@@ -7,69 +7,78 @@ import time
 from collections.abc import Iterator
 
 import torch
+from transformers import Qwen2ForCausalLM
 
-from benchmarks.gpu_report.models import character_tokenizer, random_model
+from benchmarks.gpu_report.models import random_model
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from sdft.rollout import BACKENDS, Sampling, sample
 
-PROMPT_TOKENS, NEW_TOKENS = 64, 128
+PROMPT_TOKENS, NEW_TOKENS, TOY_TOKENS = 64, 128, 8
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    cuda = settings.device == "cuda"
-    new_tokens = 8 if settings.toy else NEW_TOKENS
-    model = random_model("toy" if settings.toy else "Qwen2.5-1.5B", settings.device)
-    if settings.toy:
-        model = model.float()  # sampling in bfloat16 is not what a CPU is for
-    tokenizer = character_tokenizer()
-
-    def take(backend: str, prompts: int, tokens: int, seeded: bool) -> float:
-        """Seconds for as many rollouts."""
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        completions = sample(
-            model,
-            [[5 + (row + place) % 90 for place in range(PROMPT_TOKENS)] for row in range(prompts)],
-            Sampling(max_new_tokens=tokens, temperature=1.0),
-            tokenizer=tokenizer,
-            seeds=list(range(prompts)) if seeded else None,
-            backend=backend,
-        )
-        if any(len(completion) != tokens for completion in completions):
-            raise RuntimeError(f"completions of {sorted(set(map(len, completions)))} tokens, and {tokens} were to come")
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    warm: set[str] = set()
-    for seeded in (True, False):
-        for backend in BACKENDS:
+    """All of `generate` comes first: should continuous batching hang on a device, no row of the other is lost."""
+    new_tokens = TOY_TOKENS if settings.toy else NEW_TOKENS
+    model = None
+    for backend in BACKENDS:
+        warm, expected = False, 5.0  # seconds; then by the case before
+        for seeded in (True, False):
             for prompts in (4, 8) if settings.toy else (8, 64):
                 case = f"{backend}, {prompts} prompts, {'seeded' if seeded else 'unseeded'}"
-                if settings.left() < (0 if settings.toy else 5):
+                if settings.left() <= (0 if settings.toy else expected):
                     yield skipped(case, "no time left")
                     continue
+                row: Row = {"case": case, "backend": backend, "prompts": prompts, "seeded": seeded}
                 try:
-                    if backend not in warm:
-                        take(backend, prompts, 4, seeded)
-                        warm.add(backend)
-                    if cuda:
-                        torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated() if cuda else 0
-                    seconds = take(backend, prompts, new_tokens, seeded)
-                    row: Row = {"case": case, "backend": backend, "prompts": prompts, "seeded": seeded}
-                    row |= {
-                        "tokens": new_tokens,
-                        "seconds": seconds,
-                        "tokens_per_second": prompts * new_tokens / seconds,
-                    }
-                    row["gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+                    if model is None:
+                        model = make_model(settings)
+                    if not warm:
+                        take(model, backend, prompts, 4, seeded)
+                        warm = True
+                    row |= measure(model, backend, prompts, new_tokens, seeded)
+                    expected = 2 + 1.5 * row["seconds"]
                 except Exception as error:
-                    row = {"case": case}
                     row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
-                yield row
                 gc.collect()
+                if settings.device == "cuda":
+                    torch.cuda.empty_cache()
+                yield row
+
+
+def make_model(settings: Settings) -> Qwen2ForCausalLM:
+    if settings.toy:
+        return random_model("toy", settings.device, torch.float32)  # a CPU is not for sampling in bfloat16
+    return random_model("Qwen2.5-1.5B", settings.device)
+
+
+def take(model: Qwen2ForCausalLM, backend: str, prompts: int, tokens: int, seeded: bool) -> float:
+    """Seconds for as many rollouts."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    completions = sample(
+        model,
+        [[5 + (row + place) % 90 for place in range(PROMPT_TOKENS)] for row in range(prompts)],
+        Sampling(max_new_tokens=tokens, temperature=1.0),
+        seeds=list(range(prompts)) if seeded else None,
+        backend=backend,
+    )
+    wait()
+    seconds = time.perf_counter() - started
+    if any(len(completion) != tokens for completion in completions):
+        raise RuntimeError(f"completions of {sorted(set(map(len, completions)))} tokens, and {tokens} were to come")
+    return seconds
+
+
+def measure(model: Qwen2ForCausalLM, backend: str, prompts: int, tokens: int, seeded: bool) -> Row:
+    """One turn: its seconds, and the most memory that it held above the model."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    seconds = take(model, backend, prompts, tokens, seeded)
+    gib = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": prompts * tokens / seconds, "gib": gib}
 
 
 def table(rows: list[Row]) -> str:

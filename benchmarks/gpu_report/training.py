@@ -3,6 +3,7 @@
 Weights are random and made on the device, in bfloat16; completions are random tokens, given and not sampled: what
 sampling takes is the stage `rollouts`. Activation checkpointing is on, AdamW's state in bfloat16. A step is measured
 after one that is not. Phases are told apart by waiting for the device between them, which a step by itself does not.
+A LoRA adapter is in float32, as peft makes it beside bfloat16 weights for both trainers.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ PHASES = ("teacher", "forward", "loss", "backward", "optimizer", "rest")
 #: Tokens of completions in a step, in as many rows as it takes; one row at least.
 STEP_TOKENS = 8192
 
+#: What the teacher is shown, of the same length for both trainers: 64 tokens, 128 of demonstration and a few between.
+TEMPLATE = "{prompt}\n\n{demonstration}"
+
+#: Until a step was measured: products' operations a second of ours and TRL's, and the seconds that a case takes beside
+#: its two steps, to make its models and to compile the first case's kernels.
+ASSUMED_RATES = {OURS: 2e14, "TRL": 1e14}
+ASSUMED_OVERHEAD = 12.0
+
 #: transformers 5.17, which GPU machines may have, has the older name alone.
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):
@@ -57,6 +66,19 @@ class Case:
     def name(self) -> str:
         return f"{self.method}, {self.model}, {self.trains}, {self.rows} × {self.tokens} tokens"
 
+    @property
+    def operations(self) -> float:
+        """Of a step's matrix products and attention, about, to tell from one step how long another will take."""
+        size = SIZES[self.model]
+        hidden, layers = size["hidden_size"], size["num_hidden_layers"]
+        keys = hidden * size["num_key_value_heads"] // size["num_attention_heads"]
+        layer = 2 * hidden * (hidden + keys) + 3 * hidden * size["intermediate_size"]
+        weights = layers * layer + hidden * size["vocab_size"]
+        # The teacher, the student, the student again for its gradients, which take as much for inputs as for weights.
+        products = (4 if self.trains == "LoRA" else 5) * 2 * weights
+        attention = 5.5 * 2 * layers * hidden * self.tokens  # a causal half; backward 2.5 times forward
+        return self.rows * self.tokens * float(products + attention)
+
 
 def case(method: str, model: str, trains: str, tokens: int, step_tokens: int = STEP_TOKENS) -> Case:
     return Case(method, model, trains, tokens, max(1, step_tokens // tokens))
@@ -65,7 +87,7 @@ def case(method: str, model: str, trains: str, tokens: int, step_tokens: int = S
 def cases(settings: Settings) -> list[Case]:
     """What matters most comes first."""
     if settings.toy:
-        toys = [(OURS, "all weights", 8), (OURS, "LoRA", 16), ("TRL", "all weights", 8)]
+        toys = [(OURS, "all weights", 8), (OURS, "LoRA", 16), ("TRL", "all weights", 8), ("TRL", "LoRA", 16)]
         return [case(method, "toy", trains, tokens, 32) for method, trains, tokens in toys]
     small, large = ("Qwen2.5-1.5B", "all weights"), ("Qwen2.5-7B", "LoRA")
     return [
@@ -78,7 +100,9 @@ def cases(settings: Settings) -> list[Case]:
         case("TRL", *small, 4096),
         case(OURS, *small, 16_384),
         case("TRL", *large, 4096),
+        # As many as fit, or as there is time for.
         case(OURS, *large, 32_768),
+        case(OURS, *small, 65_536),
         case(OURS, *large, 65_536),
     ]
 
@@ -213,7 +237,7 @@ def ours(case: Case, device: str, folder: str) -> Any:
         SDFTConfig(
             divergence="reverse_kl",
             teacher="base",
-            teacher_template="turn",
+            teacher_template=TEMPLATE,
             **settings_of(case, device, folder),
         ),
         train_dataset=prompt_rows(case),
@@ -229,11 +253,13 @@ def trl(case: Case, device: str, folder: str) -> Any:
     from trl.experimental.sdft import SDFTConfig as TheirConfig
     from trl.experimental.sdft import SDFTTrainer as TheirTrainer
 
+    given = completions_of(case)
+
     class TRLTrainer(TheirTrainer):
         """TRL's, whose completions are given, and whose base teacher is a copy of a model that has no files."""
 
         def _generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-            return prompt_ids, completions_of(case)[: len(prompt_ids)]
+            return prompt_ids, given[: len(prompt_ids)]
 
         def _setup_teacher_model(self) -> None:
             if case.trains == "LoRA":
@@ -251,6 +277,7 @@ def trl(case: Case, device: str, folder: str) -> Any:
             distillation_mode="full_logits",
             distillation_alpha=1.0,
             teacher_model_kind="base",
+            teacher_prompt_template=TEMPLATE.replace("{demonstration}", "{privileged_context}"),
             num_generations=1,
             max_prompt_length=None,
             bf16=False,
@@ -285,11 +312,14 @@ def measure(case: Case, device: str) -> Row:
             trainer.compute_loss = phases.around(trainer.compute_loss, "loss")
         trainer.accelerator.backward = phases.around(trainer.accelerator.backward, "backward")
         held = torch.cuda.memory_allocated() / GIBIBYTE if device == "cuda" else None
-        trainer.train()
+        loss = trainer.train().training_loss
+    if len(clock.wholes) != 2:
+        raise RuntimeError(f"{len(clock.wholes)} steps were taken, and 2 were to be")
     seconds, peak = clock.taken[-1]
     whole = clock.wholes[-1]
     row: Row = {"case": case.name, **dataclasses.asdict(case), "seconds": whole}
     row["tokens_per_second"] = case.rows * case.tokens / whole
+    row["loss"] = loss  # the mean of both steps; TRL's differs from ours by what bfloat16 logits are rounded
     row["models_gib"] = held
     row["peak_gib"] = max(peak.values()) if peak else None
     for phase in PHASES:
@@ -304,24 +334,51 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+class Expected:
+    """How long a case will take, by what those before it took."""
+
+    def __init__(self) -> None:
+        self.rates: dict[tuple[str, str], float] = {}  # of a trainer and a model
+        self.latest: dict[str, float] = {}  # of a trainer
+        self.overhead = ASSUMED_OVERHEAD
+
+    def seconds(self, case: Case) -> float:
+        rate = self.rates.get((case.method, case.model)) or self.latest.get(case.method) or ASSUMED_RATES[case.method]
+        return self.overhead + 1.2 * 2 * case.operations / rate
+
+    def learn(self, case: Case, step: float, whole: float) -> None:
+        """From a measured step and all that its case took; what the first step took beyond it is overhead."""
+        rate = case.operations / step
+        self.rates[case.method, case.model] = self.latest[case.method] = rate
+        self.overhead = max(1.0, whole - 2 * step)
+
+
 def run(settings: Settings) -> Iterator[Row]:
-    each_second = 6000.0  # tokens of a step, until one was measured; making the models and a first step take as long
+    expected = Expected()
+    broke: dict[tuple[str, str, str], int] = {}  # with how many tokens the memory was too small
     for case in cases(settings):
-        expected = 6 + 3 * case.rows * case.tokens / each_second
-        if not settings.toy and settings.left() < expected:
-            yield skipped(case.name, f"no time left: {settings.left():.0f} s, and it takes about {expected:.0f}")
+        kind = (case.method, case.model, case.trains)
+        needed = 0.0 if settings.toy else expected.seconds(case)
+        if settings.left() <= needed:
+            reason = "no time left"
+            if not settings.toy:
+                reason += f": {max(0.0, settings.left()):.0f} s, and it takes about {needed:.0f}"
+            yield skipped(case.name, reason)
             continue
-        if settings.left() <= 0:
-            yield skipped(case.name, "no time left")
+        if kind in broke and case.rows * case.tokens >= broke[kind]:
+            yield skipped(case.name, f"memory was too small for {broke[kind]} tokens")
             continue
-        broken = None
+        started = time.monotonic()
         try:
-            yield measure(case, settings.device)
+            row = measure(case, settings.device)
+            expected.learn(case, row["seconds"], time.monotonic() - started)
         except Exception as error:
-            broken = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
-        release(settings.device)
-        if broken is not None:
-            yield {"case": case.name, "error": broken}
+            row = {"case": case.name}
+            row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+            if isinstance(error, torch.cuda.OutOfMemoryError) and case.rows == 1:
+                broke[kind] = case.tokens
+        release(settings.device)  # what broke is kept alive by its traceback until here
+        yield row
 
 
 def table(rows: list[Row]) -> str:
@@ -336,8 +393,9 @@ def table(rows: list[Row]) -> str:
     ]
     measured = [row for row in rows if "seconds" in row]
     lines = [
-        "Seconds of an optimizer step without its rollouts, and the most memory held in each phase, weights and "
-        "optimizer's state among it. TRL's loss phase holds both models' forward passes.",
+        "Seconds of an optimizer step without its rollouts: completions are random tokens that are given, and tokens/s "
+        "are theirs. GiB: the most memory held in each phase, weights and optimizer's state among it. TRL's loss "
+        "phase holds both models' forward passes. LoRA adapters are float32.",
         "",
         markdown(measured, columns),
     ]

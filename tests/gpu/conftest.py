@@ -51,10 +51,14 @@ def cuda() -> str:
     return "cuda"
 
 
-@pytest.fixture(autouse=True)
-def _no_memory_left_behind() -> Iterator[None]:
-    """Several processes share the GPU."""
-    yield
+def give_back() -> None:
+    """The memory that is no longer in use, for other processes that share the GPU: references take gigabytes."""
     if CHOSEN == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_left_behind() -> Iterator[None]:
+    yield
+    give_back()

@@ -17,7 +17,7 @@ from tests.cases import (
     random_case,
     relative_error,
 )
-from tests.gpu.conftest import CHOSEN
+from tests.gpu.conftest import CHOSEN, give_back
 
 #: Tokens and vocabulary: odd, multiples of 16, a kernel's block and one more or less, and real heads.
 SHAPES = (
@@ -82,6 +82,8 @@ def test_matches_float64(
             check(case, upstream, max_chunk_bytes=chunk_bytes)
         except Exception as error:
             raise AssertionError(f"{tokens} tokens, vocabulary {vocab}, seed {seed}: {error}") from error
+        finally:
+            give_back()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
