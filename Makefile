@@ -14,19 +14,21 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # The kernels proven and measured on the GPU that is here (docs/gpu.md), by the environment above if it is there, else by
-# a Python that has what the report needs: nothing is installed.
+# a Python that has what the report needs: nothing is installed. GPU_ARGS are further arguments of the report.
 GPU_OUT ?= runs/gpu
 MINUTES ?= 11
 
 gpu:
-	@$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu_report --out $(GPU_OUT) --minutes $(MINUTES)
+	@$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu_report --out $(GPU_OUT) \
+		--minutes $(MINUTES) $(GPU_ARGS)
 
 # What a GPU machine without a network lacks, for its Python 3.12: at most 60 MiB with the source.
 gpu-wheels:
 	rm -rf .whl
 	$(PYTHON) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
-		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
-		--platform manylinux2014_x86_64 --dest .whl --requirement benchmarks/gpu_wheels.txt
+		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
+		--dest .whl --requirement benchmarks/gpu_wheels.txt
 	@kib=$$({ git ls-files -z; printf '.whl\0'; } | du -skc --files0-from=- | tail -n 1 | cut -f 1); \
 		echo "$$((kib / 1024)) MiB of source and wheels"; test $$kib -lt 61440
 

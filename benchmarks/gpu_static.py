@@ -3,8 +3,8 @@
 Three parts. `kernels` compiles every Triton kernel of ours, and the peers' counterparts, for each target as a launch
 would, and reads the machine code: minutes. `ledger` follows whole calls of each package, on tensors without values,
 and adds up matrix products, memory traffic, launches, waits and workspace: seconds. `roofline` turns the ledgers into
-times for A100, H100, H200 and B200. Nothing is run on a GPU; `python -m benchmarks.gpu` measures where there is one.
-Exits with 1 where a bar is missed: spills, narrow accesses, traffic, launches, waits, or the time beside TRL.
+times for A100, H100, H200 and B200. Nothing is run on a GPU; `python -m benchmarks.gpu_report` measures where there is
+one. Exits with 1 where a bar is missed: spills, narrow accesses, traffic, launches, waits, or the time beside TRL.
 """
 
 from __future__ import annotations

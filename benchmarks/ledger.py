@@ -17,7 +17,7 @@ import torch
 from benchmarks.methods import METHODS, Inputs, Method, Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
 from sdft_kernels import fused_linear_divergence
-from sdft_kernels.chunking import plan_chunks
+from sdft_kernels.chunking import BLOCK_TOKENS, Held, plan_chunks
 from sdft_kernels.operator import _forward, _scale, fused_linear_divergence_op, scale_op
 
 _TRL_STATISTICS = (
@@ -127,11 +127,12 @@ class Ledger:
 
 
 def chunk_size(method: str, shape: Shape, *, trainable_head: bool) -> int:
-    """Tokens that a method works on at once where there are many."""
+    """Tokens whose logits a method has at once where there are many."""
     if method in PEER_CHUNK:
         return PEER_CHUNK[method]
-    held = 0 if method == NO_GRADIENT else 10
-    return plan_chunks(1 << 17, shape.vocab, held, torch.device("cuda"), trainable_head=trainable_head).chunk
+    if method != NO_GRADIENT:
+        return BLOCK_TOKENS
+    return plan_chunks(1 << 17, shape.vocab, Held(0), torch.device("cuda"), trainable_head=trainable_head).chunk
 
 
 def count(method: str, shape: Shape, *, trainable_head: bool, divergence: str = "reverse_kl") -> Ledger:

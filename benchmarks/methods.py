@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels import fused_linear_divergence, products
-from sdft_kernels.chunking import plan_chunks
+from sdft_kernels.chunking import BLOCK_TOKENS, plan_chunks
 from sdft_kernels.divergences import Objective
 from sdft_kernels.reference import divergence_per_token
 
@@ -242,31 +242,39 @@ class OurFloor:
 
         (tokens, _), vocab = inputs.student_hidden.shape, len(inputs.student_weight)
         dtype, device, trainable = inputs.student_hidden.dtype, inputs.student_hidden.device, inputs.trainable_head
-        per_logit = triton_backend.bytes_per_logit(dtype, device, Objective(), with_gradient=True)
-        budget = (tokens + 128) * vocab * per_logit if whole else None  # room for whole tiles of tokens
-        plan = plan_chunks(tokens, vocab, per_logit, device, budget, trainable_head=trainable)
-        self.chunks = list(plan.slices(tokens))
+        returned = products.head_gradient_dtype(inputs.student_weight.dtype, dtype, device)
+        wide = products.accumulation_dtype(dtype)
+        plan = plan_chunks(
+            tokens,
+            vocab,
+            triton_backend.held(dtype, device, Objective(), with_gradient=True),
+            device,
+            trainable_head=trainable,
+            added_up=wide.itemsize * inputs.student_weight.shape[1] if trainable and returned != wide else 0,
+        )
+        self.chunks = [slice(0, tokens)] if whole else list(plan.slices(tokens))
         rows = max(chunk.stop - chunk.start for chunk in self.chunks)
+        self.block = rows if whole else min(rows, BLOCK_TOKENS)
         like = inputs.student_hidden.detach()
-        held = triton_backend.loss_workspace(like, rows, vocab, dtype, Objective(), with_gradient=True)
-        assert isinstance(held, triton_backend.Workspace)
-        held.gradient.normal_()
-        self.workspace = held
+        self.logits = triton_backend.make_workspace(like, self.block, vocab, wide)
+        self.gradient = triton_backend.make_workspace(like, rows, vocab, products.gradient_dtype(dtype, device))
+        self.gradient.normal_()
         self.grad_hidden = torch.empty_like(like)
         self.grad_weight: Tensor | None = None
         if trainable:
-            returned = products.head_gradient_dtype(inputs.student_weight.dtype, dtype, device)
-            added_up = returned if len(self.chunks) == 1 else products.accumulation_dtype(dtype)
+            added_up = returned if len(self.chunks) == 1 else wide
             self.grad_weight = like.new_zeros(inputs.student_weight.shape, dtype=added_up)
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, divergence: str) -> Tensor:
         weight = inputs.student_weight
         for chunk in self.chunks:
-            tokens, hidden = chunk.stop - chunk.start, inputs.student_hidden[chunk]
-            gradient = self.workspace.gradient[:tokens]
-            products.logits(hidden, weight, self.workspace.student[:tokens])
-            products.logits(inputs.teacher_hidden[chunk], inputs.teacher_weight, self.workspace.teacher[:tokens])
+            hidden, teacher = inputs.student_hidden[chunk], inputs.teacher_hidden[chunk]
+            gradient = self.gradient[: len(hidden)]
+            for student_block, teacher_block in zip(hidden.split(self.block), teacher.split(self.block), strict=True):
+                logits = self.logits[: len(student_block)]
+                products.logits(student_block, weight, logits)
+                products.logits(teacher_block, inputs.teacher_weight, logits)
             products.hidden_gradient(gradient, weight, self.grad_hidden[chunk])
             if self.grad_weight is not None:
                 products.add_weight_gradient(gradient, hidden, self.grad_weight, first=chunk.start == 0)

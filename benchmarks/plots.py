@@ -14,6 +14,9 @@ COLOURS = {
     "Liger compiled": "#8a8f98",
     "Liger eager": "#c9ccd1",
     "plain torch": "#b05aa0",
+    "Liger Triton": "#5d6b7a",
+    "bare products": "#e3e5e8",
+    "predicted": "#b9d3ee",
 }
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, TrainingArguments
 
 #: Before 5.18 a page of the cache was called a block, and flash attention was looked for in any case. GPU machines that
 #: only have 5.17 measure rollouts too (docs/gpu.md).
@@ -17,3 +17,20 @@ def batching_config(*, page_size: int, auto_switch_to_flash: bool, **options: An
     if _PAGES_ARE_BLOCKS:
         return ContinuousBatchingConfig(block_size=page_size, **options)
     return ContinuousBatchingConfig(page_size=page_size, auto_switch_to_flash=auto_switch_to_flash, **options)
+
+
+if TYPE_CHECKING or hasattr(TrainingArguments, "activation_checkpointing"):
+    Arguments = TrainingArguments
+else:
+
+    @dataclasses.dataclass
+    class Arguments(TrainingArguments):
+        """TrainingArguments of 5.17, where activation checkpointing had its older name alone."""
+
+        activation_checkpointing: bool = dataclasses.field(
+            default=False, metadata={"help": "Recompute activations in the backward pass, which saves memory."}
+        )
+
+        def __post_init__(self) -> None:
+            self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
+            super().__post_init__()

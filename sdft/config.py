@@ -12,9 +12,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
-from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from sdft._compat import Arguments
 from sdft.errors import UsageError
 from sdft.layout import NORMALISATIONS
 from sdft.rollout import BACKENDS
@@ -214,7 +214,7 @@ class GenerateCommand:
 
 
 @dataclass
-class SDFTConfig(EvalSettings, TrainingArguments):
+class SDFTConfig(EvalSettings, Arguments):
     """Settings of `SDFTTrainer`: the method's own, and all of `transformers.TrainingArguments`.
 
     >>> SDFTConfig(output_dir="runs/mine", divergence="reverse_kl", teacher="ema", ema_rate=0.01, learning_rate=2e-5)
@@ -386,7 +386,7 @@ class SDFTConfig(EvalSettings, TrainingArguments):
             check_at_least(name, getattr(self, name), 1)
         EvalSettings.__post_init__(self)
         self._choose_metric()
-        TrainingArguments.__post_init__(self)
+        Arguments.__post_init__(self)
         check_installed("report_to", self.report_to)
         if self.lr_scheduler_type in FOLLOW_METRIC:
             mode = "max" if self.greater_is_better else "min"

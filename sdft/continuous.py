@@ -114,7 +114,8 @@ class RequestSampler(_OfRequests):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         drawn = self.sampler.draw(scores[: len(self.rows)], self.rows)
-        return drawn if len(drawn) == len(scores) else torch.cat((drawn, scores[len(drawn) :]))  # padding
+        # A prompt of which the step reads but a part has a row too, after those that get a token.
+        return drawn if len(drawn) == len(scores) else torch.cat((drawn, scores[len(drawn) :]))
 
 
 class RequestStopper(_OfRequests):

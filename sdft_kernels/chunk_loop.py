@@ -91,9 +91,16 @@ def run_chunks(
         teacher_head = Head(student_head.weight, _head_bias(teacher.bias, vocab, wide))
     else:
         teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype)
-    per_logit = work.bytes_per_logit(compute_dtype, device, objective, with_gradient=wanted.any)
-    plan = plan_chunks(live.count, vocab, per_logit, device, max_chunk_bytes, trainable_head=wanted.weight)
     returned = products.head_gradient_dtype(student.weight.dtype, compute_dtype, device)
+    plan = plan_chunks(
+        live.count,
+        vocab,
+        work.held(compute_dtype, device, objective, with_gradient=wanted.any),
+        device,
+        max_chunk_bytes,
+        trainable_head=wanted.weight,
+        added_up=wide.itemsize * student.weight.shape[1] if wanted.weight and returned != wide else 0,
+    )
     gradients = _allocate(student, wanted, wide, returned if plan.chunks == 1 else wide, live, vocab)
     workspace = work.loss_workspace(
         student.hidden, plan.chunk, vocab, compute_dtype, objective, with_gradient=wanted.any

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdft_kernels import pages
 from sdft_kernels.chunk import ChunkGradients, Head
+from sdft_kernels.chunking import Held
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, bounded, is_mixture, log_over_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.torch_backend import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
@@ -130,9 +131,9 @@ class Workspace:
         return list(self._scratch[: sum(sizes)].split(sizes))
 
 
-def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
+def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
     """Of the loss's workspace: both models' logits, of which the gradient is made."""
-    return 8
+    return Held(8)
 
 
 def loss_workspace(
@@ -346,9 +347,9 @@ class _Softmax:
         return (self.shift.exp() * (moments + offset * self._sums)).sum(0) / self.total
 
 
-def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
+def scoring_held(dtype: torch.dtype) -> Held:
     """Of scoring's workspace."""
-    return 4
+    return Held(4)
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:

@@ -90,7 +90,7 @@ def linear_token_stats(
     top1 = None if labels is None else hidden.new_empty(tokens, dtype=torch.bool)
     scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
     head = make_head(weight, bias, vocab, dtype)
-    plan = plan_chunks(tokens, vocab, work.scoring_bytes_per_logit(dtype), hidden.device, max_chunk_bytes)
+    plan = plan_chunks(tokens, vocab, work.scoring_held(dtype), hidden.device, max_chunk_bytes)
     workspace = work.scoring_workspace(hidden, plan.chunk, vocab, dtype)
     with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         for chunk in plan.slices(tokens):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdft_kernels import products
 from sdft_kernels.chunk import ChunkGradients, Head
-from sdft_kernels.chunking import TILE_TOKENS
+from sdft_kernels.chunking import TILE_TOKENS, Held
 from sdft_kernels.divergences import (
     MIXTURES,
     NATS,
@@ -67,9 +67,9 @@ class Workspace:
             yield part, buffers[0], buffers[1], buffers[2]
 
 
-def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
+def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
     """Of the loss's workspace, for inputs in `dtype`: two arrays, of which the gradient is made."""
-    return 2 * products.accumulation_dtype(dtype).itemsize
+    return Held(2 * products.accumulation_dtype(dtype).itemsize)
 
 
 def loss_workspace(
@@ -268,9 +268,9 @@ def scale(values: Tensor, factor: Tensor) -> None:
     values.mul_(factor)
 
 
-def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
+def scoring_held(dtype: torch.dtype) -> Held:
     """Of scoring's workspace."""
-    return products.accumulation_dtype(dtype).itemsize
+    return Held(products.accumulation_dtype(dtype).itemsize)
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:

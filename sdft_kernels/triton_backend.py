@@ -1,7 +1,9 @@
 """The loss of a chunk of tokens by Triton kernels: the same names as in `torch_backend`.
 
 Two ways. Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs'
-dtype where products of that accumulate in float32, else in place of the student's logits. Or, where each logit is
+dtype where products of that accumulate in float32, else in place of the student's logits. Where it lies apart, logits
+are made for a block of the chunk's tokens at a time, and the gradient is kept for all of them: its two products, of
+which one reads and writes the head's whole gradient, are then of many tokens for little memory. Or, where each logit is
 needed only once, a kernel multiplies as well, and no logits are held: their workspace is None.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from sdft_kernels import products
 from sdft_kernels.chunk import ROW_ALIGNMENT, ChunkGradients, Head
+from sdft_kernels.chunking import BLOCK_TOKENS, Held, blocks
 from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import process_rows
@@ -34,7 +37,8 @@ def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) ->
 
 @dataclass(frozen=True)
 class Workspace:
-    """Rows for a chunk's logits and their gradient, which may be the student's rows."""
+    """Rows for a block's logits and for the gradient of a chunk's; or for a chunk's logits, the student's rows of which
+    become its gradient's."""
 
     student: Tensor
     teacher: Tensor
@@ -59,12 +63,14 @@ def _without_logits(dtype: torch.dtype, objective: Objective, with_gradient: boo
     return multiplies(dtype) and not with_gradient and not is_mixture(objective.divergence)
 
 
-def bytes_per_logit(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> int:
+def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
     """Of the loss's workspace, for products of operands in `dtype`."""
     if _without_logits(dtype, objective, with_gradient):
-        return 0
-    apart = products.gradient_dtype(dtype, device).itemsize if _gradient_apart(dtype, device, with_gradient) else 0
-    return 2 * products.accumulation_dtype(dtype).itemsize + apart
+        return Held(0)
+    logits = 2 * products.accumulation_dtype(dtype).itemsize
+    if _gradient_apart(dtype, device, with_gradient):
+        return Held(products.gradient_dtype(dtype, device).itemsize, logits)
+    return Held(logits)
 
 
 def loss_workspace(
@@ -73,9 +79,10 @@ def loss_workspace(
     """For chunks of up to `tokens` tokens."""
     if _without_logits(dtype, objective, with_gradient):
         return Operands()
-    wide = products.accumulation_dtype(dtype)
-    student, teacher = (make_workspace(like, tokens, vocab, wide) for _ in range(2))
-    if not _gradient_apart(dtype, like.device, with_gradient):
+    wide, apart = products.accumulation_dtype(dtype), _gradient_apart(dtype, like.device, with_gradient)
+    at_once = min(tokens, BLOCK_TOKENS) if apart else tokens
+    student, teacher = (make_workspace(like, at_once, vocab, wide) for _ in range(2))
+    if not apart:
         return Workspace(student, teacher, student)
     return Workspace(student, teacher, make_workspace(like, tokens, vocab, products.gradient_dtype(dtype, like.device)))
 
@@ -96,12 +103,14 @@ def process_chunk(
         process_hidden(student_hidden, teacher_hidden, *heads, rows, objective)
         return
     tokens = len(student_hidden)
-    student_logits, teacher_logits = workspace.student[:tokens], workspace.teacher[:tokens]
     gradient = workspace.gradient[:tokens]
-    products.logits(student_hidden, student.weight, student_logits)
-    products.logits(teacher_hidden, teacher.weight, teacher_logits)
-    wanted = gradient if gradients.any else None
-    process_rows(student_logits, teacher_logits, rows, objective, wanted, student.bias, teacher.bias)
+    for block in [slice(tokens)] if workspace.gradient is workspace.student else blocks(tokens):
+        width = len(student_hidden[block])
+        student_logits, teacher_logits = workspace.student[:width], workspace.teacher[:width]
+        products.logits(student_hidden[block], student.weight, student_logits)
+        products.logits(teacher_hidden[block], teacher.weight, teacher_logits)
+        wanted = gradient[block] if gradients.any else None
+        process_rows(student_logits, teacher_logits, rows[block], objective, wanted, student.bias, teacher.bias)
     if gradients.hidden is not None:
         products.hidden_gradient(gradient, student.weight, gradients.hidden)
     if gradients.weight is not None:
@@ -112,9 +121,9 @@ def process_chunk(
         products.add_weight_gradient(gradient, workspace.ones[:tokens], gradients.bias[:, None], first=False)
 
 
-def scoring_bytes_per_logit(dtype: torch.dtype) -> int:
+def scoring_held(dtype: torch.dtype) -> Held:
     """Of scoring's workspace, for products of operands in `dtype`."""
-    return 0 if multiplies(dtype) else products.accumulation_dtype(dtype).itemsize
+    return Held(0 if multiplies(dtype) else products.accumulation_dtype(dtype).itemsize)
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor | Operands:

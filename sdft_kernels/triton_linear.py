@@ -42,6 +42,7 @@ PROCESS_TILES: dict[str, tuple[Tile, ...]] = {
     "hip": ((64, 64, 64, 4), (64, 64, 32, 4)),
 }
 LARGEST_TILE = (128, 128)
+LARGEST_BLOCK_K = 64
 #: Beside the tile. Stages are tiles of hidden entries in flight: an AMD multiprocessor has 64 KiB of shared memory, not
 #: NVIDIA's 164 to 228. The limit on registers lets NVIDIA's assembler take all; left to itself it spills a few, so that
 #: another program may run beside this one.
@@ -74,6 +75,7 @@ def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: Logit
         *(partial, scores.labels, scores.logprob),
         *(options.scale, options.softcap or 1.0, options.temperature),
         CAPPED=options.softcap is not None,
+        WHOLE_BLOCKS=hidden.shape[1] % LARGEST_BLOCK_K == 0,
     )
     combine_scores_kernel[(tokens,)](
         *(partial, scores.logprob, scores.top1, scores.entropy, scores.logsumexp), SPLITS=splits, num_warps=1
@@ -110,6 +112,7 @@ def process_hidden(
         *(partial, rows.labels, rows.student_logprob, rows.teacher_logprob),
         **kernel_settings(objective),
         SHARED_HEAD=shared_head,
+        WHOLE_BLOCKS=student_hidden.shape[1] % LARGEST_BLOCK_K == 0 and teacher_hidden.shape[1] % LARGEST_BLOCK_K == 0,
     )
     combine(partial, None, None, rows, objective)
 
@@ -170,20 +173,34 @@ def row_pointers(pointer, stride, first, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_columns(row_pointers, start, size, BLOCK: tl.constexpr):
-    """(M, BLOCK) of rows of `size` entries, 0 past their end."""
+def load_columns(row_pointers, start, size, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """(M, BLOCK) of rows of `size` entries, 0 past their end; WHOLE where that is the end of a block."""
     columns = start + tl.arange(0, BLOCK)[None, :]
-    return tl.load(row_pointers + columns, mask=columns < size, other=0.0)
+    if WHOLE:
+        return tl.load(row_pointers + columns)
+    else:
+        return tl.load(row_pointers + columns, mask=columns < size, other=0.0)
 
 
 @triton.jit
-def product(hidden_rows, weight_rows, size, BLOCK_K: tl.constexpr):
-    """(M, N) products of M rows and N rows of `size` entries."""
-    total = tl.zeros([hidden_rows.shape[0], weight_rows.shape[0]], tl.float32)
+def product(hidden_rows, weight_rows, total, size, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr):
+    """`total` and the (M, N) products of M rows and N rows of `size` entries."""
     for start in range(0, size, BLOCK_K):
-        h = load_columns(hidden_rows, start, size, BLOCK_K)
-        w = load_columns(weight_rows, start, size, BLOCK_K)
+        h = load_columns(hidden_rows, start, size, BLOCK_K, WHOLE)
+        w = load_columns(weight_rows, start, size, BLOCK_K, WHOLE)
         total = tl.dot(h, tl.trans(w), total)
+    return total
+
+
+@triton.jit
+def biases(bias_pointer, columns, vocab, BLOCK_M: tl.constexpr):
+    """What products are added to: (BLOCK_M, N) of the head's bias at `columns`, (1, N), or 0 where it has none.
+
+    Added to products that are there already, it would need registers of its own.
+    """
+    total = tl.zeros([BLOCK_M, columns.shape[1]], tl.float32)
+    if bias_pointer is not None:
+        total += tl.load(bias_pointer + columns, mask=columns < vocab, other=0.0).to(tl.float32)
     return total
 
 
@@ -219,6 +236,7 @@ def score_hidden_kernel(
     softcap,
     temperature,
     CAPPED: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -240,10 +258,16 @@ def score_hidden_kernel(
     for start in range(first_column, past_column, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)[None, :]
         weight_rows = row_pointers(weight_pointer, weight_stride, start, vocab, BLOCK_N)
-        y = product(hidden_rows, weight_rows, size, BLOCK_K)
-        z = finish_logits(y, bias_pointer, columns, vocab, scale, softcap, temperature, CAPPED)
-        if labels_pointer is not None:
-            label_logit += logit_at(z, columns, labels)
+        y = biases(bias_pointer, columns, vocab, BLOCK_M)
+        y = product(hidden_rows, weight_rows, y, size, BLOCK_K, WHOLE_BLOCKS)
+        z = transform(y, scale, softcap, temperature, CAPPED)
+        # Few blocks need more than a product, a maximum and an exponential of each logit: the vocabulary's last one,
+        # and those that have a label.
+        if start + BLOCK_N > vocab:
+            z = tl.where(columns < vocab, z, FAR_BELOW)
+        if labels_pointer is not None:  # noqa: SIM102
+            if tl.max(((labels >= start) & (labels < start + BLOCK_N)).to(tl.int32)) > 0:
+                label_logit += logit_at(z, columns, labels)
         a, total, dot, _, _, _ = fold(z, a, total, dot)
     record = partial_pointer + (rows * splits + split) * SCORE_RECORD
     tl.store(record, a, mask=inside)
@@ -301,6 +325,7 @@ def process_hidden_kernel(
     STUDENT_CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr,
     SHARED_HEAD: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -329,17 +354,17 @@ def process_hidden_kernel(
     for start in range(first_column, past_column, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)[None, :]
         weight_rows = row_pointers(student_weight_pointer, student_weight_stride, start, vocab, BLOCK_N)
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        t = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if SHARED_HEAD:
-            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            t = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for k in range(0, student_size, BLOCK_K):
-                w = tl.trans(load_columns(weight_rows, k, student_size, BLOCK_K))
-                s = tl.dot(load_columns(student_rows, k, student_size, BLOCK_K), w, s)
-                t = tl.dot(load_columns(teacher_rows, k, student_size, BLOCK_K), w, t)
+                w = tl.trans(load_columns(weight_rows, k, student_size, BLOCK_K, WHOLE_BLOCKS))
+                s = tl.dot(load_columns(student_rows, k, student_size, BLOCK_K, WHOLE_BLOCKS), w, s)
+                t = tl.dot(load_columns(teacher_rows, k, student_size, BLOCK_K, WHOLE_BLOCKS), w, t)
         else:
-            s = product(student_rows, weight_rows, student_size, BLOCK_K)
+            s = product(student_rows, weight_rows, s, student_size, BLOCK_K, WHOLE_BLOCKS)
             weight_rows = row_pointers(teacher_weight_pointer, teacher_weight_stride, start, vocab, BLOCK_N)
-            t = product(teacher_rows, weight_rows, teacher_size, BLOCK_K)
+            t = product(teacher_rows, weight_rows, t, teacher_size, BLOCK_K, WHOLE_BLOCKS)
         s = finish_logits(
             s, student_bias_pointer, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED
         )

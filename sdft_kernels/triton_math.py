@@ -12,6 +12,13 @@ _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
 _LARGEST_ODDS = tl.constexpr(LARGEST_ODDS)
 #: Stands for logits beyond the vocabulary: finite, so that no difference of two of them is NaN.
 FAR_BELOW = tl.constexpr(-1e30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """As `tl.exp`, but 0 below 1e-38: what would be left there costs NVIDIA three instructions more."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit

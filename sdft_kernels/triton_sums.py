@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sdft_kernels.triton_math import exp
+
 #: Floats of a split's running sums and of a row's constants for two models: 32 bytes each.
 RECORD = tl.constexpr(8)
 
@@ -18,7 +20,7 @@ RECORD = tl.constexpr(8)
 def moved(total, moment, shift, offset):
     """Σ e g after the maximum that e is relative to, and the origin of g, have changed: each e is multiplied by
     exp(shift), and each g grows by `offset`; `total` is Σ e and `moment` Σ e g before."""
-    return tl.exp(shift) * (moment + offset * total)
+    return exp(shift) * (moment + offset * total)
 
 
 @triton.jit
@@ -40,9 +42,9 @@ def fold(z, a, total, dot):
     # Before the first block there are no sums, and the shift is 0.
     shift = tl.where(a == float("-inf"), 0.0, a - new_a)
     z -= new_a
-    e = tl.exp(z)
+    e = exp(z)
     dot = add(moved(total, dot, shift, shift), e * z)
-    total = add(tl.exp(shift) * total, e)
+    total = add(exp(shift) * total, e)
     return new_a, total, dot, shift, z, e
 
 
@@ -107,7 +109,7 @@ def merge(largest, total, dot):
     """A row's maximum a, Σ e and Σ e (z - a) from its splits'; then how far each split's maximum lies above a."""
     a = tl.max(largest, 0)
     shift = largest - a
-    return a, tl.sum(tl.exp(shift) * total, 0), tl.sum(moved(total, dot, shift, shift), 0), shift
+    return a, tl.sum(exp(shift) * total, 0), tl.sum(moved(total, dot, shift, shift), 0), shift
 
 
 @triton.jit

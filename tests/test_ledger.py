@@ -17,6 +17,7 @@ from benchmarks.ledger import COMPARED, OURS, TRAFFIC, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
 from sdft_kernels import fused_linear_divergence, triton_linear
+from sdft_kernels.chunking import BLOCK_TOKENS, ENOUGH_TOKENS
 from sdft_kernels.divergences import DIVERGENCES, Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_backend import make_workspace
@@ -174,11 +175,12 @@ def test_our_ledger_keeps_to_the_bars(name: str, trainable_head: bool) -> None:
 
 
 def test_one_chunk_needs_no_float32_gradient_of_the_head() -> None:
-    """Above the logits and their gradient, 10 bytes each, and what is returned, only vectors over tokens."""
-    shape = roofline.MODELS["Llama-3.1-8B"].at(1024)
+    """Above the logits of a block, 8 bytes each, their gradient, 2, and what is returned, only vectors over tokens."""
+    shape = roofline.MODELS["Llama-3.1-8B"].at(4096)
     entry = ledger.entry(OURS, shape, trainable_head=True)
-    assert entry.workspace < 1.01 * 10 * shape.tokens * shape.vocab
-    several_chunks = ledger.entry(OURS, replace(shape, tokens=4096), trainable_head=True)
+    held = (8 * BLOCK_TOKENS + 2 * shape.tokens) * shape.vocab
+    assert held < entry.workspace < 1.01 * held
+    several_chunks = ledger.entry(OURS, replace(shape, tokens=32_768), trainable_head=True)
     assert several_chunks.workspace > 4 * shape.hidden * shape.vocab
 
 
@@ -190,8 +192,13 @@ def test_weights_labels_and_biases_keep_to_the_bars(trainable_head: bool) -> Non
     )
     assert ledger.broken_bars([entry]) == []
     assert entry.bytes_per_logit == plain.bytes_per_logit
-    # The student's hidden states of tokens with weight 0 are taken out.
-    assert entry.launches_per_chunk == plain.launches_per_chunk + 1
+    # The student's hidden states of tokens with weight 0 are taken out, a chunk at a time.
+    whole, plain_whole = (
+        ledger.count(method, shape, trainable_head=trainable_head) for method in (ledger.EVERY_OPTION, OURS)
+    )
+    chunks = shape.tokens // ENOUGH_TOKENS[True]["trainable" if trainable_head else "frozen"]
+    taken_out = [op for op in whole.ops if op.name == "aten.where" and len(op.writes[0].shape) == 2]
+    assert len(taken_out) == chunks and whole.launches > plain_whole.launches
     assert len(ledger.broken_bars([replace(entry, bytes_per_logit=30.1, launches_per_chunk=9)])) == 2
 
 
@@ -217,9 +224,8 @@ def test_a_bias_that_trains_takes_a_launch_that_reads_the_gradient() -> None:
         ).loss.backward()
 
     noted = record(call, TRAFFIC, ledger.IMPLEMENTATIONS)
-    chunk = ledger.chunk_size(OURS, shape, trainable_head=True)
     of_bias = [op for op in noted.ops if op.flops and op.writes[0].shape == (shape.vocab, 1)]
-    assert len(of_bias) == shape.tokens // chunk
+    assert len(of_bias) == shape.tokens // ENOUGH_TOKENS[True]["trainable"]
     read = sum(touch.nbytes for op in of_bias for touch in op.reads if 1 not in touch.shape)
     assert read == 2 * shape.tokens * shape.vocab
 

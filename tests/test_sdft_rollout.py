@@ -1,11 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from sdft.continuous import PAGE, RequestSampler
+from sdft.continuous import PAGE, STEP_TOKENS
 from sdft.errors import TrainingError, UsageError
 from sdft.models import eos_token_ids
 from sdft.rollout import (
@@ -19,7 +17,6 @@ from sdft.rollout import (
     sample,
     seeded,
 )
-from sdft.sampling import RowSampler
 from sdft.stopping import stopped_length
 from tests import tiny
 
@@ -350,13 +347,12 @@ def test_a_backend_of_ones_own_can_be_named_and_is_held_to_its_contract(monkeypa
         sample(model, PROMPTS, Sampling(3), backend="vllm")
 
 
-def test_a_step_that_is_padded_draws_for_its_requests_alone():
-    """As on a GPU, where a step's rows are a round number: those beyond its requests are nobody's."""
-    seeds, scores = [7, 8, 9], torch.randn(5, 11)
-    names = ["a", "b", "c"]
-    sampler = RequestSampler(RowSampler(seeds, torch.device("cpu")), names)
-    requests = [SimpleNamespace(state=SimpleNamespace(request_id=name)) for name in ("c", "a")]
-    sampler.prepare_tensor_args(requests)
-    drawn = sampler(scores, torch.zeros(5, dtype=torch.int32))
-    assert torch.equal(drawn[:2], RowSampler(seeds, torch.device("cpu")).draw(scores[:2], [2, 0]))
-    assert torch.equal(drawn[2:], scores[2:])
+def test_prompts_longer_than_a_step_are_sampled_by_their_own_seeds_too():
+    """A step that reads a part of a prompt has a row of scores for it, and no token to write."""
+    model = tiny.tiny_model(max_position_embeddings=1024)
+    prompts = [[5 + (row + place) % 90 for place in range(STEP_TOKENS + 88)] for row in range(3)]
+    sampling = Sampling(max_new_tokens=5, temperature=1.0)
+    one, other = (
+        sample(model, prompts, sampling, seeds=[7, 8, 9], backend=name) for name in ("generate", "continuous")
+    )
+    assert one == other

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_kernels import chunk_loop, linear_token_stats, products, triton_backend, triton_divergence, triton_scaling
+from sdft_kernels import (
+    chunk_loop,
+    chunking,
+    linear_token_stats,
+    products,
+    triton_backend,
+    triton_divergence,
+    triton_scaling,
+)
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_divergence import BLOCK, split_rows
@@ -131,9 +139,11 @@ def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("chunk_bytes", [None, 200_000])
+@pytest.mark.parametrize(
+    ("block", "chunk_bytes"), [(512, None), (512, 200_000), (16, None), (16, 1003 * (2 * 24 + 8 * 16))]
+)
 def test_a_head_gradient_in_the_heads_own_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, backend: str, chunk_bytes: int | None
+    monkeypatch: pytest.MonkeyPatch, backend: str, block: int, chunk_bytes: int | None
 ) -> None:
     """As on an NVIDIA device, with its products of bfloat16 that have float32 sums done in float32 here."""
 
@@ -145,6 +155,9 @@ def test_a_head_gradient_in_the_heads_own_bfloat16(
         whole = gradient.float().T @ hidden.float()
         total.copy_(whole if first else whole + total)
 
+    for module in (chunking, triton_backend):
+        monkeypatch.setattr(module, "BLOCK_TOKENS", block)
+    monkeypatch.setitem(chunking.TILE_TOKENS, "cuda", 8)
     kinds: dict[bool, set[torch.dtype]] = {True: set(), False: set()}  # of the head's gradient and of the bias's
     monkeypatch.setattr(products, "gradient_dtype", lambda dtype, device: dtype)
     monkeypatch.setattr(products, "logits", logits)

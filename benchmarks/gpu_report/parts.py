@@ -23,12 +23,12 @@ from benchmarks.methods import make_inputs
 from benchmarks.recorder import Op
 from benchmarks.roofline import LAUNCH_SECONDS, PRODUCT_EFFICIENCY, Gpu, Model, memory_seconds, product_seconds
 from sdft_kernels import products
-from sdft_kernels.chunking import plan_chunks
+from sdft_kernels.chunking import Held, blocks, plan_chunks
 from sdft_kernels.divergences import LogitOptions, Objective
 
 TOKENS, TOY_TOKENS = 8192, 6
 #: Bytes of the workspace for a logit: float32 ones of both models and a bfloat16 gradient.
-BYTES_PER_LOGIT = 10
+HELD = Held(2, 8)
 LARGE, TOY_LARGE = 8192, 64
 #: Share by which a time may be off its prediction without a word.
 CLOSE = 0.15
@@ -73,7 +73,7 @@ def measure(
     options = LogitOptions(softcap=softcap)
     objective = Objective(divergence, student=options, teacher=options)
     chunk = chunk_of(model, TOY_TOKENS if settings.toy else TOKENS, divergence)
-    parts = parts_of(model, chunk.tokens, objective, settings.device, alone=chunk.alone)
+    parts = parts_of(model, chunk.tokens, chunk.block, objective, settings.device, alone=chunk.alone)
     as_usual = divergence == "reverse_kl" and softcap is None
     case = f"parts, {model.name}" + ("" if divergence == "reverse_kl" else f", {divergence}")
     case += "" if softcap is None else ", softcap"
@@ -83,34 +83,41 @@ def measure(
         ms = median_milliseconds(part.call, settings.device)
         other = None if part.alternative is None else median_milliseconds(part.alternative, settings.device)
         row = row_of(part, op, ms, other, predicted_gpu(settings), best)
-        yield {"case": case, "model": model.name, "tokens": chunk.tokens, "divergence": divergence, **row}
+        of_chunk = part.name in ("hidden gradient", "weight gradient")
+        tokens = chunk.tokens if of_chunk else chunk.block
+        yield {"case": case, "model": model.name, "tokens": tokens, "divergence": divergence, **row}
 
 
 @dataclass(frozen=True)
 class Chunk:
     """One of the chunks that the loss makes of its tokens on a GPU: the second, which adds to the head's gradient as
-    all but the first do, or the only one."""
+    all but the first do, or the only one; and the first of its blocks."""
 
     tokens: int
+    block: int
     alone: bool
-    ops: tuple[Op, ...]  # the ledger's launches
+    ops: tuple[Op, ...]  # the ledger's launches of that block, and of the two products of the chunk
 
 
 def chunk_of(model: Model, tokens: int, divergence: str) -> Chunk:
-    plan = plan_chunks(tokens, model.vocab, BYTES_PER_LOGIT, torch.device("cuda"), trainable_head=True)
-    slices = list(plan.slices(tokens))
-    number = min(1, len(slices) - 1)
+    added_up = 4 * model.hidden
+    plan = plan_chunks(tokens, model.vocab, HELD, torch.device("cuda"), trainable_head=True, added_up=added_up)
+    chunks = [part.stop - part.start for part in plan.slices(tokens)]
+    number = min(1, len(chunks) - 1)
     ledger = count(MIXTURE if divergence == "jsd" else OURS, model.at(tokens), trainable_head=True)
     ops = [op for op in ledger.ops if op.flops or op.name.startswith("triton_divergence.")]
-    each, rest = divmod(len(ops), len(slices))
-    if rest:
-        raise ValueError(f"the ledger has {len(ops)} launches for {len(slices)} chunks")
-    rows = slices[number].stop - slices[number].start
-    return Chunk(rows, len(slices) == 1, tuple(ops[number * each :][:each]))
+    launches = 6 if divergence == "jsd" else 5  # of a block: two products, and the kernels
+    of_each = [launches * len(list(blocks(chunk))) + 2 for chunk in chunks]
+    if sum(of_each) != len(ops):
+        raise ValueError(f"the ledger has {len(ops)} launches for chunks of {of_each}")
+    first = sum(of_each[:number])
+    ops = ops[first : first + of_each[number]]
+    block = next(blocks(chunks[number]))
+    return Chunk(chunks[number], block.stop, len(chunks) == 1, (*ops[:launches], *ops[-2:]))
 
 
-def parts_of(model: Model, tokens: int, objective: Objective, device: str, *, alone: bool) -> list[Part]:
-    """In the order that a chunk makes them in; `alone` where there is no other chunk to add to."""
+def parts_of(model: Model, tokens: int, block: int, objective: Objective, device: str, *, alone: bool) -> list[Part]:
+    """In the order that a chunk makes them in, one block of it; `alone` where there is no other chunk to add to."""
     from benchmarks.compiled import record_launches
     from sdft_kernels import triton_backend
     from sdft_kernels.triton_divergence import process_rows
@@ -120,9 +127,11 @@ def parts_of(model: Model, tokens: int, objective: Objective, device: str, *, al
     held = triton_backend.loss_workspace(hidden, tokens, model.vocab, hidden.dtype, objective, with_gradient=True)
     assert isinstance(held, triton_backend.Workspace)
     rows = token_rows(hidden, tokens)
-    products.logits(hidden, weight, held.student)
-    products.logits(teacher_hidden, weight, held.teacher)
-    launches = record_launches(lambda: process_rows(held.student, held.teacher, rows, objective, held.gradient))
+    held.gradient.normal_()  # of the tokens that are in no block here: zeros would let a card clock higher
+    student, teacher, gradient = held.student[:block], held.teacher[:block], held.gradient[:block]
+    products.logits(hidden[:block], weight, student)
+    products.logits(teacher_hidden[:block], weight, teacher)
+    launches = record_launches(lambda: process_rows(student, teacher, rows[:block], objective, gradient))
     launched = [
         Part(
             launch.name.removesuffix("_kernel"),
@@ -135,7 +144,7 @@ def parts_of(model: Model, tokens: int, objective: Objective, device: str, *, al
     grad_hidden = torch.empty_like(hidden)
     dtype = products.head_gradient_dtype(weight.dtype, weight.dtype, weight.device) if alone else torch.float32
     grad_weight = hidden.new_zeros(weight.shape, dtype=dtype)
-    narrow_logits = torch.empty_like(held.gradient, dtype=hidden.dtype)
+    narrow_logits = torch.empty_like(gradient, dtype=hidden.dtype)
     narrow = torch.empty_like(weight)
 
     def on_a_gpu(call: Call) -> Call | None:
@@ -144,10 +153,10 @@ def parts_of(model: Model, tokens: int, objective: Objective, device: str, *, al
     return [
         Part(
             "student logits",
-            lambda: products.logits(hidden, weight, held.student),
-            on_a_gpu(lambda: torch.mm(hidden, weight.T, out=narrow_logits)),
+            lambda: products.logits(hidden[:block], weight, student),
+            on_a_gpu(lambda: torch.mm(hidden[:block], weight.T, out=narrow_logits)),
         ),
-        Part("teacher logits", lambda: products.logits(teacher_hidden, weight, held.teacher)),
+        Part("teacher logits", lambda: products.logits(teacher_hidden[:block], weight, teacher)),
         *launched,
         Part("hidden gradient", lambda: products.hidden_gradient(held.gradient, weight, grad_hidden)),
         Part(

@@ -41,7 +41,7 @@ def run_apart(
     """Runs a stage; `seen` is told of each row as it comes. What the process prints goes to the log."""
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--stage", stage.path, f"--seconds={seconds}"]
     command += [f"--device={device}", *(["--toy"] if toy else [])]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     started = time.monotonic()

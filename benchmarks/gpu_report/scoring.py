@@ -20,7 +20,7 @@ from benchmarks.methods import Inputs, make_inputs
 from benchmarks.roofline import Model
 from sdft_kernels import fused_linear_divergence, linear_token_stats, products
 from sdft_kernels.chunk import Head
-from sdft_kernels.chunking import plan_chunks
+from sdft_kernels.chunking import Held, plan_chunks
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.reference import divergence_per_token
 from sdft_kernels.tokens import TokenRows, TokenScores
@@ -156,7 +156,7 @@ def logits_then_scores(inputs: Inputs) -> Call:
     from sdft_kernels.triton_scoring import score_rows
 
     tokens, vocab = len(inputs.labels), len(inputs.student_weight)
-    plan = plan_chunks(tokens, vocab, 4, torch.device("cuda"))
+    plan = plan_chunks(tokens, vocab, Held(4), torch.device("cuda"))
 
     def call() -> TokenScores:
         found = empty_scores(inputs)
@@ -175,7 +175,7 @@ def logits_then_rows(inputs: Inputs) -> Call:
     from sdft_kernels.triton_divergence import process_rows
 
     tokens, vocab = len(inputs.labels), len(inputs.student_weight)
-    plan = plan_chunks(tokens, vocab, 8, torch.device("cuda"))
+    plan = plan_chunks(tokens, vocab, Held(8), torch.device("cuda"))
 
     def call() -> TokenRows:
         like = inputs.student_hidden
