@@ -56,7 +56,10 @@ def launches_noted(note: Callable[[Launch], None]) -> Iterator[None]:
         note(Launch(kernel, tuple(grid(options) if callable(grid) else grid), arguments, options))
 
     def tune(tuner: Any, *arguments: Any, **options: Any) -> None:
-        tuner.fn.run(*arguments, **options, **tuner.configs[0].all_kwargs())
+        chosen = tuner.configs[0]
+        if chosen.pre_hook is not None:
+            chosen.pre_hook(dict(zip(tuner.arg_names, arguments, strict=False)) | options | chosen.all_kwargs())
+        tuner.fn.run(*arguments, **options, **chosen.all_kwargs())
 
     with (
         mock.patch.object(JITFunction, "run", run),

@@ -197,14 +197,17 @@ def multiply(variant: LinearVariant) -> None:
     triton_linear.process_hidden(hidden, hidden, student, teacher, rows, objective)
 
 
-def _tuned(variant: LinearVariant, backend: str) -> list[Launch]:
-    """What `multiply` launches in every configuration that the tuner would try on a device of this backend."""
+def _tuned(variant: LinearVariant, kind: str) -> list[Launch]:
+    """What `multiply` launches in every configuration that the tuner would try on a device of this kind."""
     kernel, tiles = triton_linear.process_hidden_kernel, triton_linear.PROCESS_TILES
     if variant.divergence == "(scoring)":
         kernel, tiles = triton_linear.score_hidden_kernel, triton_linear.SCORE_TILES
     noted: list[Launch] = []
-    for config in triton_linear.configurations(tiles, backend):
-        with mock.patch.object(kernel, "configs", [config]):
+    if kind == "hopper" and variant.bias:
+        kind = "cuda"
+    copies = mock.patch.object(triton_linear, "copies_tiles", return_value=kind == "hopper")
+    for config in triton_linear.configurations(tiles, kind):
+        with mock.patch.object(kernel, "configs", [config]), copies:
             noted += record_launches(lambda: multiply(variant))
     return noted
 
@@ -251,8 +254,13 @@ PEERS: dict[str, Callable[[PeerVariant], None]] = {
 AnyVariant = Variant | ScoringVariant | ScalingVariant | LinearVariant | PeerVariant
 
 
-def launches(variant: AnyVariant, backend: str) -> list[Launch]:
-    """What the call launches on a device of this backend, each kernel once in each of its tiles."""
+def kind_of(target: str) -> str:
+    """Which tiles the kernels that multiply have on this target."""
+    return "hopper" if target == "sm_90" else TARGETS[target].backend
+
+
+def launches(variant: AnyVariant, kind: str) -> list[Launch]:
+    """What the call launches on a device of this kind, each kernel once in each of its tiles."""
 
     def calls() -> None:
         if isinstance(variant, PeerVariant):
@@ -264,7 +272,7 @@ def launches(variant: AnyVariant, backend: str) -> list[Launch]:
         elif isinstance(variant, Variant):
             call(variant)
 
-    noted = _tuned(variant, backend) if isinstance(variant, LinearVariant) else record_launches(calls)
+    noted = _tuned(variant, kind) if isinstance(variant, LinearVariant) else record_launches(calls)
     return list({(launch.name, _tile(launch)): launch for launch in reversed(noted)}.values())[::-1]
 
 
@@ -289,7 +297,7 @@ def compile_variant(variant: AnyVariant, target: str) -> list[dict[str, Any]]:
             **asdict(found := resources(compile_launch(launch, TARGETS[target]), TARGETS[target])),
             "narrow": found.inner.narrow,
         }
-        for launch in launches(variant, TARGETS[target].backend)
+        for launch in launches(variant, kind_of(target))
     ]
 
 

@@ -38,6 +38,8 @@ ENOUGH_TOKENS = {
 #: A chunk is a multiple of this many tokens where it can be: rows that a device's matrix product works on at once,
 #: the rest of which a chunk that ends within a tile would waste; on the CPU, vectors that columns are loaded in.
 TILE_TOKENS = {"cpu": 16, "cuda": 128}
+#: The same where no logits are held, and a chunk's hidden states are to stay in a device's cache.
+ENOUGH_WITHOUT_LOGITS = 1024
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def plan_chunks(
     """
     on_device, any_size = device.type != "cpu", budget is None or held.chunk == 0
     useful = ENOUGH_TOKENS[held.block > 0]["trainable" if trainable_head else "frozen"]
+    if held.chunk == 0:
+        useful = ENOUGH_WITHOUT_LOGITS
     enough = useful if on_device and any_size else tokens
     spared = added_up if budget is None else 0
     if budget is None:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sdft_kernels.chunk import Head
 from sdft_kernels.divergences import LogitOptions, Objective
@@ -32,21 +33,28 @@ Tile = tuple[int, int, int, int]
 
 #: Tiles to choose from for one model and for two: tokens, vocabulary entries, hidden entries, and warps. Larger ones
 #: have no registers left for a soft cap and a bias, or for the second model; AMD's are those that have with triton 3.6
-#: as well, whose code takes more.
+#: as well, whose code takes more. On Hopper, where an engine copies whole tiles, and matrix products read them where
+#: they are put, threads hold nothing but sums, and tiles are larger (docs/gpu.md: 1.2 to 1.8 times as fast).
 SCORE_TILES: dict[str, tuple[Tile, ...]] = {
+    "hopper": ((128, 256, 64, 8), (128, 128, 64, 8)),
     "cuda": ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)),
     "hip": ((128, 64, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)),
 }
 PROCESS_TILES: dict[str, tuple[Tile, ...]] = {
+    "hopper": ((128, 128, 64, 8),),
     "cuda": ((128, 64, 64, 8), (64, 64, 64, 8)),
     "hip": ((64, 64, 64, 4), (64, 64, 32, 4)),
 }
-LARGEST_TILE = (128, 128)
+LARGEST_TILE = (128, 256)
 LARGEST_BLOCK_K = 64
 #: Beside the tile. Stages are tiles of hidden entries in flight: an AMD multiprocessor has 64 KiB of shared memory, not
 #: NVIDIA's 164 to 228. The limit on registers lets NVIDIA's assembler take all; left to itself it spills a few, so that
 #: another program may run beside this one.
-DEVICE_OPTIONS = {"cuda": {"num_stages": 3, "maxnreg": 255}, "hip": {"num_stages": 2}}
+DEVICE_OPTIONS = {
+    "hopper": {"num_stages": 4, "maxnreg": 255},
+    "cuda": {"num_stages": 3, "maxnreg": 255},
+    "hip": {"num_stages": 2},
+}
 
 #: Programs that keep a large device busy: 132 multiprocessors, two programs or two turns each.
 ENOUGH_PROGRAMS = 264
@@ -69,13 +77,15 @@ def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: Logit
     splits = split_vocabulary(tokens, vocab)
     hidden, weight = operand(hidden), operand(head.weight)
     partial = hidden.new_empty((tokens, splits, SCORE_RECORD.value), dtype=torch.float32)
+    copied = copies_tiles(hidden) and head.bias is None  # which would have no registers beside a large tile
     score_hidden_kernel[_grid(tokens, splits)](
-        *(hidden, weight, head.bias, hidden.stride(0), weight.stride(0)),
+        *(source(hidden, copied), source(weight, copied), head.bias, hidden.stride(0), weight.stride(0)),
         *(tokens, vocab, hidden.shape[1], splits),
         *(partial, scores.labels, scores.logprob),
         *(options.scale, options.softcap or 1.0, options.temperature),
         CAPPED=options.softcap is not None,
         WHOLE_BLOCKS=hidden.shape[1] % LARGEST_BLOCK_K == 0,
+        COPIED=copied,
     )
     combine_scores_kernel[(tokens,)](
         *(partial, scores.logprob, scores.top1, scores.entropy, scores.logsumexp), SPLITS=splits, num_warps=1
@@ -103,16 +113,18 @@ def process_hidden(
     student_hidden, teacher_hidden = operand(student_hidden), operand(teacher_hidden)
     splits = split_vocabulary(tokens, vocab)
     partial = student_hidden.new_empty((tokens, splits, RECORD.value), dtype=torch.float32)
+    copied = copies_tiles(student_hidden) and student.bias is None and teacher.bias is None
     process_hidden_kernel[_grid(tokens, splits)](
-        *(student_hidden, student_weight, student.bias),
+        *(source(student_hidden, copied), source(student_weight, copied), student.bias),
         *(student_hidden.stride(0), student_weight.stride(0), student_hidden.shape[1]),
-        *(teacher_hidden, teacher_weight, teacher.bias),
+        *(source(teacher_hidden, copied), source(teacher_weight, copied), teacher.bias),
         *(teacher_hidden.stride(0), teacher_weight.stride(0), teacher_hidden.shape[1]),
         *(tokens, vocab, splits),
         *(partial, rows.labels, rows.student_logprob, rows.teacher_logprob),
         **kernel_settings(objective),
         SHARED_HEAD=shared_head,
         WHOLE_BLOCKS=student_hidden.shape[1] % LARGEST_BLOCK_K == 0 and teacher_hidden.shape[1] % LARGEST_BLOCK_K == 0,
+        COPIED=copied,
     )
     combine(partial, None, None, rows, objective)
 
@@ -150,15 +162,40 @@ def operand(matrix: Tensor) -> Tensor:
     return matrix.float() if knobs.runtime.interpret else matrix
 
 
+def copies_tiles(matrix: Tensor) -> bool:
+    """Whether this matrix's device has an engine that copies tiles, for which the kernels have larger ones: Hopper's.
+    Later GPUs have one too, but nobody has measured there."""
+    real = matrix.is_cuda and not matrix.is_meta and torch.version.hip is None
+    return real and torch.cuda.get_device_capability(matrix.device)[0] == 9
+
+
+def source(matrix: Tensor, copied: bool) -> Tensor | TensorDescriptor:
+    """A matrix as a kernel reads it: itself, or for the engine that copies tiles what it is told of it."""
+    if not copied:
+        return matrix
+    shape_of_a_tile = [1, 1]  # for `_shape_tiles` to say
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], shape_of_a_tile)
+
+
+def _shape_tiles(arguments: dict[str, Any]) -> None:
+    """Tells the engine how large a configuration's tiles are, before each launch."""
+    for name, given in arguments.items():
+        if isinstance(given, TensorDescriptor):
+            rows = "BLOCK_N" if name.endswith("weight_pointer") else "BLOCK_M"
+            given.block_shape = [arguments[rows], arguments["BLOCK_K"]]
+
+
 def _grid(tokens: int, splits: int) -> Callable[[dict[str, Any]], tuple[int, int]]:
     return lambda meta: (triton.cdiv(tokens, meta["BLOCK_M"]), splits)
 
 
-def configurations(tiles: dict[str, tuple[Tile, ...]], backend: str) -> list[triton.Config]:
-    """What the tuner tries on a device. The interpreter cannot tell which is faster, and gets the first."""
+def configurations(tiles: dict[str, tuple[Tile, ...]], kind: str) -> list[triton.Config]:
+    """What the tuner tries on a device of this kind; the interpreter, which cannot tell which is faster, the first."""
     return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, **DEVICE_OPTIONS[backend])
-        for m, n, k, warps in tiles[backend][: 1 if knobs.runtime.interpret else None]
+        triton.Config(
+            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, pre_hook=_shape_tiles, **DEVICE_OPTIONS[kind]
+        )
+        for m, n, k, warps in tiles[kind][: 1 if knobs.runtime.interpret else None]
     ]
 
 
@@ -166,28 +203,69 @@ def configurations(tiles: dict[str, tuple[Tile, ...]], backend: str) -> list[tri
 _BACKEND = "cuda" if torch.version.hip is None else "hip"
 
 
-@triton.jit
-def row_pointers(pointer, stride, first, rows, BLOCK: tl.constexpr):
-    """(BLOCK, 1) pointers to rows from `first` on. Past the last they stay there: what is read needs no mask."""
-    return pointer + tl.minimum(first + tl.arange(0, BLOCK), rows - 1).to(tl.int64)[:, None] * stride
+def _choices(tiles: dict[str, tuple[Tile, ...]]) -> dict[str, Any]:
+    """For `triton.autotune`: the configurations of every device that there may be, and which of them are this one's."""
+    copied, others = configurations(tiles, "hopper"), configurations(tiles, _BACKEND)
+
+    def of_this_device(configs: list[triton.Config], *_: Any, COPIED: bool, **__: Any) -> list[triton.Config]:
+        ours = copied if COPIED else others
+        return [config for config in configs if config in ours] or configs
+
+    configs = others if knobs.runtime.interpret else copied + others
+    return {"configs": configs, "prune_configs_by": {"early_config_prune": of_this_device}}
 
 
 @triton.jit
-def load_columns(row_pointers, start, size, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """(M, BLOCK) of rows of `size` entries, 0 past their end; WHOLE where that is the end of a block."""
-    columns = start + tl.arange(0, BLOCK)[None, :]
-    if WHOLE:
-        return tl.load(row_pointers + columns)
+def tile(
+    source,
+    stride,
+    first,
+    rows,
+    start,
+    size,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COPIED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """(BLOCK, BLOCK_K) of a matrix of (rows, size) from row `first` and entry `start` on, entries past the end 0.
+
+    What rows past the end hold does not matter: where no engine copies tiles, the last one again, which needs no mask.
+    WHOLE where the entries end with a block.
+    """
+    if COPIED:
+        return source.load([first, start])
     else:
-        return tl.load(row_pointers + columns, mask=columns < size, other=0.0)
+        pointers = source + tl.minimum(first + tl.arange(0, BLOCK), rows - 1).to(tl.int64)[:, None] * stride
+        columns = start + tl.arange(0, BLOCK_K)[None, :]
+        if WHOLE:
+            return tl.load(pointers + columns)
+        else:
+            return tl.load(pointers + columns, mask=columns < size, other=0.0)
 
 
 @triton.jit
-def product(hidden_rows, weight_rows, total, size, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr):
-    """`total` and the (M, N) products of M rows and N rows of `size` entries."""
+def product(
+    hidden,
+    hidden_stride,
+    first_row,
+    tokens,
+    weight,
+    weight_stride,
+    first_entry,
+    vocab,
+    size,
+    total,
+    BLOCK_K: tl.constexpr,
+    COPIED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """`total` and the (M, N) products of hidden states and rows of a head."""
+    BLOCK_M: tl.constexpr = total.shape[0]
+    BLOCK_N: tl.constexpr = total.shape[1]
     for start in range(0, size, BLOCK_K):
-        h = load_columns(hidden_rows, start, size, BLOCK_K, WHOLE)
-        w = load_columns(weight_rows, start, size, BLOCK_K, WHOLE)
+        h = tile(hidden, hidden_stride, first_row, tokens, start, size, BLOCK_M, BLOCK_K, COPIED, WHOLE)
+        w = tile(weight, weight_stride, first_entry, vocab, start, size, BLOCK_N, BLOCK_K, COPIED, WHOLE)
         total = tl.dot(h, tl.trans(w), total)
     return total
 
@@ -212,12 +290,27 @@ def finish_logits(y, bias_pointer, columns, vocab, scale, softcap, temperature, 
 
 
 @triton.jit
+def masked_logits(y, start, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
+    """The same of products that lack no bias; only the vocabulary's last block takes a mask."""
+    z = transform(y, scale, softcap, temperature, CAPPED)
+    if start + columns.shape[1] > vocab:
+        z = tl.where(columns < vocab, z, FAR_BELOW)
+    return z
+
+
+@triton.jit
+def has_label(labels, start, BLOCK_N: tl.constexpr):
+    """Whether a label of these is in the block from `start` on: few blocks have one."""
+    return tl.max(((labels >= start) & (labels < start + BLOCK_N)).to(tl.int32)) > 0
+
+
+@triton.jit
 def logit_at(z, columns, labels):
     """(M, 1) logits at labels, (M, 1), that are among the columns, else 0."""
     return tl.sum(tl.where(columns == labels, z, 0.0), 1, keep_dims=True)
 
 
-@triton.autotune(configurations(SCORE_TILES, _BACKEND), key=["vocab", "size", "splits"])
+@triton.autotune(**_choices(SCORE_TILES), key=["vocab", "size", "splits", "COPIED"])
 @triton.jit
 def score_hidden_kernel(
     hidden_pointer,
@@ -237,6 +330,7 @@ def score_hidden_kernel(
     temperature,
     CAPPED: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    COPIED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -247,7 +341,6 @@ def score_hidden_kernel(
     split = tl.program_id(1)
     rows = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     inside = rows < tokens
-    hidden_rows = row_pointers(hidden_pointer, hidden_stride, first_row, tokens, BLOCK_M)
     if labels_pointer is not None:
         labels = tl.load(labels_pointer + rows, mask=inside, other=-1).to(tl.int32)
         label_logit = tl.zeros([BLOCK_M, 1], tl.float32)
@@ -257,16 +350,24 @@ def score_hidden_kernel(
     first_column, past_column = split_columns(split, splits, vocab, BLOCK_N)
     for start in range(first_column, past_column, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)[None, :]
-        weight_rows = row_pointers(weight_pointer, weight_stride, start, vocab, BLOCK_N)
-        y = biases(bias_pointer, columns, vocab, BLOCK_M)
-        y = product(hidden_rows, weight_rows, y, size, BLOCK_K, WHOLE_BLOCKS)
-        z = transform(y, scale, softcap, temperature, CAPPED)
-        # Few blocks need more than a product, a maximum and an exponential of each logit: the vocabulary's last one,
-        # and those that have a label.
-        if start + BLOCK_N > vocab:
-            z = tl.where(columns < vocab, z, FAR_BELOW)
+        y = product(
+            hidden_pointer,
+            hidden_stride,
+            first_row,
+            tokens,
+            weight_pointer,
+            weight_stride,
+            start,
+            vocab,
+            size,
+            biases(bias_pointer, columns, vocab, BLOCK_M),
+            BLOCK_K,
+            COPIED,
+            WHOLE_BLOCKS,
+        )
+        z = masked_logits(y, start, columns, vocab, scale, softcap, temperature, CAPPED)
         if labels_pointer is not None:  # noqa: SIM102
-            if tl.max(((labels >= start) & (labels < start + BLOCK_N)).to(tl.int32)) > 0:
+            if has_label(labels, start, BLOCK_N):
                 label_logit += logit_at(z, columns, labels)
         a, total, dot, _, _, _ = fold(z, a, total, dot)
     record = partial_pointer + (rows * splits + split) * SCORE_RECORD
@@ -293,7 +394,7 @@ def combine_scores_kernel(
 
 
 @triton.autotune(
-    configurations(PROCESS_TILES, _BACKEND), key=["vocab", "student_size", "teacher_size", "splits", "SHARED_HEAD"]
+    **_choices(PROCESS_TILES), key=["vocab", "student_size", "teacher_size", "splits", "SHARED_HEAD", "COPIED"]
 )
 @triton.jit
 def process_hidden_kernel(
@@ -326,6 +427,7 @@ def process_hidden_kernel(
     TEACHER_CAPPED: tl.constexpr,
     SHARED_HEAD: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    COPIED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -336,8 +438,6 @@ def process_hidden_kernel(
     split = tl.program_id(1)
     rows = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     inside = rows < tokens
-    student_rows = row_pointers(student_pointer, student_stride, first_row, tokens, BLOCK_M)
-    teacher_rows = row_pointers(teacher_pointer, teacher_stride, first_row, tokens, BLOCK_M)
     if labels_pointer is not None:
         labels = tl.load(labels_pointer + rows, mask=inside, other=-1).to(tl.int32)
         student_label_logit = tl.zeros([BLOCK_M, 1], tl.float32)
@@ -353,27 +453,98 @@ def process_hidden_kernel(
     first_column, past_column = split_columns(split, splits, vocab, BLOCK_N)
     for start in range(first_column, past_column, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)[None, :]
-        weight_rows = row_pointers(student_weight_pointer, student_weight_stride, start, vocab, BLOCK_N)
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         t = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if SHARED_HEAD:
             for k in range(0, student_size, BLOCK_K):
-                w = tl.trans(load_columns(weight_rows, k, student_size, BLOCK_K, WHOLE_BLOCKS))
-                s = tl.dot(load_columns(student_rows, k, student_size, BLOCK_K, WHOLE_BLOCKS), w, s)
-                t = tl.dot(load_columns(teacher_rows, k, student_size, BLOCK_K, WHOLE_BLOCKS), w, t)
+                w = tl.trans(
+                    tile(
+                        student_weight_pointer,
+                        student_weight_stride,
+                        start,
+                        vocab,
+                        k,
+                        student_size,
+                        BLOCK_N,
+                        BLOCK_K,
+                        COPIED,
+                        WHOLE_BLOCKS,
+                    )
+                )
+                h = tile(
+                    student_pointer,
+                    student_stride,
+                    first_row,
+                    tokens,
+                    k,
+                    student_size,
+                    BLOCK_M,
+                    BLOCK_K,
+                    COPIED,
+                    WHOLE_BLOCKS,
+                )
+                s = tl.dot(h, w, s)
+                h = tile(
+                    teacher_pointer,
+                    teacher_stride,
+                    first_row,
+                    tokens,
+                    k,
+                    student_size,
+                    BLOCK_M,
+                    BLOCK_K,
+                    COPIED,
+                    WHOLE_BLOCKS,
+                )
+                t = tl.dot(h, w, t)
         else:
-            s = product(student_rows, weight_rows, s, student_size, BLOCK_K, WHOLE_BLOCKS)
-            weight_rows = row_pointers(teacher_weight_pointer, teacher_weight_stride, start, vocab, BLOCK_N)
-            t = product(teacher_rows, weight_rows, t, teacher_size, BLOCK_K, WHOLE_BLOCKS)
-        s = finish_logits(
-            s, student_bias_pointer, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED
-        )
-        t = finish_logits(
-            t, teacher_bias_pointer, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED
-        )
-        if labels_pointer is not None:
-            student_label_logit += logit_at(s, columns, labels)
-            teacher_label_logit += logit_at(t, columns, labels)
+            s = product(
+                student_pointer,
+                student_stride,
+                first_row,
+                tokens,
+                student_weight_pointer,
+                student_weight_stride,
+                start,
+                vocab,
+                student_size,
+                s,
+                BLOCK_K,
+                COPIED,
+                WHOLE_BLOCKS,
+            )
+            t = product(
+                teacher_pointer,
+                teacher_stride,
+                first_row,
+                tokens,
+                teacher_weight_pointer,
+                teacher_weight_stride,
+                start,
+                vocab,
+                teacher_size,
+                t,
+                BLOCK_K,
+                COPIED,
+                WHOLE_BLOCKS,
+            )
+        if COPIED:
+            s = masked_logits(s, start, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED)
+            t = masked_logits(t, start, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
+            if labels_pointer is not None:  # noqa: SIM102
+                if has_label(labels, start, BLOCK_N):
+                    student_label_logit += logit_at(s, columns, labels)
+                    teacher_label_logit += logit_at(t, columns, labels)
+        else:
+            s = finish_logits(
+                s, student_bias_pointer, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED
+            )
+            t = finish_logits(
+                t, teacher_bias_pointer, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED
+            )
+            if labels_pointer is not None:
+                student_label_logit += logit_at(s, columns, labels)
+                teacher_label_logit += logit_at(t, columns, labels)
         a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
             s, t, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak, DIVERGENCE
         )

@@ -67,17 +67,18 @@ def fold_pair(
 
     For reverse KL, D = Σ e ((s - a) - (t - c)); for forward KL, D = Σ f ((t - b) - (s - a)).
     """
-    new_a, new_student_sum, new_student_dot, student_shift, s, e = fold(s, a, student_sum, student_dot)
+    new_a, new_student_sum, new_student_dot, student_shift, below, e = fold(s, a, student_sum, student_dot)
     new_b, new_teacher_sum, new_teacher_dot, teacher_shift, t_below_b, f = fold(t, b, teacher_sum, teacher_dot)
     if DIVERGENCE == "forward_kl":
         cross = moved(teacher_sum, cross, teacher_shift, teacher_shift - student_shift)
-        cross = add(cross, f * (t_below_b - s))
+        cross = add(cross, f * (t_below_b - below))
     else:
-        block_at_peak = tl.max(tl.where(s == 0, t, float("-inf")), 1, keep_dims=True)
+        # Not where `below` is 0: a compiler that folds s = scale · y into the difference might leave none.
+        block_at_peak = tl.max(tl.where(s == new_a, t, float("-inf")), 1, keep_dims=True)
         new_at_peak = tl.where(new_a > a, block_at_peak, at_peak)
         if DIVERGENCE == "reverse_kl":
             cross = moved(student_sum, cross, student_shift, student_shift - (at_peak - new_at_peak))
-            cross = add(cross, e * (s - (t - new_at_peak)))
+            cross = add(cross, e * (below - (t - new_at_peak)))
         at_peak = new_at_peak
     return (
         new_a,

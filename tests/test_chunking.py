@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from sdft_kernels.chunking import BLOCK_TOKENS, DEFAULT_BUDGET, ENOUGH_TOKENS, TILE_TOKENS, Held, blocks, plan_chunks
+from sdft_kernels.chunking import (
+    BLOCK_TOKENS,
+    DEFAULT_BUDGET,
+    ENOUGH_TOKENS,
+    ENOUGH_WITHOUT_LOGITS,
+    TILE_TOKENS,
+    Held,
+    blocks,
+    plan_chunks,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -68,7 +77,7 @@ def test_where_no_logits_are_held(budget: int | None) -> None:
     assert plan_chunks(10_000, 152_000, Held(0), CPU, budget).chunks == 1
     sizes = [part.stop - part.start for part in plan_chunks(10_000, 152_000, Held(0), CUDA, budget).slices(10_000)]
     assert sum(sizes) == 10_000
-    assert all(ENOUGH_TOKENS[False]["frozen"] - 128 < size < 2 * ENOUGH_TOKENS[False]["frozen"] for size in sizes)
+    assert all(ENOUGH_WITHOUT_LOGITS - 128 < size < 2 * ENOUGH_WITHOUT_LOGITS for size in sizes)
     assert plan_chunks(0, 100, Held(0), CPU).chunk == 1
 
 

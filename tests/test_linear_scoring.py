@@ -37,6 +37,13 @@ def every_tile(tiles: dict[str, tuple[Tile, ...]]) -> list[Tile]:
     return list({tile[:3]: tile for of_device in tiles.values() for tile in of_device}.values())
 
 
+@pytest.fixture(params=[False, True], ids=["pointers", "copied"])
+def copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether tiles come by an engine that copies them, as on Hopper."""
+    monkeypatch.setattr(triton_linear, "copies_tiles", lambda matrix: request.param)
+    return bool(request.param)
+
+
 def one_configuration(tile: Tile) -> list[triton.Config]:
     return configurations({"cuda": (tile,)}, "cuda")
 
@@ -52,10 +59,12 @@ def expected(case: Case) -> Result:
 
 
 @pytest.mark.parametrize(("tile", "dtype"), [*zip(every_tile(SCORE_TILES), cycle(HALF), strict=False)])
-def test_scores_of_odd_shapes_in_every_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile, dtype: torch.dtype) -> None:
+def test_scores_of_odd_shapes_in_every_tile(
+    monkeypatch: pytest.MonkeyPatch, tile: Tile, dtype: torch.dtype, copied: bool
+) -> None:
     monkeypatch.setattr(triton_linear.score_hidden_kernel, "configs", one_configuration(tile))
     hidden, weight = torch.randn(131, 75).to(dtype), (torch.randn(643, 75) / 4).to(dtype)
-    bias, labels = torch.randn(643).to(dtype), torch.randint(0, 643, (131,))
+    bias, labels = None if copied else torch.randn(643).to(dtype), torch.randint(0, 643, (131,))
     options = {"softcap": 8.0, "temperature": 0.7}
     wanted = expected_stats(hidden, weight, labels, bias, scale=1.5, **options)
     actual = linear_token_stats(hidden, weight, labels, bias=bias, logit_scale=1.5, backend="triton", **options)
@@ -65,7 +74,7 @@ def test_scores_of_odd_shapes_in_every_tile(monkeypatch: pytest.MonkeyPatch, til
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 255, 256, 257])
-def test_vocabularies_around_the_tile(vocab: int) -> None:
+def test_vocabularies_around_the_tile(vocab: int, copied: bool) -> None:
     case = random_case(3, vocab=vocab, dtype=torch.bfloat16, labels=torch.randint(0, vocab, (3,)))
     assert_close(without_gradient(case), expected(case), 3e-6, 0)
     hidden, weight, labels = case.student_hidden, case.student_weight, case.options["labels"]
@@ -93,6 +102,7 @@ def test_divergences_in_every_tile(
     dtype: torch.dtype,
     shared_head: bool,
     tile: Tile,
+    copied: bool,
 ) -> None:
     monkeypatch.setattr(triton_linear.process_hidden_kernel, "configs", one_configuration(tile))
     tokens, vocab = 133, 387
@@ -103,9 +113,9 @@ def test_divergences_in_every_tile(
         vocab=vocab,
         dtype=dtype,
         shared_head=shared_head,
-        bias=True,
+        bias=not copied,
         divergence=divergence,
-        teacher_bias=torch.randn(vocab),
+        teacher_bias=None if copied else torch.randn(vocab),
         temperature=1.3,
         student_logit_scale=1.2,
         teacher_logit_scale=0.8,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,17 +23,36 @@ from tests.test_scoring import expected_stats
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = ((1, 50_257, 75), (131, 643, 75), (64, 4096, 128), (129, 151_936, 896), (1025, 32_003, 64))
 INTERPRETED = ((3, 643, 75),)
-BACKEND = "cuda" if torch.version.hip is None else "hip"
+
+
+def kinds() -> list[str]:
+    """Of this device: Hopper has the tiles of other NVIDIA GPUs too."""
+    if CHOSEN != "cuda" or torch.version.hip is not None:
+        return ["cuda", "hopper"] if CHOSEN == "cpu" else ["hip"]
+    return ["hopper", "cuda"] if torch.cuda.get_device_capability()[0] == 9 else ["cuda"]
+
+
+def tiles(of: dict[str, tuple[Tile, ...]]) -> list[tuple[str, Tile]]:
+    return [(kind, tile) for kind in kinds() for tile in of[kind]]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, kernel: Any, kind: str, tile: Tile) -> None:
+    """Has the kernel take this tile, and its operands as on a device of that kind."""
+    monkeypatch.setattr(kernel, "configs", configurations({kind: (tile,)}, kind))
+    monkeypatch.setattr(triton_linear, "copies_tiles", lambda matrix: kind == "hopper")
 
 
 def shapes() -> tuple[tuple[int, int, int], ...]:
     return SHAPES if CHOSEN == "cuda" else INTERPRETED
 
 
-def check_scores(tokens: int, vocab: int, size: int, dtype: torch.dtype, device: str) -> None:
+def check_scores(
+    tokens: int, vocab: int, size: int, dtype: torch.dtype, device: str, *, with_bias: bool = True
+) -> None:
     hidden = torch.randn(tokens, size, device=device).to(dtype)
     weight = (torch.randn(vocab, size, device=device) * 2 / size**0.5).to(dtype)
-    bias, labels = torch.randn(vocab, device=device).to(dtype), torch.randint(0, vocab, (tokens,), device=device)
+    bias = torch.randn(vocab, device=device).to(dtype) if with_bias else None
+    labels = torch.randint(0, vocab, (tokens,), device=device)
     options = {"softcap": 8.0, "temperature": 0.7}
     wanted = expected_stats(hidden, weight, labels, bias, scale=1.5, **options)
     actual = linear_token_stats(hidden, weight, labels, bias=bias, logit_scale=1.5, backend="triton", **options)
@@ -44,11 +65,11 @@ def check_scores(tokens: int, vocab: int, size: int, dtype: torch.dtype, device:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("tile", SCORE_TILES[BACKEND], ids=str)
-def test_scores_in_every_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile, dtype: str, device: str) -> None:
-    monkeypatch.setattr(triton_linear.score_hidden_kernel, "configs", configurations({BACKEND: (tile,)}, BACKEND))
+@pytest.mark.parametrize(("kind", "tile"), tiles(SCORE_TILES), ids=str)
+def test_scores_in_every_tile(monkeypatch: pytest.MonkeyPatch, kind: str, tile: Tile, dtype: str, device: str) -> None:
+    use(monkeypatch, triton_linear.score_hidden_kernel, kind, tile)
     for shape in shapes():
-        check_scores(*shape, HALF[dtype], device)
+        check_scores(*shape, HALF[dtype], device, with_bias=kind != "hopper")  # whose tiles are for heads without one
 
 
 def test_scores_of_float32(device: str) -> None:
@@ -60,9 +81,10 @@ def test_scores_of_float32(device: str) -> None:
 @pytest.mark.parametrize("options", ["plain", "all options"])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-@pytest.mark.parametrize("tile", PROCESS_TILES[BACKEND], ids=str)
+@pytest.mark.parametrize(("kind", "tile"), tiles(PROCESS_TILES), ids=str)
 def test_the_loss_without_a_gradient_in_every_tile(
     monkeypatch: pytest.MonkeyPatch,
+    kind: str,
     tile: Tile,
     divergence: str,
     dtype: str,
@@ -73,8 +95,11 @@ def test_the_loss_without_a_gradient_in_every_tile(
     def refuse(*arguments: object) -> None:
         raise AssertionError("logits were written to memory")
 
-    monkeypatch.setattr(triton_linear.process_hidden_kernel, "configs", configurations({BACKEND: (tile,)}, BACKEND))
+    use(monkeypatch, triton_linear.process_hidden_kernel, kind, tile)
     for tokens, vocab, size in shapes():
+        settings = every_option(tokens, vocab, device) if options != "plain" else {}
+        if kind == "hopper":
+            settings.pop("teacher_bias", None)
         case = random_case(
             tokens,
             size,
@@ -82,10 +107,10 @@ def test_the_loss_without_a_gradient_in_every_tile(
             vocab,
             HALF[dtype],
             shared_head=shared_head,
-            bias=options != "plain",
+            bias="teacher_bias" in settings,
             device=device,
             divergence=divergence,
-            **(every_option(tokens, vocab, device) if options != "plain" else {}),
+            **settings,
         )
         case.trainable = ()
         with monkeypatch.context() as context:
@@ -105,4 +130,4 @@ def test_the_tuner_chooses_one_of_the_tiles(cuda: str) -> None:
     ):
         chosen = kernel.best_config
         sizes = tuple(chosen.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        assert (*sizes, chosen.num_warps) in tiles[BACKEND]
+        assert (*sizes, chosen.num_warps) in tiles[kinds()[0]]
