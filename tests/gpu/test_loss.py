@@ -74,8 +74,8 @@ def test_matches_float64(
         if head == "frozen":
             case.trainable = ("student_hidden",)
         upstream = torch.randn(tokens, device=device) if reduction == "none" else None
-        if reduction == "mean" and dtype == torch.float16:  # as a GradScaler has it: else it is too small for float16
-            upstream = torch.tensor(1024.0, device=device)
+        if dtype == torch.float16:  # as a GradScaler has it: else what is returned is too small for float16
+            upstream = 1024 * (torch.ones((), device=device) if upstream is None else upstream)
         # Every other shape in several chunks, where it has the tokens.
         chunk_bytes = 10 * vocab * 128 if number % 2 and tokens > 128 else None
         try:
