@@ -161,9 +161,10 @@ class LinearVariant:
 
 
 def linear_variants(quick: bool) -> Iterator[LinearVariant]:
-    """Every combination; or each kernel with every option, and the two models' with separate heads and none."""
+    """Every combination; or each kernel with every option, without a bias, and the two models' with separate heads."""
     if quick:
         yield LinearVariant("(scoring)", True, True, True, True)
+        yield LinearVariant("(scoring)", True, labels=True)
         yield LinearVariant("reverse_kl", True, True, True, True)
         yield LinearVariant("reverse_kl", False, tokens=1024, vocab=VOCABULARIES[1], size=3584)
         yield LinearVariant("forward_kl", False, dtype="float16", tokens=61, size=577)
