@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import ContinuousBatchingConfig, TrainingArguments
 
-#: Before 5.18 a page of the cache was called a block, and flash attention was looked for in any case. GPU machines that
-#: only have 5.17 measure rollouts too (docs/gpu.md).
+#: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
+#: have that measure rollouts too (docs/gpu.md).
 _PAGES_ARE_BLOCKS = "page_size" not in {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
 
 

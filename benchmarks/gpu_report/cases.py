@@ -53,7 +53,7 @@ def guarded(settings: Settings, case: str, seconds: float, measure: Callable[[],
     broken = None
     try:
         yield from measure()
-    except Exception as error:
+    except Exception as error:  # told in the report; the others go on
         broken = described(error)
     release(settings.device, thorough=broken is not None)
     if broken is not None:

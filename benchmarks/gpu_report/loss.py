@@ -172,7 +172,7 @@ def measure(settings: Settings, case: Case, known: Known) -> Iterator[Row]:
         for name in block:
             try:
                 ready[name] = prepare(name, sets, case, device)
-            except Exception as error:
+            except Exception as error:  # told in the report; the others go on
                 failed[name] = described(error)
         if failed:
             release(device, thorough=True)
@@ -258,7 +258,7 @@ def in_turns(
                 others.clear()
             try:
                 taken[name].turn(turn, partial(method, inputs, case.divergence), inputs, settings.device)
-            except Exception as error:
+            except Exception as error:  # told in the report; the others go on
                 failed[name] = described(error)
             if name in failed:
                 release(settings.device, thorough=True)
@@ -339,7 +339,7 @@ def find_errors(settings: Settings, case: Case, known: Known) -> None:
         if chosen:
             try:
                 found = errors_of(few, chosen, settings.device)
-            except Exception as error:
+            except Exception as error:  # told in the report; the others go on
                 found = {name: {"broken": described(error)} for name in chosen}
             known.errors |= {(case.model.name, case.divergence, name): errors for name, errors in found.items()}
             release(settings.device)
@@ -360,7 +360,7 @@ def errors_of(case: Case, methods: list[str], device: str) -> dict[str, dict[str
                 zip(("loss", "hidden", "weight"), map(relative_error, (loss, hidden, weight), expected), strict=True)
             )
             del loss, hidden, weight
-        except Exception as error:
+        except Exception as error:  # told in the report; the others go on
             found[name] = {"broken": described(error)}
         if "broken" in found[name]:
             release(device, thorough=True)

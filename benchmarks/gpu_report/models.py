@@ -67,7 +67,7 @@ def random_model(name: str, device: str, dtype: torch.dtype = torch.bfloat16) ->
                 parameter.fill_(0.0)
         for module in model.modules():
             if "RMSNorm" in type(module).__name__:
-                module.weight.fill_(1.0)  # type: ignore[operator]
+                module.weight.fill_(1.0)  # type: ignore[operator]  # known by its name alone
     model.tie_weights()
     return model.eval()
 

@@ -68,7 +68,7 @@ def _section(stage: Stage, rows: list[dict[str, Any]], folder: Path) -> str:
         if draw is not None:
             draw(rows, folder / f"{stage.name}.png")
             text += f"\n\n![{stage.title}]({stage.name}.png)"
-    except Exception as error:
+    except Exception as error:  # told in the report; the others go on
         return f"Its table could not be made: {type(error).__name__}: {error}. The rows are in report.json."
     return text
 

@@ -37,7 +37,7 @@ def run(settings: Settings) -> Iterator[Row]:
                         warm = True
                     row |= measure(model, backend, prompts, new_tokens, seeded)
                     expected = 2 + 1.5 * row["seconds"]
-                except Exception as error:
+                except Exception as error:  # told in the report; the others go on
                     row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
                 gc.collect()
                 if settings.device == "cuda":

@@ -57,7 +57,7 @@ def measure(settings: Settings, case: str, model: Model, what: str) -> Iterator[
             continue
         try:
             yield row_of(settings, case, model, what, method, tokens, call)
-        except Exception as error:
+        except Exception as error:  # told in the report; the others go on
             yield {"case": case, "method": method, "error": described(error)}
         release(settings.device)
 

@@ -372,7 +372,7 @@ def run(settings: Settings) -> Iterator[Row]:
         try:
             row = measure(case, settings.device)
             expected.learn(case, row["seconds"], time.monotonic() - started)
-        except Exception as error:
+        except Exception as error:  # told in the report; the others go on
             row = {"case": case.name}
             row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
             if isinstance(error, torch.cuda.OutOfMemoryError) and case.rows == 1:

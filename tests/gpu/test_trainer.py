@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from sdft.config import SDFTConfig
 from sdft.layout import lay_out
@@ -17,11 +16,6 @@ from sdft.teacher import Teacher
 from sdft.trainer import SDFTTrainer
 from tests import tiny
 from tests.test_sdft_loss import SAMPLES, full_logits_loss, gradients, logprobs
-
-#: What transformers 5.17, which GPU machines may have, calls it.
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(TrainingArguments, CHECKPOINTING):
-    CHECKPOINTING = "gradient_checkpointing"
 
 BIG = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1003}
 
@@ -78,7 +72,7 @@ def test_the_trainer_takes_steps(teacher: str, precision: str, tmp_path: Path, d
             max_completion_length=12,
             learning_rate=1e-3,
             bf16=precision == "bf16",
-            **({CHECKPOINTING: True} if precision == "lora" else {}),
+            activation_checkpointing=precision == "lora",
             save_strategy="no",
             logging_steps=1,
             disable_tqdm=True,
