@@ -1,33 +1,18 @@
 """A tokenizer with one token a character and models small enough to train in a test."""
 
-import string
-
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-SPECIAL = ["<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+from benchmarks.gpu_report.models import CHAT, character_tokenizer
+
+CHAT_TEMPLATE = CHAT
 
 
 def tiny_tokenizer(chat=True):
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *string.printable[:95], "\n"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="?",
-        additional_special_tokens=SPECIAL[2:],
-    )
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer = character_tokenizer()
+    if not chat:
+        tokenizer.chat_template = None
+    return tokenizer
 
 
 def tiny_model(seed=0, tied=False, **options):
