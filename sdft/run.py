@@ -26,7 +26,8 @@ from sdft.config import (
 from sdft.data import WHERE, load_rows
 from sdft.errors import UsageError
 from sdft.evaluate import Answers, Exam, complete, prompts_for
-from sdft.models import add_lora, check_apart, eos_token_ids, load_model
+from sdft.model_files import check_apart
+from sdft.models import add_lora, eos_token_ids, load_model
 from sdft.report import (
     ANSWERED,
     MetricsFile,
@@ -234,8 +235,6 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
         rows = load_rows(of_command.prompt_file, need=("prompt",))
     else:
         rows = load_rows([{"prompt": of_command.prompt}], name="prompt", need=("prompt",))
-    if of_command.output_file is not None:
-        _check_output_file(of_command.output_file)
     model, tokenizer = load_model(of_model.model, of_model.dtype, _device(), **of_model.trust)
     completions = complete(
         model,
@@ -261,17 +260,6 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
         lines.append(json.dumps({**given, **answered}, ensure_ascii=False, default=str) + "\n")  # Parquet has dates
     write_text(of_command.output_file, "".join(lines))
     print(f"{of_command.output_file} has the answers to {len(rows)} {'prompt' if len(rows) == 1 else 'prompts'}")
-
-
-def _check_output_file(name: str) -> None:
-    """Find out before the work is done that its result could not be written."""
-    path = Path(name)
-    if path.is_dir():
-        raise UsageError(f"output_file is {name!r}, a folder; it must be a JSONL file to write")
-    if path.exists() and not path.is_file():  # its place would be taken by a file
-        raise UsageError(f"output_file is {name!r}, a device or a pipe; it must be a JSONL file to write")
-    if not path.parent.is_dir():
-        raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
 
 
 def checkpoint_to_resume(wanted: str | None, folder: Path, *, allow_pickle: bool = False) -> str | None:
