@@ -7,8 +7,11 @@ is found here, before a model runs, and is reported with the file's name and the
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-WHERE = "__where__"  # the key under which a checked row keeps its file's name and its number, for errors to come
+WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
+TEMPLATE_SECONDS = 10  # a chat template takes microseconds; one that takes longer may never end
+
+
+class Place(str):
+    """A checked row's file and number. A row that says so itself, under the same key, is not believed."""
 
 
 def load_rows(source: Any, *, name: str | None = None, need: Sequence[str] = ("prompt", "demonstration")) -> list[Row]:
@@ -52,24 +60,32 @@ def _read_file(path: Path) -> list[tuple[int, Any]]:
 
         try:
             return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
-    rows = []
     with path.open(encoding="utf-8-sig") as lines:
         try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append((number, json.loads(line)))
+            return [
+                (number, _parse(line, f"{path}, row {number}")) for number, line in enumerate(lines, 1) if line.strip()
+            ]
         except UnicodeDecodeError as error:
             raise UsageError(f"{path} is neither JSONL in UTF-8 nor a .parquet file: {error}") from error
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, row {number} is not JSON: {error}") from error
-    return rows
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{where} is not a row: it is nested too deeply") from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise UsageError(f"{where} cannot be read: {str(error).partition(';')[0]}") from error
 
 
 def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is a {type(row).__name__}; it must be an object with the fields {', '.join(need)}")
+    _check_characters(row, where)
     for field in need:
         if row.get(field) in (None, "", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has no {field}")
@@ -86,7 +102,22 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
         raise UsageError(f"{where}: answer is {row['answer']!r}; it must be text, or be left out")
     if (last := as_messages(row["prompt"])[-1]["role"]) != "user":
         raise UsageError(f"{where}: the last message of the prompt is by {last!r}; it must be by 'user'")
-    return {WHERE: where, **row}
+    known = row.get(WHERE)
+    return {**row, WHERE: known if isinstance(known, Place) else Place(where)}
+
+
+def _check_characters(row: Row, where: str) -> None:
+    """Refuse text that no file could hold: JSON can spell half of a surrogate pair, which is no character."""
+    for field, value in row.items():
+        try:
+            json.dumps([field, value], ensure_ascii=False, default=str, skipkeys=True).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UsageError(
+                f"{where}: {field} has {half!r}, half of a surrogate pair, which is no character"
+            ) from error
+        except RecursionError as error:
+            raise UsageError(f"{where}: {field} is nested too deeply") from error
 
 
 def _is_blank(value: Any) -> bool:
@@ -116,14 +147,37 @@ def render(
     where: str | None = None,
 ) -> str:
     """The text of a chat under the tokenizer's template."""
-    from jinja2 import TemplateError
-
+    where = where or f"the chat that ends with {messages[-1]['content'][-40:]!r}"
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:
-        where = where or f"the chat that ends with {messages[-1]['content'][-40:]!r}"
+        with _time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TimeoutError as error:
+        raise UsageError(
+            f"{where}: the tokenizer's chat template has not ended after {TEMPLATE_SECONDS} seconds"
+        ) from error
+    except Exception as error:  # a template is code of the model's, and may raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise UsageError(f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}") from error
+    return str(text)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in what takes longer, where that can be had: in the main thread, while nothing else has an alarm."""
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def over(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> list[int]:

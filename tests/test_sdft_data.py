@@ -1,4 +1,5 @@
 import json
+import signal
 
 import datasets
 import pytest
@@ -55,6 +56,12 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{**GOOD, "answer": "  "}], "row 1: answer is '  '"),
         ([{**GOOD, "answer": 3}], "row 1: answer is a int"),
         ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),
+        ([GOOD, {"prompt": "a", "__where__": "elsewhere, row 7"}], "row 2 has no demonstration"),
+        ([GOOD, "[" * 100_000 + "\n"], "row 2 is not a row: it is nested too deeply"),
+        ([GOOD, '{"prompt": "a", "demonstration": "b", "n": ' + "9" * 5000 + "}\n"], "row 2 cannot be read: Exceeds"),
+        ([GOOD, '{"prompt": "a", "demonst'], "row 2 is not JSON"),
+        ([GOOD, '{"prompt": "a", "demonstration": "\\ud800"}\n'], "row 2: demonstration has '\\ud800', half of a"),
+        ([{"prompt": [{"role": "user", "content": "\ud800"}], "demonstration": "b"}], "row 1: prompt has"),
     ],
 )
 def test_bad_rows_are_refused_with_file_and_row(tmp_path, lines, message):
@@ -160,3 +167,39 @@ def test_a_prompt_longer_than_the_context_is_refused():
     assert encode(GOOD, "sft", context=6)
     with pytest.raises(UsageError, match="context of 5"):
         encode(GOOD, "sft", context=5)
+
+
+def test_a_row_does_not_say_where_it_is_from(tmp_path):
+    (row,) = load_rows(write(tmp_path / "rows.jsonl", {**GOOD, WHERE: "elsewhere, row 7"}))
+    assert row[WHERE] == f"{tmp_path}/rows.jsonl, row 1"
+    (again,) = load_rows([row], name="dataset")  # as a run does that has read them before
+    assert again[WHERE] == row[WHERE]
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([GOOD] * 50).to_parquet(path)
+    for size in (0, 3, path.stat().st_size // 2):
+        path.write_bytes(path.read_bytes()[:size] if size else b"")
+        with pytest.raises(UsageError, match=r"rows.parquet cannot be read as Parquet"):
+            load_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+            "has not ended after 0.1 seconds",
+        ),
+        ("{{ messages[0].content / 0 }}", "refuses the messages"),
+        ("{{ range(10 ** 9) | list }}", "refuses the messages"),
+    ],
+)
+def test_a_chat_template_that_never_ends_or_fails_is_one_sentence(template, message, monkeypatch):
+    monkeypatch.setattr("sdft.data.TEMPLATE_SECONDS", 0.1)
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match=rf"^rows, row 3: the tokenizer's chat template {message}"):
+        encode_prompt("a", tokenizer, "rows, row 3")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
