@@ -97,7 +97,7 @@ def _eval(argv: list[str], started: float) -> None:
     from sdft.config import EvalArguments, EvalCommand, ModelArguments
     from sdft.fields import own_fields
     from sdft.model_files import check_model
-    from sdft.paths import check_readable
+    from sdft.paths import check_output_file, check_readable
     from sdft.recipe import read
     from sdft.templates import TEMPLATES
 
@@ -119,6 +119,9 @@ def _eval(argv: list[str], started: float) -> None:
         check_readable("eval_file", evaluation.eval_file)
         check_readable("general_file", evaluation.general_file)
 
+        inputs = [evaluation.eval_file, evaluation.general_file]
+        check_output_file("output_file", command.output_file, inputs=inputs)
+        check_output_file("summary_file", command.summary_file, inputs=[*inputs, command.output_file])
         for name in {model.model, command.base_model or model.model}:
             check_model(name)
 
@@ -142,7 +145,7 @@ def _generate(argv: list[str], started: float) -> None:
     with given.located():
         model, command = given.make(ModelArguments), given.make(GenerateCommand)
         check_readable("prompt_file", command.prompt_file)
-        check_output_file(command.output_file)
+        check_output_file("output_file", command.output_file, inputs=[command.prompt_file])
 
         check_model(model.model)
 

@@ -170,6 +170,12 @@ class EvalCommand(EvalSettings):
             "try beside them."
         },
     )
+    output_file: str | None = setting(
+        None,
+        "Where to write every answer as it is made: JSONL, each with its prompt, what was expected and whether it is "
+        "right.",
+    )
+    summary_file: str | None = setting(None, "Where to write the numbers: JSON.")
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
     seed: int = setting(42, "Seed of sampled answers.")
 

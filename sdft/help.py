@@ -51,7 +51,7 @@ examples:
   sdft eval examples/demo.yaml --model runs/demo
   sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl --scorer json
   sdft eval --model runs/demo --eval_file mine.jsonl --scorer choice --eval_temperature 0.7 --eval_samples 8
-  sdft eval examples/demo.yaml --model runs/demo --output_file answers.jsonl
+  sdft eval examples/demo.yaml --model runs/demo --output_file answers.jsonl --summary_file scores.json
   sdft eval examples/demo.yaml --teacher
   sdft eval examples/demo.yaml --teacher --teacher_template turn
 """
@@ -93,7 +93,16 @@ FIRST = {
 #: The other fields of each command by subject, in the order of the run.
 GROUPS = {
     "model": ("model", "dtype", "trust_remote_code", "allow_pickle", "base_model"),
-    "data": ("train_file", "eval_file", "general_file", "prompt", "prompt_file", "output_file", "output_dir"),
+    "data": (
+        "train_file",
+        "eval_file",
+        "general_file",
+        "prompt",
+        "prompt_file",
+        "output_file",
+        "summary_file",
+        "output_dir",
+    ),
     "objective": (
         "method",
         "divergence",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdft.errors import UsageError
@@ -38,18 +39,24 @@ def check_writable(folder: str | Path) -> None:
         raise UsageError(f"{refused} written: {error.strerror}") from error
 
 
-def check_output_file(name: str | None) -> None:
-    """UsageError if output_file could not be written."""
+def check_output_file(field: str, name: str | None, *, inputs: Sequence[str | None] = ()) -> None:
+    """UsageError if the file that a field names could not be written, or if that would cost one of the inputs."""
     if name is None:
         return
     path = Path(name)
-    refused = f"output_file is {name!r}"
+    refused = f"{field} is {name!r}"
     try:
         if path.is_dir():
-            raise UsageError(f"{refused}, a folder; it must be a JSONL file to write")
+            raise UsageError(f"{refused}, a folder; it must be a file to write")
         if path.exists() and not path.is_file():  # its place would be taken by a file
-            raise UsageError(f"{refused}, a device or a pipe; it must be a JSONL file to write")
+            raise UsageError(f"{refused}, a device or a pipe; it must be a file to write")
         if not path.parent.is_dir():
             raise UsageError(f"{refused}; there is no such folder to write it in")
-    except OSError as error:
-        raise UsageError(f"{refused}, which cannot be written: {error.strerror}") from error
+        if path.exists() and any(os.path.samefile(path, each) for each in inputs if each):
+            raise UsageError(f"{refused}, which is read too; it must be another file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{refused}, which may not be written")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{refused}, which cannot be written: {error}") from error
