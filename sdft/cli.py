@@ -154,7 +154,25 @@ def _generate(argv: list[str], started: float) -> None:
         generate(model, command)
 
 
-COMMANDS: dict[str, Callable[[list[str], float], None]] = {"train": _train, "eval": _eval, "generate": _generate}
+def _env(argv: list[str], started: float) -> None:
+    from sdft.errors import UsageError
+
+    if argv and argv[0] in HELP_FLAGS:
+        print("usage: sdft env\n\nWhat is installed here, on which devices, and what the loss will run on.")
+        return
+    if argv:
+        raise UsageError(f"{argv[0]!r} is one argument too many: sdft env takes none")
+    from sdft.environment import lines
+
+    print("\n".join(lines()))
+
+
+COMMANDS: dict[str, Callable[[list[str], float], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "env": _env,
+}
 
 
 def _helped(command: str, description: str, fields: dict[str, Field], argv: list[str]) -> bool:

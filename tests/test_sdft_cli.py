@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from sdft.cli import main
 from sdft.data import load_rows
 from sdft.evaluate import Answers, answer
-from sdft.report import Summary, loss_ends, table
+from sdft.report import Summary, describe, loss_ends, table
 from sdft.templates import TEMPLATES
 from sdft.trainer import SDFTTrainer
 from tests import tiny
@@ -613,6 +613,52 @@ def test_the_demo_recipe_is_valid():
     assert config.learning_rate == 5e-5
     for file in (data.train_file, evaluation.eval_file, evaluation.general_file):
         assert os.path.isfile(os.path.join(root, file))
+
+
+def test_help_begins_with_ten_settings_and_has_every_field_when_asked(capsys):
+    from sdft.fields import training_fields
+    from sdft.help import FIRST, GROUPS
+
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(FIRST) == 10 and len(short.splitlines()) < 90
+    assert [line.split()[0] for line in short.splitlines() if line.startswith("  --")] == [
+        f"--{name}" for name in FIRST
+    ]
+    assert main(["train", "--help-all"]) == 0
+    full = capsys.readouterr().out
+    described = [line.split()[0] for line in full.splitlines() if line.startswith("  --")]
+    assert len(set(described)) == len(described)
+    assert {f"--{name}" for name in training_fields()} < set(described)
+    for kind in (short, full):
+        assert max(map(len, kind.splitlines())) <= 120
+    assert {name for names in GROUPS.values() for name in names} >= set(FIRST)
+
+
+def test_env_says_what_is_installed_and_what_the_loss_runs_on(capsys, monkeypatch):
+    from sdft_kernels import cpu_backend
+
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert f"\n  torch         {torch.__version__}\n" in printed
+    assert "kernels in C, built when" in printed or not cpu_backend.library()
+    monkeypatch.setattr(cpu_backend, "library", lambda: None)
+    assert main(["env"]) == 0
+    assert "plain torch, for the kernels in C were not built" in capsys.readouterr().out
+    assert "one argument too many" in fails(capsys, ["env", "more"], 2)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sdft 0.")
+
+
+def test_the_lazy_names_are_there_for_tab_completion():
+    import sdft
+
+    assert {"SDFTConfig", "SDFTTrainer"} <= set(dir(sdft))
+
+
+def test_one_step_is_no_plural():
+    one, two = (describe(Summary("m", "sft", None, None, steps, 1.0, 0.5)) for steps in (1, 2))
+    assert "m: 1 step of" in one and "m: 2 steps of" in two
 
 
 def test_the_table_leaves_out_what_was_not_measured():
