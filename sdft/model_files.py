@@ -55,6 +55,24 @@ def refuse_pickled(name: str, folder: Path, stem: str) -> None:
         )
 
 
+def damaged(folder: Path) -> str | None:
+    """The name of a file of a model's folder that cannot be read, where there is one."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return path.name
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (OSError, SafetensorError):
+            return path.name
+    return None
+
+
 def base_of(adapter: Path) -> str:
     """The model that an adapter's configuration names."""
     try:

@@ -6,15 +6,18 @@ so that a machine with a package index and no model hub still has a real model t
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.errors import UsageError
-from sdft.model_files import ADAPTER, BUILT_IN, base_of, refuse_pickled, resolve
+from sdft.gguf_cache import keep, kept_model, say
+from sdft.model_files import ADAPTER, BUILT_IN, base_of, damaged, refuse_pickled, resolve
 
 if TYPE_CHECKING:
     from sdft.config import LoraArguments, Trust
@@ -39,26 +42,56 @@ def load_model(
     source, files = resolve(name)
     if not allow_pickle and not files:
         refuse_pickled(name, Path(source), "model")
+    model, tokenizer = (_load_gguf if files else _load_files)(name, source, files, dtype, trust)
+    nn.Module.to(model, device)
+    return model, tokenizer
+
+
+def _load_files(
+    name: str, source: str, files: dict[str, str], dtype: str, trust: Trust
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     if files:  # weights that train must be numbers, not blocks of 4 bits
         options["quantization_config"] = GgufConfig(dequantize=True)
-    elif not allow_pickle:
+    elif not trust["allow_pickle"]:
         options["use_safetensors"] = True
+    code = trust["trust_remote_code"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, **files, **options, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:  # JSON that is none is a ValueError too
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
+        model = AutoModelForCausalLM.from_pretrained(source, **files, **options, trust_remote_code=code)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which is run only if trust_remote_code is set"
+        if broken := damaged(Path(source)):
+            reason = f"{broken} in it is damaged or cut off: {reason}"
         raise UsageError(
             f"model is {name!r}, which cannot be loaded: {reason} (it may be a hub name, a folder, a GGUF file or "
             f"{BUILT_IN})"
         ) from error
-    if files:
-        _call(model, name)  # the file's own title would stand in the saved configuration
-    nn.Module.to(model, device)
     return model, tokenizer
+
+
+def _load_gguf(
+    name: str, source: str, files: dict[str, str], dtype: str, trust: Trust
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file, as it was kept when it was last read, or read and kept."""
+    kept = kept_model(Path(source, files["gguf_file"]), dtype)
+    loaded = None
+    if kept is not None and kept.is_dir():
+        try:
+            loaded = _load_files(name, str(kept), {}, dtype, trust)
+        except UsageError:  # a cache may be damaged too
+            shutil.rmtree(kept, ignore_errors=True)
+    if loaded is None:
+        say(f"reading {name}, a GGUF file, whose weights have to be unpacked")
+        loaded = _load_files(name, source, files, dtype, trust)
+        if kept is not None:
+            keep(kept, *loaded)
+    _call(loaded[0], name)  # the file's own title would stand in the saved configuration
+    return loaded
 
 
 def _load_adapter(
@@ -73,7 +106,13 @@ def _load_adapter(
         refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
     base, folder = base_of(adapter), str(adapter.parent)
     model, tokenizer = load_model(base, dtype, device, **trust)
-    model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
+    try:
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if broken := damaged(adapter.parent):
+            reason = f"{broken} in it is damaged or cut off: {reason}"
+        raise UsageError(f"model is {folder!r}, an adapter that cannot be loaded: {reason}") from error
     _call(model, folder)  # what an adapter on top of this one is an adapter of
     if (adapter.parent / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
         try:
