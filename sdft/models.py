@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from sdft.errors import UsageError
 from sdft.gguf_cache import keep, kept_model, say
-from sdft.model_files import ADAPTER, BUILT_IN, base_of, damaged, refuse_pickled, resolve
+from sdft.model_files import ADAPTER, BUILT_IN, base_of, damaged, local_path, refuse_pickled, resolve
 
 if TYPE_CHECKING:
     from sdft.config import LoraArguments, Trust
@@ -37,7 +37,7 @@ def load_model(
     Raises UsageError for a model that is not there, or that would need either.
     """
     trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    if (adapter := Path(name).expanduser() / ADAPTER).is_file():
+    if (adapter := local_path(name) / ADAPTER).is_file():
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
     if not allow_pickle and not files:
@@ -65,7 +65,9 @@ def _load_files(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which is run only if trust_remote_code is set"
-        if broken := damaged(Path(source)):
+        if files:
+            reason = f"the file is damaged, cut off, or of a kind that transformers does not read: {reason}"
+        elif broken := damaged(Path(source)):
             reason = f"{broken} in it is damaged or cut off: {reason}"
         raise UsageError(
             f"model is {name!r}, which cannot be loaded: {reason} (it may be a hub name, a folder, a GGUF file or "

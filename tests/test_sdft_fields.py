@@ -112,6 +112,7 @@ TRAINED = "train_file: rows.jsonl\n"
         (["--output_dir", "/proc/foo"], "--output_dir is '/proc/foo', which cannot be written"),
         (["--train_file", "absent"], "--train_file is 'absent'; there is no such file"),
         (["--model", "./absent"], "--model is './absent': no such folder"),
+        (["--model", "~nosuchuser/x"], "--model is '~nosuchuser/x': no such folder"),
         (["--load_best_model_at_end", "--save_strategy", "steps"], "--load_best_model_at_end requires"),
     ],
     ids=str,

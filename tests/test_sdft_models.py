@@ -134,6 +134,13 @@ def test_a_model_file_that_is_cut_off_is_named(name, tmp_path):
         assert "\n" not in str(refused.value)
 
 
+def test_a_gguf_file_that_is_cut_off_is_named(smollm2_folder, tmp_path):
+    with open(next(smollm2_folder.glob("*.gguf")), "rb") as whole:
+        (tmp_path / "half.gguf").write_bytes(whole.read(2_000_000))
+    with pytest.raises(UsageError, match=r"half.gguf', which cannot be loaded: the file is damaged, cut off, or"):
+        load_model(str(tmp_path / "half.gguf"))
+
+
 def test_an_adapter_file_that_is_cut_off_is_named(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     tiny.tiny_model().save_pretrained(base)
