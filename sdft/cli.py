@@ -8,6 +8,7 @@ checked before they are.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import sys
 import time
@@ -47,6 +48,8 @@ def _run(command: str, rest: list[str], started: float) -> int:
     # Before torch starts its threads: ones that spin while they wait make a step on the CPU ten times slower as soon
     # as another process wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     from safetensors import SafetensorError
 
     from sdft.errors import TrainingError, UsageError
@@ -63,9 +66,9 @@ def _run(command: str, rest: list[str], started: float) -> int:
 def _train(argv: list[str], started: float) -> None:
     from sdft import help
     from sdft.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
+    from sdft.early_checks import check_package, check_readable, check_writable
     from sdft.fields import own_fields, training_fields
     from sdft.model_files import check_model
-    from sdft.paths import check_readable, check_writable
     from sdft.recipe import read
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
@@ -82,6 +85,9 @@ def _train(argv: list[str], started: float) -> None:
         check_readable("general_file", evaluation.general_file)
 
         check_model(model.model)
+        check_package("sdft train draws curves", "matplotlib")
+        if lora.lora_rank:
+            check_package(f"lora_rank is {lora.lora_rank}", "peft")
 
         from sdft.arguments import SDFTConfig
 
@@ -95,9 +101,9 @@ def _train(argv: list[str], started: float) -> None:
 def _eval(argv: list[str], started: float) -> None:
     from sdft import help
     from sdft.config import EvalArguments, EvalCommand, ModelArguments
+    from sdft.early_checks import check_output_file, check_readable
     from sdft.fields import own_fields
     from sdft.model_files import check_model
-    from sdft.paths import check_output_file, check_readable
     from sdft.recipe import read
     from sdft.templates import TEMPLATES
 
@@ -133,9 +139,9 @@ def _eval(argv: list[str], started: float) -> None:
 def _generate(argv: list[str], started: float) -> None:
     from sdft import help
     from sdft.config import GenerateCommand, ModelArguments
+    from sdft.early_checks import check_output_file, check_readable
     from sdft.fields import own_fields
     from sdft.model_files import check_model
-    from sdft.paths import check_output_file, check_readable
     from sdft.recipe import read
 
     fields = own_fields(ModelArguments, GenerateCommand)
