@@ -16,6 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sdft._compat import Arguments
 from sdft.errors import UsageError
+from sdft.inherited import SAMPLING_STRATEGIES, check_settings
 from sdft.layout import NORMALISATIONS
 from sdft.rollout import BACKENDS
 from sdft.scorers import SCORERS
@@ -379,14 +380,22 @@ class SDFTConfig(EvalSettings, Arguments):
                 f"skip_tokens is {self.skip_tokens}; it must be below max_completion_length, which is "
                 f"{self.max_completion_length}, or no token is left to learn from"
             )
-        if self.remove_unused_columns:
-            raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
+        check_settings(self)
+        check_choice("train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING_STRATEGIES)
+        if self.train_sampling_strategy == "sequential" and self.num_iterations > 1:
+            raise UsageError(
+                f"train_sampling_strategy is 'sequential' and num_iterations {self.num_iterations}; rows that serve "
+                "several steps come in random order"
+            )
         parse_template(self.teacher_template)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_at_least(name, getattr(self, name), 1)
         EvalSettings.__post_init__(self)
         self._choose_metric()
-        Arguments.__post_init__(self)
+        try:
+            Arguments.__post_init__(self)
+        except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
+            raise UsageError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
         check_installed("report_to", self.report_to)
         if self.lr_scheduler_type in FOLLOW_METRIC:
             mode = "max" if self.greater_is_better else "min"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.config import EvalSettings
 from sdft.data import WHERE, Row, check_context, encode_prompt, load_rows
+from sdft.forward import evaluating
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
 from sdft.models import context_length, eos_token_ids
@@ -163,10 +164,8 @@ def forgetting(
         out = divergence(model, seen, batch, autocast=autocast, divergence="forward_kl", reduction="sum")
         return float(out.loss)
 
-    training = model.training
-    model.eval()
-    total = sum(each_batch(_batches(samples, batch_size, share), moved, share=share, progress=progress))
-    model.train(training)
+    with evaluating(model):
+        total = sum(each_batch(_batches(samples, batch_size, share), moved, share=share, progress=progress))
     return total / max(sum(map(len, answers.completions)), 1)
 
 

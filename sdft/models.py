@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from sdft._compat import dequantized
 from sdft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ def load_model(
         options["use_safetensors"] = True
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, **files, **options, trust_remote_code=trust_remote_code)
+        model = _from_pretrained(source, **files, **options, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:  # JSON that is none is a ValueError too
         reason = str(error).strip().splitlines()[0]
         if "trust_remote_code" in str(error):
@@ -63,6 +72,18 @@ def load_model(
         _call(model, name)  # the file's own title would stand in the saved configuration
     nn.Module.to(model, device)
     return model, tokenizer
+
+
+def _from_pretrained(source: str, **options: Any) -> PreTrainedModel:
+    """The model that writes text, which may be one that also sees: some of those have no class for text alone."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+    except ValueError:
+        files = {name: value for name, value in options.items() if name in ("gguf_file", "trust_remote_code")}
+        config = AutoConfig.from_pretrained(source, **files)
+        if config.get_text_config() is config:
+            raise
+        return AutoModelForImageTextToText.from_pretrained(source, **options)
 
 
 def refuse_pickled(name: str, folder: Path, stem: str) -> None:
@@ -87,7 +108,7 @@ def _load_adapter(
         refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
     base, folder = _base_of(adapter), str(adapter.parent)
     model, tokenizer = load_model(base, dtype, device, **trust)
-    model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
+    model = _merged(PeftModel, model, folder).requires_grad_(True)
     _call(model, folder)  # what an adapter on top of this one is an adapter of
     if (adapter.parent / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
         try:
@@ -96,6 +117,57 @@ def _load_adapter(
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"model is {folder!r}, an adapter whose tokenizer cannot be loaded: {reason}") from error
     return model, tokenizer
+
+
+def _merged(peft_model: Any, model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The model with the adapter in `folder` in its weights, which are numbers then: quantised ones cannot take it."""
+    if getattr(model, "is_quantized", False):
+        try:
+            model = dequantized(model)
+        except (NotImplementedError, ValueError) as error:
+            raise UsageError(
+                f"model is {folder!r}, an adapter of a quantised model whose weights cannot be had as numbers to merge "
+                f"it into: {error}"
+            ) from error
+    if (rows := _vocabulary(model, folder)) is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    adapted = peft_model.from_pretrained(model, folder)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and is_adapted(embeddings) and not is_adapted(head):
+        untie(model)  # the adapter is in the embeddings alone, and would be merged into the head
+    tokens = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        expected = adapted(input_ids=tokens).logits.float()
+        merged = adapted.merge_and_unload()
+        moved = (merged(input_ids=tokens).logits.float() - expected).norm() / expected.norm()
+    if not moved <= 0.1:  # rounding to bfloat16 is some 0.01
+        raise UsageError(
+            f"model is {folder!r}, an adapter that cannot be merged into its model: the logits of the two together and "
+            f"of the merged model differ by {moved:.2g} of their norm"
+        )
+    return merged
+
+
+def _vocabulary(model: PreTrainedModel, folder: str) -> int | None:
+    """How many tokens an adapter's own embeddings have, where there are such; the model was resized before then."""
+    from peft import load_peft_weights
+
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    saved = load_peft_weights(folder, device="cpu").get(f"base_model.model.{name}.weight")
+    return None if saved is None or len(saved) == len(cast(Tensor, embeddings.weight)) else len(saved)
+
+
+def is_adapted(layer: nn.Module | None) -> bool:
+    """Whether peft has put something around a layer: an adapter, or a copy of it that trains."""
+    return hasattr(layer, "active_adapters")
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own, and have the configuration say so."""
+    head = cast(nn.Module, model.get_output_embeddings())
+    head.weight = nn.Parameter(cast(Tensor, head.weight).detach().clone())
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def _base_of(adapter: Path) -> str:
