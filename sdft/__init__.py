@@ -8,9 +8,13 @@ from typing import Any
 __all__ = ["SDFTConfig", "SDFTTrainer"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name == "SDFTConfig":
-        from sdft.config import SDFTConfig
+        from sdft.arguments import SDFTConfig
 
         return SDFTConfig
     if name == "SDFTTrainer":

@@ -16,22 +16,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from sdft.errors import TrainingError, UsageError
+from sdft.errors import TrainingError
 
 STAGING = ".saving"
 REPLACED = ".replaced"
 CONFIGURATIONS = ("adapter_config.json", "config.json")
 WEIGHTS = ("adapter_model.*", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-
-
-def check_writable(folder: str | Path) -> None:
-    """UsageError if nothing could be written to output_dir; creates nothing."""
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise UsageError(f"output_dir is {str(folder)!r}, which cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"output_dir is {str(folder)!r}, which cannot be written: {existing} is read-only here")
 
 
 @contextlib.contextmanager

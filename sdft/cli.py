@@ -1,87 +1,42 @@
 """The `sdft` command: what it is told, and how it ends.
 
 Exit codes: 0 done, 1 the run went wrong, 2 it was asked for something that cannot be, 130 interrupted. A mistake is
-one line on stderr. Everything that takes long to import is imported only once a command is known.
+one line on stderr. Everything that can be checked without torch and transformers, which take seconds to import, is
+checked before they are.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-HELP = """\
-usage: sdft COMMAND ...
+if TYPE_CHECKING:
+    from sdft.fields import Field
+    from sdft.recipe import Written
 
-Self-distillation fine-tuning: a language model learns from demonstrations by becoming its own teacher.
-
-commands:
-  train     train a model on demonstrations by a recipe
-  eval      score a model on held-out prompts, and measure what it forgot
-  generate  let a model answer a prompt, or a file of them
-
-examples:
-  sdft train examples/demo.yaml
-  sdft train examples/demo.yaml --learning_rate 1e-4 --output_dir runs/faster
-  sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl
-  sdft generate --model runs/demo --prompt "Ring Tomas for me."
-  sdft train --help
-"""
-
-TRAIN_HELP = """\
-Train a model on demonstrations. Every field can stand in the recipe (field: value) or on the command line, which wins.
-
-examples:
-  sdft train examples/demo.yaml
-  sdft train examples/demo.yaml --divergence reverse_kl --max_steps 100 --output_dir runs/reverse
-  sdft train examples/demo.yaml --method sft --output_dir runs/sft
-  sdft train examples/demo.yaml --resume_from_checkpoint last
-  sdft train examples/demo.yaml --eval_strategy steps --eval_steps 10
-  sdft train --model Qwen/Qwen2.5-0.5B-Instruct --train_file mine.jsonl --output_dir runs/mine
-"""
-
-TRAIN_MORE = """\
-Every field of transformers.TrainingArguments is accepted, those not shown here included:
-https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
-"""
-
-EVAL_HELP = """\
-Score a model: its answers to held-out prompts, and how far it has moved from its base model on general ones.
-With --teacher, also the answers it gives when shown the demonstrations, in each form that they can be shown in: what
-the teacher cannot do with a demonstration, the student cannot learn from it.
-
-examples:
-  sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl --eval_completion_length 18
-  sdft eval examples/demo.yaml --model runs/demo
-  sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl --scorer json
-  sdft eval --model runs/demo --eval_file mine.jsonl --scorer choice --eval_temperature 0.7 --eval_samples 8
-  sdft eval examples/demo.yaml --teacher
-  sdft eval examples/demo.yaml --teacher --teacher_template turn
-"""
-
-GENERATE_HELP = """\
-Let a model answer: one prompt, whose answer is printed, or a file of prompts, whose answers are written to another.
-
-examples:
-  sdft generate --model runs/demo --prompt "Ring Tomas for me."
-  sdft generate --model smollm2-135m-instruct --prompt "Name three rivers." --temperature 0.7 --top_p 0.9
-  sdft generate --model runs/demo --prompt_file examples/general_prompts.jsonl --output_file answers.jsonl
-  sdft generate examples/demo.yaml --model runs/demo --prompt "Play some Mozart."
-"""
+HELP_FLAGS = ("-h", "--help", "--help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     started = time.perf_counter()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
+    if not arguments or arguments[0] in HELP_FLAGS:
+        from sdft.help import MAIN
+
+        print(MAIN, end="")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"sdft {importlib.metadata.version('sdft-kernels')}")
+        return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        return _fail(f"unknown command {command!r}; it may be train, eval or generate", 2)
+        *others, last = COMMANDS
+        return _fail(f"unknown command {command!r}; it may be {', '.join(others)} or {last}", 2)
     try:
         return _run(command, rest, started)
     except KeyboardInterrupt:
@@ -106,55 +61,128 @@ def _run(command: str, rest: list[str], started: float) -> int:
 
 
 def _train(argv: list[str], started: float) -> None:
-    from sdft.config import DataArguments, EvalArguments, LoraArguments, ModelArguments, SDFTConfig
-    from sdft.recipe import RecipeParser, parse
-    from sdft.run import train
+    from sdft import help
+    from sdft.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
+    from sdft.fields import own_fields, training_fields
+    from sdft.model_files import check_model
+    from sdft.paths import check_readable, check_writable
+    from sdft.recipe import read
 
-    parser = RecipeParser(
-        [ModelArguments, LoraArguments, DataArguments, EvalArguments, SDFTConfig],
-        prog="sdft train",
-        usage="sdft train [RECIPE.yaml] [--field value ...]",
-        description=TRAIN_HELP,
-        epilog=TRAIN_MORE,
-    )
-    train(*parse(parser, argv), started=started)
+    fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
+    if _helped("sdft train", help.TRAIN, fields, argv):
+        return
+    given = read(argv, fields, command="sdft train")
+    with given.located():
+        model, lora = given.make(ModelArguments), given.make(LoraArguments)
+        data, evaluation = given.make(DataArguments), given.make(EvalArguments)
+        method = given.make(MethodSettings)
+        check_writable(str(method.output_dir))
+        check_readable("train_file", data.train_file)
+        check_readable("eval_file", evaluation.eval_file)
+        check_readable("general_file", evaluation.general_file)
+
+        check_model(model.model)
+
+        from sdft.arguments import SDFTConfig
+
+        config = given.make(SDFTConfig)
+
+        from sdft.run import train
+
+        train(model, lora, data, evaluation, config, started=started)
 
 
 def _eval(argv: list[str], started: float) -> None:
+    from sdft import help
     from sdft.config import EvalArguments, EvalCommand, ModelArguments
-    from sdft.recipe import RecipeParser, parse
-    from sdft.run import evaluate
+    from sdft.fields import own_fields
+    from sdft.model_files import check_model
+    from sdft.paths import check_output_file, check_readable
+    from sdft.recipe import read
     from sdft.templates import TEMPLATES
 
-    def adapt(recipe: dict[str, Any]) -> None:
+    def adapt(recipe: dict[str, Written]) -> None:
         if "model" in recipe:
             recipe.setdefault("base_model", recipe["model"])
         recipe.pop("teacher", None)  # in a recipe it is who scores the rollouts, here whether to score the teacher
         # As a flag a name means that form alone. The recipe's is the one it trains with, and is measured with the rest.
-        if str(recipe.get("teacher_template")) in TEMPLATES:
+        if "teacher_template" in recipe and str(recipe["teacher_template"].value) in TEMPLATES:
             del recipe["teacher_template"]
 
-    parser = RecipeParser(
-        [ModelArguments, EvalArguments, EvalCommand],
-        prog="sdft eval",
-        usage="sdft eval [RECIPE.yaml] [--field value ...]",
-        description=EVAL_HELP,
-    )
-    evaluate(*parse(parser, argv, ignored=_every_field(), adapt=adapt))
+    fields = own_fields(ModelArguments, EvalArguments, EvalCommand)
+    if _helped("sdft eval", help.EVAL, fields, argv):
+        return
+    given = read(argv, fields, command="sdft eval", ignored=_every_field(), adapt=adapt)
+    with given.located():
+        model, evaluation = given.make(ModelArguments), given.make(EvalArguments)
+        command = given.make(EvalCommand)
+        check_readable("eval_file", evaluation.eval_file)
+        check_readable("general_file", evaluation.general_file)
+
+        inputs = [evaluation.eval_file, evaluation.general_file]
+        check_output_file("output_file", command.output_file, inputs=inputs)
+        check_output_file("summary_file", command.summary_file, inputs=[*inputs, command.output_file])
+        for name in {model.model, command.base_model or model.model}:
+            check_model(name)
+
+        from sdft.run import evaluate
+
+        evaluate(model, evaluation, command)
 
 
 def _generate(argv: list[str], started: float) -> None:
+    from sdft import help
     from sdft.config import GenerateCommand, ModelArguments
-    from sdft.recipe import RecipeParser, parse
-    from sdft.run import generate
+    from sdft.fields import own_fields
+    from sdft.model_files import check_model
+    from sdft.paths import check_output_file, check_readable
+    from sdft.recipe import read
 
-    parser = RecipeParser(
-        [ModelArguments, GenerateCommand],
-        prog="sdft generate",
-        usage="sdft generate [RECIPE.yaml] [--field value ...]",
-        description=GENERATE_HELP,
-    )
-    generate(*parse(parser, argv, ignored=_every_field()))
+    fields = own_fields(ModelArguments, GenerateCommand)
+    if _helped("sdft generate", help.GENERATE, fields, argv):
+        return
+    given = read(argv, fields, command="sdft generate", ignored=_every_field())
+    with given.located():
+        model, command = given.make(ModelArguments), given.make(GenerateCommand)
+        check_readable("prompt_file", command.prompt_file)
+        check_output_file("output_file", command.output_file, inputs=[command.prompt_file])
+
+        check_model(model.model)
+
+        from sdft.run import generate
+
+        generate(model, command)
+
+
+def _env(argv: list[str], started: float) -> None:
+    from sdft.errors import UsageError
+
+    if argv and argv[0] in HELP_FLAGS:
+        print("usage: sdft env\n\nWhat is installed here, on which devices, and what the loss will run on.")
+        return
+    if argv:
+        raise UsageError(f"{argv[0]!r} is one argument too many: sdft env takes none")
+    from sdft.environment import lines
+
+    print("\n".join(lines()))
+
+
+COMMANDS: dict[str, Callable[[list[str], float], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "env": _env,
+}
+
+
+def _helped(command: str, description: str, fields: dict[str, Field], argv: list[str]) -> bool:
+    """Whether help was asked for, and printed."""
+    from sdft import help
+
+    if not set(argv) & set(HELP_FLAGS):
+        return False
+    print(help.page(command, description, fields, everything="--help-all" in argv), end="")
+    return True
 
 
 def _every_field() -> set[str]:
@@ -162,11 +190,10 @@ def _every_field() -> set[str]:
     from dataclasses import fields, is_dataclass
 
     from sdft import config
+    from sdft.fields import training_fields
 
-    return {field.name for kind in vars(config).values() if is_dataclass(kind) for field in fields(kind)}
-
-
-COMMANDS: dict[str, Callable[[list[str], float], None]] = {"train": _train, "eval": _eval, "generate": _generate}
+    own = {field.name for kind in vars(config).values() if is_dataclass(kind) for field in fields(kind)}
+    return own | training_fields().keys()
 
 
 def _fail(message: str, code: int) -> int:

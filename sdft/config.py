@@ -1,39 +1,43 @@
 """What a run can be told: the model and data it works on, how it is scored, and how it trains.
 
-`SDFTConfig` adds the method's own settings to `transformers.TrainingArguments`, so every setting of a Hugging Face
-run (learning rate, scheduler, accumulation, mixed precision, checkpoints, logging) is there under its usual name.
-The field's help texts are what `sdft train --help` prints.
+The field's help texts are what `sdft train --help-all` prints. Nothing here imports torch or transformers, so that the
+command checks what it is told before it loads them. `SDFTConfig`, which is also a `transformers.TrainingArguments`, is
+in `sdft.arguments` and here once asked for.
 """
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from transformers.integrations import get_available_reporting_integrations
-
-from sdft._compat import Arguments
 from sdft.errors import UsageError
-from sdft.inherited import SAMPLING_STRATEGIES, check_settings
-from sdft.layout import NORMALISATIONS
-from sdft.rollout import BACKENDS
 from sdft.scorers import SCORERS
 from sdft.templates import TEMPLATES, parse_template
-from sdft_kernels.divergences import DIVERGENCES
+
+if TYPE_CHECKING:
+    from sdft.arguments import SDFTConfig as SDFTConfig
 
 METHODS = ("sdft", "sft")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
+NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or over the means of completions
 TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
-METRICS = ("accuracy", "forgetting")
-FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")  # the schedules that wait for a metric to get no better
 DTYPES = ("float32", "bfloat16", "auto")
 
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SDFTConfig":
+        from sdft.arguments import SDFTConfig
+
+        return SDFTConfig
+    raise AttributeError(f"module 'sdft.config' has no attribute {name!r}")
 
 
 class Trust(TypedDict):
@@ -70,7 +74,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if not self.model:
             raise UsageError("model is not set; it may be a hub name, a folder, a GGUF file or smollm2-135m-instruct")
-        check_choice("dtype", self.dtype, DTYPES)
+        self.dtype = chosen("dtype", self.dtype, DTYPES)
 
 
 @dataclass
@@ -136,7 +140,7 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         for name in ("scorer", "general_scorer"):
-            check_choice(name, getattr(self, name), tuple(SCORERS))
+            setattr(self, name, chosen(name, getattr(self, name), SCORERS))
         check_temperature("eval_temperature", self.eval_temperature)
         for name in ("eval_samples", "eval_completion_length", "general_completion_length"):
             check_at_least(name, getattr(self, name), 1)
@@ -166,6 +170,12 @@ class EvalCommand(EvalSettings):
             "try beside them."
         },
     )
+    output_file: str | None = setting(
+        None,
+        "Where to write every answer as it is made: JSONL, each with its prompt, what was expected and whether it is "
+        "right.",
+    )
+    summary_file: str | None = setting(None, "Where to write the numbers: JSON.")
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
     seed: int = setting(42, "Seed of sampled answers.")
 
@@ -174,6 +184,7 @@ class EvalCommand(EvalSettings):
         check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
         check_at_least("seed", self.seed, 0)
         if self.teacher_template is not None:
+            self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
             parse_template(self.teacher_template)
 
 
@@ -215,11 +226,8 @@ class GenerateCommand:
 
 
 @dataclass
-class SDFTConfig(EvalSettings, Arguments):
-    """Settings of `SDFTTrainer`: the method's own, and all of `transformers.TrainingArguments`.
-
-    >>> SDFTConfig(output_dir="runs/mine", divergence="reverse_kl", teacher="ema", ema_rate=0.01, learning_rate=2e-5)
-    """
+class MethodSettings(EvalSettings):
+    """The settings of `SDFTConfig` that are the method's own, or have a default of its own."""
 
     method: str = setting(
         "sdft",
@@ -318,10 +326,10 @@ class SDFTConfig(EvalSettings, Arguments):
         "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
         "sdft.rollout.register_backend.",
     )
-    log_completions: int = setting(
+    log_completions: int | bool = setting(
         0,
         "Write the rollouts of every so many steps to output_dir/completions.jsonl, with each token's divergence and "
-        "log-probabilities; 0 is never.",
+        "log-probabilities; 0 or false is never, true every step.",
     )
 
     freeze_embeddings: bool = setting(
@@ -343,9 +351,10 @@ class SDFTConfig(EvalSettings, Arguments):
     remove_unused_columns: bool = setting(False, "Drop columns that the model's forward does not take; stays off.")
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        check_choice("teacher", self.teacher, TEACHERS)
+        EvalSettings.__post_init__(self)
+        self.method = chosen("method", self.method, METHODS)
+        self.divergence = chosen("divergence", self.divergence, DIVERGENCES)
+        self.teacher = chosen("teacher", self.teacher, TEACHERS)
         check_between("beta", self.beta, 0, 1)
         check_between("ema_rate", self.ema_rate, 0, 1, closed_above=True)
         check_between("loss_temperature", self.loss_temperature, 0, math.inf)
@@ -353,8 +362,7 @@ class SDFTConfig(EvalSettings, Arguments):
         check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
         check_at_least("rollout_top_k", self.rollout_top_k, 0)
         check_share("rollout_min_p", self.rollout_min_p)
-        check_choice("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
-        check_choice("rollout_backend", self.rollout_backend, tuple(BACKENDS))
+        self.rollout_from = chosen("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
         check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
         if self.rollout_batch_size is not None:
             check_at_least("rollout_batch_size", self.rollout_batch_size, 1)
@@ -362,7 +370,7 @@ class SDFTConfig(EvalSettings, Arguments):
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)
         check_at_least("skip_tokens", self.skip_tokens, 0)
-        check_choice("loss_normalisation", self.loss_normalisation, NORMALISATIONS)
+        self.loss_normalisation = chosen("loss_normalisation", self.loss_normalisation, NORMALISATIONS)
         if self.demonstration_weight != 0:
             check_between("demonstration_weight", self.demonstration_weight, 0, 1)
         check_at_least("num_iterations", self.num_iterations, 1)
@@ -380,28 +388,8 @@ class SDFTConfig(EvalSettings, Arguments):
                 f"skip_tokens is {self.skip_tokens}; it must be below max_completion_length, which is "
                 f"{self.max_completion_length}, or no token is left to learn from"
             )
-        check_settings(self)
-        check_choice("train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING_STRATEGIES)
-        if self.train_sampling_strategy == "sequential" and self.num_iterations > 1:
-            raise UsageError(
-                f"train_sampling_strategy is 'sequential' and num_iterations {self.num_iterations}; rows that serve "
-                "several steps come in random order"
-            )
+        self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_at_least(name, getattr(self, name), 1)
-        EvalSettings.__post_init__(self)
-        self._choose_metric()
-        try:
-            Arguments.__post_init__(self)
-        except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
-            raise UsageError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
-        check_installed("report_to", self.report_to)
-        if self.lr_scheduler_type in FOLLOW_METRIC:
-            mode = "max" if self.greater_is_better else "min"
-            self.lr_scheduler_kwargs = {"mode": mode, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
-        # The teacher is a copy of the model, so each process must load it, not only the first.
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
     def _check_teacher_cache(self) -> None:
         if self.teacher_cache_gib == 0:
@@ -413,32 +401,23 @@ class SDFTConfig(EvalSettings, Arguments):
                 f"teacher_offload {self.teacher_offload}; it must be 0 but for sdft, base and False"
             )
 
-    def _choose_metric(self) -> None:
-        """What the best model is the best by: one of the metrics that evaluation during training has."""
-        if self.metric_for_best_model is None:
-            wanted = self.load_best_model_at_end or self.save_strategy == "best"
-            if not wanted and self.lr_scheduler_type not in FOLLOW_METRIC:
-                return
-            self.metric_for_best_model = "accuracy"
-        self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")  # which the Trainer adds
-        check_choice("metric_for_best_model", self.metric_for_best_model, METRICS)
-        if self.greater_is_better is None:
-            self.greater_is_better = self.metric_for_best_model == "accuracy"
+
+def chosen(name: str, value: Any, choices: Iterable[str]) -> str:
+    """The choice that `value` names, in which case, hyphens and underscores do not count."""
+    found = matching(value, choices)
+    if found is None:
+        *others, last = choices
+        raise UsageError(f"{name} is {value!r}; it may be {', '.join(others)} or {last}")
+    return found
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} is {value!r}; it may be {', '.join(choices[:-1])} or {choices[-1]}")
+def matching(value: Any, choices: Iterable[str]) -> str | None:
+    """The one of `choices` that is `value` but for case, hyphens and underscores; None where there is none."""
 
+    def plain(text: str) -> str:
+        return text.strip().lower().replace("-", "_")
 
-def check_installed(name: str, trackers: Any) -> None:
-    """Refuse a tracker that the Trainer does not know or that is not installed."""
-    installed = get_available_reporting_integrations()
-    for tracker in trackers:
-        if tracker not in (*installed, "azure_ml", "flyte"):  # these two are not always listed where they are
-            raise UsageError(
-                f"{name} is {tracker!r}, which is not installed; it may be {' or '.join(['none', *installed])}"
-            )
+    return next((choice for choice in choices if isinstance(value, str) and plain(choice) == plain(value)), None)
 
 
 def check_between(name: str, value: Any, low: float, high: float, *, closed_above: bool = False) -> None:

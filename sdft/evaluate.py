@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.config import EvalSettings
-from sdft.data import WHERE, Row, check_context, encode_prompt, load_rows
+from sdft.data import WHERE, Row, check_ids, encode_prompt, load_rows, teacher_chat
 from sdft.forward import evaluating
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
-from sdft.models import context_length, eos_token_ids
+from sdft.models import eos_token_ids, limits
 from sdft.rollout import batches_by_length, generate
 from sdft.sampling import seed_of
 from sdft.scorers import SCORERS, Scorer, check_answers, exact
 from sdft.shares import each_batch, processes
 from sdft.teacher import Teacher
-from sdft.templates import Message, teacher_messages
+from sdft.templates import Message
+
+#: Told of each answer as soon as it is made: its number, its row, its text, and whether it is right, if that is known.
+Made = Callable[[int, Row, str, bool | None], None]
 
 
 def prompts_for(
@@ -40,10 +44,10 @@ def prompts_for(
     """Token ids of the rows' prompts, or with a template of the teacher's prompts, checked against the context."""
     encoded = []
     for row in rows:
-        chat = teacher_messages(row["prompt"], row["demonstration"], template) if template else row["prompt"]
+        chat = teacher_chat(row, template) if template else row["prompt"]
         ids = encode_prompt(chat, tokenizer, row[WHERE])
         kind = "teacher prompt" if template else "prompt"
-        check_context(row, kind, len(ids), max_new_tokens, context_length(model))
+        check_ids(row, kind, ids, tokenizer, max_new_tokens, limits(model))
         encoded.append(ids)
     return encoded
 
@@ -61,11 +65,13 @@ def complete(
     seed: int = 0,
     progress: str | None = None,
     share: bool = False,
+    made: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """The completion of each prompt, in the prompts' order; batches hold prompts of similar length.
 
     Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` and the prompt's
     place alone and leave the caller's as they were. With `share`, processes share the prompts; see `sdft.shares`.
+    `made` is told of each completion, by its prompt's number, as soon as its batch is done.
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
     if temperature:
@@ -73,7 +79,11 @@ def complete(
 
     def completed(numbers: list[int]) -> list[list[int]]:
         seeds = [seed_of(seed, number) for number in numbers]
-        return generate(model, [prompts[number] for number in numbers], seeds=seeds, **options)
+        outputs = generate(model, [prompts[number] for number in numbers], seeds=seeds, **options)
+        if made is not None:
+            for number, output in zip(numbers, outputs, strict=True):
+                made(number, output)
+        return outputs
 
     batches = _batches(prompts, batch_size, share)
     completions: dict[int, list[int]] = {}
@@ -113,6 +123,7 @@ def answer(
     seed: int = 0,
     progress: str | None = None,
     share: bool = False,
+    made: Made | None = None,
 ) -> Answers:
     """Ask the model each row's prompt (with a template: the teacher's form of it) and score the answers.
 
@@ -120,6 +131,11 @@ def answer(
     """
     rows = [row for row in rows for _ in range(samples)]
     prompts = prompts_for(model, tokenizer, rows, max_new_tokens, template)
+
+    def tell(made: Made, number: int, completion: list[int]) -> None:
+        text, expected = str(tokenizer.decode(completion, skip_special_tokens=True)), rows[number].get("answer")
+        made(number, rows[number], text, scorer(text, expected) if expected else None)
+
     completions = complete(
         model,
         tokenizer,
@@ -130,6 +146,7 @@ def answer(
         seed=seed,
         progress=progress,
         share=share,
+        made=made and functools.partial(tell, made),
     )
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     scored = [(text, row["answer"]) for text, row in zip(texts, rows, strict=True) if row.get("answer")]
@@ -212,6 +229,7 @@ class Exam:
         tokenizer: PreTrainedTokenizerBase,
         progress: str,
         template: list[Message] | None = None,
+        made: Made | None = None,
     ) -> Answers | None:
         """The model's answers to the held-out prompts, with a template those of the teacher; None without prompts."""
         if not self.eval_rows:
@@ -229,9 +247,16 @@ class Exam:
             seed=self.seed,
             progress=self._progress(progress),
             share=True,
+            made=made,
         )
 
-    def general(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: str) -> Answers | None:
+    def general(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: str,
+        made: Made | None = None,
+    ) -> Answers | None:
         """The model's greedy answers to the general prompts; None without prompts."""
         if not self.general_rows:
             return None
@@ -244,6 +269,7 @@ class Exam:
             scorer=SCORERS[self.settings.general_scorer],
             progress=self._progress(progress),
             share=True,
+            made=made,
         )
 
     def forgetting(

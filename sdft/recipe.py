@@ -1,155 +1,186 @@
 """From a YAML recipe and `--field value` flags to settings; flags win over the recipe, the recipe over defaults.
 
-Fields are those of the dataclasses in `sdft.config`, parsed by transformers' HfArgumentParser. Every mistake is a
-UsageError of one sentence; an unknown field names the closest one there is.
+Every mistake is a UsageError of one sentence that says where it is: a file's line, or a flag as it was typed. An
+unknown field names the closest one there is.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import dataclasses
 import difflib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
-from sdft.config import SDFTConfig
 from sdft.errors import UsageError
+from sdft.fields import NO, YES, Field
 
-# What --help shows of the many fields that come from transformers.TrainingArguments; all of them are accepted.
-_OFTEN_SET = frozenset(
-    {
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "optim",
-        "weight_decay",
-        "max_grad_norm",
-        "bf16",
-        "activation_checkpointing",
-        "use_liger_kernel",
-        "seed",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "per_device_eval_batch_size",
-        "eval_strategy",
-        "eval_steps",
-        "report_to",
-        "use_cpu",
-    }
-)
+Settings = TypeVar("Settings")
 
 
-class RecipeParser(HfArgumentParser):
-    """HfArgumentParser whose errors are UsageErrors and whose help keeps to what is often set."""
+@dataclass(frozen=True)
+class Written:
+    """A value as it was written: text (None, list or mapping in a recipe too), and where it stands."""
 
-    def __init__(self, dataclasses: Sequence[Any], **options: Any) -> None:
-        super().__init__(dataclasses, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
-        inherited = {field.name for field in fields(TrainingArguments)} if SDFTConfig in dataclasses else set()
-        shown = _OFTEN_SET | {"output_dir", "learning_rate", "num_train_epochs", "logging_steps"}
-        for action in self._actions:
-            is_negation = bool(action.option_strings) and action.option_strings[0].startswith("--no_")
-            if is_negation or action.dest in inherited - shown:
-                action.help = argparse.SUPPRESS
-            if action.dest == "log_completions":
-                action.type = _every
-        self._optionals._group_actions.sort(key=lambda action: action.dest in inherited)  # the method's own come first
-
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
+    value: Any
+    place: str  # "recipe.yaml, line 7", or "--learning-rate"
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+@dataclass(frozen=True)
+class Given:
+    """What a recipe and flags say, read as each field takes it."""
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} VALUE"
+    values: dict[str, Any]
+    places: dict[str, str]
+
+    def make(self, settings: type[Settings]) -> Settings:
+        """A dataclass of the values that it has fields for."""
+        names = {field.name for field in dataclasses.fields(settings) if field.init}  # type: ignore[arg-type]
+        try:
+            return settings(**{name: value for name, value in self.values.items() if name in names})
+        except UsageError:
+            raise
+        except (ValueError, TypeError, ImportError, OSError) as error:  # what TrainingArguments finds wrong
+            message = " ".join(str(error).split())
+            raise UsageError(re.sub(r"--(?=[a-z])", "", message)) from error  # it names flags nobody has typed
+
+    @contextlib.contextmanager
+    def located(self) -> Iterator[None]:
+        """Have a UsageError that begins with a field's name say where that was set."""
+        try:
+            yield
+        except UsageError as error:
+            raise UsageError(_locate(str(error), self.places)) from error
 
 
-def parse(
-    parser: RecipeParser,
+def read(
     argv: Sequence[str],
+    fields: Mapping[str, Field],
     *,
+    command: str,
     ignored: Collection[str] = (),
-    adapt: Callable[[dict[str, Any]], None] | None = None,
-) -> tuple[Any, ...]:
-    """The parser's dataclasses, filled from the recipe that `argv` names first and from its flags.
+    adapt: Callable[[dict[str, Written]], None] | None = None,
+) -> Given:
+    """The values that the recipe which `argv` names first, and its flags, give to `fields`.
 
-    A recipe may also have the `ignored` fields, which are set aside where the parser does not know them: they belong
-    to another command. `adapt` changes the recipe in place before it is used.
+    A recipe may also have the `ignored` fields, which are set aside where they are not among `fields`: they belong to
+    another command. `adapt` changes what a recipe says before it is used.
     """
-    parser.add_argument("recipe", nargs="?", help=argparse.SUPPRESS)
-    given, unknown = parser.parse_known_args(argv)
-    path = given.recipe
-    known = [field.name for dataclass in parser.dataclass_types for field in fields(dataclass) if field.init]
-    if unknown:
-        flag = next((word for word in unknown if word.startswith("-")), unknown[0])  # its value may look like a recipe
-        if not flag.startswith("-"):
-            raise UsageError(f"{flag!r} is one argument too many: there is one recipe, and every --field has one value")
-        name = flag.lstrip("-").split("=")[0].replace("-", "_")
-        raise UsageError(f"unknown field {flag.split('=')[0]!r}{_suggestion(name, known, parser.prog, '--')}")
+    path, flags = read_flags(argv, fields, command)
+    written: dict[str, Written] = {}
     if path is not None:
-        recipe = read_recipe(path)
-        for name in recipe:
-            if name not in known and name not in ignored:
-                raise UsageError(f"{path}: unknown field {name!r}{_suggestion(name, known, parser.prog)}")
+        written = read_recipe(path)
+        for name, given in written.items():
+            if name not in fields and name not in ignored:
+                raise UsageError(f"{given.place}: unknown field {name!r}{_suggestion(name, fields, command)}")
         if adapt is not None:
-            adapt(recipe)
-        hints = {k: v for dataclass in parser.dataclass_types for k, v in get_type_hints(dataclass).items()}
-        parser.set_defaults(**{n: _as_default(n, v, hints[n], path) for n, v in recipe.items() if n in known})
+            adapt(written)
+        written = {name: given for name, given in written.items() if name in fields}
+    written.update(flags)
+    places = {name: given.place for name, given in written.items()}
     try:
-        *settings, _ = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
-    except UsageError:
-        raise
-    except (ValueError, ImportError) as error:  # what TrainingArguments finds wrong
-        raise UsageError(" ".join(str(error).split())) from error
-    return tuple(settings)
+        return Given({name: fields[name].read(given.value) for name, given in written.items()}, places)
+    except UsageError as error:
+        raise UsageError(_locate(str(error), places)) from error
 
 
-def read_recipe(path: str) -> dict[str, Any]:
+def read_flags(argv: Sequence[str], fields: Mapping[str, Field], command: str) -> tuple[str | None, dict[str, Written]]:
+    """The recipe's path, if there is one, and the flags by the names of their fields."""
+    path: str | None = None
+    flags: dict[str, Written] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            if path is not None:
+                raise UsageError(f"{word!r} is one argument too many: there is one recipe, and every --field one value")
+            path = word
+            continue
+        flag, has_value, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        switched_off = name.removeprefix("no_")
+        if name not in fields and switched_off in fields and fields[switched_off].is_switch and not has_value:
+            flags[switched_off] = Written("false", flag)
+            continue
+        if name not in fields or not flag.startswith("--"):
+            raise UsageError(f"unknown field {flag!r}{_suggestion(name, fields, command, '--')}")
+        field = fields[name]
+        values = [value] if has_value else []
+        while words and not words[0].startswith("--") and (field.is_list or not values):
+            if field.is_switch and not values and words[0].lower() not in (*YES, *NO) and "int" not in field.kinds:
+                break  # the next word is another's
+            values.append(words.pop(0))
+        if not values and not field.is_switch:
+            raise UsageError(f"{flag} has no value; it must have {'one or more' if field.is_list else 'one'}")
+        flags[name] = Written(values if field.is_list else values[0] if values else "true", flag)
+    return path, flags
+
+
+def read_recipe(path: str) -> dict[str, Written]:
+    """What a recipe says by name: scalars as the text that stands there, so that a flag's value is read as they are."""
     if not Path(path).is_file():
         raise UsageError(f"{path} is not there: no such recipe")
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError(f"{path} is not a recipe: it must be lines of the form 'field: value'")
+        return _fields_of(node, loader, path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise UsageError(f"{where}: not YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"{path} is not a recipe: it must be lines of the form 'field: value'")
-    return {str(name): value for name, value in recipe.items()}
+    except RecursionError as error:
+        raise UsageError(f"{path} is not a recipe: it is nested too deeply") from error
 
 
-def _as_default(name: str, value: Any, hint: Any, path: str) -> Any:
-    """A recipe's value as the parser's default: scalars as text, so that they are checked as a flag's value is."""
-    if isinstance(value, list | dict):
-        if not any(kind in str(hint) for kind in ("list", "dict")):
-            raise UsageError(f"{path}: {name} is {value!r}; it must be a single value")
-        return value
-    if value is None and type(None) not in get_args(hint):
-        raise UsageError(f"{path}: {name} is not set; it must have a value, or be left out for the default")
-    if value is False and name.endswith("_strategy"):  # what YAML makes of no
-        return "no"
-    return None if value is None else str(value)
+def _fields_of(node: yaml.MappingNode, loader: yaml.SafeLoader, path: str) -> dict[str, Written]:
+    found: dict[str, Written] = {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        place = f"{path}, line {line}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"{place}: a field's name must be a word")
+        name = key.value
+        if name in found:
+            raise UsageError(f"{place}: {name} is set twice; line {lines[name]} has set it before")
+        lines[name] = line
+        try:
+            found[name] = Written(_value(value, loader), place)
+            json.dumps(found[name].value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{place}: {name} has half of a surrogate pair, which is no character") from error
+        except (ValueError, TypeError) as error:  # what looks like a date or a number and is none
+            raise UsageError(f"{place}: {name} cannot be read: {error}") from error
+    return found
 
 
-def _every(value: str) -> int:
-    """Every so many steps; true is every step and false is none."""
-    switch = {"true": 1, "false": 0}.get(value.lower())
-    try:
-        return int(value) if switch is None else switch
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"it is {value!r}; it must be a whole number, true or false") from error
+def _value(node: yaml.Node, loader: yaml.SafeLoader) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(part, yaml.ScalarNode) for part in node.value):
+        return [part.value for part in node.value]
+    return loader.construct_object(node, deep=True)
 
 
-def _suggestion(name: str, known: Sequence[str], command: str, prefix: str = "") -> str:
+def _locate(message: str, places: Mapping[str, str]) -> str:
+    """The message, with the place where the field was set that is its first word."""
+    name, space, rest = message.partition(" ")
+    place = places.get(name)
+    if place is None:
+        return message
+    return f"{place}{space}{rest}" if place.startswith("--") else f"{place}: {message}"
+
+
+def _suggestion(name: str, known: Collection[str], command: str, prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix + close[0]!r}?" if close else f"; see {command} --help for the fields there are"
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; see {command} --help-all for the fields there are"

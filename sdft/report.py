@@ -7,6 +7,7 @@ lengths. summary.json has the table's numbers. curves.png shows them.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.checkpoint import failing_clearly, in_one_move, write_text
+from sdft.data import WHERE, Row
+from sdft.templates import as_messages
 
 METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"
 
@@ -50,6 +53,44 @@ class Summary:
     total_seconds: float = 0.0
     scorer: str = "exact"
     general_scorer: str = "contains"
+
+
+@dataclass
+class Scores:
+    """The numbers of `sdft eval`; None where there was nothing to measure them on."""
+
+    model: str
+    accuracy: float | None
+    accuracy_teacher: dict[str, float | None]
+    held_out_prompts: int
+    scorer: str
+    general_accuracy: float | None
+    general_prompts: int  # those that have an answer
+    general_scorer: str
+    base_model: str | None
+    general_divergence: float | None
+
+
+def score_lines(scores: Scores) -> list[str]:
+    """The numbers of `sdft eval` as it prints them."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    lines = []
+    if scores.accuracy is not None:
+        how = ANSWERED[scores.scorer]
+        lines.append(f"held-out prompts {how} ({scores.held_out_prompts}): {percent(scores.accuracy)}")
+    if scores.accuracy_teacher:
+        lines.append("the same, shown the demonstration under teacher_template")
+        width = max(map(len, scores.accuracy_teacher))
+        lines += [f"  {name.ljust(width)}  {percent(value):>6}" for name, value in scores.accuracy_teacher.items()]
+    if scores.general_accuracy is not None:
+        how = ANSWERED[scores.general_scorer]
+        lines.append(f"general prompts {how} ({scores.general_prompts}): {percent(scores.general_accuracy)}")
+    if scores.general_divergence is not None:
+        lines.append(f"divergence from {scores.base_model}: {scores.general_divergence:.3f} nats a token")
+    return lines
 
 
 def loss_ends(history: list[dict[str, Any]], share: float = 0.1) -> tuple[float | None, float | None]:
@@ -109,15 +150,35 @@ def describe(summary: Summary) -> str:
     if summary.method == "sdft":
         how = f"self-distillation ({_name(summary.divergence)}, {summary.teacher} teacher)"
     minutes, seconds = divmod(round(summary.total_seconds), 60)
-    return f"{summary.model}: {summary.steps} steps of {how}, {minutes} min {seconds:02d} s in all"
+    return f"{summary.model}: {counted(summary.steps, 'step')} of {how}, {minutes} min {seconds:02d} s in all"
+
+
+def counted(number: int, noun: str) -> str:
+    """The number and its noun, which takes an s unless there is one."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def wrong_answers(answered: Sequence[tuple[Row, str, bool]], count: int = 3, width: int = 100) -> list[str]:
+    """Lines that show the first of the wrong answers, each with its row, the prompt and what was expected."""
+    wrong = [(row, text) for row, text, right in answered if not right]
+    if not wrong:
+        return []
+    lines = [f"{counted(len(wrong), 'wrong answer')}" + (f", the first {count}:" if len(wrong) > count else ":")]
+    for row, text in wrong[:count]:
+        asked = as_messages(row["prompt"])[-1]["content"]
+        lines.append(f"  {row[WHERE]}")
+        for name, value in (("prompt", asked), ("expected", row["answer"]), ("answer", text)):
+            shown = json.dumps(value, ensure_ascii=False)
+            lines.append(f"    {name:8}  {shown if len(shown) <= width else shown[: width - 3] + '...'}")
+    return lines
 
 
 def _name(divergence: str | None) -> str:
     return str(divergence).replace("_", " ").replace("kl", "KL")
 
 
-def write_summary(folder: str | Path, summary: Summary) -> None:
-    write_text(Path(folder) / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
+def write_summary(path: str | Path, summary: Summary | Scores) -> None:
+    write_text(path, json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n")
 
 
 def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summary) -> None:

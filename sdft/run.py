@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
@@ -13,7 +13,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sdft.checkpoint import failing_clearly, recover, write_text
+from sdft.answers import AnswersFile
+from sdft.checkpoint import failing_clearly, recover
 from sdft.config import (
     DataArguments,
     EvalArguments,
@@ -23,20 +24,25 @@ from sdft.config import (
     ModelArguments,
     SDFTConfig,
 )
-from sdft.data import WHERE, load_rows
+from sdft.data import WHERE, Row, load_rows
 from sdft.errors import UsageError
-from sdft.evaluate import Answers, Exam, complete, prompts_for
-from sdft.models import add_lora, check_apart, eos_token_ids, load_model
+from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
+from sdft.model_files import check_apart
+from sdft.models import add_lora, eos_token_ids, load_model
 from sdft.report import (
-    ANSWERED,
+    SUMMARY_FILE,
     MetricsFile,
     ProgressBar,
+    Scores,
     Summary,
+    counted,
     describe,
     draw_curves,
     loss_ends,
+    score_lines,
     table,
     write_summary,
+    wrong_answers,
 )
 from sdft.resuming import Resuming
 from sdft.signals import FinishOnSignal
@@ -163,7 +169,7 @@ def train(
     )
     with failing_clearly("the report", str(folder)):
         draw_curves(folder, trainer.state.log_history, summary)
-        write_summary(folder, summary)
+        write_summary(folder / SUMMARY_FILE, summary)
     files = f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png"
     print("", describe(summary), "", table(summary), "", files, sep="\n")
 
@@ -195,28 +201,64 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     device = _device()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
     exam.check(model, tokenizer, list(templates.values()))
-    held_out = exam.held_out(model, tokenizer, "held-out prompts")
-    teachers = {
-        name: exam.held_out(model, tokenizer, f"teacher ({name}), held-out prompts", template)
-        for name, template in templates.items()
-    }
-    general = exam.general(model, tokenizer, "general prompts")
-    lines = []
-    if held_out is not None:
-        how = ANSWERED[of_command.scorer]
-        lines.append(f"held-out prompts {how} ({len(exam.eval_rows)}): {held_out.accuracy:.1%}")
-    if teachers:
-        lines.append("the same, shown the demonstration under teacher_template")
-        width = max(map(len, teachers))
-        lines += [f"  {name.ljust(width)}  {_accuracy(answers):>6.1%}" for name, answers in teachers.items()]
-    if general is not None and general.right:
-        how = ANSWERED[of_command.general_scorer]
-        lines.append(f"general prompts {how} ({len(general.right)}): {general.accuracy:.1%}")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(AnswersFile(of_command.output_file)) if of_command.output_file else None
+
+        def into_file(order: int, name: str) -> Made | None:
+            if file is None:
+                return None
+            return lambda number, row, *answer: file.add((order, number), _record(name, row, *answer))
+
+        held_out = exam.held_out(model, tokenizer, "held-out prompts", made=into_file(0, "held-out"))
+        teachers = {
+            name: exam.held_out(
+                model,
+                tokenizer,
+                f"teacher ({name}), held-out prompts",
+                template,
+                made=into_file(1 + order, f"teacher ({name})"),
+            )
+            for order, (name, template) in enumerate(templates.items())
+        }
+        general = exam.general(model, tokenizer, "general prompts", made=into_file(1 + len(templates), "general"))
+    moved = None
     if general is not None and has_base:
         base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
         moved = exam.forgetting(model, tokenizer, Teacher(base))
-        lines.append(f"divergence from {of_command.base_model}: {moved:.3f} nats a token")
+    scores = Scores(
+        model=of_model.model,
+        accuracy=_accuracy(held_out),
+        accuracy_teacher={name: _accuracy(answers) for name, answers in teachers.items()},
+        held_out_prompts=len(exam.eval_rows),
+        scorer=of_command.scorer,
+        general_accuracy=_accuracy(general),
+        general_prompts=0 if general is None else len(general.right),
+        general_scorer=of_command.general_scorer,
+        base_model=of_command.base_model if has_base else None,
+        general_divergence=moved,
+    )
+    lines = score_lines(scores)
+    if held_out is not None:
+        asked = [row for row in exam.eval_rows for _ in range(of_command.eval_samples)]
+        lines += wrong_answers(list(zip(asked, held_out.texts, held_out.right, strict=True)))
+    if of_command.summary_file:
+        write_summary(of_command.summary_file, scores)
     print("\n".join(lines))
+    for name, what in ((of_command.output_file, "every answer"), (of_command.summary_file, "these numbers")):
+        if name:
+            print(f"{name} has {what}")
+
+
+def _record(name: str, row: Row, text: str, right: bool | None) -> dict[str, Any]:
+    """A line of the file of `sdft eval`."""
+    return {
+        "asked": name,
+        "row": str(row[WHERE]),
+        "prompt": row["prompt"],
+        "expected": row.get("answer"),
+        "answer": text,
+        "right": right,
+    }
 
 
 def teacher_templates(wanted: list[Message] | str | None) -> dict[str, list[Message]]:
@@ -234,44 +276,36 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
         rows = load_rows(of_command.prompt_file, need=("prompt",))
     else:
         rows = load_rows([{"prompt": of_command.prompt}], name="prompt", need=("prompt",))
-    if of_command.output_file is not None:
-        _check_output_file(of_command.output_file)
     model, tokenizer = load_model(of_model.model, of_model.dtype, _device(), **of_model.trust)
-    completions = complete(
-        model,
-        tokenizer,
-        prompts_for(model, tokenizer, rows, of_command.max_completion_length),
-        max_new_tokens=of_command.max_completion_length,
-        batch_size=of_command.per_device_eval_batch_size,
-        temperature=of_command.temperature,
-        top_p=of_command.top_p,
-        top_k=of_command.top_k,
-        seed=of_command.seed,
-        progress="answers",
-    )
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    if of_command.output_file is None:
-        print(texts[0])
-        return
+    prompts = prompts_for(model, tokenizer, rows, of_command.max_completion_length)
     eos_ids = eos_token_ids(model, tokenizer)
-    lines = []
-    for row, completion, text in zip(rows, completions, texts, strict=True):
-        given = {name: value for name, value in row.items() if name != WHERE}
-        answered = {"completion": text, "finished": bool(completion) and completion[-1] in eos_ids}
-        lines.append(json.dumps({**given, **answered}, ensure_ascii=False, default=str) + "\n")  # Parquet has dates
-    write_text(of_command.output_file, "".join(lines))
-    print(f"{of_command.output_file} has the answers to {len(rows)} {'prompt' if len(rows) == 1 else 'prompts'}")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(AnswersFile(of_command.output_file)) if of_command.output_file else None
 
+        def made(number: int, completion: list[int]) -> None:
+            text = tokenizer.decode(completion, skip_special_tokens=True)
+            if file is None:
+                print(text)
+                return
+            given = {name: value for name, value in rows[number].items() if name != WHERE}
+            finished = bool(completion) and completion[-1] in eos_ids
+            file.add(number, {**given, "completion": text, "finished": finished})
 
-def _check_output_file(name: str) -> None:
-    """Find out before the work is done that its result could not be written."""
-    path = Path(name)
-    if path.is_dir():
-        raise UsageError(f"output_file is {name!r}, a folder; it must be a JSONL file to write")
-    if path.exists() and not path.is_file():  # its place would be taken by a file
-        raise UsageError(f"output_file is {name!r}, a device or a pipe; it must be a JSONL file to write")
-    if not path.parent.is_dir():
-        raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
+        complete(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=of_command.max_completion_length,
+            batch_size=of_command.per_device_eval_batch_size,
+            temperature=of_command.temperature,
+            top_p=of_command.top_p,
+            top_k=of_command.top_k,
+            seed=of_command.seed,
+            progress="answers",
+            made=made,
+        )
+    if of_command.output_file is not None:
+        print(f"{of_command.output_file} has the answers to {counted(len(rows), 'prompt')}")
 
 
 def checkpoint_to_resume(wanted: str | None, folder: Path, *, allow_pickle: bool = False) -> str | None:

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft import checkpoint
 from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
-from sdft.data import Row, encode_prompt, encode_rows, load_rows
+from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import Result, as_forward_of
@@ -45,7 +44,8 @@ from sdft.loss import (
     demonstration_loss,
     distillation_loss,
 )
-from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
+from sdft.models import causal_lm, eos_token_ids, has_adapter, limits, load_model
+from sdft.paths import check_writable
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
@@ -86,7 +86,7 @@ class SDFTTrainer(WholeSaves):
     ) -> None:
         args = args or SDFTConfig()
         check_arguments(kwargs)
-        checkpoint.check_writable(str(args.output_dir))
+        check_writable(str(args.output_dir))
         learner: nn.Module
         if isinstance(model, str):
             learner, tokenizer = load_model(model)
@@ -195,15 +195,18 @@ class SDFTTrainer(WholeSaves):
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        rows = load_rows(source, name="train_dataset")
+        if unused := sorted({name for row in rows for name in row} - {*COLUMNS, WHERE}):
+            logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))
         return encode_rows(
-            load_rows(source, name="train_dataset"),
+            rows,
             tokenizer,
             method=args.method,
             with_demonstration=args.demonstration_weight > 0,
             template=parse_template(args.teacher_template),
             eos_ids=eos_token_ids(model, tokenizer),
             max_completion_length=args.max_completion_length,
-            context=context_length(model),
+            limits=limits(model),
         )
 
     # One optimizer step: rollouts, layout, loss

@@ -10,6 +10,7 @@ if os.environ.get("SDFT_TEST_DEVICE") != "cuda":
 # Threads that spin while they wait make small operations many times slower on a machine that is busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("SDFT_CACHE_DIR", "")  # no test leaves half a gigabyte in the user's cache
 
 from pathlib import Path
 

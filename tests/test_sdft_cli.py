@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from sdft.cli import main
 from sdft.data import load_rows
 from sdft.evaluate import Answers, answer
-from sdft.report import Summary, loss_ends, table
+from sdft.report import Summary, describe, loss_ends, table
 from sdft.templates import TEMPLATES
 from sdft.trainer import SDFTTrainer
 from tests import tiny
@@ -134,7 +134,7 @@ def test_eval_scores_a_model_its_teachers_and_its_divergence(recipe, model_folde
     tiny.tiny_model(1).save_pretrained(other)
     tiny.tiny_tokenizer().save_pretrained(other)
     assert main(["eval", recipe(), "--model", str(other), "--teacher"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.split("8 wrong answers, the first 3:")[0].splitlines()
     assert [line.split(":")[0].split(" (")[0] for line in lines] == [
         "held-out prompts answered exactly",
         "the same, shown the demonstration under teacher_template",
@@ -159,11 +159,12 @@ def test_the_teacher_is_measured_under_the_templates_asked_for(options, expected
 
     def one_is_right(model, tokenizer, rows, *, template, **_):
         asked.append(template)
-        return Answers([], [], [], [template == TEMPLATES["turn"], False])
+        return Answers([], [], [""] * 8, [template == TEMPLATES["turn"], False] * 4)
 
     monkeypatch.setattr("sdft.evaluate.answer", one_is_right)
     assert main(["eval", recipe(general_file=None), "--teacher", *options]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    printed = capsys.readouterr().out.split("8 wrong answers")[0]
+    rows = [line.split() for line in printed.splitlines() if line.startswith("  ")]
     assert [(" ".join(name), share) for *name, share in rows] == [
         (name, "50.0%" if name == "turn" else "0.0%") for name in expected
     ]
@@ -195,8 +196,82 @@ def test_eval_scores_by_the_scorer_named_and_samples_where_told(recipe, model_fo
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["eval", "--model", str(model_folder), "--eval_file", "calls.jsonl", "--eval_completion_length", "5"]
     assert main([*command, "--scorer", "json", "--eval_temperature", "0.5", "--eval_samples", "3"]) == 0
-    assert capsys.readouterr().out == "held-out prompts answered with the right JSON (2): 0.0%\n"
+    assert capsys.readouterr().out.startswith(
+        "held-out prompts answered with the right JSON (2): 0.0%\n6 wrong answers"
+    )
     assert "it must be the letter of a choice" in fails(capsys, [*command, "--scorer", "choice"], 2)
+
+
+def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, model_folder, tmp_path, capsys):
+    rows = load_rows(tiny.rows(4))
+    right = answer(tiny.tiny_model(), tiny.tiny_tokenizer(), rows, max_new_tokens=5, batch_size=4).texts[0]
+    asked = [{**row, "answer": right.strip() if n == 0 else f"ö{n}"} for n, row in enumerate(tiny.rows(4))]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    other = tmp_path / "other"
+    tiny.tiny_model(1).save_pretrained(other)
+    tiny.tiny_tokenizer().save_pretrained(other)
+    files = ["--output_file", "answers.jsonl", "--summary_file", "scores.json"]
+    sizes = ["--per_device_eval_batch_size", "2", "--base_model", str(other)]
+    assert main(["eval", recipe(), "--teacher", "--teacher_template", "turn", *sizes, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "3 wrong answers:\n  heldout.jsonl, row 2\n" in printed
+    assert printed.count('    expected  "ö') == 3
+    assert printed.endswith("answers.jsonl has every answer\nscores.json has these numbers\n")
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = [record["asked"] for record in records]
+    assert names == ["held-out"] * 4 + ["teacher (turn)"] * 4 + ["general"] * 8
+    assert records[0] == {
+        "asked": "held-out",
+        "row": "heldout.jsonl, row 1",
+        "prompt": "say a",
+        "expected": right.strip(),
+        "answer": right,
+        "right": True,
+    }
+    assert [record["row"] for record in records[:4]] == [f"heldout.jsonl, row {n}" for n in range(1, 5)]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["accuracy"] == sum(record["right"] for record in records[:4]) / 4 == 0.25
+    assert scores["accuracy_teacher"] == {"turn": sum(record["right"] for record in records[4:8]) / 4}
+    assert scores["general_divergence"] > 0 and scores["base_model"] == str(other)
+    for name in ("heldout.jsonl", "general.jsonl"):
+        assert "which is read too" in fails(capsys, ["eval", "recipe.yaml", "--output_file", name], 2)
+
+
+def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_path, capsys, monkeypatch):
+    from sdft import evaluate
+
+    made = []
+
+    def stops(model, prompts, **options):
+        made.append(len(prompts))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return [[5, 1] for _ in prompts]
+
+    monkeypatch.setattr(evaluate, "generate", stops)
+    small = ["--per_device_eval_batch_size", "2", "--output_file", "answers.jsonl"]
+    commands = {"generate": ["--prompt_file", "train.jsonl"], "eval": ["--general_file", ""]}
+    for name, options in commands.items():
+        made.clear()
+        assert fails(capsys, [name, recipe(), *options, *small], 130) == "sdft: interrupted"
+        lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+        assert len([json.loads(line) for line in lines]) == 4
+
+
+def test_a_row_with_half_a_character_is_named_before_a_model_is_loaded(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sdft.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    path = recipe()
+    for name, field in (("train", "demonstration"), ("heldout", "answer"), ("general", "prompt"), ("train", "note")):
+        good = (tmp_path / f"{name}.jsonl").read_text()
+        row = json.dumps({**tiny.rows(1)[0], field: "half \ud83d of a pair"})
+        (tmp_path / f"{name}.jsonl").write_text(good + row + "\n")
+        command = {"general": ["eval", path], "heldout": ["eval", path], "train": ["train", path]}[name]
+        message = f"{name}.jsonl, row 9: {field} has '\\ud83d', half of a surrogate pair"
+        assert message in fails(capsys, command, 2)
+        if name == "train":
+            answers = ["generate", path, "--prompt_file", "train.jsonl", "--output_file", "out.jsonl"]
+            assert message in fails(capsys, answers, 2)
+        (tmp_path / f"{name}.jsonl").write_text(good)
 
 
 def test_generate_prints_the_answer_to_a_prompt(recipe, model_folder, capsys):
@@ -296,7 +371,7 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
             ["metric_for_best_model is 'forgetting'", "general_file"],
         ),
         ({"train_file": None}, None, ["train_file", "not set"]),
-        ({"learning_rate": None}, None, ["recipe.yaml: learning_rate is not set"]),
+        ({"learning_rate": None}, None, ["recipe.yaml, line ", ": learning_rate is not set"]),
         ({"log_completions": "often"}, None, ["log_completions", "'often'", "a whole number, true or false"]),
     ],
     ids=str,
@@ -319,7 +394,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
         (["train", "--lr", "1e-5"], ["unknown field '--lr'"]),
         (["train", "--lr", "1e-5", "recipe.yaml"], ["unknown field '--lr'"]),
         (["train", "recipe.yaml", "more.yaml"], ["more.yaml", "one argument too many"]),
-        (["train", "recipe.yaml", "--max_steps"], ["max_steps", "expected one argument"]),
+        (["train", "recipe.yaml", "--max_steps"], ["--max_steps has no value"]),
         (["train", "train.jsonl"], ["train.jsonl", "not YAML"]),
         (["trian", "recipe.yaml"], ["unknown command 'trian'", "train"]),
         (["eval", "recipe.yaml", "--eval_file", "", "--general_file", ""], ["eval_file and general_file"]),
@@ -486,12 +561,15 @@ def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_writte
                 [sys.executable, "-c", SDFT + "sys.exit(main(sys.argv[1:]))", *argv], stderr=stderr, env=environment
             )
     started = {"train": "training:", "eval": "held-out prompts:", "generate": "answers:"}
+    answers = tmp_path / "answers.jsonl"
     try:
         deadline = time.monotonic() + 300
         for name, process in processes.items():
             errors = tmp_path / f"{name}.err"
-            while started[name] not in errors.read_text() or (
-                name == "train" and not (tmp_path / "out/checkpoint-2").exists()
+            while (
+                started[name] not in errors.read_text()
+                or (name == "train" and not (tmp_path / "out/checkpoint-2").exists())
+                or (name == "generate" and not answers.exists())
             ):
                 assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
                 time.sleep(0.1)
@@ -504,16 +582,14 @@ def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_writte
     finally:
         for process in processes.values():
             process.kill()
-    assert not (tmp_path / "answers.jsonl").exists()
+    assert all(json.loads(line)["completion"] is not None for line in answers.read_text().splitlines())
     assert not [name for _, folders, files in os.walk(tmp_path) for name in (*folders, *files) if ".saving" in name]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-2")
 
 
 def test_help_is_there_and_the_first_one_is_quick(capsys):
     for command in ("train", "eval", "generate"):
-        with pytest.raises(SystemExit) as left:
-            main([command, "--help"])
-        assert left.value.code == 0
+        assert main([command, "--help"]) == 0
         assert f"sdft {command} examples/demo.yaml" in capsys.readouterr().out
     code = "import sys, sdft, sdft.cli; sdft.cli.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -523,16 +599,66 @@ def test_help_is_there_and_the_first_one_is_quick(capsys):
 
 def test_the_demo_recipe_is_valid():
     from sdft.config import DataArguments, EvalArguments, ModelArguments, SDFTConfig
-    from sdft.recipe import RecipeParser, parse
+    from sdft.fields import own_fields, training_fields
+    from sdft.recipe import read
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    parser = RecipeParser([ModelArguments, DataArguments, EvalArguments, SDFTConfig])
-    model, data, evaluation, config = parse(parser, [os.path.join(root, "examples/demo.yaml")])
+    parts = (ModelArguments, DataArguments, EvalArguments)
+    given = read(
+        [os.path.join(root, "examples/demo.yaml")], own_fields(*parts) | training_fields(), command="sdft train"
+    )
+    model, data, evaluation, config = (given.make(part) for part in (*parts, SDFTConfig))
     assert model.model == "smollm2-135m-instruct"
     assert config.output_dir == "runs/demo"
     assert config.learning_rate == 5e-5
     for file in (data.train_file, evaluation.eval_file, evaluation.general_file):
         assert os.path.isfile(os.path.join(root, file))
+
+
+def test_help_begins_with_ten_settings_and_has_every_field_when_asked(capsys):
+    from sdft.fields import training_fields
+    from sdft.help import FIRST, GROUPS
+
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(FIRST) == 10 and len(short.splitlines()) < 90
+    assert [line.split()[0] for line in short.splitlines() if line.startswith("  --")] == [
+        f"--{name}" for name in FIRST
+    ]
+    assert main(["train", "--help-all"]) == 0
+    full = capsys.readouterr().out
+    described = [line.split()[0] for line in full.splitlines() if line.startswith("  --")]
+    assert len(set(described)) == len(described)
+    assert {f"--{name}" for name in training_fields()} < set(described)
+    for kind in (short, full):
+        assert max(map(len, kind.splitlines())) <= 120
+    assert {name for names in GROUPS.values() for name in names} >= set(FIRST)
+
+
+def test_env_says_what_is_installed_and_what_the_loss_runs_on(capsys, monkeypatch):
+    from sdft_kernels import cpu_backend
+
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert f"\n  torch         {torch.__version__}\n" in printed
+    assert "kernels in C, built when" in printed or not cpu_backend.library()
+    monkeypatch.setattr(cpu_backend, "library", lambda: None)
+    assert main(["env"]) == 0
+    assert "plain torch, for the kernels in C were not built" in capsys.readouterr().out
+    assert "one argument too many" in fails(capsys, ["env", "more"], 2)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sdft 0.")
+
+
+def test_the_lazy_names_are_there_for_tab_completion():
+    import sdft
+
+    assert {"SDFTConfig", "SDFTTrainer"} <= set(dir(sdft))
+
+
+def test_one_step_is_no_plural():
+    one, two = (describe(Summary("m", "sft", None, None, steps, 1.0, 0.5)) for steps in (1, 2))
+    assert "m: 1 step of" in one and "m: 2 steps of" in two
 
 
 def test_the_table_leaves_out_what_was_not_measured():

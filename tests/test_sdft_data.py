@@ -1,9 +1,12 @@
 import json
+import signal
 
 import datasets
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from sdft.data import WHERE, encode_demonstration, encode_prompt, encode_rows, load_rows
+from sdft.data import UNREAD, WHERE, Limits, encode_demonstration, encode_prompt, encode_rows, load_rows
 from sdft.errors import UsageError
 from sdft.templates import TEMPLATES
 from tests import tiny
@@ -55,6 +58,12 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{**GOOD, "answer": "  "}], "row 1: answer is '  '"),
         ([{**GOOD, "answer": 3}], "row 1: answer is a int"),
         ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),
+        ([GOOD, {"prompt": "a", "__where__": "elsewhere, row 7"}], "row 2 has no demonstration"),
+        ([GOOD, "[" * 100_000 + "\n"], "row 2 is not a row: it is nested too deeply"),
+        ([GOOD, '{"prompt": "a", "demonstration": "b", "n": ' + "9" * 5000 + "}\n"], "row 2 cannot be read: Exceeds"),
+        ([GOOD, '{"prompt": "a", "demonst'], "row 2 is not JSON"),
+        ([GOOD, '{"prompt": "a", "demonstration": "\\ud800"}\n'], "row 2: demonstration has '\\ud800', half of a"),
+        ([{"prompt": [{"role": "user", "content": "\ud800"}], "demonstration": "b"}], "row 1: prompt has"),
     ],
 )
 def test_bad_rows_are_refused_with_file_and_row(tmp_path, lines, message):
@@ -128,7 +137,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(method):
         encode_prompt(chat, tokenizer)
 
 
-def encode(rows, method="sdft", context=None, tokenizer=None):
+def encode(rows, method="sdft", context=None, tokenizer=None, tokens=None):
     encoded, *_ = encode_rows(
         load_rows(rows if isinstance(rows, list) else [rows]),
         tokenizer or tiny.tiny_tokenizer(),
@@ -136,7 +145,7 @@ def encode(rows, method="sdft", context=None, tokenizer=None):
         template=TEMPLATES["turn"],
         eos_ids=EOS,
         max_completion_length=10,
-        context=context,
+        limits=Limits(context, tokens),
     )
     return encoded
 
@@ -160,3 +169,128 @@ def test_a_prompt_longer_than_the_context_is_refused():
     assert encode(GOOD, "sft", context=6)
     with pytest.raises(UsageError, match="context of 5"):
         encode(GOOD, "sft", context=5)
+
+
+def test_a_row_does_not_say_where_it_is_from(tmp_path):
+    (row,) = load_rows(write(tmp_path / "rows.jsonl", {**GOOD, WHERE: "elsewhere, row 7"}))
+    assert row[WHERE] == f"{tmp_path}/rows.jsonl, row 1"
+    (again,) = load_rows([row], name="dataset")  # as a run does that has read them before
+    assert again[WHERE] == row[WHERE]
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([GOOD] * 50).to_parquet(path)
+    for size in (0, 3, path.stat().st_size // 2):
+        path.write_bytes(path.read_bytes()[:size] if size else b"")
+        with pytest.raises(UsageError, match=r"rows.parquet cannot be read as Parquet"):
+            load_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+            "has not ended after 0.1 seconds",
+        ),
+        ("{{ messages[0].content / 0 }}", "refuses the messages"),
+        ("{{ range(10 ** 9) | list }}", "refuses the messages"),
+    ],
+)
+def test_a_chat_template_that_never_ends_or_fails_is_one_sentence(template, message, monkeypatch):
+    monkeypatch.setattr("sdft.data.TEMPLATE_SECONDS", 0.1)
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match=rf"^rows, row 3: the tokenizer's chat template {message}"):
+        encode_prompt("a", tokenizer, "rows, row 3")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def words(*, chat=False, **post):
+    """A tokenizer of words that puts a space before a text, as SentencePiece has it, and adds `post` around one."""
+    vocabulary = ["<unk>", "</s>", "<u>", "<a>", "▁hi", "hi", "▁Yes", "Yes"]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    if post:
+        special = [("</s>", 1), ("<u>", 2)]
+        backend.post_processor = processors.TemplateProcessing(single=post["around"], special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", extra_special_tokens=["<u>", "<a>"]
+    )
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}"
+            "{% if m.role != 'user' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+        )
+    return tokenizer
+
+
+def test_a_demonstration_is_tokenised_as_the_rest_of_its_chat():
+    row = {"prompt": "hi", "demonstration": "Yes", WHERE: "row"}
+    tokenizer = words(chat=True)
+    assert tokenizer("Yes", add_special_tokens=False)["input_ids"] == [6]
+    assert encode_prompt("hi", tokenizer) == [2, 5, 3]
+    assert encode_demonstration(row, tokenizer, frozenset({1})) == [7, 1]
+
+
+@pytest.mark.parametrize(
+    ("around", "expected"), [("$A </s>", [4]), ("<u> $A", [2, 4]), ("<u> $A </s>", [2, 4]), ("$A", [4])]
+)
+def test_nothing_stands_between_a_prompt_and_its_answer(around, expected):
+    """A tokenizer may put tokens around a text; those after it would end the answer before it began."""
+    assert encode_prompt("hi", words(around=around)) == expected
+
+
+def test_a_demonstration_after_a_prompt_without_a_chat_template_is_its_rest():
+    row = {"prompt": "hi", "demonstration": " Yes", WHERE: "row"}
+    assert encode_demonstration(row, words(around="$A </s>"), frozenset({1})) == [6, 1]
+
+
+@pytest.mark.parametrize("field", UNREAD)
+def test_a_field_that_other_trainers_read_is_refused_by_name(field):
+    with pytest.raises(UsageError, match=f"dataset, row 2 has {field}, which are not read here"):
+        load_rows([GOOD, {**GOOD, field: [1]}])
+    load_rows([{**GOOD, field: None}])
+
+
+def test_a_demonstration_of_several_turns_is_refused_where_a_teacher_is_to_see_it():
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    row = {"prompt": "p", "demonstration": [*turns, turns[0]]}
+    with pytest.raises(UsageError, match=r"row 1: demonstration has 3 messages \(assistant, user, assistant\)"):
+        encode(load_rows([row]))
+    with pytest.raises(UsageError, match="a message has tool_calls, which the teacher's prompt cannot show"):
+        encode(load_rows([{"prompt": "p", "demonstration": [{**turns[0], "tool_calls": [{"name": "f"}]}]}]))
+    assert encode(load_rows([{"prompt": "p", "demonstration": turns[:1]}]))
+
+
+def test_a_template_that_drops_part_of_the_demonstration_is_named_once(caplog):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content.split('/')[-1]")
+    assert "split" in tokenizer.chat_template
+    rows = load_rows([{"prompt": "p", "demonstration": text} for text in ("a", "t/b", "u/c")])
+    encode(rows, tokenizer=tokenizer)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the tokenizer's chat template leaves out a part of the demonstration in 2 of 3 rows, the first in dataset, "
+        "row 2: the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template "
+        "than 'turn' keeps it)"
+    ]
+
+
+def test_a_tokenizer_without_a_chat_template_is_named_once(caplog):
+    encode(GOOD, tokenizer=tiny.tiny_tokenizer(chat=False))
+    assert [record.getMessage()[:40] for record in caplog.records] == ["the tokenizer has no chat template: the "]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"prompt": "pz", "demonstration": "a"}], "the prompt has the token 'z', number"),
+        ([{"prompt": "p", "demonstration": "z"}], "the teacher prompt has the token 'z', number"),
+    ],
+)
+def test_a_token_without_an_embedding_is_named(rows, words):
+    tokenizer = tiny.tiny_tokenizer()
+    known = tokenizer.convert_tokens_to_ids("z")
+    with pytest.raises(UsageError, match=f"row 1: {words} {known}, and the model has embeddings for {known}; "):
+        encode(load_rows(rows), tokenizer=tokenizer, tokens=known)

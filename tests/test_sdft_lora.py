@@ -11,7 +11,8 @@ from sdft import SDFTTrainer
 from sdft.config import LoraArguments
 from sdft.errors import TrainingError, UsageError
 from sdft.loss import check_head
-from sdft.models import add_lora, causal_lm, check_apart, load_model
+from sdft.model_files import check_apart
+from sdft.models import add_lora, causal_lm, load_model
 from sdft.teacher import make_teacher
 from tests import tiny
 from tests.test_sdft_trainer import Gradients, assert_equal_weights, full_logits, trained, trainer, weights

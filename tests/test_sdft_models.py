@@ -1,16 +1,22 @@
 import importlib.util
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sdft import models
 from sdft.config import LoraArguments, SDFTConfig
 from sdft.data import encode_prompt
 from sdft.errors import UsageError
+from sdft.gguf_cache import cache_folder
 from sdft.layout import Sample, lay_out
 from sdft.loss import check_head, distillation_loss
-from sdft.models import BUILT_IN, add_lora, context_length, eos_token_ids, load_model, resolve
+from sdft.models import BUILT_IN, add_lora, eos_token_ids, limits, load_model, resolve
 from sdft.rollout import generate
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
@@ -23,7 +29,7 @@ def test_a_local_folder_loads_in_the_type_asked_for(tmp_path):
         model, tokenizer = load_model(str(tmp_path), dtype)
         assert model.dtype == expected
         assert tokenizer.eos_token == "<eos>"
-    assert context_length(model) == 160
+    assert limits(model) == (160, 101)
 
 
 def test_a_gguf_file_is_a_folder_and_a_name(tmp_path):
@@ -41,6 +47,111 @@ def test_a_gguf_file_is_saved_under_the_name_that_loads_it(tmp_path, monkeypatch
     model, _ = load_model(name)
     assert model.config._name_or_path == model.name_or_path == name
     assert add_lora(model, LoraArguments(lora_rank=2)).peft_config["default"].base_model_name_or_path == name
+
+
+@pytest.fixture
+def gguf(tmp_path, monkeypatch):
+    """A GGUF file, the folder of the cache, and how often the file was read."""
+    file, reads, load_files = tmp_path / "weights.gguf", [], models._load_files
+    file.write_bytes(b"GGUF")
+
+    def load(name, source, files, dtype, trust):
+        if not files:
+            return load_files(name, source, files, dtype, trust)
+        reads.append(dtype)
+        return tiny.tiny_model().to(getattr(torch, dtype)), tiny.tiny_tokenizer()
+
+    monkeypatch.setattr(models, "_load_files", load)
+    monkeypatch.setenv("SDFT_CACHE_DIR", str(tmp_path / "cache"))
+    return file, tmp_path / "cache", reads
+
+
+def test_a_gguf_file_is_read_once(gguf, capsys, monkeypatch):
+    file, cache, reads = gguf
+    first, tokenizer = load_model(str(file))
+    again, same = load_model(str(file))
+    assert reads == ["float32"]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert again.config._name_or_path == str(file) and again.dtype == torch.float32
+    assert same.get_vocab() == tokenizer.get_vocab() and same.chat_template == tokenizer.chat_template
+    assert eos_token_ids(again, same) == eos_token_ids(first, tokenizer)
+    load_model(str(file), "bfloat16")  # other numbers
+    file.write_bytes(b"GGUF, another")
+    load_model(str(file))
+    assert reads == ["float32", "bfloat16", "float32"] and len(list(cache.iterdir())) == 3
+    out, err = capsys.readouterr()
+    assert not out and "sdft:" not in err  # nobody is at a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    file.write_bytes(b"GGUF, a third")
+    load_model(str(file))
+    load_model(str(file))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sdft:")]
+    assert [" ".join(line.split()[:3]) for line in said] == ["sdft: reading " + str(file) + ",", "sdft: kept it"]
+    assert said[1].endswith(" MiB)")
+
+
+def test_a_damaged_cache_is_made_anew_and_one_that_cannot_be_written_is_no_error(gguf, monkeypatch):
+    file, cache, reads = gguf
+    load_model(str(file))
+    (folder,) = cache.iterdir()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    load_model(str(file))
+    load_model(str(file))
+    assert reads == ["float32"] * 2
+    for name in ("/proc/nowhere", str(file / "no"), ""):  # the last: none is wanted
+        monkeypatch.setenv("SDFT_CACHE_DIR", name)
+        load_model(str(file))
+    assert reads == ["float32"] * 5
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setenv("SDFT_CACHE_DIR", str(file.parent / "full"))
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        load_model(str(file))
+    assert os.listdir(file.parent / "full") == []
+
+
+def test_the_cache_is_the_users(monkeypatch):
+    monkeypatch.delenv("SDFT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert str(cache_folder()) == "/elsewhere/sdft"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path("~/.cache/sdft").expanduser()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_model_file_that_is_cut_off_is_named(name, tmp_path):
+    tiny.tiny_model().save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for size in (0, 5, len(whole) // 2):
+        (tmp_path / name).write_bytes(whole[:size])
+        with pytest.raises(UsageError, match=f"which cannot be loaded: {name} in it is damaged or cut off") as refused:
+            load_model(str(tmp_path))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_gguf_file_that_is_cut_off_is_named(smollm2_folder, tmp_path):
+    with open(next(smollm2_folder.glob("*.gguf")), "rb") as whole:
+        (tmp_path / "half.gguf").write_bytes(whole.read(2_000_000))
+    with pytest.raises(UsageError, match=r"half.gguf', which cannot be loaded: the file is damaged, cut off, or"):
+        load_model(str(tmp_path / "half.gguf"))
+
+
+def test_an_adapter_file_that_is_cut_off_is_named(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny.tiny_model().save_pretrained(base)
+    tiny.tiny_tokenizer().save_pretrained(base)
+    add_lora(load_model(str(base))[0], LoraArguments(lora_rank=2)).save_pretrained(folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UsageError, match=name.replace(".", r"\.")):
+            load_model(str(folder))
+        (folder / name).write_bytes(whole)
 
 
 def test_the_built_in_model_says_how_to_get_it_when_it_is_not_there(monkeypatch):

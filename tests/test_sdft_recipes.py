@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdft import cli, run
+from sdft import cli, paths, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
@@ -35,6 +35,7 @@ FOR_GPU = [name for name in RECIPES if name.startswith("qwen")]
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """What `sdft train RECIPE` hands to the run, by field."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "check_readable", lambda field, name: None)  # a recipe names files that are the user's
 
     def read(name: str) -> dict[str, Any]:
         handed: list[Any] = []
@@ -96,6 +97,7 @@ def test_no_and_true_mean_what_they_say(settings: Any, tmp_path_factory: pytest.
 
 def test_log_completions_may_be_true_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[Any] = []
+    monkeypatch.chdir(EXAMPLES.parent)
     monkeypatch.setattr(run, "train", lambda *settings, started: handed.append(settings[-1].log_completions))
     for value in ("true", "False", "3"):
         assert cli.main(["train", str(EXAMPLES / "demo.yaml"), "--log_completions", value]) == 0

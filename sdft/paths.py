@@ -1,0 +1,62 @@
+"""What can be known of files and folders before anything is loaded: whether they are there, and can be written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdft.errors import UsageError
+
+
+def check_readable(field: str, name: str | None) -> None:
+    """UsageError if the file that a field names is not there or cannot be read."""
+    if not name:
+        return
+    try:
+        found = os.path.isfile(name)
+    except ValueError:  # a zero in the name
+        found = False
+    if not found:
+        raise UsageError(f"{field} is {name!r}; there is no such file")
+    if not os.access(name, os.R_OK):
+        raise UsageError(f"{field} is {name!r}, which may not be read")
+
+
+def check_writable(folder: str | Path) -> None:
+    """UsageError if nothing could be written to output_dir; leaves nothing."""
+    path = Path(folder).absolute()
+    refused = f"output_dir is {str(folder)!r}, which cannot be"
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not existing.is_dir():
+            raise UsageError(f"{refused} made: {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UsageError(f"{refused} written: {existing} is read-only here")
+        os.rmdir(tempfile.mkdtemp(dir=existing, prefix=".sdft"))  # there are folders that permissions say nothing of
+    except OSError as error:
+        raise UsageError(f"{refused} written: {error.strerror}") from error
+
+
+def check_output_file(field: str, name: str | None, *, inputs: Sequence[str | None] = ()) -> None:
+    """UsageError if the file that a field names could not be written, or if that would cost one of the inputs."""
+    if name is None:
+        return
+    path = Path(name)
+    refused = f"{field} is {name!r}"
+    try:
+        if path.is_dir():
+            raise UsageError(f"{refused}, a folder; it must be a file to write")
+        if path.exists() and not path.is_file():  # its place would be taken by a file
+            raise UsageError(f"{refused}, a device or a pipe; it must be a file to write")
+        if not path.parent.is_dir():
+            raise UsageError(f"{refused}; there is no such folder to write it in")
+        if path.exists() and any(os.path.samefile(path, each) for each in inputs if each):
+            raise UsageError(f"{refused}, which is read too; it must be another file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{refused}, which may not be written")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{refused}, which cannot be written: {error}") from error
