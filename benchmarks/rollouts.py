@@ -10,7 +10,7 @@ from torch import Tensor
 from sdft.data import encode_rows, load_rows
 from sdft.layout import Sample, lay_out
 from sdft.loss import find_head, hidden_states
-from sdft.models import context_length, eos_token_ids, load_model
+from sdft.models import eos_token_ids, limits, load_model
 from sdft.rollout import generate, seeded
 from sdft.templates import parse_template
 
@@ -33,7 +33,7 @@ def smollm2_states(prompts: int = 16, new_tokens: int = 18) -> tuple[Tensor, Ten
         template=parse_template("turn"),
         eos_ids=eos_ids,
         max_completion_length=new_tokens,
-        context=context_length(model),
+        limits=limits(model),
     )
     with seeded(torch.device("cpu"), 0):
         answers = generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from transformers import ContinuousBatchingConfig, TrainingArguments
+from transformers import ContinuousBatchingConfig, PreTrainedModel, TrainingArguments
 
 #: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
 #: have that measure rollouts too (docs/gpu.md).
@@ -17,6 +17,19 @@ def batching_config(*, page_size: int, auto_switch_to_flash: bool, **options: An
     if _PAGES_ARE_BLOCKS:
         return ContinuousBatchingConfig(block_size=page_size, **options)
     return ContinuousBatchingConfig(page_size=page_size, auto_switch_to_flash=auto_switch_to_flash, **options)
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The quantised model with plain weights, in its type: what transformers' `dequantize` gives, and leaves undone.
+
+    It keeps the quantised weights' conversions, with which the model could not be saved, and the marks of their types.
+    """
+    model = model.dequantize()
+    setattr(model, "_weight_conversions", [])  # noqa: B010  # a name that the class does not declare
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, mark):
+            setattr(model, mark, False)
+    return model
 
 
 if TYPE_CHECKING or hasattr(TrainingArguments, "activation_checkpointing"):

@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from sdft._compat import Arguments
 from sdft.config import MethodSettings, check_at_least, chosen
 from sdft.errors import UsageError
+from sdft.inherited import SAMPLING_STRATEGIES, check_settings
 from sdft.rollout import BACKENDS
 
 METRICS = ("accuracy", "forgetting")
@@ -32,8 +33,18 @@ class SDFTConfig(MethodSettings, Arguments):
         self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_at_least(name, getattr(self, name), 1)
+        check_settings(self)
+        order = chosen("train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING_STRATEGIES)
+        if order == "sequential" and self.num_iterations > 1:
+            raise UsageError(
+                f"train_sampling_strategy is 'sequential' and num_iterations {self.num_iterations}; rows that serve "
+                "several steps come in random order"
+            )
         self._choose_metric()
-        Arguments.__post_init__(self)
+        try:
+            Arguments.__post_init__(self)
+        except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
+            raise UsageError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
         check_installed("report_to", self.report_to)
         if self.lr_scheduler_type in FOLLOW_METRIC:
             mode = "max" if self.greater_is_better else "min"

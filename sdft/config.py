@@ -388,8 +388,6 @@ class MethodSettings(EvalSettings):
                 f"skip_tokens is {self.skip_tokens}; it must be below max_completion_length, which is "
                 f"{self.max_completion_length}, or no token is left to learn from"
             )
-        if self.remove_unused_columns:
-            raise UsageError("remove_unused_columns is True; it must be False: the rows are made of other columns")
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft.errors import UsageError
 from sdft.templates import Message, as_messages, is_messages, teacher_messages
@@ -21,9 +22,21 @@ from sdft.templates import Message, as_messages, is_messages, teacher_messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
+COLUMNS = ("prompt", "demonstration", "answer")
+#: What other trainers read of a row, and would change what the model sees: refused where a row has it.
+UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 TEMPLATE_SECONDS = 10  # a chat template takes microseconds; one that takes longer may never end
+
+
+class Limits(NamedTuple):
+    """What a model can read: how many positions, and how many tokens it has embeddings for; None is any number."""
+
+    context: int | None = None
+    tokens: int | None = None
 
 
 class Place(str):
@@ -86,6 +99,9 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is a {type(row).__name__}; it must be an object with the fields {', '.join(need)}")
     _check_characters(row, where)
+    for field in UNREAD:
+        if row.get(field):
+            raise UsageError(f"{where} has {field}, which are not read here; the row must be without, or without them")
     for field in need:
         if row.get(field) in (None, "", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has no {field}")
@@ -131,12 +147,34 @@ def encode_prompt(
 
     `where` is what errors call the row that it is from.
     """
+    return _opening_ids(opening(prompt, tokenizer, where), tokenizer)
+
+
+def opening(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None) -> str:
+    """The text that the model's answer follows."""
     if tokenizer.chat_template:
-        text = render(as_messages(prompt), tokenizer, add_generation_prompt=True, where=where)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not isinstance(prompt, str):
-        prompt = "\n\n".join(message["content"] for message in prompt)
-    return tokenizer(prompt)["input_ids"]
+        return render(as_messages(prompt), tokenizer, add_generation_prompt=True, where=where)
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+def _opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without a chat template, which has its own, what the tokenizer puts before a text; never what it puts after."""
+    bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.chat_template:
+        return bare
+    whole: list[int] = tokenizer(text)["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
+    return whole if start is None else whole[: start + len(bare)]
+
+
+def _answer_ids(before: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The answer as the tokenizer has it after the text before it: some begin a text by itself with a space."""
+    begin: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(before + answer, add_special_tokens=False)["input_ids"]
+    if whole[: len(begin)] == begin:
+        return whole[len(begin) :]
+    return tokenizer(answer, add_special_tokens=False)["input_ids"]  # a token reaches over the end of the prompt
 
 
 def render(
@@ -185,17 +223,18 @@ def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: 
     demonstration = row["demonstration"]
     if not tokenizer.chat_template:
         text = demonstration if isinstance(demonstration, str) else "\n\n".join(m["content"] for m in demonstration)
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], _end_token(tokenizer, eos_ids)]
+        before = opening(row["prompt"], tokenizer, row[WHERE])
+        return [*_answer_ids(before, text, tokenizer), _end_token(tokenizer, eos_ids)]
     answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
     messages = as_messages(row["prompt"])
-    opening = render(messages, tokenizer, add_generation_prompt=True, where=row[WHERE])
+    before = opening(messages, tokenizer, row[WHERE])
     whole = render([*messages, *answer], tokenizer, add_generation_prompt=False, where=row[WHERE])
-    if not whole.startswith(opening):
+    if not whole.startswith(before):
         raise UsageError(
             f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
             "generation prompt, so that there is no sequence to train method 'sft' on"
         )
-    ids = tokenizer(whole[len(opening) :], add_special_tokens=False)["input_ids"]
+    ids = _answer_ids(before, whole[len(before) :], tokenizer)
     last = max((position for position, token in enumerate(ids) if token in eos_ids), default=None)
     return [*ids, _end_token(tokenizer, eos_ids)] if last is None else ids[: last + 1]
 
@@ -220,33 +259,81 @@ def encode_rows(
     template: list[Message],
     eos_ids: frozenset[int],
     max_completion_length: int,
-    context: int | None,
+    limits: Limits,
 ) -> list[Row]:
-    """The rows with the token ids that training needs, each checked against the model's context length.
+    """The rows with the token ids that training needs, each checked against what the model can read.
 
     `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
     it is asked for.
     """
-    encoded = []
+    if not tokenizer.chat_template:
+        logger.warning(
+            "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
+        )
+    encoded, cut = [], []
     for row in rows:
         ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer, row[WHERE])}
         room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
             ids["completion_ids"] = encode_demonstration(row, tokenizer, eos_ids)
             room = max(room, len(ids["completion_ids"]))
-        check_context(row, "prompt", len(ids["prompt_ids"]), room, context)
+        check_ids(row, "prompt", ids["prompt_ids"], tokenizer, room, limits)
+        if "completion_ids" in ids:
+            check_ids(row, "demonstration", ids["completion_ids"], tokenizer, 0, limits)
         if method != "sft":
-            chat = teacher_messages(row["prompt"], row["demonstration"], template)
-            ids["teacher_prompt_ids"] = encode_prompt(chat, tokenizer, row[WHERE])
-            check_context(row, "teacher prompt", len(ids["teacher_prompt_ids"]), max_completion_length, context)
+            text = opening(teacher_chat(row, template), tokenizer, row[WHERE])
+            ids["teacher_prompt_ids"] = _opening_ids(text, tokenizer)
+            check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
+            if _text_of(row["demonstration"]).strip() not in text:
+                cut.append(row[WHERE])
         encoded.append(ids)
+    if cut:
+        logger.warning(
+            "the tokenizer's chat template leaves out a part of the demonstration in %d of %d rows, the first in %s: "
+            "the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template than "
+            "'turn' keeps it)",
+            len(cut),
+            len(rows),
+            cut[0],
+        )
     return encoded
 
 
-def check_context(row: Row, kind: str, prompt_length: int, room: int, context: int | None) -> None:
-    """Refuse a row whose prompt leaves no room for a completion of `room` tokens in the model's context."""
-    if context is not None and prompt_length + room > context:
+def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
+    """The chat that the teacher sees of a row. UsageError for what a template cannot show of it."""
+    demonstration, last = row["demonstration"], as_messages(row["prompt"])[-1]
+    shown = [last] if isinstance(demonstration, str) else [last, *demonstration]
+    if other := sorted({name for message in shown for name, value in message.items() if value} - {"role", "content"}):
         raise UsageError(
-            f"{row[WHERE]}: the {kind} has {prompt_length} tokens, and with {room} more for the completion it is "
-            f"longer than the model's context of {context}"
+            f"{row[WHERE]}: a message has {', '.join(other)}, which the teacher's prompt cannot show; messages of the "
+            "demonstration, and the last of the prompt, must be a role and a content"
+        )
+    roles = [message["role"] for message in shown[1:]]
+    if len(roles) > 1:
+        raise UsageError(
+            f"{row[WHERE]}: demonstration has {len(roles)} messages ({', '.join(roles)}); for a teacher it must be "
+            "text or one message, for its prompt could not say who speaks"
+        )
+    return teacher_messages(row["prompt"], demonstration, template)
+
+
+def _text_of(demonstration: str | list[Message]) -> str:
+    return demonstration if isinstance(demonstration, str) else demonstration[-1]["content"]
+
+
+def check_ids(
+    row: Row, kind: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int, limits: Limits
+) -> None:
+    """Refuse ids that the model has no embedding for, or that leave no room for a completion of `room` tokens."""
+    if limits.tokens is not None and (largest := max(ids, default=0)) >= limits.tokens:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UsageError(
+            f"{row[WHERE]}: the {kind} has the token {token!r}, number {largest}, and the model has embeddings for "
+            f"{limits.tokens}; the tokenizer must be the model's own, or the model's embeddings resized to it "
+            "(resize_token_embeddings)"
+        )
+    if limits.context is not None and len(ids) + room > limits.context:
+        raise UsageError(
+            f"{row[WHERE]}: the {kind} has {len(ids)} tokens, and with {room} more for the completion it is "
+            f"longer than the model's context of {limits.context}"
         )

@@ -18,16 +18,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.config import EvalSettings
-from sdft.data import WHERE, Row, check_context, encode_prompt, load_rows
+from sdft.data import WHERE, Row, check_ids, encode_prompt, load_rows, teacher_chat
+from sdft.forward import evaluating
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
-from sdft.models import context_length, eos_token_ids
+from sdft.models import eos_token_ids, limits
 from sdft.rollout import batches_by_length, generate
 from sdft.sampling import seed_of
 from sdft.scorers import SCORERS, Scorer, check_answers, exact
 from sdft.shares import each_batch, processes
 from sdft.teacher import Teacher
-from sdft.templates import Message, teacher_messages
+from sdft.templates import Message
 
 #: Told of each answer as soon as it is made: its number, its row, its text, and whether it is right, if that is known.
 Made = Callable[[int, Row, str, bool | None], None]
@@ -43,10 +44,10 @@ def prompts_for(
     """Token ids of the rows' prompts, or with a template of the teacher's prompts, checked against the context."""
     encoded = []
     for row in rows:
-        chat = teacher_messages(row["prompt"], row["demonstration"], template) if template else row["prompt"]
+        chat = teacher_chat(row, template) if template else row["prompt"]
         ids = encode_prompt(chat, tokenizer, row[WHERE])
         kind = "teacher prompt" if template else "prompt"
-        check_context(row, kind, len(ids), max_new_tokens, context_length(model))
+        check_ids(row, kind, ids, tokenizer, max_new_tokens, limits(model))
         encoded.append(ids)
     return encoded
 
@@ -180,10 +181,8 @@ def forgetting(
         out = divergence(model, seen, batch, autocast=autocast, divergence="forward_kl", reduction="sum")
         return float(out.loss)
 
-    training = model.training
-    model.eval()
-    total = sum(each_batch(_batches(samples, batch_size, share), moved, share=share, progress=progress))
-    model.train(training)
+    with evaluating(model):
+        total = sum(each_batch(_batches(samples, batch_size, share), moved, share=share, progress=progress))
     return total / max(sum(map(len, answers.completions)), 1)
 
 

@@ -1,4 +1,4 @@
-"""Computing something else in a module's forward pass, so that what is wrapped around the module sees it.
+"""How a module's forward pass is run: as what else, and in which mode.
 
 DDP and FSDP prepare parameters and collect gradients around a module's forward pass. The loss is none of the forward
 passes that a model comes with: it needs the backbone's hidden states and the head's weight. It is therefore run as
@@ -7,7 +7,8 @@ the forward pass of the model, and the products with the head as the forward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from torch import nn
@@ -37,3 +38,18 @@ def as_forward_of(wrapper: nn.Module, module: nn.Module, function: Callable[[], 
         return wrapper()
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without what is for training alone: noise, dropout, activation checkpointing.
+
+    Afterwards each of its modules is in the mode that it had.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

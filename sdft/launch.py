@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.liger import apply_liger_kernel
@@ -14,15 +15,34 @@ from transformers.training_args import OptimizerNames
 
 from sdft.config import SDFTConfig
 from sdft.errors import UsageError
-from sdft.models import has_adapter
+from sdft.inherited import REFUSED
+from sdft.models import causal_lm, has_adapter
 
 
 def check_launch(trainer: Trainer) -> None:
     """UsageError for what cannot work, before any teacher is made."""
     if trainer.is_deepspeed_enabled:
         raise UsageError("deepspeed is set; it must not be: several GPUs take DDP or FSDP2 (accelerate launch)")
-    if trainer.args.torch_compile:
-        raise UsageError("torch_compile is True; it must be False, for the loss is no forward pass of the model's")
+    state = trainer.accelerator.state  # in which `accelerate launch` and its configuration have a say
+    if (dynamo := state.dynamo_plugin.backend) != DynamoBackend.NO:
+        raise UsageError(f"dynamo_backend is {dynamo.value}; it must be no: {REFUSED['torch_compile']}")
+    loading = trainer.accelerator.dataloader_config
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(loading, name):
+            raise UsageError(f"accelerator_config has {name}; it must not, for batches are rows and go to one process")
+    if trainer.accelerator.mixed_precision not in ("no", "bf16", "fp16"):
+        raise UsageError(f"mixed_precision is {trainer.accelerator.mixed_precision!r}; it may be no, bf16 or fp16")
+    if state.distributed_type == DistributedType.MEGATRON_LM or getattr(state, "parallelism_config", None) is not None:
+        raise UsageError(
+            "accelerate is set to split layers or sequences over processes; it must not be: several GPUs take DDP or "
+            "FSDP2"
+        )
+    quantised = getattr(causal_lm(cast(nn.Module, trainer.model)).config, "quantization_config", None)
+    if trainer.args.device.type == "cpu" and getattr(quantised, "quant_method", None) == "bitsandbytes":
+        raise UsageError(
+            "the model is quantised by bitsandbytes and trains on a CPU; it must be on a GPU, for on a CPU its weights "
+            "are rounded again each time rollouts and training alternate"
+        )
     if trainer.is_fsdp_enabled:
         adapter = has_adapter(cast(nn.Module, trainer.model))
         _check_fsdp(trainer.accelerator.state.fsdp_plugin, adapter, cast(SDFTConfig, trainer.args).teacher_cache_gib)
@@ -54,27 +74,41 @@ def prepare_packages(trainer: Trainer) -> None:
     and after all that is measured before.
     """
     args = trainer.args
-    with _installed(f"use_liger_kernel is {args.use_liger_kernel}"):
+    with installed(f"use_liger_kernel is {args.use_liger_kernel}"):
         if args.use_liger_kernel:
             apply_liger_kernel(trainer.model, args.liger_kernel_config)
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-        with _installed(f"optim is '{OptimizerNames(args.optim).value}'"):
+        with installed(f"optim is '{OptimizerNames(args.optim).value}'"):
             trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, trainer.model))
 
 
 @contextlib.contextmanager
-def _installed(asked: str) -> Iterator[None]:
+def installed(asked: str) -> Iterator[None]:
     """UsageError where what was asked for is not to be had."""
     try:
         yield
+    except UsageError:
+        raise
     except (ImportError, ValueError) as error:
         raise UsageError(f"{asked}, which cannot be had here: {' '.join(str(error).split())}") from error
 
 
+def is_noise(name: str, value: Any) -> bool:
+    """Whether a setting of a model, by its name and value, is how much of dropout or of a router's noise there is."""
+    return isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
+
+
 def switch_off_dropout(model: nn.Module) -> None:
-    """Student and teacher are compared token by token; dropout would be noise in what the student learns."""
+    """Student and teacher are compared token by token; dropout would be noise in what the student learns.
+
+    It is a module, or a number that a module gives to a function; an adapter's layer has a number for each adapter.
+    What is neither, `sdft.loss.check_head` finds.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            cast(Any, module).attention_dropout = 0.0
+        if "Dropout" in type(module).__name__ and hasattr(module, "p"):
+            setattr(module, "p", 0.0)  # noqa: B010  # which not every module has
+        for name, value in vars(module).items():
+            if is_noise(name, value):
+                setattr(module, name, 0.0)
+            elif isinstance(value, dict) and "drop" in name:
+                value.update({adapter: 0.0 for adapter, rate in value.items() if is_noise(name, rate)})

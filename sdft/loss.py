@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
-from sdft.forward import Result, as_forward_of
+from sdft.forward import Result, as_forward_of, evaluating
+from sdft.launch import is_noise
 from sdft.layout import Batch
 from sdft.prompt_cache import PromptCache
 from sdft.teacher import Teacher
@@ -94,19 +95,15 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dt
     """
     if backbone(model) is model:
         raise TrainingError(f"{type(model).__name__} has no backbone apart from its head, and the loss needs one")
-    training = model.training
-    model.eval()
     input_ids = torch.tensor([list(tokens)], device=model.device)
     own = torch.arange(len(tokens), device=model.device)
-    with _autocast(model.device, autocast):
+    with evaluating(model), _autocast(model.device, autocast):
         expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
         hidden = hidden_states(model, input_ids, own)
-        followed = [hidden_states(model, nn.functional.pad(input_ids, (0, 8), value=v), own).float() for v in (0, 1)]
-    model.train(training)
+        followed = [hidden_states(model, nn.functional.pad(input_ids, (0, 8), value=v), own) for v in (0, 1)]
     head = find_head(model)
     tolerance = max(1e-4, 4 * torch.finfo(autocast or head.weight.dtype).eps)
-    moved = ((followed[0] - followed[1]).abs().max() / followed[0].abs().max().clamp_min(1e-6)).item()
-    if moved > tolerance:
+    if (moved := _moved(*followed)) > tolerance:
         raise TrainingError(
             f"{type(model).__name__} lets a token see those after it: its hidden states move by {moved:.2g} of the "
             "largest when these change, and the loss needs a causal model"
@@ -122,13 +119,37 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dt
             f"{type(model).__name__} has logits of shape {tuple(expected.shape)} where its head gives "
             f"{tuple(measured.shape)}, so that the loss cannot be computed from its hidden states"
         )
-    difference = ((measured - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+    difference = _moved(expected, measured)
     if not difference <= tolerance:  # a NaN is refused too
         raise TrainingError(
             f"{type(model).__name__} has logits that its head (scale {head.scale:g}, soft-cap {head.softcap}, bias "
             f"{'yes' if head.bias is not None else 'no'}) does not reproduce: they differ by {difference:.2g} of the "
             f"largest logit, where {tolerance:.2g} is rounding; the loss would not be this model's"
         )
+
+
+@torch.no_grad()
+def check_same_in_training(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dtype | None = None) -> None:
+    """Refuse a model that computes something else in training, as dropout has it: the teacher would be met in noise."""
+    input_ids = torch.tensor([list(tokens)], device=model.device)
+    own = torch.arange(len(tokens), device=model.device)
+    with evaluating(model), _autocast(model.device, autocast):
+        expected = hidden_states(model, input_ids, own)
+        model.train()
+        moved = _moved(expected, hidden_states(model, input_ids, own))
+    if not moved <= max(1e-4, 4 * torch.finfo(expected.dtype).eps):
+        settings = {k: v for k, v in model.config.get_text_config().to_dict().items() if is_noise(k, v)}
+        raise TrainingError(
+            f"{type(model).__name__} computes something else in training: its hidden states move by {moved:.2g} of the "
+            "largest, and the loss needs a model without dropout and noise "
+            f"(its configuration has {', '.join(f'{k} {v}' for k, v in settings.items()) or 'no setting for it'})"
+        )
+
+
+def _moved(from_: Tensor, to: Tensor) -> float:
+    """The largest difference as a share of the largest number."""
+    from_, to = from_.float(), to.float()
+    return ((to - from_).abs().max() / from_.abs().max().clamp_min(1e-6)).item()
 
 
 @dataclass(frozen=True)

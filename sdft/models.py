@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from sdft._compat import dequantized
+from sdft.data import Limits
 from sdft.errors import UsageError
 from sdft.gguf_cache import keep, kept_model, say
 from sdft.model_files import ADAPTER, BUILT_IN, base_of, damaged, local_path, refuse_pickled, resolve
@@ -47,6 +57,18 @@ def load_model(
     return model, tokenizer
 
 
+def _from_pretrained(source: str, **options: Any) -> PreTrainedModel:
+    """The model that writes text, which may be one that also sees: some of those have no class for text alone."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+    except ValueError:
+        files = {name: value for name, value in options.items() if name in ("gguf_file", "trust_remote_code")}
+        config = AutoConfig.from_pretrained(source, **files)
+        if config.get_text_config() is config:
+            raise
+        return AutoModelForImageTextToText.from_pretrained(source, **options)
+
+
 def _load_files(
     name: str, source: str, files: dict[str, str], dtype: str, trust: Trust
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -58,7 +80,7 @@ def _load_files(
     code = trust["trust_remote_code"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
-        model = AutoModelForCausalLM.from_pretrained(source, **files, **options, trust_remote_code=code)
+        model = _from_pretrained(source, **files, **options, trust_remote_code=code)
     except MemoryError:
         raise
     except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
@@ -109,7 +131,9 @@ def _load_adapter(
     base, folder = base_of(adapter), str(adapter.parent)
     model, tokenizer = load_model(base, dtype, device, **trust)
     try:
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
+        model = _merged(PeftModel, model, folder).requires_grad_(True)
+    except UsageError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if broken := damaged(adapter.parent):
@@ -123,6 +147,57 @@ def _load_adapter(
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"model is {folder!r}, an adapter whose tokenizer cannot be loaded: {reason}") from error
     return model, tokenizer
+
+
+def _merged(peft_model: Any, model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The model with the adapter in `folder` in its weights, which are numbers then: quantised ones cannot take it."""
+    if getattr(model, "is_quantized", False):
+        try:
+            model = dequantized(model)
+        except (NotImplementedError, ValueError) as error:
+            raise UsageError(
+                f"model is {folder!r}, an adapter of a quantised model whose weights cannot be had as numbers to merge "
+                f"it into: {error}"
+            ) from error
+    if (rows := _vocabulary(model, folder)) is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    adapted = peft_model.from_pretrained(model, folder)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and is_adapted(embeddings) and not is_adapted(head):
+        untie(model)  # the adapter is in the embeddings alone, and would be merged into the head
+    tokens = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        expected = adapted(input_ids=tokens).logits.float()
+        merged = adapted.merge_and_unload()
+        moved = (merged(input_ids=tokens).logits.float() - expected).norm() / expected.norm()
+    if not moved <= 0.1:  # rounding to bfloat16 is some 0.01
+        raise UsageError(
+            f"model is {folder!r}, an adapter that cannot be merged into its model: the logits of the two together and "
+            f"of the merged model differ by {moved:.2g} of their norm"
+        )
+    return merged
+
+
+def _vocabulary(model: PreTrainedModel, folder: str) -> int | None:
+    """How many tokens an adapter's own embeddings have, where there are such; the model was resized before then."""
+    from peft import load_peft_weights
+
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    saved = load_peft_weights(folder, device="cpu").get(f"base_model.model.{name}.weight")
+    return None if saved is None or len(saved) == len(cast(Tensor, embeddings.weight)) else len(saved)
+
+
+def is_adapted(layer: nn.Module | None) -> bool:
+    """Whether peft has put something around a layer: an adapter, or a copy of it that trains."""
+    return hasattr(layer, "active_adapters")
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own, and have the configuration say so."""
+    head = cast(nn.Module, model.get_output_embeddings())
+    head.weight = nn.Parameter(cast(Tensor, head.weight).detach().clone())
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def _call(model: PreTrainedModel, name: str) -> None:
@@ -160,9 +235,10 @@ def add_lora(model: PreTrainedModel, settings: LoraArguments) -> nn.Module:
         raise UsageError(f"lora_target_modules is {settings.lora_target_modules}: {error}") from error
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most positions that the model was made for, where its configuration says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def limits(model: PreTrainedModel) -> Limits:
+    """The most positions that the model was made for, where its configuration says, and its number of embeddings."""
+    embeddings = cast(Tensor, model.get_input_embeddings().weight)
+    return Limits(getattr(model.config.get_text_config(), "max_position_embeddings", None), len(embeddings))
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sdft.errors import TrainingError
+from sdft.forward import evaluating
 from sdft.layout import Sample
 
 Tokens = tuple[int, ...]
@@ -50,12 +51,8 @@ class PromptCache:
 
         `backbone` is always the same, with the same weights.
         """
-        training = backbone.training
-        backbone.eval()  # gradient checkpointing, which is for training, leaves no keys and values
-        try:
+        with evaluating(backbone):  # gradient checkpointing, which is for training, leaves no keys and values
             return self._hidden_states(backbone, samples, skip_tokens)
-        finally:
-            backbone.train(training)
 
     def _hidden_states(self, backbone: nn.Module, samples: Sequence[Sample], skip_tokens: int) -> Tensor:
         # The last token of a prompt is read with the completion, which it predicts the first token of.

@@ -168,7 +168,7 @@ def wrong_answers(answered: Sequence[tuple[Row, str, bool]], count: int = 3, wid
         asked = as_messages(row["prompt"])[-1]["content"]
         lines.append(f"  {row[WHERE]}")
         for name, value in (("prompt", asked), ("expected", row["answer"]), ("answer", text)):
-            shown = json.dumps(value, ensure_ascii=False)
+            shown = value.replace("\n", "\\n")
             lines.append(f"    {name:8}  {shown if len(shown) <= width else shown[: width - 3] + '...'}")
     return lines
 

@@ -26,6 +26,7 @@ from transformers import (
 
 from sdft.continuous import generate_continuously
 from sdft.errors import TrainingError, UsageError
+from sdft.forward import evaluating
 from sdft.kv_cache import roomy_cache
 from sdft.sampling import RowSampler, sample_rows, seed_of
 from sdft.stopping import AtStopString, just_stopped, stopped_length
@@ -234,11 +235,11 @@ def is_sharded(model: PreTrainedModel) -> bool:
 def _generating(model: PreTrainedModel, processors: LogitsProcessorList) -> Iterator[None]:
     """Evaluation mode, and the model's own generation defaults (repetition penalties, top-k and the like) set aside, so
     that tokens come from the distribution that the loss sees; everything as it was afterwards."""
-    training, defaults = model.training, model.generation_config
-    model.eval()
+    defaults = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        yield
+        with evaluating(model):
+            yield
         for processor in processors:
             if isinstance(processor, RowSampler):
                 processor.check()
@@ -248,7 +249,6 @@ def _generating(model: PreTrainedModel, processors: LogitsProcessorList) -> Iter
         raise
     finally:
         model.generation_config = defaults
-        model.train(training)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,15 @@ class WholeSaves(Trainer):
         super().__init__(*args, **kwargs)
         checkpoint.recover(str(self.args.output_dir))
 
+    def use_weights(self, mode: str) -> None:
+        """Have an optimizer that keeps two sets of weights (schedule-free) give the model those of `mode`.
+
+        "train": where gradients are taken. "eval": their average, which is what the run has learned.
+        """
+        switch = getattr(self.optimizer, mode, None)  # the Trainer's own loop has only "train" before each micro-batch
+        if callable(switch):
+            switch()
+
     def save_beside(self, folder: str) -> None:
         """Put into a checkpoint, on every process, what the Trainer does not know of."""
 
@@ -35,6 +44,7 @@ class WholeSaves(Trainer):
         folder = super()._get_output_dir(trial)
         name = f"checkpoint-{self.state.global_step}"
         final = os.path.join(folder, name)
+        self.use_weights("eval")
         with checkpoint.failing_clearly(name, folder), self._staging(folder) as staging:
             staged = os.path.join(staging, name)
             self._saving_in = staging
@@ -68,12 +78,17 @@ class WholeSaves(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_beside(resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        self.use_weights("eval")  # as they were saved
+        super()._load_best_model()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that `from_pretrained` loads it, each file in one move."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
         folder = output_dir or str(self.args.output_dir)
+        self.use_weights("eval")
         with checkpoint.failing_clearly("the model", folder), self._staging(folder) as staged:
             if self.is_fsdp_enabled:  # in one piece, however the checkpoints are kept
                 self._save(staged, state_dict=self.accelerator.get_state_dict(self.model))

@@ -1,7 +1,7 @@
 """The teacher: the model as it was before training, a slow average of the student, or the student itself.
 
-Whoever it is, `with teacher.scoring() as model` lends a model to score rollouts with, in evaluation mode or equal to
-it, and afterwards everything is as it was. What is kept beside the student depends on what trains:
+Whoever it is, `with teacher.scoring() as model` lends a model to score rollouts with, in evaluation mode, and
+afterwards everything is as it was. What is kept beside the student depends on what trains:
 
 - all or most weights: a copy, which shares with the student the parameters that do not train;
 - an adapter (peft): no second model. The base is the student with its adapter switched off; the average is a second
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from sdft.errors import UsageError
+from sdft.forward import evaluating
 from sdft.models import causal_lm, has_adapter
 
 AVERAGE_FILE = "teacher_average.safetensors"
@@ -44,7 +45,8 @@ class Teacher:
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
         """The model that scores rollouts; it is to be used, and its head read, before the block ends."""
-        yield causal_lm(self.student)
+        with evaluating(self.student):
+            yield causal_lm(self.student)
 
     def update(self, student: nn.Module) -> None:
         """Follow the student after an optimizer step."""
@@ -86,8 +88,9 @@ class AdapterOffTeacher(Teacher):
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
-        with self.student.disable_adapter():  # type: ignore[operator]  # peft's own, unknown to nn.Module
-            yield causal_lm(self.student)
+        without_adapter = self.student.disable_adapter()  # type: ignore[operator]  # peft's own, unknown to nn.Module
+        with without_adapter, super().scoring() as model:
+            yield model
 
 
 class _Average:
@@ -179,7 +182,8 @@ class AdapterAverageTeacher(Teacher):
         own = [weight.clone() for weight in weights]
         torch._foreach_copy_(weights, [part(self.average[name], parameter) for name, parameter in trained.items()])
         try:
-            yield causal_lm(self.student)
+            with super().scoring() as model:
+                yield model
         finally:
             torch._foreach_copy_(weights, own)
 

@@ -28,15 +28,24 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
-from sdft.data import Row, encode_prompt, encode_rows, load_rows
+from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
 from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import Result, as_forward_of
-from sdft.launch import check_launch, prepare_packages, switch_off_dropout
+from sdft.inherited import check_adapter, check_arguments
+from sdft.launch import check_launch, installed, prepare_packages, switch_off_dropout
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
-from sdft.loss import StepLoss, backbone, check_head, completion_logprobs, demonstration_loss, distillation_loss
-from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
+from sdft.loss import (
+    StepLoss,
+    backbone,
+    check_head,
+    check_same_in_training,
+    completion_logprobs,
+    demonstration_loss,
+    distillation_loss,
+)
+from sdft.models import causal_lm, eos_token_ids, has_adapter, limits, load_model
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
@@ -76,6 +85,7 @@ class SDFTTrainer(WholeSaves):
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
+        check_arguments(kwargs)
         check_writable(str(args.output_dir))
         learner: nn.Module
         if isinstance(model, str):
@@ -103,32 +113,35 @@ class SDFTTrainer(WholeSaves):
         if peft_config is not None:
             from peft import get_peft_model
 
+            check_adapter(peft_config)
             learner = get_peft_model(bare, peft_config)
+        elif has_adapter(learner):
+            for adapter_config in cast(Any, learner).peft_config.values():
+                check_adapter(adapter_config)
         switch_off_dropout(learner)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs take `accelerate launch`: DataParallel cannot split our batches
-        use_cache = bare.config.use_cache
-        super().__init__(
-            model=learner,
-            args=args,
-            data_collator=keep_rows,
-            train_dataset=rows,
-            # The Trainer evaluates only where it has a dataset to; for us general prompts are enough.
-            eval_dataset=self.exam.eval_rows or self.exam.general_rows or None,
-            processing_class=processing_class,
-            **kwargs,
-        )
-        bare.config.use_cache = use_cache  # our forwards say what they want, and the saved model should generate fast
+        # Our forwards say what they want, and the saved model should generate as fast as before.
+        args.use_cache = getattr(bare.config.get_text_config(), "use_cache", True)
+        with installed("the settings ask for something"):
+            super().__init__(
+                model=learner,
+                args=args,
+                data_collator=keep_rows,
+                train_dataset=rows,
+                # The Trainer evaluates only where it has a dataset to; for us general prompts are enough.
+                eval_dataset=self.exam.eval_rows or self.exam.general_rows or None,
+                processing_class=processing_class,
+                **kwargs,
+            )
         check_launch(self)
         prepare_packages(self)
         if not self.place_model_on_device and not self.is_model_parallel:
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
-        if rows is not None:
-            check_head(self.student, rows[0]["prompt_ids"][:16], self._autocast)
-        elif self.exam.general_rows:
-            tokens = encode_prompt(self.exam.general_rows[0]["prompt"], processing_class)
-            check_head(self.student, tokens[:16], self._autocast)
+        if tokens := self._some_tokens(rows):
+            check_head(self.student, tokens, self._autocast)
+            check_same_in_training(self.student, tokens, self._autocast)
         self.teacher: Teacher | None = None
         if args.method == "sdft":
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
@@ -143,6 +156,15 @@ class SDFTTrainer(WholeSaves):
             self.add_callback(self.completions)
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
+
+    def _some_tokens(self, rows: list[Row] | None) -> list[int]:
+        """A few tokens to find out with what the model is, where there is any text to have them from."""
+        if rows is not None:
+            return rows[0]["prompt_ids"][:16]
+        if self.exam.general_rows:
+            tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+            return encode_prompt(self.exam.general_rows[0]["prompt"], tokenizer)[:16]
+        return []
 
     @property
     def learner(self) -> nn.Module:
@@ -173,15 +195,18 @@ class SDFTTrainer(WholeSaves):
 
     @staticmethod
     def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        rows = load_rows(source, name="train_dataset")
+        if unused := sorted({name for row in rows for name in row} - {*COLUMNS, WHERE}):
+            logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))
         return encode_rows(
-            load_rows(source, name="train_dataset"),
+            rows,
             tokenizer,
             method=args.method,
             with_demonstration=args.demonstration_weight > 0,
             template=parse_template(args.teacher_template),
             eos_ids=eos_token_ids(model, tokenizer),
             max_completion_length=args.max_completion_length,
-            context=context_length(model),
+            limits=limits(model),
         )
 
     # One optimizer step: rollouts, layout, loss
@@ -201,6 +226,7 @@ class SDFTTrainer(WholeSaves):
         batches: list[list[Row]] = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
+        self.use_weights("train")
         samples = self.step_samples([row for batch in batches for row in batch])
         micro_batches = [self._in_pieces(members) for members in group(samples, len(batches))]
         pieces = [piece for micro_batch in micro_batches for piece in micro_batch]
@@ -277,8 +303,8 @@ class SDFTTrainer(WholeSaves):
 
     @property
     def _autocast(self) -> torch.dtype | None:
-        """The type of mixed-precision products, None where there are none."""
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        """The type of mixed-precision products, None where there are none; `accelerate launch` may have set it."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
 
     def samples(self, rows: list[Row]) -> list[Sample]:
         """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
@@ -392,7 +418,8 @@ class SDFTTrainer(WholeSaves):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):  # under fp16 the scaler skips such steps
+        scaled = self._autocast == torch.float16  # then the scaler skips such steps
+        if not scaled and not torch.isfinite(torch.as_tensor(norm)):
             raise TrainingError(
                 f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}: training stopped before "
                 "the weights took it in"
@@ -444,6 +471,7 @@ class SDFTTrainer(WholeSaves):
                 "forgetting": None if self.start is None else self.moved(self.exam, self.start),
             }
 
+        self.use_weights("eval")
         measured = self.with_student(measure)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))

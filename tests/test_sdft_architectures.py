@@ -8,12 +8,22 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Cohere2ForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cohere2ForCausalLM,
+    LlamaForCausalLM,
+)
 
 from sdft.errors import TrainingError
+from sdft.launch import switch_off_dropout
 from sdft.layout import Sample, lay_out
-from sdft.loss import check_head, divergence, find_head
+from sdft.loss import check_head, check_same_in_training, divergence, find_head
+from sdft.models import load_model
+from sdft.rollout import Sampling, sample
 from tests import tiny
+from tests.test_sdft_trainer import trainer
 
 SAMPLES = [
     Sample([5, 6, 7], [8, 9, 10, 1], [20, 21, 22, 23, 24, 25]),
@@ -85,10 +95,10 @@ def logprobs(model, prompt, completion):
 
 def full_logits_loss(student, teacher):
     total = torch.zeros(())
-    for sample in SAMPLES:
-        p = logprobs(student, sample.prompt, sample.completion)
+    for one in SAMPLES:
+        p = logprobs(student, one.prompt, one.completion)
         with torch.no_grad():
-            q = logprobs(teacher, sample.teacher_prompt, sample.completion)
+            q = logprobs(teacher, one.teacher_prompt, one.completion)
         total = total + (p.exp() * (p - q)).sum()
     return total
 
@@ -175,3 +185,79 @@ def test_windows_are_shorter_than_the_sequences():
     difference = (narrow(ids).logits - wide(ids).logits).abs().amax(-1)[0]
     assert difference[:4].max() < 1e-5 and difference[4:].min() > 1e-3
     assert not math.isnan(difference.max().item())
+
+
+NOISY = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.2, "layerdrop": 0.5},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "dropout": 0.2},
+    "biogpt": {"hidden_dropout_prob": 0.2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.2},
+    "gpt_neox": {"hidden_dropout": 0.2, "attention_dropout": 0.2},
+    "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.3},
+    "bloom": {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("family", NOISY)
+def test_what_would_be_noise_in_training_is_switched_off(family):
+    """Dropout is a module, or a number that a function takes; routers have noise of their own."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**ROPE, **NOISY[family]}))
+    with pytest.raises(TrainingError, match="computes something else in training"):
+        check_same_in_training(model, [*range(5, 20)])
+    switch_off_dropout(model)
+    check_same_in_training(model, [*range(5, 20)])
+    model.train()
+    ids = torch.tensor([[*range(5, 20)]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_noise_that_cannot_be_switched_off_is_refused_by_its_name():
+    options = {**COMMON, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **options))
+    switch_off_dropout(model)
+    with pytest.raises(TrainingError, match=r"\(its configuration has hidden_dropout 0.3\)"):
+        check_same_in_training(model, [*range(5, 20)])
+
+
+TEXT = {**ROPE, "max_position_embeddings": 160}
+VISION = {"hidden_size": 16, "intermediate_size": 16}
+SEEING = {
+    "gemma3": {
+        "text_config": {**TEXT, **NARROW},
+        "vision_config": {**VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
+        "mm_tokens_per_image": 4,
+        **{"image_token_index": 100, "boi_token_index": 99, "eoi_token_index": 98},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        "vision_config": {**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 32},
+        **{"image_token_id": 100, "video_token_id": 99, "vision_start_token_id": 98, "vision_end_token_id": 97},
+    },
+}
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_models_that_see_train_on_text_and_load_again(family, tmp_path):
+    torch.manual_seed(0)
+    made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **SEEING[family]))
+    name = tiny.saved(tmp_path / "base", made)
+    model, _ = load_model(name)
+    run = trainer(tmp_path / "run", model=model, max_steps=2)
+    cached = run.student.config.get_text_config().use_cache
+    run.train()
+    run.save_model()
+    loaded, _ = load_model(str(tmp_path / "run"))
+    assert type(loaded) is type(made)
+    assert loaded.config.get_text_config().use_cache == cached
+    ids = torch.tensor([[*range(5, 20)]])
+    assert torch.equal(loaded(ids).logits, run.student.eval()(ids).logits)
+    assert not torch.equal(loaded(ids).logits, made.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_rollouts_of_models_that_see_are_those_of_prompts_by_themselves(family, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **SEEING[family])).eval()
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
+    settings = Sampling(8, frozenset({1}), temperature=1e-4)
+    assert sample(model, prompts, settings) == [sample(model, [prompt], settings)[0] for prompt in prompts]

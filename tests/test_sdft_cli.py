@@ -216,7 +216,7 @@ def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, mo
     assert main(["eval", recipe(), "--teacher", "--teacher_template", "turn", *sizes, *files]) == 0
     printed = capsys.readouterr().out
     assert "3 wrong answers:\n  heldout.jsonl, row 2\n" in printed
-    assert printed.count('    expected  "ö') == 3
+    assert printed.count("    expected  ö") == 3
     assert printed.endswith("answers.jsonl has every answer\nscores.json has these numbers\n")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     names = [record["asked"] for record in records]

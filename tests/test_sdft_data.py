@@ -3,8 +3,10 @@ import signal
 
 import datasets
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from sdft.data import WHERE, encode_demonstration, encode_prompt, encode_rows, load_rows
+from sdft.data import UNREAD, WHERE, Limits, encode_demonstration, encode_prompt, encode_rows, load_rows
 from sdft.errors import UsageError
 from sdft.templates import TEMPLATES
 from tests import tiny
@@ -135,7 +137,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(method):
         encode_prompt(chat, tokenizer)
 
 
-def encode(rows, method="sdft", context=None, tokenizer=None):
+def encode(rows, method="sdft", context=None, tokenizer=None, tokens=None):
     encoded, *_ = encode_rows(
         load_rows(rows if isinstance(rows, list) else [rows]),
         tokenizer or tiny.tiny_tokenizer(),
@@ -143,7 +145,7 @@ def encode(rows, method="sdft", context=None, tokenizer=None):
         template=TEMPLATES["turn"],
         eos_ids=EOS,
         max_completion_length=10,
-        context=context,
+        limits=Limits(context, tokens),
     )
     return encoded
 
@@ -203,3 +205,92 @@ def test_a_chat_template_that_never_ends_or_fails_is_one_sentence(template, mess
     with pytest.raises(UsageError, match=rf"^rows, row 3: the tokenizer's chat template {message}"):
         encode_prompt("a", tokenizer, "rows, row 3")
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def words(*, chat=False, **post):
+    """A tokenizer of words that puts a space before a text, as SentencePiece has it, and adds `post` around one."""
+    vocabulary = ["<unk>", "</s>", "<u>", "<a>", "▁hi", "hi", "▁Yes", "Yes"]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    if post:
+        special = [("</s>", 1), ("<u>", 2)]
+        backend.post_processor = processors.TemplateProcessing(single=post["around"], special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", extra_special_tokens=["<u>", "<a>"]
+    )
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}"
+            "{% if m.role != 'user' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+        )
+    return tokenizer
+
+
+def test_a_demonstration_is_tokenised_as_the_rest_of_its_chat():
+    row = {"prompt": "hi", "demonstration": "Yes", WHERE: "row"}
+    tokenizer = words(chat=True)
+    assert tokenizer("Yes", add_special_tokens=False)["input_ids"] == [6]
+    assert encode_prompt("hi", tokenizer) == [2, 5, 3]
+    assert encode_demonstration(row, tokenizer, frozenset({1})) == [7, 1]
+
+
+@pytest.mark.parametrize(
+    ("around", "expected"), [("$A </s>", [4]), ("<u> $A", [2, 4]), ("<u> $A </s>", [2, 4]), ("$A", [4])]
+)
+def test_nothing_stands_between_a_prompt_and_its_answer(around, expected):
+    """A tokenizer may put tokens around a text; those after it would end the answer before it began."""
+    assert encode_prompt("hi", words(around=around)) == expected
+
+
+def test_a_demonstration_after_a_prompt_without_a_chat_template_is_its_rest():
+    row = {"prompt": "hi", "demonstration": " Yes", WHERE: "row"}
+    assert encode_demonstration(row, words(around="$A </s>"), frozenset({1})) == [6, 1]
+
+
+@pytest.mark.parametrize("field", UNREAD)
+def test_a_field_that_other_trainers_read_is_refused_by_name(field):
+    with pytest.raises(UsageError, match=f"dataset, row 2 has {field}, which are not read here"):
+        load_rows([GOOD, {**GOOD, field: [1]}])
+    load_rows([{**GOOD, field: None}])
+
+
+def test_a_demonstration_of_several_turns_is_refused_where_a_teacher_is_to_see_it():
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    row = {"prompt": "p", "demonstration": [*turns, turns[0]]}
+    with pytest.raises(UsageError, match=r"row 1: demonstration has 3 messages \(assistant, user, assistant\)"):
+        encode(load_rows([row]))
+    with pytest.raises(UsageError, match="a message has tool_calls, which the teacher's prompt cannot show"):
+        encode(load_rows([{"prompt": "p", "demonstration": [{**turns[0], "tool_calls": [{"name": "f"}]}]}]))
+    assert encode(load_rows([{"prompt": "p", "demonstration": turns[:1]}]))
+
+
+def test_a_template_that_drops_part_of_the_demonstration_is_named_once(caplog):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content.split('/')[-1]")
+    assert "split" in tokenizer.chat_template
+    rows = load_rows([{"prompt": "p", "demonstration": text} for text in ("a", "t/b", "u/c")])
+    encode(rows, tokenizer=tokenizer)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the tokenizer's chat template leaves out a part of the demonstration in 2 of 3 rows, the first in dataset, "
+        "row 2: the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template "
+        "than 'turn' keeps it)"
+    ]
+
+
+def test_a_tokenizer_without_a_chat_template_is_named_once(caplog):
+    encode(GOOD, tokenizer=tiny.tiny_tokenizer(chat=False))
+    assert [record.getMessage()[:40] for record in caplog.records] == ["the tokenizer has no chat template: the "]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"prompt": "pz", "demonstration": "a"}], "the prompt has the token 'z', number"),
+        ([{"prompt": "p", "demonstration": "z"}], "the teacher prompt has the token 'z', number"),
+    ],
+)
+def test_a_token_without_an_embedding_is_named(rows, words):
+    tokenizer = tiny.tiny_tokenizer()
+    known = tokenizer.convert_tokens_to_ids("z")
+    with pytest.raises(UsageError, match=f"row 1: {words} {known}, and the model has embeddings for {known}; "):
+        encode(load_rows(rows), tokenizer=tokenizer, tokens=known)

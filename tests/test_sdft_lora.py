@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from sdft import SDFTTrainer
 from sdft.config import LoraArguments
@@ -205,3 +206,117 @@ def test_a_wrong_adapter_is_one_sentence():
         LoraArguments(lora_rank=-1)
     with pytest.raises(UsageError, match="teacher_offload is True"):
         make_teacher("base", with_adapter(), 0.1, offload=True)
+
+
+SAVED_HEADS = {
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embeddings saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both saved": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", SAVED_HEADS)
+def test_an_adapter_around_embeddings_or_head_loads_as_it_was_trained(case, tied, tmp_path):
+    """The head keeps its own weights where only the embeddings are adapted, in what is saved after loading, too."""
+    base = tiny.saved(tmp_path / "base", tiny.tiny_model(tied=tied))
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **SAVED_HEADS[case])
+    run = trainer(tmp_path / "run", model=load_model(base)[0], max_steps=2, arguments={"peft_config": config})
+    run.train()
+    run.save_model()
+    learned = logits(run.learner.eval())
+    loaded, _ = load_model(str(tmp_path / "run"))
+    torch.testing.assert_close(logits(loaded), learned, rtol=1e-4, atol=1e-4)
+    again, _ = load_model(tiny.saved(tmp_path / "again", loaded))
+    torch.testing.assert_close(logits(again), learned, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_a_model_with_added_tokens_loads(tmp_path):
+    model, _ = load_model(tiny.saved(tmp_path / "base", tiny.tiny_model()))
+    model.resize_token_embeddings(103)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    run = trainer(tmp_path / "run", model=model, max_steps=2, arguments={"peft_config": config})
+    run.train()
+    run.save_model()
+    loaded, _ = load_model(str(tmp_path / "run"))
+    assert loaded.config.vocab_size == 103
+    torch.testing.assert_close(logits(loaded), logits(run.learner.eval()), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_merges_into_something_else_is_refused(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", model=named(with_adapter(), tmp_path), max_steps=2)
+    run.train()
+    run.save_model()
+    merge = peft.LoraModel.merge_and_unload
+
+    def wrongly(self):
+        merged = merge(self)
+        merged.lm_head.weight.data.neg_()
+        return merged
+
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", wrongly)
+    with pytest.raises(UsageError, match="an adapter that cannot be merged into its model"):
+        load_model(str(tmp_path / "run"))
+
+
+def named(model, folder):
+    """The model, whose base is in a folder that its adapter will name."""
+    name = tiny.saved(folder / "base", tiny.tiny_model())
+    causal_lm(model).config._name_or_path = name
+    model.peft_config["default"].base_model_name_or_path = name
+    return model
+
+
+class QuantisedLlama(LlamaForCausalLM):
+    """A model that calls itself quantised, with weights that take no gradient until they are numbers again."""
+
+    is_quantized = True
+
+    def requires_grad_(self, requires_grad=True):
+        assert not (self.is_quantized and requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def dequantize(self):
+        self.is_quantized = False
+        return self
+
+
+def test_an_adapter_of_a_quantised_model_is_merged_into_its_weights_as_numbers(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", model=named(with_adapter(), tmp_path), max_steps=2)
+    run.train()
+    run.save_model()
+    monkeypatch.setattr("sdft.models._from_pretrained", lambda name, **_: QuantisedLlama.from_pretrained(name))
+    loaded, _ = load_model(str(tmp_path / "run"))
+    torch.testing.assert_close(logits(loaded), logits(run.learner.eval()), rtol=1e-4, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_quantised_model_that_cannot_be_had_as_numbers_is_refused(tmp_path, monkeypatch):
+    def no_numbers(self):
+        raise NotImplementedError("gptq has no dequantize")
+
+    run = trainer(tmp_path / "run", model=named(with_adapter(), tmp_path), max_steps=2)
+    run.train()
+    run.save_model()
+    monkeypatch.setattr("sdft.models._from_pretrained", lambda name, **_: QuantisedLlama.from_pretrained(name))
+    monkeypatch.setattr(QuantisedLlama, "dequantize", no_numbers)
+    with pytest.raises(UsageError, match="an adapter of a quantised model whose weights cannot be had as numbers"):
+        load_model(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("teacher", ["base", "ema", "live"])
+def test_noise_of_training_does_not_reach_the_teacher(teacher, tmp_path):
+    """NEFTune's is in the embeddings, which student and teacher share; the first step's rollouts are the same."""
+    seen = {}
+    for noise in (None, 5.0):
+        folder = tmp_path / str(noise)
+        options = {"max_steps": 1, "log_completions": 1, "neftune_noise_alpha": noise, "teacher": teacher}
+        trainer(folder, model=with_adapter(), **options).train()
+        lines = (folder / "completions.jsonl").read_text().splitlines()
+        seen[noise] = [json.loads(line)["teacher_logprob"] for line in lines]
+    assert seen[None] == seen[5.0]

@@ -16,7 +16,7 @@ from sdft.errors import UsageError
 from sdft.gguf_cache import cache_folder
 from sdft.layout import Sample, lay_out
 from sdft.loss import check_head, distillation_loss
-from sdft.models import BUILT_IN, add_lora, context_length, eos_token_ids, load_model, resolve
+from sdft.models import BUILT_IN, add_lora, eos_token_ids, limits, load_model, resolve
 from sdft.rollout import generate
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
@@ -29,7 +29,7 @@ def test_a_local_folder_loads_in_the_type_asked_for(tmp_path):
         model, tokenizer = load_model(str(tmp_path), dtype)
         assert model.dtype == expected
         assert tokenizer.eos_token == "<eos>"
-    assert context_length(model) == 160
+    assert limits(model) == (160, 101)
 
 
 def test_a_gguf_file_is_a_folder_and_a_name(tmp_path):

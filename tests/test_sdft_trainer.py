@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,7 @@ from sdft.rollout import BACKENDS, Sampling, sample
 from tests import tiny
 
 
-def trainer(folder, *, model=None, rows=None, eval_dataset=None, callbacks=None, **options):
+def trainer(folder, *, model=None, rows=None, eval_dataset=None, callbacks=None, arguments=None, **options):
     settings = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
@@ -40,6 +41,7 @@ def trainer(folder, *, model=None, rows=None, eval_dataset=None, callbacks=None,
         eval_dataset=eval_dataset,
         processing_class=tiny.tiny_tokenizer(),
         callbacks=callbacks,
+        **(arguments or {}),
     )
 
 
@@ -252,7 +254,8 @@ def test_liger_kernels_are_in_the_student_and_in_its_teacher(tmp_path, monkeypat
         monkeypatch.setattr(
             modeling_llama, name, getattr(modeling_llama, name)
         )  # put back afterwards: liger replaces it
-    monkeypatch.setattr("sdft.trainer.check_head", lambda *_: None)  # Triton's interpreter does not run their kernels
+    for check in ("check_head", "check_same_in_training"):  # Triton's interpreter does not run their kernels
+        monkeypatch.setattr(f"sdft.trainer.{check}", lambda *_: None)
     run = trainer(tmp_path, use_liger_kernel=True)
     with run.teacher.scoring() as teacher:
         for model in (run.student, teacher):
@@ -669,3 +672,43 @@ def test_repeated_rows_cover_the_epoch_a_step_at_a_time():
     assert list(rows) == order
     rows.set_epoch(1)
     assert list(rows) != order
+
+
+@pytest.mark.parametrize(("launched_with", "dtype"), [("bf16", torch.bfloat16), ("no", None)])
+def test_precision_is_what_accelerate_launch_sets(launched_with, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+    run = trainer(tmp_path, max_steps=1)
+    assert run._autocast == dtype
+    seen = []
+    run.student.model.layers[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    run.train()
+    assert set(seen) == {dtype or torch.float32}
+
+
+def test_compilation_that_accelerate_launch_sets_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UsageError, match="dynamo_backend is INDUCTOR; it must be no"):
+        trainer(tmp_path)
+
+
+def test_a_schedule_free_optimizer_saves_and_evaluates_the_averaged_weights(tmp_path):
+    pytest.importorskip("schedulefree")
+    options = {"optim": "schedule_free_adamw", "save_strategy": "steps", "save_steps": 2}
+    run = trainer(tmp_path / "run", eval_dataset=tiny.rows(2), **options)
+    run.train()
+    run.save_model()
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    in_checkpoint = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    averaged = weights(run.student)
+    run.optimizer.train()
+    trained = weights(run.student)
+    run.evaluate()
+    for name, tensor in weights(run.student).items():
+        torch.testing.assert_close(tensor, averaged[name])
+        assert torch.equal(saved[name], averaged[name])
+        assert torch.equal(in_checkpoint[name], averaged[name])
+    assert max((trained[name] - tensor).abs().max() for name, tensor in averaged.items()) > 1e-4
+    resumed = trainer(tmp_path / "resumed", **{**options, "save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    resumed.save_model()
+    assert_equal_weights(weights(resumed.student), averaged)

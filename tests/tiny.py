@@ -39,3 +39,10 @@ def rows(count=8):
         {"prompt": f"say {chr(97 + n)}", "demonstration": chr(97 + n) * (n % 3 + 2), "answer": chr(97 + n)}
         for n in range(count)
     ]
+
+
+def saved(folder, model, tokenizer=None):
+    """The name of a folder that has the model and its tokenizer."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,135 @@
+"""The settings that come from transformers' Trainer and from peft: what works here, what is refused, what has no use.
+
+Every field of `TrainingArguments` and every type of adapter stands in one of the lists below (tests/test_sdft_inherited
+holds the installed releases against them). What is refused would do nothing, or something else than it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sdft.errors import UsageError
+
+#: Settings that do here what transformers says that they do.
+WORKS = frozenset(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2
+    adam_epsilon gradient_accumulation_steps average_tokens_across_devices max_grad_norm bf16 fp16 tf32
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
+    gradient_checkpointing_kwargs use_liger_kernel liger_kernel_config neftune_noise_alpha
+    torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
+    logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to
+    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
+    eval_delay per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps
+    save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo hub_model_id hub_strategy
+    hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
+    dataloader_drop_last dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy ddp_find_unused_parameters
+    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config debug
+    skip_memory_metrics resume_from_checkpoint local_rank
+    """.split()  # noqa: SIM905
+)
+
+#: Settings that are refused unless they are as they come, and why.
+REFUSED = {
+    "label_smoothing_factor": "what is learned is the teacher's distribution, or the demonstration as it is",
+    "bf16_full_eval": "answers are evaluated in the precision of training",
+    "fp16_full_eval": "answers are evaluated in the precision of training",
+    "torch_compile": "the loss is no forward pass of the model's",
+    "torch_compile_backend": "the loss is no forward pass of the model's",
+    "torch_compile_mode": "the loss is no forward pass of the model's",
+    "auto_find_batch_size": "the batch is what the step learns from; max_forward_tokens bounds the memory it takes",
+    "enable_jit_checkpoint": "SIGTERM leaves a checkpoint as it is",
+    "remove_unused_columns": "the rows are made of other columns than the model's",
+    "deepspeed": "several GPUs take DDP or FSDP2 (accelerate launch)",
+    "parallelism_config": "several GPUs take DDP or FSDP2 (accelerate launch)",
+}
+
+#: Settings of what is not done here: the Trainer's own evaluation and prediction, and columns of token ids.
+NO_BEARING = frozenset(
+    """
+    use_cache prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps
+    include_for_metrics batch_eval_metrics label_names length_column_name dataloader_pin_memory do_train do_eval
+    do_predict
+    """.split()  # noqa: SIM905
+)
+
+#: The same, where they are arguments of the Trainer's.
+REFUSED_ARGUMENTS = {
+    "data_collator": "rows become batches after the rollouts",
+    "compute_loss_func": "the loss is set by divergence",
+    "compute_metrics": "evaluate reports accuracy and forgetting",
+    "preprocess_logits_for_metrics": "there are no logits",
+    "model_init": "the teacher is made from one model",
+}
+
+#: Types of adapters that lie in layers, so that the loss finds the backbone's hidden states and the adapter merges.
+ADAPTERS = frozenset(
+    """
+    LORA BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR MISS OFT OSF PEANUT
+    PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
+    """.split()  # noqa: SIM905
+)
+_PROMPTS = "it learns what is put before the text, which the backbone's own hidden states know nothing of"
+_OWN_LOOP = "it takes a training loop that allots its ranks"
+_NOT_MERGED = "it cannot be merged into the model's weights"
+REFUSED_ADAPTERS = {
+    "ADALORA": _OWN_LOOP,
+    "ADAMSS": _OWN_LOOP,
+    "ADAPTION_PROMPT": _PROMPTS,
+    "BEFT": _NOT_MERGED,
+    "CARTRIDGE": _PROMPTS,
+    "CPT": _PROMPTS,
+    "LILY": _NOT_MERGED,
+    "MULTITASK_PROMPT_TUNING": _PROMPTS,
+    "POLY": "it routes tasks, and rows have none",
+    "PREFIX_TUNING": _PROMPTS,
+    "PROMPT_TUNING": _PROMPTS,
+    "P_TUNING": _PROMPTS,
+    "SHADOW": _NOT_MERGED,
+    "XLORA": "it mixes adapters that are there before",
+}
+#: Options of LoRA with which the adapter cannot be merged into the model that it is an adapter of.
+REFUSED_LORA = ("lora_bias", "layer_replication")
+#: How LoRA may begin by changing the weights under it: the model without the adapter is then none that there was.
+REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+SAMPLING_STRATEGIES = ("random", "sequential")
+
+
+def check_settings(config: TrainingArguments) -> None:
+    """UsageError for a setting of transformers' that this loop does not apply."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, reason in REFUSED.items():
+        if name in defaults and (value := getattr(config, name)) != defaults[name]:
+            raise UsageError(f"{name} is {value!r}; it must be {defaults[name]!r}: {reason}")
+
+
+def check_arguments(names: Collection[str]) -> None:
+    """UsageError for an argument of the Trainer's that this one has no use for."""
+    for name in names:
+        if name in REFUSED_ARGUMENTS:
+            raise UsageError(f"{name} is set; it must not be: {REFUSED_ARGUMENTS[name]}")
+
+
+def check_adapter(config: Any) -> None:
+    """UsageError for an adapter, by its peft configuration, that could not be trained or loaded again as it was."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in ADAPTERS:
+        reason = REFUSED_ADAPTERS.get(kind, "it is not known to work here")
+        raise UsageError(f"peft_config is of type {kind}, which is refused: {reason}; LORA and others are taken")
+    for name in REFUSED_LORA:
+        if value := getattr(config, name, None):
+            raise UsageError(f"{name} is {value!r}; it must not be set: {_NOT_MERGED}")
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(REFUSED_STARTS):
+        raise UsageError(
+            f"init_lora_weights is {start!r}; it must not be: it changes the model's own weights, and the teacher is "
+            "the model without the adapter"
+        )

@@ -1,0 +1,137 @@
+"""Every setting of transformers' Trainer and every type of adapter: it works, it is refused, or it has no use here."""
+
+import dataclasses
+
+import peft
+import pytest
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import TrainingArguments
+
+from sdft import SDFTConfig
+from sdft.errors import UsageError
+from sdft.inherited import ADAPTERS, NO_BEARING, REFUSED, REFUSED_ADAPTERS, REFUSED_ARGUMENTS, WORKS, check_adapter
+from sdft.models import load_model
+from tests import tiny
+from tests.test_sdft_trainer import trainer
+
+IDS = torch.arange(5, 20)[None]
+
+#: What some types of adapters need besides the layers that they are in.
+OPTIONS = {
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 10},
+    "GRALORA": {"r": 4, "gralora_k": 2},
+    "IA3": {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "MISS": {"r": 4},
+    "PSOFT": {"r": 4},
+    "OFT": {"oft_block_size": 4},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 2},
+    "TRAINABLE_TOKENS": {"token_indices": [5, 6], "target_modules": ["embed_tokens"]},
+    "VBLORA": {"num_vectors": 8, "vector_length": 8, "topk": 2},
+    "VERA": {"r": 4},
+    "WAVEFT": {"n_frequency": 10},
+}
+
+
+def adapter_config(kind, **options):
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]]
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **OPTIONS.get(kind, {}), **options}
+    return made(**options)
+
+
+def test_each_setting_of_the_trainer_stands_in_one_list():
+    fields = [field.name for field in dataclasses.fields(TrainingArguments)]
+    lists = [WORKS, frozenset(REFUSED), NO_BEARING]
+    assert {name: sum(name in names for names in lists) for name in fields} == dict.fromkeys(fields, 1)
+
+
+def test_each_type_of_adapter_stands_in_one_list():
+    kinds = [kind.name for kind in peft.PeftType]
+    assert {kind: (kind in ADAPTERS) + (kind in REFUSED_ADAPTERS) for kind in kinds} == dict.fromkeys(kinds, 1)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_setting_that_would_do_nothing_is_refused(name, tmp_path):
+    field = next(field for field in dataclasses.fields(TrainingArguments) if field.name == name)
+    value = 0.1 if isinstance(field.default, float) else True if field.default is False else "x"
+    with pytest.raises(UsageError, match=f"{name} is {value!r}; it must be "):
+        SDFTConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_ARGUMENTS))
+def test_an_argument_that_would_do_nothing_is_refused(name, tmp_path):
+    with pytest.raises(UsageError, match=f"{name} is set; it must not be"):
+        trainer(tmp_path, arguments={name: lambda *_: None})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["split_batches", "dispatch_batches"])
+def test_batches_that_accelerate_would_split_are_refused(name, tmp_path):
+    with pytest.raises(UsageError, match=f"accelerator_config has {name}"):
+        trainer(tmp_path, accelerator_config={name: True})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'; it may be"),
+        ({"train_sampling_strategy": "sequential", "num_iterations": 2}, "come in random order"),
+    ],
+)
+def test_an_order_of_rows_that_is_not_kept_is_refused(options, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        SDFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_what_the_machine_has_not_is_a_sentence(tmp_path):
+    with pytest.raises(UsageError, match=r"the settings ask for something, which cannot be had here: .*fsdp"):
+        trainer(tmp_path, fsdp=True)
+
+
+@pytest.mark.parametrize("kind", sorted(ADAPTERS))
+def test_an_adapter_of_any_type_loads_as_it_was_trained(kind, tmp_path):
+    if kind not in peft.PeftType.__members__:
+        pytest.skip(f"this peft has no {kind}")
+    model = tiny.saved(tmp_path / "base", tiny.tiny_model())
+    run = trainer(
+        tmp_path / "run",
+        model=load_model(model)[0],
+        arguments={"peft_config": adapter_config(kind)},
+        max_steps=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+    )
+    start = load_model(model)[0](IDS).logits
+    run.train()
+    run.save_model()
+    learned = run.learner.eval()(IDS).logits
+    with run.learner.disable_adapter():
+        torch.testing.assert_close(run.learner(IDS).logits, start, rtol=1e-5, atol=1e-5)
+    assert (learned - start).abs().max() > 1e-3
+    torch.testing.assert_close(load_model(str(tmp_path / "run"))[0](IDS).logits, learned, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED_ADAPTERS))
+def test_an_adapter_that_the_loss_does_not_see_is_refused(kind):
+    with pytest.raises(UsageError, match=f"peft_config is of type {kind}, which is refused: "):
+        check_adapter(peft.PeftConfig(peft_type=kind))
+
+
+@pytest.mark.parametrize("name", ["lora_bias", "layer_replication"])
+def test_an_adapter_that_does_not_merge_is_refused(name):
+    config = adapter_config("LORA")
+    setattr(config, name, True)
+    with pytest.raises(UsageError, match=f"{name} is True; it must not be set"):
+        check_adapter(config)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changes_the_weights_under_it_is_refused(start, tmp_path):
+    config = adapter_config("LORA", r=4, init_lora_weights=start)
+    with pytest.raises(UsageError, match=f"init_lora_weights is '{start}'; it must not be"):
+        trainer(tmp_path, arguments={"peft_config": config})
