@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft.errors import UsageError
+from sdft.errors import UsageError, counted
 from sdft.templates import Message, as_messages, is_messages, teacher_messages
 
 if TYPE_CHECKING:
@@ -334,6 +334,6 @@ def check_ids(
         )
     if limits.context is not None and len(ids) + room > limits.context:
         raise UsageError(
-            f"{row[WHERE]}: the {kind} has {len(ids)} tokens, and with {room} more for the completion it is "
+            f"{row[WHERE]}: the {kind} has {counted(len(ids), 'token')}, and with {room} more for the completion it is "
             f"longer than the model's context of {limits.context}"
         )

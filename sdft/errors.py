@@ -11,3 +11,8 @@ class UsageError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: a loss or a gradient that is no longer finite, a head that the loss cannot reproduce."""
+
+
+def counted(number: int, noun: str) -> str:
+    """The number and its noun, which takes an s unless there is one."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.checkpoint import failing_clearly, in_one_move, write_text
 from sdft.data import WHERE, Row
+from sdft.errors import counted
 from sdft.templates import as_messages
 
 METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"
@@ -151,11 +152,6 @@ def describe(summary: Summary) -> str:
         how = f"self-distillation ({_name(summary.divergence)}, {summary.teacher} teacher)"
     minutes, seconds = divmod(round(summary.total_seconds), 60)
     return f"{summary.model}: {counted(summary.steps, 'step')} of {how}, {minutes} min {seconds:02d} s in all"
-
-
-def counted(number: int, noun: str) -> str:
-    """The number and its noun, which takes an s unless there is one."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def wrong_answers(answered: Sequence[tuple[Row, str, bool]], count: int = 3, width: int = 100) -> list[str]:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from sdft.continuous import generate_continuously
-from sdft.errors import TrainingError, UsageError
+from sdft.errors import TrainingError, UsageError, counted
 from sdft.forward import evaluating
 from sdft.kv_cache import roomy_cache
 from sdft.sampling import RowSampler, sample_rows, seed_of
@@ -80,7 +80,8 @@ def sample(
         outputs = function(model, [prompts[number] for number in numbers], sampling, tokenizer, own)
         if len(outputs) != len(numbers):
             raise TrainingError(
-                f"rollout back-end {backend!r} gave {len(outputs)} completions for {len(numbers)} prompts"
+                f"rollout back-end {backend!r} gave {counted(len(outputs), 'completion')} for "
+                f"{counted(len(numbers), 'prompt')}"
             )
         completions.update(zip(numbers, (cut(output, sampling, tokenizer) for output in outputs), strict=True))
     return [completions[number] for number in range(len(prompts))]

@@ -25,7 +25,7 @@ from sdft.config import (
     SDFTConfig,
 )
 from sdft.data import WHERE, Row, load_rows
-from sdft.errors import UsageError
+from sdft.errors import UsageError, counted
 from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
 from sdft.models import add_lora, eos_token_ids, load_model
@@ -35,7 +35,6 @@ from sdft.report import (
     ProgressBar,
     Scores,
     Summary,
-    counted,
     describe,
     draw_curves,
     loss_ends,

@@ -341,7 +341,7 @@ def test_a_backend_of_ones_own_can_be_named_and_is_held_to_its_contract(monkeypa
     register_backend("own", lambda model, prompts, sampling, tokenizer, seeds: [[5, 6, 7, 8] for _ in prompts])
     assert sample(model, PROMPTS, Sampling(3, frozenset({6})), backend="own") == [[5, 6]] * 3
     register_backend("short", lambda model, prompts, sampling, tokenizer, seeds: [[5]])
-    with pytest.raises(TrainingError, match="'short' gave 1 completions for 3 prompts"):
+    with pytest.raises(TrainingError, match="'short' gave 1 completion for 3 prompts"):
         sample(model, PROMPTS, Sampling(3), backend="short")
     with pytest.raises(UsageError, match="backend is 'vllm'; it may be generate, continuous, own, short"):
         sample(model, PROMPTS, Sampling(3), backend="vllm")
