@@ -8,6 +8,7 @@ checked before they are.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import sys
 import time
@@ -47,12 +48,18 @@ def _run(command: str, rest: list[str], started: float) -> int:
     # Before torch starts its threads: ones that spin while they wait make a step on the CPU ten times slower as soon
     # as another process wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from safetensors import SafetensorError
-
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     from sdft.errors import TrainingError, UsageError
 
     try:
+        from safetensors import SafetensorError
+
         COMMANDS[command](rest, started)
+    except ModuleNotFoundError as error:
+        return _fail(
+            f"{error.name} is not installed; pip install 'sdft-kernels[train]' brings what the commands take", 2
+        )
     except UsageError as error:
         return _fail(str(error), 2)
     except (TrainingError, OSError, SafetensorError) as error:
@@ -63,9 +70,9 @@ def _run(command: str, rest: list[str], started: float) -> int:
 def _train(argv: list[str], started: float) -> None:
     from sdft import help
     from sdft.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
+    from sdft.early_checks import check_package, check_readable, check_writable
     from sdft.fields import own_fields, training_fields
     from sdft.model_files import check_model
-    from sdft.paths import check_readable, check_writable
     from sdft.recipe import read
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
@@ -80,8 +87,10 @@ def _train(argv: list[str], started: float) -> None:
         check_readable("train_file", data.train_file)
         check_readable("eval_file", evaluation.eval_file)
         check_readable("general_file", evaluation.general_file)
-
         check_model(model.model)
+        check_package("sdft train draws curves", "matplotlib")
+        if lora.lora_rank:
+            check_package(f"lora_rank is {lora.lora_rank}", "peft")
 
         from sdft.arguments import SDFTConfig
 
@@ -94,10 +103,10 @@ def _train(argv: list[str], started: float) -> None:
 
 def _eval(argv: list[str], started: float) -> None:
     from sdft import help
-    from sdft.config import EvalArguments, EvalCommand, ModelArguments
+    from sdft.config import EvalArguments, EvalCommand, ModelArguments, matching
+    from sdft.early_checks import check_output_file, check_readable
     from sdft.fields import own_fields
     from sdft.model_files import check_model
-    from sdft.paths import check_output_file, check_readable
     from sdft.recipe import read
     from sdft.templates import TEMPLATES
 
@@ -106,7 +115,7 @@ def _eval(argv: list[str], started: float) -> None:
             recipe.setdefault("base_model", recipe["model"])
         recipe.pop("teacher", None)  # in a recipe it is who scores the rollouts, here whether to score the teacher
         # As a flag a name means that form alone. The recipe's is the one it trains with, and is measured with the rest.
-        if "teacher_template" in recipe and str(recipe["teacher_template"].value) in TEMPLATES:
+        if "teacher_template" in recipe and matching(recipe["teacher_template"].value, TEMPLATES):
             del recipe["teacher_template"]
 
     fields = own_fields(ModelArguments, EvalArguments, EvalCommand)
@@ -118,7 +127,6 @@ def _eval(argv: list[str], started: float) -> None:
         command = given.make(EvalCommand)
         check_readable("eval_file", evaluation.eval_file)
         check_readable("general_file", evaluation.general_file)
-
         inputs = [evaluation.eval_file, evaluation.general_file]
         check_output_file("output_file", command.output_file, inputs=inputs)
         check_output_file("summary_file", command.summary_file, inputs=[*inputs, command.output_file])
@@ -133,9 +141,9 @@ def _eval(argv: list[str], started: float) -> None:
 def _generate(argv: list[str], started: float) -> None:
     from sdft import help
     from sdft.config import GenerateCommand, ModelArguments
+    from sdft.early_checks import check_output_file, check_readable
     from sdft.fields import own_fields
     from sdft.model_files import check_model
-    from sdft.paths import check_output_file, check_readable
     from sdft.recipe import read
 
     fields = own_fields(ModelArguments, GenerateCommand)

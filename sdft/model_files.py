@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from sdft.config import matching
+from sdft.early_checks import check_package
 from sdft.errors import UsageError
 
 BUILT_IN = "smollm2-135m-instruct"
@@ -18,9 +19,10 @@ def check_model(name: str) -> None:
     """UsageError if a model that should be on this machine is not there."""
     path = local_path(name)
     if (path / ADAPTER).is_file():
+        check_package(f"model is {name!r}, an adapter", "peft")
         base_of(path / ADAPTER)
-    else:
-        resolve(name)
+    elif resolve(name)[1]:
+        check_package(f"model is {name!r}, a GGUF file", "gguf")
 
 
 def local_path(name: str) -> Path:

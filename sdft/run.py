@@ -279,17 +279,17 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
     model, tokenizer = load_model(of_model.model, of_model.dtype, _device(), **of_model.trust)
     prompts = prompts_for(model, tokenizer, rows, of_command.max_completion_length)
     eos_ids = eos_token_ids(model, tokenizer)
+    texts: list[str] = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(AnswersFile(of_command.output_file)) if of_command.output_file else None
 
         def made(number: int, completion: list[int]) -> None:
-            text = tokenizer.decode(completion, skip_special_tokens=True)
+            texts.append(str(tokenizer.decode(completion, skip_special_tokens=True)))
             if file is None:
-                print(text)
                 return
             given = {name: value for name, value in rows[number].items() if name != WHERE}
             finished = bool(completion) and completion[-1] in eos_ids
-            file.add(number, {**given, "completion": text, "finished": finished})
+            file.add(number, {**given, "completion": texts[-1], "finished": finished})
 
         complete(
             model,
@@ -304,7 +304,9 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
             progress="answers",
             made=made,
         )
-    if of_command.output_file is not None:
+    if of_command.output_file is None:
+        print(texts[0])  # once the bar has gone
+    else:
         print(f"{of_command.output_file} has the answers to {counted(len(rows), 'prompt')}")
 
 

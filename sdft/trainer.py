@@ -29,6 +29,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
 from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
+from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import Result, as_forward_of
@@ -45,7 +46,6 @@ from sdft.loss import (
     distillation_loss,
 )
 from sdft.models import causal_lm, eos_token_ids, has_adapter, limits, load_model
-from sdft.paths import check_writable
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample

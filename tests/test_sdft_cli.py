@@ -1,5 +1,6 @@
 """The command: what it leaves behind when it works, and the one line and the exit code when it does not."""
 
+import io
 import json
 import os
 import signal
@@ -292,6 +293,21 @@ def test_generate_prints_the_answer_to_a_prompt(recipe, model_folder, capsys):
     assert sampled.texts != greedy.texts
     assert main([*command, "--temperature", "2", "--top_k", "1"]) == 0  # the likeliest token is all there is
     assert capsys.readouterr().out == greedy.texts[0] + "\n"
+
+
+def test_a_package_that_is_missing_is_named(recipe, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "sdft.recipe", raising=False)
+    assert "yaml is not installed; pip install 'sdft-kernels[train]'" in fails(capsys, ["train", recipe()], 2)
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_no_error(recipe, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sdft.evaluate.generate", lambda model, prompts, **_: [[5, 1] for _ in prompts])
+    monkeypatch.setattr(tiny.tiny_tokenizer().__class__, "decode", lambda *_, **__: "ö")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["generate", recipe(), "--prompt", "a"]) == 0
+    assert shown.buffer.getvalue() == b"\\xf6\n"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

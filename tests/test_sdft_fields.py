@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -126,6 +127,18 @@ def test_a_mistake_on_the_command_line_is_named_as_it_was_typed(
     assert main(["train", "recipe.yaml", *flags]) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"sdft: {expected}") and message.count("\n") == 1
+
+
+def test_a_package_that_a_setting_takes_is_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "recipe.yaml").write_text("model: m/n\nlora_rank: 4\n" + TRAINED)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    assert main(["train", "recipe.yaml"]) == 2
+    assert capsys.readouterr().err == "sdft: recipe.yaml, line 2: lora_rank is 4, which needs peft: pip install peft\n"
 
 
 def test_flags_and_recipes_are_read_as_they_are_meant(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdft import cli, paths, run
+from sdft import cli, early_checks, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
@@ -35,7 +35,9 @@ FOR_GPU = [name for name in RECIPES if name.startswith("qwen")]
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """What `sdft train RECIPE` hands to the run, by field."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paths, "check_readable", lambda field, name: None)  # a recipe names files that are the user's
+    monkeypatch.setattr(
+        early_checks, "check_readable", lambda field, name: None
+    )  # a recipe names files that are the user's
 
     def read(name: str) -> dict[str, Any]:
         handed: list[Any] = []

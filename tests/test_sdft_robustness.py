@@ -17,7 +17,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from sdft import checkpoint, paths
+from sdft import checkpoint, early_checks
 from sdft.errors import TrainingError, UsageError
 from sdft.report import MetricsFile
 from sdft.resuming import Resuming
@@ -113,11 +113,11 @@ def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output_dir is .* cannot be made"):
         trainer(tmp_path / "file" / "out")
-    paths.check_writable(tmp_path / "a" / "b")
+    early_checks.check_writable(tmp_path / "a" / "b")
     assert os.listdir(tmp_path) == ["file"]
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UsageError, match="cannot be written"):
-        paths.check_writable(tmp_path / "a" / "b")
+        early_checks.check_writable(tmp_path / "a" / "b")
 
 
 def test_checkpoints_that_go_lose_their_name_before_their_files(tmp_path):

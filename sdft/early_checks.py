@@ -1,13 +1,20 @@
-"""What can be known of files and folders before anything is loaded: whether they are there, and can be written."""
+"""What can be checked before anything is loaded: files and folders, and the packages that a setting takes."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from sdft.errors import UsageError
+
+
+def check_package(asked: str, package: str) -> None:
+    """UsageError if a package is not installed, which `asked` (a setting and its value) takes."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{asked}, which needs {package}: pip install {package}")
 
 
 def check_readable(field: str, name: str | None) -> None:
