@@ -1,11 +1,11 @@
-"""Interfaces of transformers that have other names in other releases, each with its reason."""
+"""Interfaces of transformers that are private or have other names in other releases, each with its reason."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from transformers import ContinuousBatchingConfig, TrainingArguments
+from transformers import ContinuousBatchingConfig, Trainer, TrainingArguments
 
 #: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
 #: have that measure rollouts too (docs/gpu.md).
@@ -17,6 +17,12 @@ def batching_config(*, page_size: int, auto_switch_to_flash: bool, **options: An
     if _PAGES_ARE_BLOCKS:
         return ContinuousBatchingConfig(block_size=page_size, **options)
     return ContinuousBatchingConfig(page_size=page_size, auto_switch_to_flash=auto_switch_to_flash, **options)
+
+
+def load_best_model(trainer: Trainer) -> None:
+    """What the Trainer does after its last step; where there was no step to make, it offers no way to that."""
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
 
 
 if TYPE_CHECKING or hasattr(TrainingArguments, "activation_checkpointing"):

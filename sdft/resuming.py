@@ -4,17 +4,61 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
+from sdft.checkpoint import recover
 from sdft.errors import TrainingError, UsageError
+
+#: Files of a checkpoint's weights that can run code as they are loaded.
+PICKLED = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"})
 
 #: What loading a checkpoint raises that is of other settings, or damaged.
 DOES_NOT_FIT = (ValueError, KeyError, RuntimeError, pickle.UnpicklingError)
+
+
+def checkpoint_to_resume(wanted: str | bool | None, folder: str | Path, *, allow_pickle: bool = False) -> str | None:
+    """The checkpoint folder that `resume_from_checkpoint` names; "last", or True, is the newest in `folder`."""
+    if wanted is None or wanted is False:
+        return None
+    recover(folder)
+    if wanted not in (True, "last"):
+        found = str(wanted) if Path(str(wanted)).is_dir() else None
+    else:
+        found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    if found is None:
+        raise UsageError(
+            f"resume_from_checkpoint is {wanted!r}, and there is no such checkpoint (output_dir is {folder})"
+        )
+    _check_checkpoint(Path(found), allow_pickle=allow_pickle)
+    return found
+
+
+def _check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
+    """Refuse a folder from which a run could not go on as it was, or only by loading pickled weights."""
+    names = {path.name for path in folder.iterdir()}
+    asked = f"resume_from_checkpoint is {str(folder)!r}"
+    if TRAINER_STATE_NAME not in names:
+        raise UsageError(f"{asked}, which has no {TRAINER_STATE_NAME}; it must be a checkpoint's folder, or last")
+    if not any(name.startswith("optimizer") for name in names):
+        raise UsageError(
+            f"{asked}, which has no optimizer in it (save_only_model); it must be a checkpoint that has, or the run "
+            "would go on as another"
+        )
+    pickled = names & PICKLED
+    if pickled and not allow_pickle and not any(name.endswith(".safetensors") for name in names):
+        raise UsageError(f"{asked}, whose weights are pickled ({min(pickled)}); loading them takes allow_pickle: true")
+
+
+def steps_done(checkpoint: str) -> int:
+    return int(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step)
 
 
 class Resuming(TrainerCallback):
@@ -24,7 +68,6 @@ class Resuming(TrainerCallback):
 
     >>> with Resuming("runs/mine/checkpoint-20") as resuming:
     ...     trainer.add_callback(resuming)
-    ...     trainer.train(resume_from_checkpoint=resuming.checkpoint)
     """
 
     def __init__(self, checkpoint: str | None) -> None:

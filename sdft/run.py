@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from sdft.checkpoint import failing_clearly, recover, write_text
+from sdft.checkpoint import failing_clearly, write_text
 from sdft.config import (
     DataArguments,
     EvalArguments,
@@ -29,6 +27,7 @@ from sdft.evaluate import Answers, Exam, complete, prompts_for
 from sdft.models import add_lora, check_apart, eos_token_ids, load_model
 from sdft.report import (
     ANSWERED,
+    SUMMARY_FILE,
     MetricsFile,
     ProgressBar,
     Summary,
@@ -38,14 +37,11 @@ from sdft.report import (
     table,
     write_summary,
 )
-from sdft.resuming import Resuming
+from sdft.resuming import checkpoint_to_resume
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
 from sdft.trainer import SDFTTrainer
-
-#: Files of a checkpoint's weights that can run code as they are loaded.
-PICKLED = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"})
 
 
 def train(
@@ -100,6 +96,10 @@ def train(
         )
     except ValueError as error:  # settings that the Trainer finds do not go together
         raise UsageError(str(error)) from error
+    if resume is not None and trainer.is_complete(resume) and (folder / SUMMARY_FILE).is_file():
+        if trainer.is_world_process_zero():
+            print(f"the run is complete, with {trainer.total_steps()} steps: {folder}/ is left as it is")
+        return
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
@@ -116,9 +116,8 @@ def train(
     before = held_out("before, held-out prompts")
     general_before = general("before, general prompts")
     train_started = time.perf_counter()
-    with contextlib.closing(bar), FinishOnSignal() as finish, Resuming(resume) as resuming:
+    with contextlib.closing(bar), FinishOnSignal() as finish:
         trainer.add_callback(finish)
-        trainer.add_callback(resuming)
         trainer.train(resume_from_checkpoint=resume)
         training_seconds = time.perf_counter() - train_started
         if not finish.stopped:
@@ -272,39 +271,6 @@ def _check_output_file(name: str) -> None:
         raise UsageError(f"output_file is {name!r}, a device or a pipe; it must be a JSONL file to write")
     if not path.parent.is_dir():
         raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
-
-
-def checkpoint_to_resume(wanted: str | None, folder: Path, *, allow_pickle: bool = False) -> str | None:
-    """The checkpoint folder that `resume_from_checkpoint` names; "last" is the newest in the output folder."""
-    if wanted is None:
-        return None
-    recover(folder)
-    if wanted != "last":
-        found = wanted if Path(wanted).is_dir() else None
-    else:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise UsageError(
-            f"resume_from_checkpoint is {wanted!r}, and there is no such checkpoint (output_dir is {folder})"
-        )
-    _check_checkpoint(Path(found), allow_pickle=allow_pickle)
-    return found
-
-
-def _check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
-    """Refuse a folder from which a run could not go on as it was, or only by loading pickled weights."""
-    names = {path.name for path in folder.iterdir()}
-    asked = f"resume_from_checkpoint is {str(folder)!r}"
-    if TRAINER_STATE_NAME not in names:
-        raise UsageError(f"{asked}, which has no {TRAINER_STATE_NAME}; it must be a checkpoint's folder, or last")
-    if not any(name.startswith("optimizer") for name in names):
-        raise UsageError(
-            f"{asked}, which has no optimizer in it (save_only_model); it must be a checkpoint that has, or the run "
-            "would go on as another"
-        )
-    pickled = names & PICKLED
-    if pickled and not allow_pickle and not any(name.endswith(".safetensors") for name in names):
-        raise UsageError(f"{asked}, whose weights are pickled ({min(pickled)}); loading them takes allow_pickle: true")
 
 
 def _stopped(trainer: SDFTTrainer, folder: Path, *, late: bool) -> str:

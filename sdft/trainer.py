@@ -40,15 +40,15 @@ from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, l
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
+from sdft.running import Runs
 from sdft.sampling import seed_of
-from sdft.saving import WholeSaves
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
 
 logger = logging.getLogger(__name__)
 
 
-class SDFTTrainer(WholeSaves):
+class SDFTTrainer(Runs):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
     `model` is a transformers model, with a peft adapter or without, or a name for `sdft.models.load_model`;

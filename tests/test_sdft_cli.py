@@ -93,6 +93,39 @@ def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path):
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4, 3, 4]
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}], ids=str)
+def test_resuming_a_complete_run_leaves_everything_as_it_is(steps, recipe, capsys, monkeypatch):
+    assert main(["train", recipe(save_strategy="steps", save_steps=1, **steps)]) == 0
+    before = contents("out")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("sdft.evaluate.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
+        assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last"]) == 0
+    assert contents("out") == before
+    count = 3 if steps["max_steps"] == 3 else 4
+    assert capsys.readouterr().out == f"the run is complete, with {count} steps: out/ is left as it is\n"
+    assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last", "--max_steps", "5"]) == 0
+    assert contents("out") != before
+
+
+def test_a_run_whose_last_step_was_done_is_brought_to_its_end(recipe):
+    """Killed after its last checkpoint, before its model and its report."""
+    assert main(["train", recipe(save_strategy="steps", save_steps=2)]) == 0
+    model, summary = Path("out/model.safetensors"), Path("out/summary.json")
+    expected, measured = model.read_bytes(), json.loads(summary.read_text())
+    for lost in (model, summary):
+        lost.unlink()
+    assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last"]) == 0
+    assert model.read_bytes() == expected
+    again = json.loads(summary.read_text())
+    for name in ("steps", "loss_first", "loss_last", "accuracy_after", "general_divergence"):
+        assert again[name] == measured[name]
+
+
 def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
     assert main(["train", recipe(eval_strategy="steps", eval_steps=2, scorer="contains")]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]

@@ -20,8 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from sdft import checkpoint
 from sdft.errors import TrainingError, UsageError
 from sdft.report import MetricsFile
-from sdft.resuming import Resuming
-from sdft.run import checkpoint_to_resume
+from sdft.resuming import Resuming, checkpoint_to_resume
 from sdft.signals import FinishOnSignal
 from tests import tiny
 from tests.test_sdft_trainer import assert_equal_weights, trained, trainer, weights

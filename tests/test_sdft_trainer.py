@@ -187,6 +187,31 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(options, s
             assert_equal_weights(weights(got), weights(expected))
 
 
+@pytest.mark.parametrize("done", [3, 4], ids=["within the epoch", "at its end"])
+def test_resuming_a_complete_run_makes_no_step_and_has_its_model(done, tmp_path):
+    options = {"teacher": "ema", "save_strategy": "steps", "save_steps": 1}
+    straight = trained(tmp_path, max_steps=done, **options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for fewer in (0, 1):
+        again = trainer(tmp_path, max_steps=done - fewer, **options)
+        again.samples = lambda rows: pytest.fail("a step was begun")
+        assert again.train(resume_from_checkpoint=True).global_step == done
+        assert_equal_weights(weights(again.model), weights(straight.model))
+        with straight.teacher.scoring() as expected, again.teacher.scoring() as got:
+            assert_equal_weights(weights(got), weights(expected))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_model_of_a_complete_run_is_its_best_where_that_is_asked_for(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    options |= {"load_best_model_at_end": True, "eval_dataset": tiny.rows(2)}
+    best = trained(tmp_path, **options)  # all of them answer nothing right, and the first is the best
+    again = trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint="last")
+    assert_equal_weights(weights(again.model), weights(best.model))
+    assert best.state.best_global_step == 1
+
+
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_the_average_follows_the_student_through_training_every_so_many_steps(interval, tmp_path):
     states = [weights(tiny.tiny_model())]
