@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.checkpoint import failing_clearly, in_one_move, write_text
+from sdft.completions import forget_after
 
 METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"
 
@@ -176,7 +177,7 @@ def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summ
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to metrics.jsonl; a run that starts from step 0 starts the file anew."""
+    """Appends each log to metrics.jsonl; a run that goes on from a checkpoint repeats the lines of later steps."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / METRICS_FILE
@@ -184,8 +185,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and state.global_step == 0:
-            self.path.write_text("", encoding="utf-8")
+        if state.is_world_process_zero and self.path.is_file():
+            forget_after(self.path, state.global_step if state.global_step else -1)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import pickle
 from pathlib import Path
@@ -12,10 +14,12 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 
-from sdft.checkpoint import recover
 from sdft.errors import TrainingError, UsageError
+
+#: What says which run a checkpoint, or an output folder, is of.
+RECORD = "run.json"
 
 #: Files of a checkpoint's weights that can run code as they are loaded.
 PICKLED = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"})
@@ -25,20 +29,41 @@ DOES_NOT_FIT = (ValueError, KeyError, RuntimeError, pickle.UnpicklingError)
 
 
 def checkpoint_to_resume(wanted: str | bool | None, folder: str | Path, *, allow_pickle: bool = False) -> str | None:
-    """The checkpoint folder that `resume_from_checkpoint` names; "last", or True, is the newest in `folder`."""
+    """The checkpoint that `resume_from_checkpoint` names; "last", or True, is the newest of the run in `folder`."""
     if wanted is None or wanted is False:
         return None
-    recover(folder)
     if wanted not in (True, "last"):
         found = str(wanted) if Path(str(wanted)).is_dir() else None
     else:
-        found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+        found = last_checkpoint(folder)
     if found is None:
         raise UsageError(
             f"resume_from_checkpoint is {wanted!r}, and there is no such checkpoint (output_dir is {folder})"
         )
     _check_checkpoint(Path(found), allow_pickle=allow_pickle)
     return found
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in the folder of the run that has it; None if there is none."""
+    run = run_of(folder)
+    for found in reversed(sort_checkpoints(str(folder)) if Path(folder).is_dir() else []):
+        if run is None or run_of(found) in (None, run):
+            return str(found)
+    return None
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What the folder's record says; nothing where there is none, or what is there is not whole."""
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads((Path(folder) / RECORD).read_text("utf-8"))
+        return record if isinstance(record, dict) else {}
+    return {}
+
+
+def run_of(folder: str | Path) -> str | None:
+    """The run that a checkpoint or an output folder is of, where it says so."""
+    return read_record(folder).get("run")
 
 
 def _check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from sdft.checkpoint import failing_clearly, write_text
+from sdft.claim import claimed
 from sdft.config import (
     DataArguments,
     EvalArguments,
@@ -37,7 +38,6 @@ from sdft.report import (
     table,
     write_summary,
 )
-from sdft.resuming import checkpoint_to_resume
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
@@ -55,6 +55,27 @@ def train(
 ) -> None:
     """`sdft train`: check everything, measure, train, measure again, and leave the model and the report."""
     _quiet()
+    if of_lora.lora_rank:
+        check_apart(of_model.model, Path(str(config.output_dir)))
+    with claimed(
+        str(config.output_dir),
+        config.resume_from_checkpoint,
+        overwrite=config.overwrite_output_dir,
+        main=config.process_index == 0,
+        allow_pickle=of_model.allow_pickle,
+    ) as claim:
+        _train(of_model, of_lora, of_data, of_eval, config, claim.resume, started)
+
+
+def _train(
+    of_model: ModelArguments,
+    of_lora: LoraArguments,
+    of_data: DataArguments,
+    of_eval: EvalArguments,
+    config: SDFTConfig,
+    resume: str | None,
+    started: float,
+) -> None:
     rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
     exam = Exam(
@@ -80,9 +101,6 @@ def train(
             raise UsageError(f"metric_for_best_model is {metric!r}, which is measured on {file}, and that is not set")
     shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
-    if of_lora.lora_rank:
-        check_apart(of_model.model, folder)
-    resume = checkpoint_to_resume(config.resume_from_checkpoint, folder, allow_pickle=of_model.allow_pickle)
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     exam.check(model, tokenizer, shown)
     try:

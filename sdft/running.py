@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
+import os
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
@@ -11,7 +14,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from sdft._compat import load_best_model
-from sdft.resuming import Resuming, checkpoint_to_resume, steps_done
+from sdft.checkpoint import write_text
+from sdft.claim import claimed
+from sdft.config import SDFTConfig
+from sdft.resuming import RECORD, Resuming, steps_done
 from sdft.saving import WholeSaves
 
 logger = logging.getLogger(__name__)
@@ -22,7 +28,13 @@ class Left(Exception):
 
 
 class Runs(WholeSaves):
-    """Trains from the start or from a checkpoint, and does nothing where nothing is left to do."""
+    """Trains from the start or from a checkpoint, and does nothing where nothing is left to do.
+
+    While it trains output_dir is its own; see `sdft.claim`.
+    """
+
+    args: SDFTConfig
+    _run: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,15 +45,30 @@ class Runs(WholeSaves):
 
         From a checkpoint of the last step the trained model is loaded, and nothing else is done.
         """
-        found = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), allow_pickle=True)
-        with Resuming(found) as resuming:
+        with contextlib.ExitStack() as stack:
+            claim = stack.enter_context(
+                claimed(
+                    str(self.args.output_dir),
+                    resume_from_checkpoint,
+                    overwrite=self.args.overwrite_output_dir,
+                    main=self.is_world_process_zero(),
+                    run=self._run,
+                )
+            )
+            self._run = claim.run
+            if claim.resume is None or not self.is_complete(claim.resume):
+                claim.begin()
+            resuming = stack.enter_context(Resuming(claim.resume))
             self.add_callback(resuming)
+            stack.callback(self.remove_callback, resuming)
             try:
-                return super().train(found, *args, **kwargs)
+                return super().train(claim.resume, *args, **kwargs)
             except Left:
                 return self._leave()
-            finally:
-                self.remove_callback(resuming)
+
+    def save_beside(self, folder: str) -> None:
+        if self.is_world_process_zero():
+            write_text(os.path.join(folder, RECORD), json.dumps({"run": self._run}) + "\n")
 
     def total_steps(self) -> int:
         """How many optimizer steps the whole run has."""

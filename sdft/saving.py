@@ -18,10 +18,6 @@ class WholeSaves(Trainer):
 
     _saving_in: str | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        checkpoint.recover(str(self.args.output_dir))
-
     def save_beside(self, folder: str) -> None:
         """Put into a checkpoint, on every process, what the Trainer does not know of."""
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft import checkpoint
+from sdft.checkpoint import check_writable
 from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
 from sdft.data import Row, encode_prompt, encode_rows, load_rows
@@ -76,7 +76,7 @@ class SDFTTrainer(Runs):
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
-        checkpoint.check_writable(str(args.output_dir))
+        check_writable(str(args.output_dir))
         learner: nn.Module
         if isinstance(model, str):
             learner, tokenizer = load_model(model)
@@ -463,6 +463,7 @@ class SDFTTrainer(Runs):
     # Checkpoints: what is in them besides the Trainer's own
 
     def save_beside(self, folder: str) -> None:
+        super().save_beside(folder)
         if self._reused is not None:
             save_samples(folder, self.args.process_index, self._reused)
         if self.args.should_save and self.teacher is not None:

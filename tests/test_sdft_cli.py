@@ -90,7 +90,7 @@ def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path):
     assert main(["train", "recipe.yaml", "--output_dir", "a", "--resume_from_checkpoint", "last"]) == 0
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "a/straight.safetensors").read_bytes()
     steps = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4, 3, 4]
+    assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4]
 
 
 def contents(folder):
@@ -432,7 +432,7 @@ def test_a_nan_loss_is_one_line_and_exit_code_1_and_no_half_written_checkpoint(r
     path = recipe(learning_rate=1e30, lr_scheduler_type="constant", save_strategy="steps", save_steps=2, method="sft")
     message = fails(capsys, ["train", path], 1)
     assert "the loss is nan at step 2" in message
-    assert [name for name in os.listdir("out") if name != "metrics.jsonl"] == []
+    assert sorted(os.listdir("out")) == ["metrics.jsonl", "run.json"]
 
 
 def test_a_student_that_broke_is_one_line_and_exit_code_1(recipe, tmp_path, capsys):
@@ -477,7 +477,7 @@ def test_sigterm_ends_training_with_a_checkpoint_exit_code_0_and_a_line(recipe, 
         capsys.readouterr()
         assert main(["train", recipe()]) == 0
     assert "stopped by SIGTERM after step 2 of 4: checkpoint-2 is in out/" in capsys.readouterr().out
-    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl"]
+    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl", "run.json"]
     assert main(["train", recipe(), "--resume_from_checkpoint", "last"]) == 0
     with open("out/model.safetensors", "rb") as resumed, open("straight/model.safetensors", "rb") as straight:
         assert resumed.read() == straight.read()
@@ -495,6 +495,30 @@ def test_a_sigterm_after_the_last_step_leaves_the_model_exit_code_0_and_a_line(r
     assert main(["train", recipe(eval_strategy="steps", eval_steps=2)]) == 0
     assert "SIGTERM came after the last step: out/ has the trained model" in capsys.readouterr().out
     assert "model.safetensors" in os.listdir("out") and "summary.json" not in os.listdir("out")
+
+
+def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, capsys, monkeypatch):
+    assert main(["train", recipe(save_strategy="steps", save_steps=2, lora_rank=2, log_completions=1)]) == 0
+    before = contents("out")
+    with monkeypatch.context() as patch:
+        patch.setattr("sdft.run.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+        message = fails(capsys, ["train", recipe(max_steps=2)], 2)
+        assert "output_dir is 'out', which holds another run (adapter_config.json, adapter_model.safetensors" in message
+        assert "overwrite_output_dir is true" in message
+    assert contents("out") == before
+    assert main(["train", "recipe.yaml", "--overwrite_output_dir", "true", "--save_strategy", "steps"]) == 0
+    names = ["checkpoint-2", "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"]
+    assert [name for name in sorted(os.listdir("out")) if name in names or "check" in name] == names
+    assert "completions.jsonl" not in os.listdir("out") and "adapter_config.json" not in os.listdir("out")
+    assert [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+
+
+def test_a_folder_stays_as_it_is_where_a_run_that_would_replace_it_cannot_start(recipe, capsys, tmp_path):
+    assert main(["train", recipe(save_strategy="steps", save_steps=2)]) == 0
+    before = contents("out")
+    (tmp_path / "train.jsonl").write_text(DEMONSTRATED.replace('"a"', f'"{"a" * 200}"'))
+    assert "longer than" in fails(capsys, ["train", "recipe.yaml", "--overwrite_output_dir", "true"], 2)
+    assert contents("out") == before
 
 
 LONG = "".join(json.dumps(row) + "\n" for row in tiny.rows() * 500)

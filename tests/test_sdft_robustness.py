@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sdft import checkpoint
+from sdft.claim import claimed
 from sdft.errors import TrainingError, UsageError
 from sdft.report import MetricsFile
 from sdft.resuming import Resuming, checkpoint_to_resume
@@ -79,7 +80,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_last_checkpoint_stays(size
     ) as error:
         run.train()
     assert "\n" not in str(error.value)
-    assert os.listdir(tmp_path / "full") == ["checkpoint-2"]
+    assert sorted(os.listdir(tmp_path / "full")) == ["checkpoint-2", "run.json"]
     again = trainer(tmp_path / "full", **options)
     again.train(resume_from_checkpoint=True)
     assert_equal_weights(weights(again.model), weights(trained(tmp_path / "straight", **options).model))
@@ -88,7 +89,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_last_checkpoint_stays(size
 def test_a_model_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path):
     trained(tmp_path, max_steps=1).save_model()
     before = (tmp_path / "model.safetensors").read_bytes()
-    run = trained(tmp_path, max_steps=2)
+    run = trained(tmp_path, max_steps=2, overwrite_output_dir=True)
     with files_no_larger_than(50_000), pytest.raises(TrainingError, match="the model could not be written"):
         run.save_model()
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -141,7 +142,8 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_has_left_one_of_the_two(tmp
         checkpoint.publish_folder(str(staged), str(tmp_path / "checkpoint-2"))
 
     def resumed():
-        found = checkpoint_to_resume("last", tmp_path)
+        with claimed(tmp_path, "last") as claim:
+            found = claim.resume
         assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
         (text,) = {path.read_text() for path in Path(found).iterdir()}
         return text
