@@ -1,16 +1,23 @@
 """The `sdft` command: what it is told, and how it ends.
 
-Exit codes: 0 done, 1 the run went wrong, 2 it was asked for something that cannot be, 130 interrupted. A mistake is
-one line on stderr. Everything that takes long to import is imported only once a command is known.
+Exit codes: 0 done (or training stopped by SIGTERM and saved), 1 the run went wrong, 2 it was asked for something that
+cannot be, 130 interrupted by Ctrl-C, 143 ended by SIGTERM. A mistake is one line on stderr. Everything that takes long
+to import is imported only once a command is known.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
+
+from sdft.errors import Terminated
 
 HELP = """\
 usage: sdft COMMAND ...
@@ -83,9 +90,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _fail(f"unknown command {command!r}; it may be train, eval or generate", 2)
     try:
-        return _run(command, rest, started)
+        with _terminable():
+            return _run(command, rest, started)
+    except Terminated:
+        return _fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", 128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, unless it is dealt with or ignored already."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(command: str, rest: list[str], started: float) -> int:
@@ -97,15 +124,14 @@ def _run(command: str, rest: list[str], started: float) -> int:
     from sdft.errors import TrainingError, UsageError
 
     try:
-        COMMANDS[command](rest, started)
+        return COMMANDS[command](rest, started) or 0
     except UsageError as error:
         return _fail(str(error), 2)
     except (TrainingError, OSError, SafetensorError) as error:
         return _fail(str(error), 1)
-    return 0
 
 
-def _train(argv: list[str], started: float) -> None:
+def _train(argv: list[str], started: float) -> int:
     from sdft.config import DataArguments, EvalArguments, LoraArguments, ModelArguments, SDFTConfig
     from sdft.recipe import RecipeParser, parse
     from sdft.run import train
@@ -117,7 +143,7 @@ def _train(argv: list[str], started: float) -> None:
         description=TRAIN_HELP,
         epilog=TRAIN_MORE,
     )
-    train(*parse(parser, argv), started=started)
+    return train(*parse(parser, argv), started=started, command=["sdft", "train", *argv])
 
 
 def _eval(argv: list[str], started: float) -> None:
@@ -166,7 +192,7 @@ def _every_field() -> set[str]:
     return {field.name for kind in vars(config).values() if is_dataclass(kind) for field in fields(kind)}
 
 
-COMMANDS: dict[str, Callable[[list[str], float], None]] = {"train": _train, "eval": _eval, "generate": _generate}
+COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {"train": _train, "eval": _eval, "generate": _generate}
 
 
 def _fail(message: str, code: int) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -52,8 +55,12 @@ def train(
     config: SDFTConfig,
     *,
     started: float,
-) -> None:
-    """`sdft train`: check everything, measure, train, measure again, and leave the model and the report."""
+    command: Sequence[str] = (),
+) -> int:
+    """`sdft train`: check everything, measure, train, measure again, and leave the model and the report.
+
+    The exit code: that of Ctrl-C where it ended the run, and 0. `command` is what was asked for, to say how to go on.
+    """
     _quiet()
     if of_lora.lora_rank:
         check_apart(of_model.model, Path(str(config.output_dir)))
@@ -64,7 +71,7 @@ def train(
         main=config.process_index == 0,
         allow_pickle=of_model.allow_pickle,
     ) as claim:
-        _train(of_model, of_lora, of_data, of_eval, config, claim.resume, started)
+        return _train(of_model, of_lora, of_data, of_eval, config, claim.resume, started, command)
 
 
 def _train(
@@ -75,7 +82,8 @@ def _train(
     config: SDFTConfig,
     resume: str | None,
     started: float,
-) -> None:
+    command: Sequence[str],
+) -> int:
     rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
     exam = Exam(
@@ -117,7 +125,7 @@ def _train(
     if resume is not None and trainer.is_complete(resume) and (folder / SUMMARY_FILE).is_file():
         if trainer.is_world_process_zero():
             print(f"the run is complete, with {trainer.total_steps()} steps: {folder}/ is left as it is")
-        return
+        return 0
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
@@ -134,7 +142,7 @@ def _train(
     before = held_out("before, held-out prompts")
     general_before = general("before, general prompts")
     train_started = time.perf_counter()
-    with contextlib.closing(bar), FinishOnSignal() as finish:
+    with contextlib.closing(bar), FinishOnSignal(silent=not trainer.is_world_process_zero()) as finish:
         trainer.add_callback(finish)
         trainer.train(resume_from_checkpoint=resume)
         training_seconds = time.perf_counter() - train_started
@@ -142,8 +150,8 @@ def _train(
             trainer.save_model()
     if finish.stopped or finish.late:
         if trainer.is_world_process_zero():
-            print(_stopped(trainer, folder, late=finish.late))
-        return
+            print(_stopped(trainer, folder, finish, command))
+        return 128 + signal.SIGINT if finish.stopped == signal.SIGINT else 0
     after = held_out("after, held-out prompts")
     general_after = general("after, general prompts")
     moved = None
@@ -153,7 +161,7 @@ def _train(
         )
         moved = trainer.with_student(lambda: trainer.moved(exam, start))
     if not trainer.is_world_process_zero():
-        return
+        return 0
 
     loss_first, loss_last = loss_ends(trainer.state.log_history)
     distilled = config.method == "sdft"
@@ -183,6 +191,7 @@ def _train(
         write_summary(folder, summary)
     files = f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png"
     print("", describe(summary), "", table(summary), "", files, sep="\n")
+    return 0
 
 
 def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:
@@ -291,14 +300,20 @@ def _check_output_file(name: str) -> None:
         raise UsageError(f"output_file is {name!r}; there is no such folder to write it in")
 
 
-def _stopped(trainer: SDFTTrainer, folder: Path, *, late: bool) -> str:
-    """What SIGTERM has left."""
-    if late:
-        return f"SIGTERM came after the last step: {folder}/ has the trained model, which was not measured again"
+def _stopped(trainer: SDFTTrainer, folder: Path, finish: FinishOnSignal, command: Sequence[str]) -> str:
+    """What a signal has left, and how to go on from it."""
+    name = signal.Signals(finish.late or finish.stopped).name
+    if finish.late:
+        return f"{name} came after the last step: {folder}/ has the trained model, which was not measured again"
     step, of = trainer.state.global_step, trainer.state.max_steps
+    if trainer.newest is None:
+        return f"stopped by {name} before the first of {of} steps was done: there is nothing to go on from"
+    newest = Path(trainer.newest)
+    field = f"--resume_from_checkpoint {'last' if newest.parent.samefile(folder) else shlex.quote(str(newest))}"
+    alone = command and trainer.args.world_size == 1
     return (
-        f"stopped by SIGTERM after step {step} of {of}: checkpoint-{step} is in {folder}/; "
-        "--resume_from_checkpoint last goes on from there"
+        f"stopped by {name} after step {step} of {of}: {newest.name} is in {newest.parent}/; to go on: "
+        f"{shlex.join(command) if alone else 'the same command with'} {field}"
     )
 
 

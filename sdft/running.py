@@ -7,8 +7,12 @@ import json
 import logging
 import math
 import os
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -19,6 +23,7 @@ from sdft.claim import claimed
 from sdft.config import SDFTConfig
 from sdft.resuming import RECORD, Resuming, steps_done
 from sdft.saving import WholeSaves
+from sdft.signals import FinishOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,7 @@ class Left(Exception):
 class Runs(WholeSaves):
     """Trains from the start or from a checkpoint, and does nothing where nothing is left to do.
 
-    While it trains output_dir is its own; see `sdft.claim`.
+    While it trains output_dir is its own; see `sdft.claim`. Among its callbacks there may be a `FinishOnSignal`.
     """
 
     args: SDFTConfig
@@ -38,7 +43,8 @@ class Runs(WholeSaves):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(LeaveWhenDone())
+        self._between = BetweenSteps()
+        self.add_callback(self._between)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from a checkpoint if one is named: "last", or True, is the newest in output_dir.
@@ -55,7 +61,7 @@ class Runs(WholeSaves):
                     run=self._run,
                 )
             )
-            self._run = claim.run
+            self._run, self.newest = claim.run, claim.resume
             if claim.resume is None or not self.is_complete(claim.resume):
                 claim.begin()
             resuming = stack.enter_context(Resuming(claim.resume))
@@ -78,21 +84,63 @@ class Runs(WholeSaves):
         """Whether the checkpoint is of the run's last step, or a later one."""
         return steps_done(checkpoint) >= self.total_steps()
 
+    @property
+    def _finish(self) -> FinishOnSignal | None:
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, FinishOnSignal)), None)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process was told to stop."""
+        return self._finish is not None and bool(self._finish.noted)
+
+    def leave_if_asked(self) -> None:
+        """If any process was told to stop, leave the step, none of which the weights have seen; all processes ask."""
+        if self._finish is not None and self._finish.agreed(self.args.device):
+            raise Left
+
     def _leave(self) -> TrainOutput:
         """Do what the Trainer does at the end of its loop."""
-        if self.is_world_process_zero():
-            logger.warning("the run is complete: it has %d of %d steps", self.state.global_step, self.state.max_steps)
-        load_best_model(self)
+        if self.state.global_step >= self.state.max_steps:
+            if self.is_world_process_zero():
+                logger.warning("the run is complete: it has all of its %d steps", self.state.max_steps)
+            load_best_model(self)
+        elif self.state.global_step and not (self.newest and steps_done(self.newest) == self.state.global_step):
+            self._between.restore()
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
         return TrainOutput(self.state.global_step, math.nan, {})
 
 
-class LeaveWhenDone(TrainerCallback):
-    """The Trainer makes a step before it looks whether there is one left."""
+class BetweenSteps(TrainerCallback):
+    """Leaves before the first step if none is left: the Trainer would make one before it looks.
+
+    `restore` gives the random numbers back as the last step left them.
+    """
+
+    restore: Callable[[], None]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step >= state.max_steps:
             raise Left
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.restore = random_state()
+
+
+def random_state() -> Callable[[], None]:
+    """A function that brings back the state that the process's random numbers have now."""
+    own, of_cpu = random.getstate(), torch.get_rng_state()
+    of_numpy = np.random.get_state()  # noqa: NPY002  the global one, which checkpoints have too
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        random.setstate(own)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        torch.set_rng_state(of_cpu)
+        torch.cuda.set_rng_state_all(of_gpus)
+
+    return restore

@@ -16,6 +16,7 @@ from sdft import checkpoint
 class WholeSaves(Trainer):
     """Writes into a folder aside and gives what is finished its name; see `sdft.checkpoint`."""
 
+    newest: str | None = None  # the checkpoint that was saved, or gone on from, last
     _saving_in: str | None = None
 
     def save_beside(self, folder: str) -> None:
@@ -46,6 +47,7 @@ class WholeSaves(Trainer):
             if self.args.should_save:
                 checkpoint.publish_folder(staged, final)
                 checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, staging)
+        self.newest = final
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 

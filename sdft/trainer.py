@@ -299,13 +299,14 @@ class SDFTTrainer(Runs):
         """
         started = time.perf_counter()
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        watched = dataclasses.replace(self.sampling, watch=lambda count: self.asked_to_stop)
 
         def write() -> list[list[int]]:
             with self._writer() as (model, prompt_ids):
                 return sample(
                     model,
                     [row[prompt_ids] for row in rows],
-                    self.sampling,
+                    watched,
                     tokenizer=tokenizer,
                     seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
                     backend=self.args.rollout_backend,
@@ -313,6 +314,7 @@ class SDFTTrainer(Runs):
                 )
 
         completions = self.with_student(write)
+        self.leave_if_asked()
         self._count(
             completions=len(rows),
             completion_length=sum(map(len, completions)),

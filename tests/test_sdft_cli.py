@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -463,24 +464,60 @@ def test_interruption_is_clean(recipe, capsys, monkeypatch):
     assert fails(capsys, ["train", recipe()], 130) == "sdft: interrupted"
 
 
-def test_sigterm_ends_training_with_a_checkpoint_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_with_a_checkpoint_and_a_line_that_says_how_to_go_on(
+    number, code, recipe, capfd, monkeypatch
+):
     samples = SDFTTrainer.samples
 
     def told_to_stop(trainer, rows):
-        if trainer.state.global_step + 1 == 2:
-            signal.raise_signal(signal.SIGTERM)
+        if trainer.state.global_step + 1 == 3:
+            signal.raise_signal(number)
         return samples(trainer, rows)
 
     assert main(["train", recipe(), "--output_dir", "straight"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(SDFTTrainer, "samples", told_to_stop)
-        capsys.readouterr()
-        assert main(["train", recipe()]) == 0
-    assert "stopped by SIGTERM after step 2 of 4: checkpoint-2 is in out/" in capsys.readouterr().out
+        capfd.readouterr()
+        assert main(["train", recipe()]) == code
+    printed = capfd.readouterr()
+    assert "sdft: stopping after this step; again to stop now\n" in printed.err
+    name = signal.Signals(number).name
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("stopped by")]
+    told, command = line.split("; to go on: ")
+    assert told == f"stopped by {name} after step 2 of 4: checkpoint-2 is in out/"
+    assert command == "sdft train recipe.yaml --resume_from_checkpoint last"
     assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl", "run.json"]
-    assert main(["train", recipe(), "--resume_from_checkpoint", "last"]) == 0
+    assert main(shlex.split(command)[1:]) == 0
     with open("out/model.safetensors", "rb") as resumed, open("straight/model.safetensors", "rb") as straight:
         assert resumed.read() == straight.read()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_second_signal_ends_the_command_at_once(number, code, line, recipe, capsys, monkeypatch):
+    save = SDFTTrainer.save_beside
+
+    def told_twice(trainer, folder):  # amid a checkpoint
+        save(trainer, folder)
+        for _ in range(2 if trainer.state.global_step == 4 else 0):
+            signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(SDFTTrainer, "save_beside", told_twice)
+    try:
+        assert fails(capsys, ["train", recipe(save_strategy="steps", save_steps=2)], code) == f"sdft: {line}"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl", "run.json"]
+
+
+def test_sigterm_outside_of_training_ends_the_command_with_a_line(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("sdft.run.load_model", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    assert fails(capsys, ["train", recipe()], 143) == "sdft: terminated"
+    assert not os.path.exists("out")
 
 
 def test_a_sigterm_after_the_last_step_leaves_the_model_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
@@ -556,7 +593,8 @@ def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_writte
         for name, process in processes.items():
             assert process.wait(timeout=60) == 130, name
             lines = (tmp_path / f"{name}.err").read_text().replace("\r", "\n").splitlines()
-            assert [line for line in lines if line.startswith("sdft:")] == ["sdft: interrupted"]
+            said = "sdft: stopping after this step; again to stop now" if name == "train" else "sdft: interrupted"
+            assert [line for line in lines if line.startswith("sdft:")] == [said]
             assert not any("Traceback" in line for line in lines)
     finally:
         for process in processes.values():

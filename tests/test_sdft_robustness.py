@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from sdft import checkpoint
 from sdft.claim import claimed
 from sdft.errors import TrainingError, UsageError
 from sdft.report import MetricsFile
-from sdft.resuming import Resuming, checkpoint_to_resume
+from sdft.resuming import Resuming, checkpoint_to_resume, last_checkpoint
+from sdft.sampling import RowSampler
 from sdft.signals import FinishOnSignal
 from tests import tiny
 from tests.test_sdft_trainer import assert_equal_weights, trained, trainer, weights
@@ -245,34 +245,100 @@ def test_what_a_rename_makes_visible_has_reached_the_disk(tmp_path, monkeypatch)
     assert events[at + 1 :] == [tmp_path.name]
 
 
-def told_to_stop(folder, step, times=1, **options):
+def told_to_stop(folder, step, amid, times=1, number=signal.SIGTERM, **options):
+    """A trainer that gets a signal in a step: amid its rollouts, after so many tokens, or amid what it learns."""
     run = trainer(folder, **options)
-    sample = run.samples
+    draw, loss, tokens = RowSampler.draw, run.compute_loss, []
 
-    def samples(rows):
-        for _ in range(times if run.state.global_step + 1 == step else 0):
-            signal.raise_signal(signal.SIGTERM)
-        return sample(rows)
+    def signalled():
+        for _ in range(times):
+            signal.raise_signal(number)
 
-    run.samples = samples
-    return run
+    def drawn(sampler, scores, rows):
+        if run.state.global_step + 1 == step and amid == "rollouts":
+            tokens.append(len(rows))
+            in_turn = run.args.rollout_backend == "generate"
+            assert len(tokens) <= 3 or not in_turn, "a token was written after the one that the signal came at"
+            if len(tokens) == 3:
+                signalled()
+        return draw(sampler, scores, rows)
+
+    def computed(*args, **kwargs):
+        if run.state.global_step + 1 == step and amid == "learning":
+            run.compute_loss = loss
+            signalled()
+        return loss(*args, **kwargs)
+
+    run.compute_loss = computed
+    return run, pytest.MonkeyPatch.context(), drawn
 
 
-def test_sigterm_finishes_the_step_and_saves_it(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    run = told_to_stop(tmp_path, step=2, gradient_accumulation_steps=2, teacher="ema")
-    with FinishOnSignal() as finish:
+@contextlib.contextmanager
+def stopped(folder, step, amid, **options):
+    run, patching, drawn = told_to_stop(folder, step, amid, **options)
+    with patching as patch, FinishOnSignal() as finish:
+        patch.setattr(RowSampler, "draw", drawn)
         run.add_callback(finish)
+        yield run, finish
+
+
+INTERRUPTED = [
+    {"gradient_accumulation_steps": 2, "teacher": "ema", "ema_rate": 0.2},
+    {"num_iterations": 2, "gradient_accumulation_steps": 2},
+    {"rollout_backend": "continuous", "rollout_batch_size": 1},
+    {"rollout_batch_size": 1, "data_seed": 3},
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", INTERRUPTED, ids=str)
+@pytest.mark.parametrize(("step", "amid", "left"), [(3, "rollouts", 2), (5, "rollouts", 4), (2, "learning", 2)])
+def test_a_signal_saves_the_last_whole_step_and_the_resumed_run_ends_as_the_uninterrupted_one(
+    step, amid, left, options, number, tmp_path, capfd
+):
+    """With a step in progress at the third token of its rollouts, within an epoch and at the start of one."""
+    if number == signal.SIGINT and (amid, step) != ("rollouts", 3):
+        pytest.skip("the signals differ in nothing but their number")
+    options = {"max_steps": 6, "per_device_train_batch_size": 2, **options}
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with stopped(tmp_path / "run", step, amid, number=number, **options) as (run, finish):
         run.train()
-    assert finish.stopped
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert run.state.global_step == 2
-    assert os.path.basename(get_last_checkpoint(str(tmp_path))) == "checkpoint-2"
-    again = trainer(tmp_path, gradient_accumulation_steps=2, teacher="ema")
+    assert capfd.readouterr().err.count("sdft: stopping after this step; again to stop now\n") == 1
+    assert finish.stopped == number and run.state.global_step == left
+    assert {each: signal.getsignal(each) for each in before} == before
+    assert last_checkpoint(tmp_path / "run") == run.newest == str(tmp_path / "run" / f"checkpoint-{left}")
+    again = trainer(tmp_path / "run", **options)
     again.train(resume_from_checkpoint=True)
-    straight = trained(tmp_path / "straight", gradient_accumulation_steps=2, teacher="ema")
-    assert again.state.global_step == 4
+    straight = trained(tmp_path / "straight", **options)
+    assert again.state.global_step == 6
     assert_equal_weights(weights(again.model), weights(straight.model))
+    saved = {**options, "save_strategy": "steps", "save_steps": left}
+    whole = trained(tmp_path / "saved", **saved)
+    assert whole.state.global_step == 6
+    for name in ("rng_state.pth", "optimizer.pt", "scheduler.pt", "model.safetensors"):
+        files = [tmp_path / folder / f"checkpoint-{left}" / name for folder in ("run", "saved")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_a_signal_in_the_first_rollouts_leaves_no_checkpoint(tmp_path):
+    with stopped(tmp_path, 1, "rollouts") as (run, finish):
+        run.train()
+    assert finish.stopped and run.newest is None and run.state.global_step == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_right_after_a_checkpoint_saves_none_again(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    with stopped(tmp_path / "a", 3, "rollouts", **options) as (run, _):
+        save = run._save_checkpoint
+        saves = []
+        run._save_checkpoint = lambda *args: (saves.append(run.state.global_step), save(*args))
+        run.train()
+    assert saves == [2]
+    with stopped(tmp_path / "b", 3, "rollouts") as (again, _):
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert again.newest == str(tmp_path / "a" / "checkpoint-2")
+    assert os.listdir(tmp_path / "b") == []
 
 
 def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path):
@@ -284,10 +350,7 @@ def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path):
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        run = told_to_stop(tmp_path, step=2, times=2)
-        finish = FinishOnSignal()
-        run.add_callback(finish)
-        with pytest.raises(Ended), finish:
+        with pytest.raises(Ended), stopped(tmp_path, 3, "rollouts", times=2) as (run, _):
             run.train()
         with pytest.raises(Ended), FinishOnSignal():
             signal.raise_signal(signal.SIGTERM)
