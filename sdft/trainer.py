@@ -47,6 +47,8 @@ from sdft.templates import parse_template
 
 logger = logging.getLogger(__name__)
 
+ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut
+
 
 class SDFTTrainer(Runs):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
@@ -143,6 +145,7 @@ class SDFTTrainer(Runs):
             self.add_callback(self.completions)
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
+        self._judged, self._warned_of_cuts = (0, 0), False
 
     @property
     def learner(self) -> nn.Module:
@@ -422,8 +425,27 @@ class SDFTTrainer(Runs):
                 logs["completion_length"] = sums["completion_length"] / completions
                 logs["finished"] = sums["finished"] / completions
                 logs["rollout_seconds"] = sums["rollout_seconds"] / self.accelerator.num_processes
+                self._warn_of_cuts(int(completions), int(sums["finished"]))
             self._sums = {}
         super().log(logs, start_time)
+
+    def _warn_of_cuts(self, completions: int, finished: int) -> None:
+        """Say it once if most completions do not come to an end; too few to judge by are judged with the next."""
+        self._judged = (self._judged[0] + completions, self._judged[1] + finished)
+        completions, finished = self._judged
+        if completions < ENOUGH_TO_JUDGE or self._warned_of_cuts:
+            return
+        self._judged = (0, 0)
+        if finished < completions / 2:
+            self._warned_of_cuts = True
+            if self.is_world_process_zero():
+                logger.warning(
+                    "%d of the last %d completions were cut at max_completion_length=%d: raise it, or name in "
+                    "rollout_stop what ends an answer",
+                    completions - finished,
+                    completions,
+                    self.args.max_completion_length,
+                )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -285,7 +285,7 @@ def stopped(folder, step, amid, **options):
 INTERRUPTED = [
     {"gradient_accumulation_steps": 2, "teacher": "ema", "ema_rate": 0.2},
     {"num_iterations": 2, "gradient_accumulation_steps": 2},
-    {"rollout_backend": "continuous", "rollout_batch_size": 1},
+    {"rollout_backend": "continuous"},
     {"rollout_batch_size": 1, "data_seed": 3},
 ]
 
@@ -297,8 +297,9 @@ def test_a_signal_saves_the_last_whole_step_and_the_resumed_run_ends_as_the_unin
     step, amid, left, options, number, tmp_path, capfd
 ):
     """With a step in progress at the third token of its rollouts, within an epoch and at the start of one."""
-    if number == signal.SIGINT and (amid, step) != ("rollouts", 3):
-        pytest.skip("the signals differ in nothing but their number")
+    once = number == signal.SIGINT or options.get("rollout_backend") == "continuous"  # which takes its time
+    if once and (amid, step) != ("rollouts", 3):
+        pytest.skip("one step is enough")
     options = {"max_steps": 6, "per_device_train_batch_size": 2, **options}
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     with stopped(tmp_path / "run", step, amid, number=number, **options) as (run, finish):
@@ -309,14 +310,11 @@ def test_a_signal_saves_the_last_whole_step_and_the_resumed_run_ends_as_the_unin
     assert last_checkpoint(tmp_path / "run") == run.newest == str(tmp_path / "run" / f"checkpoint-{left}")
     again = trainer(tmp_path / "run", **options)
     again.train(resume_from_checkpoint=True)
-    straight = trained(tmp_path / "straight", **options)
+    straight = trained(tmp_path / "straight", **options, save_strategy="steps", save_steps=left)
     assert again.state.global_step == 6
     assert_equal_weights(weights(again.model), weights(straight.model))
-    saved = {**options, "save_strategy": "steps", "save_steps": left}
-    whole = trained(tmp_path / "saved", **saved)
-    assert whole.state.global_step == 6
     for name in ("rng_state.pth", "optimizer.pt", "scheduler.pt", "model.safetensors"):
-        files = [tmp_path / folder / f"checkpoint-{left}" / name for folder in ("run", "saved")]
+        files = [tmp_path / folder / f"checkpoint-{left}" / name for folder in ("run", "straight")]
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 from types import SimpleNamespace
 
@@ -585,6 +586,28 @@ def test_logs_say_what_the_rollouts_were_like(tmp_path):
     assert 0 < log["student_entropy"] < 4.7  # log 101
     assert 0 < log["teacher_entropy"] < 4.7
     assert log["rollout_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("cut_in", "said"), [({1, 2, 3, 4, 5, 6}, 1), ({5, 6}, 0), ({5, 6, 7}, 1), (set(), 0)], ids=str
+)
+def test_it_is_said_once_that_most_completions_are_cut(cut_in, said, tmp_path, caplog):
+    """Of two in each step; eight are enough to judge by."""
+    run = trainer(tmp_path, max_steps=8)
+    write = run.with_student
+
+    def cut_or_not(function):
+        return [[5] * (6 if run.state.global_step + 1 in cut_in else 1) + [1] for _ in write(function)]
+
+    run.with_student = lambda function: [each[:6] for each in cut_or_not(function)]
+    with caplog.at_level(logging.WARNING, logger="sdft.trainer"):
+        run.train()
+    lines = [record.getMessage() for record in caplog.records if "completions were cut" in record.getMessage()]
+    count = 8 if 1 in cut_in else 6
+    assert lines == said * [
+        f"{count} of the last 8 completions were cut at max_completion_length=6: raise it, or name in rollout_stop "
+        "what ends an answer"
+    ]
 
 
 def test_a_missing_tokenizer_and_an_empty_dataset_are_refused(tmp_path):
