@@ -97,15 +97,17 @@ def claimed(
         claim.resume = checkpoint_to_resume(wanted, folder, allow_pickle=allow_pickle)
         yield claim
         return
+    if not main:
+        yield Claim(path, run or "", checkpoint_to_resume(wanted, folder, allow_pickle=allow_pickle))
+        return
     checkpoint.check_writable(folder)
-    with _locked(path, folder) if main else contextlib.nullcontext() as file:
-        if file is not None:
-            checkpoint.recover(path)
+    with _locked(path, folder) as file:
+        checkpoint.recover(path)
         found = checkpoint_to_resume(wanted, folder, allow_pickle=allow_pickle)
         before = read_record(path)
         left = results_in(path)
         replaces = False
-        if main and left and (run is None or before.get("run") not in (None, run)):
+        if left and (run is None or before.get("run") not in (None, run)):
             if found is None:
                 if not overwrite:
                     raise UsageError(
@@ -121,9 +123,8 @@ def claimed(
                 )
         resumed = None if found is None else run_of(found) or before.get("run")
         claim = Claim(path, run or resumed or uuid.uuid4().hex, found, replaces, file)
-        if file is not None:
-            claim.before = (path / RECORD).read_text("utf-8") if before else ""
-            claim.record(**before)
+        claim.before = (path / RECORD).read_text("utf-8") if before else ""
+        claim.record(**before)
         _held[path] = claim
         try:
             yield claim

@@ -6,11 +6,14 @@ import contextlib
 import json
 import math
 import pickle
+import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -23,6 +26,9 @@ RECORD = "run.json"
 
 #: Files of a checkpoint's weights that can run code as they are loaded.
 PICKLED = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"})
+
+#: What a checkpoint needs besides the weights, and how the names of its files begin.
+NEEDED = {"optimizer": "optimizer", "scheduler": "scheduler", "random state": "rng_state"}
 
 #: What loading a checkpoint raises that is of other settings, or damaged.
 DOES_NOT_FIT = (ValueError, KeyError, RuntimeError, pickle.UnpicklingError)
@@ -72,14 +78,35 @@ def _check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
     asked = f"resume_from_checkpoint is {str(folder)!r}"
     if TRAINER_STATE_NAME not in names:
         raise UsageError(f"{asked}, which has no {TRAINER_STATE_NAME}; it must be a checkpoint's folder, or last")
-    if not any(name.startswith("optimizer") for name in names):
-        raise UsageError(
-            f"{asked}, which has no optimizer in it (save_only_model); it must be a checkpoint that has, or the run "
-            "would go on as another"
-        )
+    for what, prefix in NEEDED.items():
+        if not any(name.startswith(prefix) for name in names):
+            raise UsageError(
+                f"{asked}, which has no {what} in it (save_only_model); it must be a checkpoint that has, or the run "
+                "would go on as another"
+            )
     pickled = names & PICKLED
-    if pickled and not allow_pickle and not any(name.endswith(".safetensors") for name in names):
+    if pickled and not allow_pickle and not any(fnmatch(name, "*model*.safetensors") for name in names):
         raise UsageError(f"{asked}, whose weights are pickled ({min(pickled)}); loading them takes allow_pickle: true")
+    for path in sorted(folder.rglob("*")):
+        reason = _damage(path)
+        if reason is not None:
+            name = path.relative_to(folder)
+            raise UsageError(f"{asked}, whose {name} is damaged ({reason}); it must be a checkpoint that is whole")
+
+
+def _damage(path: Path) -> str | None:
+    """Why a file cannot be what its name says, by where its parts should be: a file that was cut is found so."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text("utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            return "it has no end" if path.stat().st_size else "it is empty"
+    except (ValueError, SafetensorError) as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def steps_done(checkpoint: str) -> int:

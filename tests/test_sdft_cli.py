@@ -418,7 +418,7 @@ def test_a_checkpoint_of_other_settings_is_one_line(saved, options, recipe, caps
     optimizer = Path("out/checkpoint-1/optimizer.pt")
     whole = optimizer.read_bytes()
     optimizer.write_bytes(b"not an optimizer")
-    assert "out/checkpoint-1', which does not fit" in fails(capsys, resume, 2)
+    assert "out/checkpoint-1', whose optimizer.pt is damaged" in fails(capsys, resume, 2)
     optimizer.write_bytes(whole)
 
     def fail(*_, **__):

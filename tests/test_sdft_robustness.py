@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,10 +143,9 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_has_left_one_of_the_two(tmp
         checkpoint.publish_folder(str(staged), str(tmp_path / "checkpoint-2"))
 
     def resumed():
-        with claimed(tmp_path, "last") as claim:
-            found = claim.resume
-        assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
-        (text,) = {path.read_text() for path in Path(found).iterdir()}
+        with claimed(tmp_path, overwrite=True):
+            assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+        (text,) = {path.read_text() for path in (tmp_path / "checkpoint-2").iterdir()}
         return text
 
     publish("first")
@@ -372,35 +372,63 @@ def test_a_sigterm_after_the_last_step_leaves_the_model_to_be_saved(tmp_path):
     assert_equal_weights(weights(run.model), weights(trained(tmp_path / "undisturbed").model))
 
 
-def checkpoint_with(folder, *names):
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def a_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trained(folder, max_steps=1, save_strategy="steps", teacher="ema", num_iterations=2)
+    return folder / "checkpoint-1"
+
+
+def checkpoint_without(a_checkpoint, folder, *names):
+    shutil.copytree(a_checkpoint, folder)
     for name in names:
-        (folder / name).write_text("")
+        (folder / name).unlink()
     return str(folder)
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("lost", "pickled", "message"),
     [
-        (["model.safetensors"], r"has no trainer_state.json; it must be a checkpoint's folder, or last"),
-        (["model.safetensors", "trainer_state.json"], r"has no optimizer in it \(save_only_model\)"),
+        ("trainer_state.json", None, r"has no trainer_state.json; it must be a checkpoint's folder, or last"),
+        ("optimizer.pt", None, r"has no optimizer in it \(save_only_model\)"),
+        ("scheduler.pt", None, r"has no scheduler in it"),
+        ("rng_state.pth", None, r"has no random state in it"),
         (
-            ["pytorch_model.bin", "trainer_state.json", "optimizer.pt"],
+            "model.safetensors",
+            "pytorch_model.bin",
             r"weights are pickled \(pytorch_model.bin\); loading them takes allow_pickle: true",
         ),
-        (["adapter_model.bin", "trainer_state.json", "optimizer.pt"], r"pickled \(adapter_model.bin\)"),
+        ("model.safetensors", "adapter_model.bin", r"pickled \(adapter_model.bin\)"),
     ],
 )
-def test_a_folder_that_a_run_cannot_go_on_from_is_one_sentence(names, message, tmp_path):
-    found = checkpoint_with(tmp_path / "checkpoint-3", *names)
+def test_a_folder_that_a_run_cannot_go_on_from_is_one_sentence(lost, pickled, message, a_checkpoint, tmp_path):
+    found = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-3", lost)
+    if pickled:
+        (tmp_path / "checkpoint-3" / pickled).write_text("")
     with pytest.raises(UsageError, match=rf"^resume_from_checkpoint is '{found}', .*{message}"):
         checkpoint_to_resume(found, tmp_path)
 
 
-def test_a_checkpoint_is_found_whatever_its_weights_are_in(tmp_path):
-    whole = checkpoint_with(tmp_path / "checkpoint-3", "model.safetensors", "trainer_state.json", "optimizer.pt")
+FILES = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]
+FILES += ["teacher_average.safetensors", "rollouts-0.json", "config.json"]
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, -1], ids=["none of it", "half of it", "all but a byte"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_checkpoint_that_was_cut_is_named(name, kept, a_checkpoint, tmp_path):
+    found = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-1")
+    path = tmp_path / "checkpoint-1" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole.rstrip()[: kept if kept < 0 else int(kept * len(whole))])
+    with pytest.raises(UsageError, match=rf"^resume_from_checkpoint is '{found}', whose {name} is damaged \(.+\); it"):
+        trainer(tmp_path, max_steps=2, teacher="ema", num_iterations=2).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_found_whatever_its_weights_are_in(a_checkpoint, tmp_path):
+    whole = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-3")
     assert checkpoint_to_resume("last", tmp_path) == whole
-    pickled = checkpoint_with(tmp_path / "checkpoint-4", "pytorch_model.bin", "trainer_state.json", "optimizer.pt")
+    pickled = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-4", "model.safetensors")
+    (tmp_path / "checkpoint-4" / "pytorch_model.bin").write_text("")
     assert checkpoint_to_resume("last", tmp_path, allow_pickle=True) == pickled
 
 
