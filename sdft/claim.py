@@ -23,7 +23,7 @@ from sdft import checkpoint
 from sdft.completions import COMPLETIONS_FILE
 from sdft.errors import UsageError
 from sdft.report import CURVES_FILE, METRICS_FILE, SUMMARY_FILE
-from sdft.resuming import RECORD, checkpoint_to_resume, read_record, run_of
+from sdft.resuming import RECORD, checkpoint_to_resume, last_checkpoint, read_record, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,15 @@ _held: dict[Path, Claim] = {}
 
 @dataclass
 class Claim:
-    """A run's hold on its folder; `file` is the locked record, in the main process alone."""
+    """A run's hold on its folder; `file` is the locked record, in the main process alone.
+
+    `steps` is how many the run had that ended here and left its model: perhaps more than any checkpoint has.
+    """
 
     folder: Path
     run: str
     resume: str | None = None
+    steps: int = 0
     replaces: bool = False
     file: IO[str] | None = None
     before: str = ""
@@ -52,12 +56,14 @@ class Claim:
         gone = [self.folder / name for name in (SUMMARY_FILE, CURVES_FILE)]
         if self.replaces:
             gone += [self.folder / name for name in REPORTS]
-            with checkpoint.staging(str(self.folder)) as staged:  # so that none is there in part
-                for path in self.folder.glob(CHECKPOINTS):
-                    path.rename(Path(staged) / path.name)
+            checkpoint.remove_checkpoints(self.folder, [path.name for path in self.folder.glob(CHECKPOINTS)])
         for path in gone:
             path.unlink(missing_ok=True)
         self.before = self.record(run=self.run)
+
+    def finish(self, steps: int) -> None:
+        """Note that the run has ended after so many steps, and that the folder has its model."""
+        self.before = self.record(run=self.run, steps=steps)
 
     def record(self, **values: Any) -> str:
         """Write the record, with the process that has the folder."""
@@ -98,17 +104,18 @@ def claimed(
         yield claim
         return
     if not main:
-        yield Claim(path, run or "", checkpoint_to_resume(wanted, folder, allow_pickle=allow_pickle))
+        found, steps = _to_resume(wanted, path, allow_pickle)
+        yield Claim(path, run or "", found, steps)
         return
     checkpoint.check_writable(folder)
     with _locked(path, folder) as file:
         checkpoint.recover(path)
-        found = checkpoint_to_resume(wanted, folder, allow_pickle=allow_pickle)
+        found, steps = _to_resume(wanted, path, allow_pickle)
         before = read_record(path)
         left = results_in(path)
         replaces = False
         if left and (run is None or before.get("run") not in (None, run)):
-            if found is None:
+            if found is None and not steps:
                 if not overwrite:
                     raise UsageError(
                         f"output_dir is {str(folder)!r}, which holds another run ({_listed(left)}); it must be another "
@@ -116,13 +123,13 @@ def claimed(
                         "last (it then goes on)"
                     )
                 replaces = True
-            elif not _is_of(Path(found), path):
+            elif found is not None and not _is_of(Path(found), path):
                 raise UsageError(
                     f"resume_from_checkpoint is {found!r}, a checkpoint of another run than the one that output_dir "
                     f"holds, which is {str(folder)!r}; output_dir must be that run's, or a new folder"
                 )
         resumed = None if found is None else run_of(found) or before.get("run")
-        claim = Claim(path, run or resumed or uuid.uuid4().hex, found, replaces, file)
+        claim = Claim(path, run or resumed or uuid.uuid4().hex, found, steps, replaces, file)
         claim.before = (path / RECORD).read_text("utf-8") if before else ""
         claim.record(**before)
         _held[path] = claim
@@ -172,6 +179,14 @@ def results_in(folder: Path) -> list[str]:
     patterns = (CHECKPOINTS, "adapter_config.json", *checkpoint.WEIGHTS, "pytorch_model*", *REPORTS)
     found = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in patterns)]
     return sorted(path.name for path in found if path.is_dir() or path.stat().st_size)
+
+
+def _to_resume(wanted: str | bool | None, folder: Path, allow_pickle: bool) -> tuple[str | None, int]:
+    """The checkpoint that is wanted, or None where the folder's own run ended, after so many steps, and left none."""
+    steps = int(read_record(folder).get("steps", 0)) if wanted in (True, "last") else 0
+    if steps and last_checkpoint(folder) is None:
+        return None, steps
+    return checkpoint_to_resume(wanted, folder, allow_pickle=allow_pickle), steps
 
 
 def _is_of(found: Path, folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """What a run leaves to look at: metrics.jsonl while it runs, then summary.json, curves.png and a table.
 
 metrics.jsonl has one line for each log of the Trainer: step, loss, gradient norm, learning rate, entropies, completion
-lengths. summary.json has the table's numbers. curves.png shows them.
+lengths, time and memory. summary.json has the table's numbers, and time and memory of the whole. curves.png shows them.
+docs/outputs.md has every name and its unit.
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ class Summary:
     general_prompts: int = 0
     training_seconds: float = 0.0
     total_seconds: float = 0.0
+    rollout_seconds: float = 0.0
+    score_seconds: float = 0.0
+    learn_seconds: float = 0.0
+    save_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    rollout_tokens_per_second: float | None = None
+    peak_memory_mib: float | None = None
     scorer: str = "exact"
     general_scorer: str = "contains"
 

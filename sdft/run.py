@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import signal
 import time
@@ -14,8 +15,8 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from sdft.checkpoint import failing_clearly, write_text
-from sdft.claim import claimed
+from sdft.checkpoint import failing_clearly, remove_checkpoints, write_text
+from sdft.claim import CHECKPOINTS, Claim, claimed
 from sdft.config import (
     DataArguments,
     EvalArguments,
@@ -41,6 +42,7 @@ from sdft.report import (
     table,
     write_summary,
 )
+from sdft.resuming import steps_done
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
@@ -71,7 +73,7 @@ def train(
         main=config.process_index == 0,
         allow_pickle=of_model.allow_pickle,
     ) as claim:
-        return _train(of_model, of_lora, of_data, of_eval, config, claim.resume, started, command)
+        return _train(of_model, of_lora, of_data, of_eval, config, claim, started, command)
 
 
 def _train(
@@ -80,7 +82,7 @@ def _train(
     of_data: DataArguments,
     of_eval: EvalArguments,
     config: SDFTConfig,
-    resume: str | None,
+    claim: Claim,
     started: float,
     command: Sequence[str],
 ) -> int:
@@ -122,10 +124,17 @@ def _train(
         )
     except ValueError as error:  # settings that the Trainer finds do not go together
         raise UsageError(str(error)) from error
-    if resume is not None and trainer.is_complete(resume) and (folder / SUMMARY_FILE).is_file():
+    resume, done = claim.resume, max(claim.steps, steps_done(claim.resume) if claim.resume else 0)
+    if done and (folder / SUMMARY_FILE).is_file() and done >= trainer.total_steps():
         if trainer.is_world_process_zero():
             print(f"the run is complete, with {trainer.total_steps()} steps: {folder}/ is left as it is")
         return 0
+    if done and resume is None:
+        raise UsageError(
+            f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, and the run in {folder} ended after {done} "
+            f"of what are now {trainer.total_steps()} steps and left no checkpoint; save_steps of the first run must "
+            "divide its max_steps for one to be left"
+        )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
@@ -133,10 +142,12 @@ def _train(
     trainer.add_callback(bar)
 
     def held_out(progress: str, template: list[Message] | None = None) -> Answers | None:
-        return trainer.with_student(lambda: exam.held_out(trainer.student, tokenizer, progress, template))
+        with trainer.phases("eval"):
+            return trainer.with_student(lambda: exam.held_out(trainer.student, tokenizer, progress, template))
 
     def general(progress: str) -> Answers | None:
-        return trainer.with_student(lambda: exam.general(trainer.student, tokenizer, progress))
+        with trainer.phases("eval"):
+            return trainer.with_student(lambda: exam.general(trainer.student, tokenizer, progress))
 
     teacher = held_out("teacher, held-out prompts", template) if shown else None
     before = held_out("before, held-out prompts")
@@ -159,7 +170,9 @@ def _train(
         start = trainer.start or Teacher(
             load_model(of_model.model, of_model.dtype, trainer.student.device, **of_model.trust)[0]
         )
-        moved = trainer.with_student(lambda: trainer.moved(exam, start))
+        with trainer.phases("eval"):
+            moved = trainer.with_student(lambda: trainer.moved(exam, start))
+    spent = trainer.spent()
     if not trainer.is_world_process_zero():
         return 0
 
@@ -185,13 +198,40 @@ def _train(
         total_seconds=time.perf_counter() - started,
         scorer=config.scorer,
         general_scorer=config.general_scorer,
+        **spent,
     )
     with failing_clearly("the report", str(folder)):
         draw_curves(folder, trainer.state.log_history, summary)
         write_summary(folder, summary)
-    files = f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png"
-    print("", describe(summary), "", table(summary), "", files, sep="\n")
+    claim.finish(trainer.state.global_step)
+    if not _is_asked_for(trainer):
+        remove_checkpoints(folder, [f"checkpoint-{trainer.state.global_step}"])
+    print("", describe(summary), "", table(summary), "", left_in(folder), sep="\n")
     return 0
+
+
+def _is_asked_for(trainer: SDFTTrainer) -> bool:
+    """Whether the settings ask for a checkpoint of the last step; else the Trainer saves one all the same."""
+    args, state = trainer.args, trainer.state
+    last = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+    by_steps = args.save_strategy == "steps"
+    return not by_steps or state.global_step % state.save_steps == 0 or state.best_model_checkpoint == last
+
+
+def left_in(folder: Path) -> str:
+    """What a run has left in its folder, and how much of the disk its parts take."""
+    checkpoints = sorted(folder.glob(CHECKPOINTS), key=lambda path: int(path.name.split("-")[1]))
+    kept = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {path: path.stat().st_size / 2**20 for path in kept}
+    of_checkpoints = sum(size for path, size in sizes.items() if any(each in path.parents for each in checkpoints))
+    line = (
+        f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png "
+        f"({sum(sizes.values()) - of_checkpoints:.0f} MiB)"
+    )
+    if checkpoints:
+        names = ", ".join(path.name for path in checkpoints)
+        line += f", and to go on from {names} ({of_checkpoints:.0f} MiB)"
+    return line
 
 
 def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -21,6 +22,8 @@ from sdft._compat import load_best_model
 from sdft.checkpoint import write_text
 from sdft.claim import claimed
 from sdft.config import SDFTConfig
+from sdft.errors import UsageError
+from sdft.phases import Phases
 from sdft.resuming import RECORD, Resuming, steps_done
 from sdft.saving import WholeSaves
 from sdft.signals import FinishOnSignal
@@ -43,7 +46,8 @@ class Runs(WholeSaves):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._between = BetweenSteps()
+        self.phases = Phases(self.args.device)
+        self._between = BetweenSteps(self.phases)
         self.add_callback(self._between)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -61,6 +65,11 @@ class Runs(WholeSaves):
                     run=self._run,
                 )
             )
+            if claim.steps and claim.resume is None:
+                raise UsageError(
+                    f"resume_from_checkpoint is {resume_from_checkpoint!r}, and the run in {claim.folder} ended after "
+                    f"{claim.steps} steps: it has left its model there, and no checkpoint to go on from"
+                )
             self._run, self.newest = claim.run, claim.resume
             if claim.resume is None or not self.is_complete(claim.resume):
                 claim.begin()
@@ -71,6 +80,14 @@ class Runs(WholeSaves):
                 return super().train(claim.resume, *args, **kwargs)
             except Left:
                 return self._leave()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.phases("save"):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self.phases("save"):
+            super().save_model(output_dir, _internal_call)
 
     def save_beside(self, folder: str) -> None:
         if self.is_world_process_zero():
@@ -114,12 +131,15 @@ class Runs(WholeSaves):
 
 
 class BetweenSteps(TrainerCallback):
-    """Leaves before the first step if none is left: the Trainer would make one before it looks.
+    """Ends the phase of a step, and leaves before the first if none is left: the Trainer makes one before it looks.
 
     `restore` gives the random numbers back as the last step left them.
     """
 
     restore: Callable[[], None]
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,6 +148,7 @@ class BetweenSteps(TrainerCallback):
             raise Left
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.phases.begin(None)
         self.restore = random_state()
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -37,6 +36,7 @@ from sdft.launch import check_launch, prepare_packages, switch_off_dropout
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
 from sdft.loss import StepLoss, backbone, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
+from sdft.phases import PHASES, peak_memory_mib
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
@@ -145,6 +145,7 @@ class SDFTTrainer(Runs):
             self.add_callback(self.completions)
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
+        self._totals: dict[str, float] = {}
         self._judged, self._warned_of_cuts = (0, 0), False
 
     @property
@@ -220,6 +221,7 @@ class SDFTTrainer(Runs):
         items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
         for piece in pieces:
             piece["demonstration_items"] = demonstration_items
+        self.phases.begin("learn")
         return micro_batches, items
 
     def _in_pieces(self, samples: list[Sample]) -> list[Batch]:
@@ -262,7 +264,9 @@ class SDFTTrainer(Runs):
         if iterations == 1 or self.args.method == "sft":
             return self.samples(rows)
         if self._reused is None or self.state.global_step % iterations == 0:
-            self._reused = self._with_old_logprobs(self.samples(rows))
+            samples = self.samples(rows)
+            with self.phases("score"):
+                self._reused = self._with_old_logprobs(samples)
         return self._reused
 
     def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
@@ -300,7 +304,6 @@ class SDFTTrainer(Runs):
 
         A row's random numbers depend on the seed, the step and its place in the step's batch.
         """
-        started = time.perf_counter()
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
         watched = dataclasses.replace(self.sampling, watch=lambda count: self.asked_to_stop)
 
@@ -316,13 +319,13 @@ class SDFTTrainer(Runs):
                     batch_size=self.args.rollout_batch_size,
                 )
 
-        completions = self.with_student(write)
+        with self.phases("rollout"):
+            completions = self.with_student(write)
         self.leave_if_asked()
         self._count(
             completions=len(rows),
             completion_length=sum(map(len, completions)),
             finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
-            rollout_seconds=time.perf_counter() - started,
         )
         return completions
 
@@ -373,7 +376,14 @@ class SDFTTrainer(Runs):
                 return StepLoss(out.total / items, out.sums)
             logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
             out = distillation_loss(
-                student, self.teacher, inputs, self.args, self._autocast, per_token=logged, prompts=self.prompts
+                student,
+                self.teacher,
+                inputs,
+                self.args,
+                self._autocast,
+                per_token=logged,
+                prompts=self.prompts,
+                timed=self.phases("score"),
             )
             loss = out.total / items
             if share:
@@ -414,20 +424,45 @@ class SDFTTrainer(Runs):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            values = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
-            sums = dict(zip(names, values, strict=True))
-            tokens, completions = sums.pop("tokens"), sums.pop("completions", 0.0)
+            sums = self._take_sums()
             for name in ("student_entropy", "teacher_entropy"):
                 if name in sums:
-                    logs[name] = sums[name] / max(tokens, 1)
-            if completions:
-                logs["completion_length"] = sums["completion_length"] / completions
-                logs["finished"] = sums["finished"] / completions
-                logs["rollout_seconds"] = sums["rollout_seconds"] / self.accelerator.num_processes
-                self._warn_of_cuts(int(completions), int(sums["finished"]))
-            self._sums = {}
+                    logs[name] = sums[name] / max(sums["tokens"], 1)
+            if sums.get("completions"):
+                logs["completion_length"] = sums["completion_length"] / sums["completions"]
+                logs["finished"] = sums["finished"] / sums["completions"]
+                self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
+            logs.update(self._spent(sums))
         super().log(logs, start_time)
+
+    def spent(self) -> dict[str, float]:
+        """What the run has taken so far of time and memory, as a line of the log says it of its steps."""
+        self._take_sums()
+        return self._spent(self._totals)
+
+    def _take_sums(self) -> dict[str, float]:
+        """The sums over all processes since they were last taken."""
+        self._count(**{f"{name}_seconds": seconds for name, seconds in self.phases.take().items()})
+        names = sorted(self._sums)
+        values = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+        sums = dict(zip(names, values, strict=True))
+        self._sums = {}
+        for name, value in sums.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value
+        return sums
+
+    def _spent(self, sums: dict[str, float]) -> dict[str, float]:
+        """Seconds by phase, of a process, and tokens a second and peak memory, of all of them."""
+        seconds = {name: sums[f"{name}_seconds"] / self.accelerator.num_processes for name in PHASES}
+        spent = {f"{name}_seconds": value for name, value in seconds.items() if value}
+        of_step = seconds["rollout"] + seconds["score"] + seconds["learn"]
+        if of_step and sums.get("tokens"):
+            spent["tokens_per_second"] = sums["tokens"] / of_step
+        if seconds["rollout"] and sums.get("completion_length"):
+            spent["rollout_tokens_per_second"] = sums["completion_length"] / seconds["rollout"]
+        peak = torch.tensor([peak_memory_mib(self.args.device)], device=self.args.device)
+        spent["peak_memory_mib"] = float(self.accelerator.gather(peak).max())
+        return spent
 
     def _warn_of_cuts(self, completions: int, finished: int) -> None:
         """Say it once if most completions do not come to an end; too few to judge by are judged with the next."""
@@ -468,7 +503,8 @@ class SDFTTrainer(Runs):
                 "forgetting": None if self.start is None else self.moved(self.exam, self.start),
             }
 
-        measured = self.with_student(measure)
+        with self.phases("eval"):
+            measured = self.with_student(measure)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

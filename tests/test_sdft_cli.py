@@ -78,6 +78,10 @@ def test_a_run_leaves_the_model_the_metrics_the_summary_and_the_curves(recipe, m
     assert summary["general_divergence"] > 0
     for name in ("accuracy_before", "accuracy_after", "accuracy_teacher"):
         assert 0 <= summary[name] <= 1
+    for name in ("rollout", "score", "learn", "save", "eval"):
+        assert 0 < summary[f"{name}_seconds"] < summary["total_seconds"]
+    for name in ("tokens_per_second", "rollout_tokens_per_second", "peak_memory_mib"):
+        assert summary[name] > 0
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     trained, base = (AutoModelForCausalLM.from_pretrained(f) for f in (out, str(model_folder)))
     assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
@@ -125,6 +129,38 @@ def test_a_run_whose_last_step_was_done_is_brought_to_its_end(recipe):
     again = json.loads(summary.read_text())
     for name in ("steps", "loss_first", "loss_last", "accuracy_after", "general_divergence"):
         assert again[name] == measured[name]
+
+
+def test_the_last_checkpoint_goes_once_the_model_is_there_unless_it_was_asked_for(recipe, capsys):
+    assert main(["train", recipe(save_strategy="steps", save_steps=3)]) == 0
+    assert [name for name in sorted(os.listdir("out")) if "checkpoint" in name] == ["checkpoint-3"]
+    printed = capsys.readouterr().out.splitlines()[-1]
+    sizes = {path: len(data) / 2**20 for path, data in contents("out").items()}
+    kept = sum(size for path, size in sizes.items() if path.parent.name == "checkpoint-3")
+    assert printed == (
+        "out/ has the trained model, metrics.jsonl, summary.json and curves.png "
+        f"({sum(sizes.values()) - kept:.0f} MiB), and to go on from checkpoint-3 ({kept:.0f} MiB)"
+    )
+    before = contents("out")
+    resume = ["train", "recipe.yaml", "--resume_from_checkpoint", "last"]
+    assert main(resume) == 0
+    assert capsys.readouterr().out == "the run is complete, with 4 steps: out/ is left as it is\n"
+    assert contents("out") == before
+    assert main([*resume, "--max_steps", "6"]) == 0  # from checkpoint-3
+    assert sorted(name for name in os.listdir("out") if "checkpoint" in name) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_complete_run_that_kept_no_checkpoint_is_known_to_be_complete(recipe, capsys):
+    assert main(["train", recipe(save_strategy="steps", max_steps=3)]) == 0
+    assert not [name for name in os.listdir("out") if "checkpoint" in name]
+    before = contents("out")
+    resume = ["train", "recipe.yaml", "--resume_from_checkpoint", "last"]
+    capsys.readouterr()
+    assert main(resume) == 0
+    assert capsys.readouterr().out == "the run is complete, with 3 steps: out/ is left as it is\n"
+    message = fails(capsys, [*resume, "--max_steps", "5"], 2)
+    assert "the run in out ended after 3 of what are now 5 steps and left no checkpoint" in message
+    assert contents("out") == before
 
 
 def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
@@ -544,7 +580,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, 
         assert "overwrite_output_dir is true" in message
     assert contents("out") == before
     assert main(["train", "recipe.yaml", "--overwrite_output_dir", "true", "--save_strategy", "steps"]) == 0
-    names = ["checkpoint-2", "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"]
+    names = ["config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"]
     assert [name for name in sorted(os.listdir("out")) if name in names or "check" in name] == names
     assert "completions.jsonl" not in os.listdir("out") and "adapter_config.json" not in os.listdir("out")
     assert [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
@@ -614,6 +650,16 @@ def test_help_is_there_and_the_first_one_is_quick(capsys):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "sdft train examples/demo.yaml" in done.stdout
+
+
+def test_every_name_in_the_reports_is_in_their_documentation(recipe, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    assert main(["train", recipe(**options, log_completions=1)]) == 0
+    text = (Path(__file__).parent.parent / "docs" / "outputs.md").read_text()
+    metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    names = {name for line in metrics for name in line if not name.startswith("train_") and name != "total_flos"}
+    names |= set(json.loads(Path("out/completions.jsonl").read_text().splitlines()[0]))
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 
 
 def test_the_demo_recipe_is_valid():

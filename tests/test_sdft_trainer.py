@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -465,6 +466,7 @@ def test_logged_completions_have_the_numbers_of_full_logits(options, tmp_path):
         record = next(r for r in logged if r["completion_ids"] == s.completion)
         assert record["step"] == 1
         assert record["prompt"] == tokenizer.decode(s.prompt)
+        assert record["teacher_prompt"] == tokenizer.decode(s.teacher_prompt)
         assert record["completion"] == tokenizer.decode(s.completion)
         p, q = (
             (model(torch.tensor([[*prompt, *s.completion]])).logits[0, len(prompt) - 1 : -1] / 1.7).log_softmax(-1)
@@ -586,6 +588,25 @@ def test_logs_say_what_the_rollouts_were_like(tmp_path):
     assert 0 < log["student_entropy"] < 4.7  # log 101
     assert 0 < log["teacher_entropy"] < 4.7
     assert log["rollout_seconds"] > 0
+
+
+def test_logs_say_what_time_went_to_and_how_much_memory_was_taken(tmp_path):
+    started = time.perf_counter()
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run = trained(tmp_path, max_steps=2, **options, eval_dataset=tiny.rows(2), num_iterations=2)
+    run.save_model()
+    whole, spent = time.perf_counter() - started, run.spent()
+    first, second = (log for log in run.state.log_history if "loss" in log)
+    phases = ["rollout_seconds", "score_seconds", "learn_seconds", "save_seconds", "eval_seconds"]
+    assert [name for name in phases if name in first] == phases[:3]
+    assert [name for name in phases if name in second] == phases[1:]  # of the rollouts that served both
+    for name in phases:
+        assert spent[name] >= first.get(name, 0) + second.get(name, 0) > 0
+    assert 0 < sum(spent[name] for name in phases) < whole
+    tokens = 2 * first["completion_length"]
+    assert first["rollout_tokens_per_second"] == pytest.approx(tokens / first["rollout_seconds"], rel=1e-5)
+    assert first["tokens_per_second"] == pytest.approx(tokens / sum(first[name] for name in phases[:3]), rel=1e-5)
+    assert 100 < first["peak_memory_mib"] <= second["peak_memory_mib"] <= spent["peak_memory_mib"]
 
 
 @pytest.mark.parametrize(
