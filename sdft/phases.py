@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ PHASES = ("rollout", "score", "learn", "save", "eval")
 
 
 class Phases:
-    """The phase that is under way, if any, and the seconds spent in each.
+    """The phase that is under way, if any, and the seconds spent in each; `told` is called with another's name.
 
     >>> with phases("eval"):
     ...     evaluate()
@@ -28,6 +28,7 @@ class Phases:
 
     def __init__(self, device: torch.device) -> None:
         self.now: str | None = None
+        self.told: Callable[[str | None], None] | None = None
         self._on_gpu = device.type == "cuda"
         self._began: Any = None
         self._spent: list[tuple[str, Any, Any]] = []
@@ -46,6 +47,8 @@ class Phases:
         time = self._time()
         if self.now is not None:
             self._spent.append((self.now, self._began, time))
+        if self.told is not None and name != self.now:
+            self.told(name)
         self.now, self._began = name, time
 
     def take(self) -> dict[str, float]:

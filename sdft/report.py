@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -201,33 +200,3 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with failing_clearly(METRICS_FILE, str(self.path.parent)), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **kwargs["logs"]}) + "\n")
-
-
-class ProgressBar(TrainerCallback):
-    """One bar for the whole run, with the latest loss beside it; to be closed when the run ends, however it does."""
-
-    def __init__(self, *, silent: bool = False) -> None:
-        self.silent = silent
-        self.bar = tqdm(disable=True)
-
-    def close(self) -> None:
-        self.bar.close()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            disable=self.silent or not state.is_world_process_zero,
-            dynamic_ncols=True,
-        )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(1)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"]:
-            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)

@@ -30,11 +30,11 @@ from sdft.data import WHERE, load_rows
 from sdft.errors import UsageError
 from sdft.evaluate import Answers, Exam, complete, prompts_for
 from sdft.models import add_lora, check_apart, eos_token_ids, load_model
+from sdft.progress import Display
 from sdft.report import (
     ANSWERED,
     SUMMARY_FILE,
     MetricsFile,
-    ProgressBar,
     Summary,
     describe,
     draw_curves,
@@ -138,8 +138,8 @@ def _train(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
-    bar = ProgressBar(silent=bool(config.disable_tqdm))
-    trainer.add_callback(bar)
+    display = Display(silent=bool(config.disable_tqdm))
+    trainer.add_callback(display)
 
     def held_out(progress: str, template: list[Message] | None = None) -> Answers | None:
         with trainer.phases("eval"):
@@ -153,8 +153,9 @@ def _train(
     before = held_out("before, held-out prompts")
     general_before = general("before, general prompts")
     train_started = time.perf_counter()
-    with contextlib.closing(bar), FinishOnSignal(silent=not trainer.is_world_process_zero()) as finish:
+    with contextlib.closing(display), FinishOnSignal(silent=not trainer.is_world_process_zero()) as finish:
         trainer.add_callback(finish)
+        trainer.show(display)
         trainer.train(resume_from_checkpoint=resume)
         training_seconds = time.perf_counter() - train_started
         if not finish.stopped:

@@ -37,6 +37,7 @@ from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, la
 from sdft.loss import StepLoss, backbone, check_head, completion_logprobs, demonstration_loss, distillation_loss
 from sdft.models import causal_lm, context_length, eos_token_ids, has_adapter, load_model
 from sdft.phases import PHASES, peak_memory_mib
+from sdft.progress import Progress
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
@@ -44,6 +45,7 @@ from sdft.running import Runs
 from sdft.sampling import seed_of
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
+from sdft.watching import Count
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class SDFTTrainer(Runs):
     """
 
     args: SDFTConfig
+    progress = Progress()
 
     def __init__(
         self,
@@ -146,7 +149,12 @@ class SDFTTrainer(Runs):
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, float] = {}
+        self._pieces = (0, 0)
         self._judged, self._warned_of_cuts = (0, 0), False
+
+    def show(self, progress: Progress) -> None:
+        """Have `progress` told how far the step is that is under way."""
+        self.progress, self.phases.told = progress, progress.phase
 
     @property
     def learner(self) -> nn.Module:
@@ -221,6 +229,7 @@ class SDFTTrainer(Runs):
         items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
         for piece in pieces:
             piece["demonstration_items"] = demonstration_items
+        self._pieces = (0, len(pieces))
         self.phases.begin("learn")
         return micro_batches, items
 
@@ -305,7 +314,12 @@ class SDFTTrainer(Runs):
         A row's random numbers depend on the seed, the step and its place in the step's batch.
         """
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        watched = dataclasses.replace(self.sampling, watch=lambda count: self.asked_to_stop)
+
+        def watch(count: Count) -> bool:
+            self.progress.rollouts(count, len(rows), len(rows) * self.sampling.max_new_tokens)
+            return self.asked_to_stop
+
+        watched = dataclasses.replace(self.sampling, watch=watch)
 
         def write() -> list[list[int]]:
             with self._writer() as (model, prompt_ids):
@@ -392,6 +406,8 @@ class SDFTTrainer(Runs):
             return StepLoss(loss, out.sums, out.tokens)
 
         step_loss = as_forward_of(model, module, forward)
+        self._pieces = (self._pieces[0] + 1, self._pieces[1])
+        self.progress.learned(*self._pieces)
         if self.completions is not None and step_loss.tokens is not None:
             self.completions.add(inputs["samples"], step_loss.tokens)
         self._count(tokens=inputs["labels"].numel(), **step_loss.sums)
