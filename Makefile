@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 .PHONY: demo test gpu gpu-wheels test-triton-3.6
 
 demo: $(READY)
-	$(VENV)/bin/sdft train examples/demo.yaml
+	$(VENV)/bin/sdft train examples/demo.yaml --overwrite_output_dir true
 
 # In two processes, of which each takes whole files: what a file's tests share is made once.
 test: $(READY)

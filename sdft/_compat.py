@@ -1,11 +1,11 @@
-"""Interfaces of transformers that have other names in other releases, each with its reason."""
+"""Interfaces of transformers that are private or have other names in other releases, each with its reason."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from transformers import ContinuousBatchingConfig, PreTrainedModel, TrainingArguments
+from transformers import ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
 
 #: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
 #: have that measure rollouts too (docs/gpu.md).
@@ -30,6 +30,12 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(model, mark):
             setattr(model, mark, False)
     return model
+
+
+def load_best_model(trainer: Trainer) -> None:
+    """What the Trainer does after its last step; where there was no step to make, it offers no way to that."""
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
 
 
 if TYPE_CHECKING or hasattr(TrainingArguments, "activation_checkpointing"):

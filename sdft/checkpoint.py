@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -120,6 +120,14 @@ def rotate(folder: str, limit: int | None, best: str | None, staged: str) -> Non
     for path in checkpoints[: len(checkpoints) - limit]:
         if path not in kept:
             os.rename(path, os.path.join(staged, f"{os.path.basename(path)}.old"))
+
+
+def remove_checkpoints(folder: Path, names: Iterable[str]) -> None:
+    """Remove those of the checkpoints that are there, so that none is ever there in part."""
+    with staging(str(folder)) as staged:
+        for name in names:
+            if (folder / name).is_dir():
+                (folder / name).rename(Path(staged) / name)
 
 
 @contextlib.contextmanager

@@ -1,19 +1,25 @@
 """The `sdft` command: what it is told, and how it ends.
 
-Exit codes: 0 done, 1 the run went wrong, 2 it was asked for something that cannot be, 130 interrupted. A mistake is
-one line on stderr. Everything that can be checked without torch and transformers, which take seconds to import, is
-checked before they are.
+Exit codes: 0 done (or training stopped by SIGTERM and saved), 1 the run went wrong, 2 it was asked for something that
+cannot be, 130 interrupted by Ctrl-C, 143 ended by SIGTERM. A mistake is one line on stderr. Everything that can be
+checked without torch and transformers, which take seconds to import, is checked before they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
+
+from sdft.errors import Terminated
 
 if TYPE_CHECKING:
     from sdft.fields import Field
@@ -39,9 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         *others, last = COMMANDS
         return _fail(f"unknown command {command!r}; it may be {', '.join(others)} or {last}", 2)
     try:
-        return _run(command, rest, started)
+        with _terminable():
+            return _run(command, rest, started)
+    except Terminated:
+        return _fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", 128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, unless it is dealt with or ignored already."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(command: str, rest: list[str], started: float) -> int:
@@ -55,7 +81,7 @@ def _run(command: str, rest: list[str], started: float) -> int:
     try:
         from safetensors import SafetensorError
 
-        COMMANDS[command](rest, started)
+        return COMMANDS[command](rest, started) or 0
     except ModuleNotFoundError as error:
         return _fail(
             f"{error.name} is not installed; pip install 'sdft-kernels[train]' brings what the commands take", 2
@@ -64,10 +90,9 @@ def _run(command: str, rest: list[str], started: float) -> int:
         return _fail(str(error), 2)
     except (TrainingError, OSError, SafetensorError) as error:
         return _fail(str(error), 1)
-    return 0
 
 
-def _train(argv: list[str], started: float) -> None:
+def _train(argv: list[str], started: float) -> int:
     from sdft import help
     from sdft.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
     from sdft.early_checks import check_package, check_readable, check_writable
@@ -77,7 +102,7 @@ def _train(argv: list[str], started: float) -> None:
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
     if _helped("sdft train", help.TRAIN, fields, argv):
-        return
+        return 0
     given = read(argv, fields, command="sdft train")
     with given.located():
         model, lora = given.make(ModelArguments), given.make(LoraArguments)
@@ -98,7 +123,7 @@ def _train(argv: list[str], started: float) -> None:
 
         from sdft.run import train
 
-        train(model, lora, data, evaluation, config, started=started)
+        return train(model, lora, data, evaluation, config, started=started, command=["sdft", "train", *argv])
 
 
 def _eval(argv: list[str], started: float) -> None:
@@ -175,7 +200,7 @@ def _env(argv: list[str], started: float) -> None:
     print("\n".join(lines()))
 
 
-COMMANDS: dict[str, Callable[[list[str], float], None]] = {
+COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,

@@ -1,9 +1,9 @@
 """completions.jsonl: the rollouts of a run, a line each, and what student and teacher make of every token.
 
-A line has `step` (the one whose loss the rollout is part of, counted from 1), `prompt` (the student's) and
-`completion` as text with their special tokens, `completion_ids`, and a number for each of these ids: `divergence`,
-`student_logprob` and `teacher_logprob`, in nats, to six decimals, at the loss's temperature; null for the tokens that
-`skip_tokens` leaves out of the loss.
+A line has `step` (the one whose loss the rollout is part of, counted from 1), `prompt` (the student's),
+`teacher_prompt` and `completion` as text with their special tokens, `completion_ids`, and a number for each of these
+ids: `divergence`, `student_logprob` and `teacher_logprob`, in nats, to six decimals, at the loss's temperature; null
+for the tokens that `skip_tokens` leaves out of the loss.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class CompletionsFile(TrainerCallback):
             self.records.append(
                 {
                     "prompt": self._text(sample.prompt),
+                    "teacher_prompt": self._text(sample.teacher_prompt or []),
                     "completion": self._text(sample.completion),
                     "completion_ids": sample.completion,
                     **{

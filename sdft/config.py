@@ -337,6 +337,9 @@ class MethodSettings(EvalSettings):
     )
 
     output_dir: str | None = setting("runs/sdft", "Where the trained model, checkpoints and reports are written.")
+    overwrite_output_dir: bool = setting(
+        False, "Start anew in an output_dir that holds another run: its checkpoints and reports go."
+    )
     learning_rate: float = setting(2e-5, "Peak learning rate.")
     num_train_epochs: float = setting(1.0, "How many times the training data is gone through.")
     resume_from_checkpoint: str | None = setting(

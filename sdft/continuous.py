@@ -27,6 +27,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from sdft._compat import batching_config
 from sdft.errors import TrainingError
 from sdft.sampling import RowSampler
+from sdft.watching import Watch
 
 PAGE = {"cpu": 32, "cuda": 256}  # tokens in a page of the cache; flash attention takes multiples of 256
 STEP_TOKENS = 512  # the most tokens in a step; without flash attention, rows of a mask as wide as the cache
@@ -38,11 +39,13 @@ def generate_continuously(
     settings: GenerationConfig,
     processors: LogitsProcessorList,
     stopped: Callable[[list[int]], bool] | None = None,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """A completion for each prompt, up to and with its end-of-sequence token or `settings.max_new_tokens` long.
 
     A RowSampler among the processors draws for each prompt what it would in a batch with a row for each of them. Once
-    `stopped` is true of a completion, the next token is the end of the sequence, where the settings have one.
+    `stopped` is true of a completion, the next token is the end of the sequence, where the settings have one. `watch`
+    is told of whole completions only, and one that it leaves unwritten is empty.
     Raises TrainingError where the model or its attention cannot be served this way, or the cache finds no room.
     """
     if settings.eos_token_id is None:
@@ -66,11 +69,11 @@ def generate_continuously(
         _process_with(manager, processors, names)
         manager.start()
         try:
-            completions = _collect(model, manager, len(names))
+            completions = _collect(model, manager, len(names), watch)
         finally:
             manager.stop(hard_stop=True)
             manager.destroy()
-    return [completions[name] for name in names]
+    return [completions.get(name, []) for name in names]
 
 
 def _configuration(
@@ -147,11 +150,15 @@ def _process_with(manager: Any, processors: LogitsProcessorList, names: Sequence
     own.do_processing = len(own.logits_processor) > 0
 
 
-def _collect(model: PreTrainedModel, manager: Any, count: int) -> dict[str, list[int]]:
+def _collect(model: PreTrainedModel, manager: Any, count: int, watch: Watch | None) -> dict[str, list[int]]:
     """The tokens of each request, by its name, as they come in."""
     completions: dict[str, list[int]] = {}
-    while len(completions) < count:
-        result = manager.get_result(timeout=1)
+
+    def counted() -> tuple[int, int]:
+        return sum(map(len, completions.values())), len(completions)
+
+    while len(completions) < count and not (watch is not None and watch(counted)):
+        result = manager.get_result(timeout=0.2)
         if result is None:
             if not manager.is_running():
                 raise _refusal(model, manager.background_thread_status.fatal_error)

@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: a loss or a gradient that is no longer finite, a head that the loss cannot reproduce."""
 
 
+class Terminated(KeyboardInterrupt):
+    """What SIGTERM raises in the command: it ends as Ctrl-C would end it."""
+
+
 def counted(number: int, noun: str) -> str:
     """The number and its noun, which takes an s unless there is one."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

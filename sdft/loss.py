@@ -7,6 +7,7 @@ own logits before anything is trained on it. The divergence itself is `sdft_kern
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -263,9 +264,13 @@ def distillation_loss(
     *,
     per_token: bool = False,
     prompts: PromptCache | None = None,
+    timed: contextlib.AbstractContextManager[None] | None = None,
 ) -> StepLoss:
-    """Self-distillation: the summed divergence between the student and the teacher who sees the demonstration."""
-    with teacher.scoring() as scorer:
+    """Self-distillation: the summed divergence between the student and the teacher who sees the demonstration.
+
+    The teacher scores within `timed`.
+    """
+    with timed or contextlib.nullcontext(), teacher.scoring() as scorer:
         seen = teacher_view(scorer, batch, autocast, prompts, config.skip_tokens)
     old_logprobs = batch.get("old_logprobs")
     out = divergence(

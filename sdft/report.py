@@ -1,7 +1,8 @@
 """What a run leaves to look at: metrics.jsonl while it runs, then summary.json, curves.png and a table.
 
 metrics.jsonl has one line for each log of the Trainer: step, loss, gradient norm, learning rate, entropies, completion
-lengths. summary.json has the table's numbers. curves.png shows them.
+lengths, time and memory. summary.json has the table's numbers, and time and memory of the whole. curves.png shows them.
+docs/outputs.md has every name and its unit.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.checkpoint import failing_clearly, in_one_move, write_text
+from sdft.completions import forget_after
 from sdft.data import WHERE, Row
 from sdft.errors import counted
 from sdft.templates import as_messages
@@ -52,6 +53,14 @@ class Summary:
     general_prompts: int = 0
     training_seconds: float = 0.0
     total_seconds: float = 0.0
+    rollout_seconds: float = 0.0
+    score_seconds: float = 0.0
+    learn_seconds: float = 0.0
+    save_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    rollout_tokens_per_second: float | None = None
+    peak_memory_mib: float | None = None
     scorer: str = "exact"
     general_scorer: str = "contains"
 
@@ -233,7 +242,7 @@ def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summ
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to metrics.jsonl; a run that starts from step 0 starts the file anew."""
+    """Appends each log to metrics.jsonl; a run that goes on from a checkpoint repeats the lines of later steps."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / METRICS_FILE
@@ -241,40 +250,10 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and state.global_step == 0:
-            self.path.write_text("", encoding="utf-8")
+        if state.is_world_process_zero and self.path.is_file():
+            forget_after(self.path, state.global_step if state.global_step else -1)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with failing_clearly(METRICS_FILE, str(self.path.parent)), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **kwargs["logs"]}) + "\n")
-
-
-class ProgressBar(TrainerCallback):
-    """One bar for the whole run, with the latest loss beside it; to be closed when the run ends, however it does."""
-
-    def __init__(self, *, silent: bool = False) -> None:
-        self.silent = silent
-        self.bar = tqdm(disable=True)
-
-    def close(self) -> None:
-        self.bar.close()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            disable=self.silent or not state.is_world_process_zero,
-            dynamic_ncols=True,
-        )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(1)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"]:
-            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)

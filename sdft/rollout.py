@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from sdft.forward import evaluating
 from sdft.kv_cache import roomy_cache
 from sdft.sampling import RowSampler, sample_rows, seed_of
 from sdft.stopping import AtStopString, just_stopped, stopped_length
+from sdft.watching import InBatches, Watch, Watched
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Sampling:
     Greedy where `temperature` is None. Otherwise from softmax(logits / temperature), of which `top_k` keeps so many
     of the likeliest tokens (0: all), `top_p` the smallest set with that much probability, and `min_p` those with at
     least that share of the likeliest one's probability. `stop` needs a tokenizer wherever the sampling is used.
+    A back-end tells `watch` of every token, if it can.
     """
 
     max_new_tokens: int
@@ -48,6 +50,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    watch: Watch | None = field(default=None, compare=False)
 
 
 Prompts = Sequence[Sequence[int]]
@@ -72,10 +75,15 @@ def sample(
     logits are not finite.
     """
     function = find_backend(backend)
+    batches = None if sampling.watch is None else InBatches(sampling.watch)
+    sampling = replace(sampling, watch=batches)
     if sampling.stop and tokenizer is None:
         raise UsageError("tokenizer is not set; it must be the model's, to find stop strings")
     completions: dict[int, list[int]] = {}
     for numbers in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+        if batches is not None and batches.left and not is_sharded(model):  # of which processes need each other's parts
+            completions.update((number, []) for number in numbers)
+            continue
         own = None if seeds is None or sampling.temperature is None else [seeds[number] for number in numbers]
         outputs = function(model, [prompts[number] for number in numbers], sampling, tokenizer, own)
         if len(outputs) != len(numbers):
@@ -83,7 +91,10 @@ def sample(
                 f"rollout back-end {backend!r} gave {counted(len(outputs), 'completion')} for "
                 f"{counted(len(numbers), 'prompt')}"
             )
-        completions.update(zip(numbers, (cut(output, sampling, tokenizer) for output in outputs), strict=True))
+        written = [cut(output, sampling, tokenizer) for output in outputs]
+        completions.update(zip(numbers, written, strict=True))
+        if batches is not None:
+            batches.add(written)
     return [completions[number] for number in range(len(prompts))]
 
 
@@ -151,6 +162,8 @@ def by_generate(
     stopping = StoppingCriteriaList()
     if sampling.stop and tokenizer is not None:
         stopping.append(AtStopString(sampling.stop, tokenizer, longest))
+    if sampling.watch is not None:
+        stopping.append(Watched(sampling.watch, len(prompts), sampling.eos_ids, model.device))
     settings, processors = token_choice(sampling, seeds, model.device)
     with _generating(model, processors), torch.no_grad():
         output = cast(Any, model).generate(
@@ -183,7 +196,7 @@ def by_continuous_batching(
     if sampling.stop and tokenizer is not None:
         stopped = functools.partial(just_stopped, stop=sampling.stop, tokenizer=tokenizer)
     with _generating(model, processors):
-        return generate_continuously(model, prompts, settings, processors, stopped)
+        return generate_continuously(model, prompts, settings, processors, stopped, sampling.watch)
 
 
 def token_choice(

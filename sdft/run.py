@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from sdft.answers import AnswersFile
-from sdft.checkpoint import failing_clearly, recover
+from sdft.checkpoint import failing_clearly, remove_checkpoints
+from sdft.claim import CHECKPOINTS, Claim, claimed
 from sdft.config import (
     DataArguments,
     EvalArguments,
@@ -29,10 +32,10 @@ from sdft.errors import UsageError, counted
 from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
 from sdft.models import add_lora, eos_token_ids, load_model
+from sdft.progress import Display
 from sdft.report import (
     SUMMARY_FILE,
     MetricsFile,
-    ProgressBar,
     Scores,
     Summary,
     describe,
@@ -43,14 +46,11 @@ from sdft.report import (
     write_summary,
     wrong_answers,
 )
-from sdft.resuming import Resuming
+from sdft.resuming import steps_done
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
 from sdft.trainer import SDFTTrainer
-
-#: Files of a checkpoint's weights that can run code as they are loaded.
-PICKLED = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"})
 
 
 def train(
@@ -61,9 +61,35 @@ def train(
     config: SDFTConfig,
     *,
     started: float,
-) -> None:
-    """`sdft train`: check everything, measure, train, measure again, and leave the model and the report."""
+    command: Sequence[str] = (),
+) -> int:
+    """`sdft train`: check everything, measure, train, measure again, and leave the model and the report.
+
+    The exit code: that of Ctrl-C where it ended the run, and 0. `command` is what was asked for, to say how to go on.
+    """
     _quiet()
+    if of_lora.lora_rank:
+        check_apart(of_model.model, Path(str(config.output_dir)))
+    with claimed(
+        str(config.output_dir),
+        config.resume_from_checkpoint,
+        overwrite=config.overwrite_output_dir,
+        main=config.process_index == 0,
+        allow_pickle=of_model.allow_pickle,
+    ) as claim:
+        return _train(of_model, of_lora, of_data, of_eval, config, claim, started, command)
+
+
+def _train(
+    of_model: ModelArguments,
+    of_lora: LoraArguments,
+    of_data: DataArguments,
+    of_eval: EvalArguments,
+    config: SDFTConfig,
+    claim: Claim,
+    started: float,
+    command: Sequence[str],
+) -> int:
     rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
     exam = Exam(
@@ -89,9 +115,6 @@ def train(
             raise UsageError(f"metric_for_best_model is {metric!r}, which is measured on {file}, and that is not set")
     shown = [template] if exam.has_demonstrations else []
     folder = Path(str(config.output_dir))
-    if of_lora.lora_rank:
-        check_apart(of_model.model, folder)
-    resume = checkpoint_to_resume(config.resume_from_checkpoint, folder, allow_pickle=of_model.allow_pickle)
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     exam.check(model, tokenizer, shown)
     try:
@@ -105,33 +128,46 @@ def train(
         )
     except ValueError as error:  # settings that the Trainer finds do not go together
         raise UsageError(str(error)) from error
+    resume, done = claim.resume, max(claim.steps, steps_done(claim.resume) if claim.resume else 0)
+    if done and (folder / SUMMARY_FILE).is_file() and done >= trainer.total_steps():
+        if trainer.is_world_process_zero():
+            print(f"the run is complete, with {trainer.total_steps()} steps: {folder}/ is left as it is")
+        return 0
+    if done and resume is None:
+        raise UsageError(
+            f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, and the run in {folder} ended after {done} "
+            f"of what are now {trainer.total_steps()} steps and left no checkpoint; save_steps of the first run must "
+            "divide its max_steps for one to be left"
+        )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
-    bar = ProgressBar(silent=bool(config.disable_tqdm))
-    trainer.add_callback(bar)
+    display = Display(silent=bool(config.disable_tqdm))
+    trainer.add_callback(display)
 
     def held_out(progress: str, template: list[Message] | None = None) -> Answers | None:
-        return trainer.with_student(lambda: exam.held_out(trainer.student, tokenizer, progress, template))
+        with trainer.phases("eval"):
+            return trainer.with_student(lambda: exam.held_out(trainer.student, tokenizer, progress, template))
 
     def general(progress: str) -> Answers | None:
-        return trainer.with_student(lambda: exam.general(trainer.student, tokenizer, progress))
+        with trainer.phases("eval"):
+            return trainer.with_student(lambda: exam.general(trainer.student, tokenizer, progress))
 
     teacher = held_out("teacher, held-out prompts", template) if shown else None
     before = held_out("before, held-out prompts")
     general_before = general("before, general prompts")
     train_started = time.perf_counter()
-    with contextlib.closing(bar), FinishOnSignal() as finish, Resuming(resume) as resuming:
+    with contextlib.closing(display), FinishOnSignal(silent=not trainer.is_world_process_zero()) as finish:
         trainer.add_callback(finish)
-        trainer.add_callback(resuming)
+        trainer.show(display)
         trainer.train(resume_from_checkpoint=resume)
         training_seconds = time.perf_counter() - train_started
         if not finish.stopped:
             trainer.save_model()
     if finish.stopped or finish.late:
         if trainer.is_world_process_zero():
-            print(_stopped(trainer, folder, late=finish.late))
-        return
+            print(_stopped(trainer, folder, finish, command))
+        return 128 + signal.SIGINT if finish.stopped == signal.SIGINT else 0
     after = held_out("after, held-out prompts")
     general_after = general("after, general prompts")
     moved = None
@@ -139,9 +175,11 @@ def train(
         start = trainer.start or Teacher(
             load_model(of_model.model, of_model.dtype, trainer.student.device, **of_model.trust)[0]
         )
-        moved = trainer.with_student(lambda: trainer.moved(exam, start))
+        with trainer.phases("eval"):
+            moved = trainer.with_student(lambda: trainer.moved(exam, start))
+    spent = trainer.spent()
     if not trainer.is_world_process_zero():
-        return
+        return 0
 
     loss_first, loss_last = loss_ends(trainer.state.log_history)
     distilled = config.method == "sdft"
@@ -165,12 +203,40 @@ def train(
         total_seconds=time.perf_counter() - started,
         scorer=config.scorer,
         general_scorer=config.general_scorer,
+        **spent,
     )
     with failing_clearly("the report", str(folder)):
         draw_curves(folder, trainer.state.log_history, summary)
         write_summary(folder / SUMMARY_FILE, summary)
-    files = f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png"
-    print("", describe(summary), "", table(summary), "", files, sep="\n")
+    claim.finish(trainer.state.global_step)
+    if not _is_asked_for(trainer):
+        remove_checkpoints(folder, [f"checkpoint-{trainer.state.global_step}"])
+    print("", describe(summary), "", table(summary), "", left_in(folder), sep="\n")
+    return 0
+
+
+def _is_asked_for(trainer: SDFTTrainer) -> bool:
+    """Whether the settings ask for a checkpoint of the last step; else the Trainer saves one all the same."""
+    args, state = trainer.args, trainer.state
+    last = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+    by_steps = args.save_strategy == "steps"
+    return not by_steps or state.global_step % state.save_steps == 0 or state.best_model_checkpoint == last
+
+
+def left_in(folder: Path) -> str:
+    """What a run has left in its folder, and how much of the disk its parts take."""
+    checkpoints = sorted(folder.glob(CHECKPOINTS), key=lambda path: int(path.name.split("-")[1]))
+    kept = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {path: path.stat().st_size / 2**20 for path in kept}
+    of_checkpoints = sum(size for path, size in sizes.items() if any(each in path.parents for each in checkpoints))
+    line = (
+        f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png "
+        f"({sum(sizes.values()) - of_checkpoints:.0f} MiB)"
+    )
+    if checkpoints:
+        names = ", ".join(path.name for path in checkpoints)
+        line += f", and to go on from {names} ({of_checkpoints:.0f} MiB)"
+    return line
 
 
 def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:
@@ -309,47 +375,20 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
         print(f"{of_command.output_file} has the answers to {counted(len(rows), 'prompt')}")
 
 
-def checkpoint_to_resume(wanted: str | None, folder: Path, *, allow_pickle: bool = False) -> str | None:
-    """The checkpoint folder that `resume_from_checkpoint` names; "last" is the newest in the output folder."""
-    if wanted is None:
-        return None
-    recover(folder)
-    if wanted != "last":
-        found = wanted if Path(wanted).is_dir() else None
-    else:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise UsageError(
-            f"resume_from_checkpoint is {wanted!r}, and there is no such checkpoint (output_dir is {folder})"
-        )
-    _check_checkpoint(Path(found), allow_pickle=allow_pickle)
-    return found
-
-
-def _check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
-    """Refuse a folder from which a run could not go on as it was, or only by loading pickled weights."""
-    names = {path.name for path in folder.iterdir()}
-    asked = f"resume_from_checkpoint is {str(folder)!r}"
-    if TRAINER_STATE_NAME not in names:
-        raise UsageError(f"{asked}, which has no {TRAINER_STATE_NAME}; it must be a checkpoint's folder, or last")
-    if not any(name.startswith("optimizer") for name in names):
-        raise UsageError(
-            f"{asked}, which has no optimizer in it (save_only_model); it must be a checkpoint that has, or the run "
-            "would go on as another"
-        )
-    pickled = names & PICKLED
-    if pickled and not allow_pickle and not any(name.endswith(".safetensors") for name in names):
-        raise UsageError(f"{asked}, whose weights are pickled ({min(pickled)}); loading them takes allow_pickle: true")
-
-
-def _stopped(trainer: SDFTTrainer, folder: Path, *, late: bool) -> str:
-    """What SIGTERM has left."""
-    if late:
-        return f"SIGTERM came after the last step: {folder}/ has the trained model, which was not measured again"
+def _stopped(trainer: SDFTTrainer, folder: Path, finish: FinishOnSignal, command: Sequence[str]) -> str:
+    """What a signal has left, and how to go on from it."""
+    name = signal.Signals(finish.late or finish.stopped).name
+    if finish.late:
+        return f"{name} came after the last step: {folder}/ has the trained model, which was not measured again"
     step, of = trainer.state.global_step, trainer.state.max_steps
+    if trainer.newest is None:
+        return f"stopped by {name} before the first of {of} steps was done: there is nothing to go on from"
+    newest = Path(trainer.newest)
+    field = f"--resume_from_checkpoint {'last' if newest.parent.samefile(folder) else shlex.quote(str(newest))}"
+    alone = command and trainer.args.world_size == 1
     return (
-        f"stopped by SIGTERM after step {step} of {of}: checkpoint-{step} is in {folder}/; "
-        "--resume_from_checkpoint last goes on from there"
+        f"stopped by {name} after step {step} of {of}: {newest.name} is in {newest.parent}/; to go on: "
+        f"{shlex.join(command) if alone else 'the same command with'} {field}"
     )
 
 

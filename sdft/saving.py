@@ -16,11 +16,8 @@ from sdft import checkpoint
 class WholeSaves(Trainer):
     """Writes into a folder aside and gives what is finished its name; see `sdft.checkpoint`."""
 
+    newest: str | None = None  # the checkpoint that was saved, or gone on from, last
     _saving_in: str | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        checkpoint.recover(str(self.args.output_dir))
 
     def use_weights(self, mode: str) -> None:
         """Have an optimizer that keeps two sets of weights (schedule-free) give the model those of `mode`.
@@ -60,6 +57,7 @@ class WholeSaves(Trainer):
             if self.args.should_save:
                 checkpoint.publish_folder(staged, final)
                 checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, staging)
+        self.newest = final
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 

@@ -1,7 +1,8 @@
-"""SIGTERM, which machines send before they take a process away: the step is finished and saved, and training ends."""
+"""Ctrl-C, and SIGTERM, which machines send before they take a process away: training ends with a checkpoint."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -11,48 +12,70 @@ from torch import distributed
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2
+
 
 class FinishOnSignal(TrainerCallback):
-    """Within its `with` block the first signal ends training after a checkpoint of the step under way.
+    """Within its `with` block the first signal ends training with a checkpoint, and says so at once on stderr.
 
-    A second one acts as it would have without this. Of several processes it is enough that one is told: all of them
-    save, at the same step. `stopped` says whether training was ended, and `late` whether the signal came when its last
-    step was done: there is no checkpoint then that was not asked for, and the model is still to be saved.
+    A step whose rollouts are being written is left as it is, and the step before it saved; otherwise the step is
+    finished and saved. A second signal acts as it would have without this. Of several processes it is enough that one
+    is told: all of them save, at the same step. `stopped` is the number of the signal that ended training, and `late`
+    of one that came when its last step was done: there is no checkpoint then that was not asked for, and the model is
+    still to be saved.
 
     >>> with FinishOnSignal() as finish:
     ...     trainer.add_callback(finish)
     ...     trainer.train()
     """
 
-    def __init__(self, number: int = signal.SIGTERM) -> None:
-        self.number, self.noted, self.stopped, self.late = number, False, False, False
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent, self.noted, self.stopped, self.late = silent, 0, 0, 0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> FinishOnSignal:
-        self._before = signal.signal(self.number, self._note)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        signal.signal(self.number, self._before)
+        self._as_before()
         if self.noted and not (self.stopped or self.late) and error is None:  # it came when training was over
-            signal.raise_signal(self.number)
+            signal.raise_signal(self.noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = True
-        signal.signal(number, self._before)
+        self.noted = number
+        self._as_before()
+        if not self.silent:
+            bar = "\n" if os.isatty(STDERR) else ""
+            # print may be at work just now, and would not be interrupted by itself.
+            os.write(STDERR, f"{bar}sdft: stopping after this step; again to stop now\n".encode())
+
+    def _as_before(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was told to stop; all of them must ask, and training must then end."""
+        self.stopped = _of_any_process(self.noted, device)
+        return bool(self.stopped)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if _any_process(self.noted, args.device):
-            self.stopped = control.should_save = control.should_training_stop = True
+        if self.agreed(args.device):
+            control.should_save = control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.late = not self.stopped and _any_process(self.noted, args.device)
+        if not self.stopped:
+            self.late = _of_any_process(self.noted, args.device)
 
 
-def _any_process(flag: bool, device: torch.device) -> bool:
+def _of_any_process(number: int, device: torch.device) -> int:
     if not distributed.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    numbers = torch.tensor(number, device=device)
+    distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
+    return int(numbers)

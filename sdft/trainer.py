@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -46,18 +45,23 @@ from sdft.loss import (
     distillation_loss,
 )
 from sdft.models import causal_lm, eos_token_ids, has_adapter, limits, load_model
+from sdft.phases import PHASES, peak_memory_mib
+from sdft.progress import Progress
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
+from sdft.running import Runs
 from sdft.sampling import seed_of
-from sdft.saving import WholeSaves
 from sdft.teacher import Teacher, make_teacher
 from sdft.templates import parse_template
+from sdft.watching import Count
 
 logger = logging.getLogger(__name__)
 
+ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut
 
-class SDFTTrainer(WholeSaves):
+
+class SDFTTrainer(Runs):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
     `model` is a transformers model, with a peft adapter or without, or a name for `sdft.models.load_model`;
@@ -71,6 +75,7 @@ class SDFTTrainer(WholeSaves):
     """
 
     args: SDFTConfig
+    progress = Progress()
 
     def __init__(
         self,
@@ -156,6 +161,13 @@ class SDFTTrainer(WholeSaves):
             self.add_callback(self.completions)
         self._reused: list[Sample] | None = None
         self._sums: dict[str, Tensor] = {}
+        self._totals: dict[str, float] = {}
+        self._pieces = (0, 0)
+        self._judged, self._warned_of_cuts = (0, 0), False
+
+    def show(self, progress: Progress) -> None:
+        """Have `progress` told how far the step is that is under way."""
+        self.progress, self.phases.told = progress, progress.phase
 
     def _some_tokens(self, rows: list[Row] | None) -> list[int]:
         """A few tokens to find out with what the model is, where there is any text to have them from."""
@@ -243,6 +255,8 @@ class SDFTTrainer(WholeSaves):
         items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
         for piece in pieces:
             piece["demonstration_items"] = demonstration_items
+        self._pieces = (0, len(pieces))
+        self.phases.begin("learn")
         return micro_batches, items
 
     def _in_pieces(self, samples: list[Sample]) -> list[Batch]:
@@ -285,7 +299,9 @@ class SDFTTrainer(WholeSaves):
         if iterations == 1 or self.args.method == "sft":
             return self.samples(rows)
         if self._reused is None or self.state.global_step % iterations == 0:
-            self._reused = self._with_old_logprobs(self.samples(rows))
+            samples = self.samples(rows)
+            with self.phases("score"):
+                self._reused = self._with_old_logprobs(samples)
         return self._reused
 
     def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
@@ -323,27 +339,33 @@ class SDFTTrainer(WholeSaves):
 
         A row's random numbers depend on the seed, the step and its place in the step's batch.
         """
-        started = time.perf_counter()
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+
+        def watch(count: Count) -> bool:
+            self.progress.rollouts(count, len(rows), len(rows) * self.sampling.max_new_tokens)
+            return self.asked_to_stop
+
+        watched = dataclasses.replace(self.sampling, watch=watch)
 
         def write() -> list[list[int]]:
             with self._writer() as (model, prompt_ids):
                 return sample(
                     model,
                     [row[prompt_ids] for row in rows],
-                    self.sampling,
+                    watched,
                     tokenizer=tokenizer,
                     seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
                     backend=self.args.rollout_backend,
                     batch_size=self.args.rollout_batch_size,
                 )
 
-        completions = self.with_student(write)
+        with self.phases("rollout"):
+            completions = self.with_student(write)
+        self.leave_if_asked()
         self._count(
             completions=len(rows),
             completion_length=sum(map(len, completions)),
             finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
-            rollout_seconds=time.perf_counter() - started,
         )
         return completions
 
@@ -394,7 +416,14 @@ class SDFTTrainer(WholeSaves):
                 return StepLoss(out.total / items, out.sums)
             logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
             out = distillation_loss(
-                student, self.teacher, inputs, self.args, self._autocast, per_token=logged, prompts=self.prompts
+                student,
+                self.teacher,
+                inputs,
+                self.args,
+                self._autocast,
+                per_token=logged,
+                prompts=self.prompts,
+                timed=self.phases("score"),
             )
             loss = out.total / items
             if share:
@@ -403,6 +432,8 @@ class SDFTTrainer(WholeSaves):
             return StepLoss(loss, out.sums, out.tokens)
 
         step_loss = as_forward_of(model, module, forward)
+        self._pieces = (self._pieces[0] + 1, self._pieces[1])
+        self.progress.learned(*self._pieces)
         if self.completions is not None and step_loss.tokens is not None:
             self.completions.add(inputs["samples"], step_loss.tokens)
         self._count(tokens=inputs["labels"].numel(), **step_loss.sums)
@@ -436,19 +467,63 @@ class SDFTTrainer(WholeSaves):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            values = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
-            sums = dict(zip(names, values, strict=True))
-            tokens, completions = sums.pop("tokens"), sums.pop("completions", 0.0)
+            sums = self._take_sums()
             for name in ("student_entropy", "teacher_entropy"):
                 if name in sums:
-                    logs[name] = sums[name] / max(tokens, 1)
-            if completions:
-                logs["completion_length"] = sums["completion_length"] / completions
-                logs["finished"] = sums["finished"] / completions
-                logs["rollout_seconds"] = sums["rollout_seconds"] / self.accelerator.num_processes
-            self._sums = {}
+                    logs[name] = sums[name] / max(sums["tokens"], 1)
+            if sums.get("completions"):
+                logs["completion_length"] = sums["completion_length"] / sums["completions"]
+                logs["finished"] = sums["finished"] / sums["completions"]
+                self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
+            logs.update(self._spent(sums))
         super().log(logs, start_time)
+
+    def spent(self) -> dict[str, float]:
+        """What the run has taken so far of time and memory, as a line of the log says it of its steps."""
+        self._take_sums()
+        return self._spent(self._totals)
+
+    def _take_sums(self) -> dict[str, float]:
+        """The sums over all processes since they were last taken."""
+        self._count(**{f"{name}_seconds": seconds for name, seconds in self.phases.take().items()})
+        names = sorted(self._sums)
+        values = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+        sums = dict(zip(names, values, strict=True))
+        self._sums = {}
+        for name, value in sums.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value
+        return sums
+
+    def _spent(self, sums: dict[str, float]) -> dict[str, float]:
+        """Seconds by phase, of a process, and tokens a second and peak memory, of all of them."""
+        seconds = {name: sums[f"{name}_seconds"] / self.accelerator.num_processes for name in PHASES}
+        spent = {f"{name}_seconds": value for name, value in seconds.items() if value}
+        of_step = seconds["rollout"] + seconds["score"] + seconds["learn"]
+        if of_step and sums.get("tokens"):
+            spent["tokens_per_second"] = sums["tokens"] / of_step
+        if seconds["rollout"] and sums.get("completion_length"):
+            spent["rollout_tokens_per_second"] = sums["completion_length"] / seconds["rollout"]
+        peak = torch.tensor([peak_memory_mib(self.args.device)], device=self.args.device)
+        spent["peak_memory_mib"] = float(self.accelerator.gather(peak).max())
+        return spent
+
+    def _warn_of_cuts(self, completions: int, finished: int) -> None:
+        """Say it once if most completions do not come to an end; too few to judge by are judged with the next."""
+        self._judged = (self._judged[0] + completions, self._judged[1] + finished)
+        completions, finished = self._judged
+        if completions < ENOUGH_TO_JUDGE or self._warned_of_cuts:
+            return
+        self._judged = (0, 0)
+        if finished < completions / 2:
+            self._warned_of_cuts = True
+            if self.is_world_process_zero():
+                logger.warning(
+                    "%d of the last %d completions were cut at max_completion_length=%d: raise it, or name in "
+                    "rollout_stop what ends an answer",
+                    completions - finished,
+                    completions,
+                    self.args.max_completion_length,
+                )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -472,7 +547,8 @@ class SDFTTrainer(WholeSaves):
             }
 
         self.use_weights("eval")
-        measured = self.with_student(measure)
+        with self.phases("eval"):
+            measured = self.with_student(measure)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items() if value is not None}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -491,6 +567,7 @@ class SDFTTrainer(WholeSaves):
     # Checkpoints: what is in them besides the Trainer's own
 
     def save_beside(self, folder: str) -> None:
+        super().save_beside(folder)
         if self._reused is not None:
             save_samples(folder, self.args.process_index, self._reused)
         if self.args.should_save and self.teacher is not None:

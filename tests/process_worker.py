@@ -112,7 +112,7 @@ def main(folder):
     stopped = trainer(folder / "stopped", processes, **{**CASES["average"], "save_strategy": "no"})
     with FinishOnSignal() as signalled:
         stopped.add_callback(signalled)
-        finish(stopped, folder / "stopped", signal_in_step=2)
+        finish(stopped, folder / "stopped", signal_in_step=3)  # amid whose rollouts it is left
     assert signalled.stopped and stopped.state.global_step == 2
     again = trainer(folder / "stopped resumed", processes, **CASES["average"])
     finish(again, folder / "stopped resumed", resume=str(folder / "stopped" / "checkpoint-2"))

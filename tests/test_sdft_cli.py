@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,6 +79,10 @@ def test_a_run_leaves_the_model_the_metrics_the_summary_and_the_curves(recipe, m
     assert summary["general_divergence"] > 0
     for name in ("accuracy_before", "accuracy_after", "accuracy_teacher"):
         assert 0 <= summary[name] <= 1
+    for name in ("rollout", "score", "learn", "save", "eval"):
+        assert 0 < summary[f"{name}_seconds"] < summary["total_seconds"]
+    for name in ("tokens_per_second", "rollout_tokens_per_second", "peak_memory_mib"):
+        assert summary[name] > 0
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     trained, base = (AutoModelForCausalLM.from_pretrained(f) for f in (out, str(model_folder)))
     assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
@@ -91,7 +96,72 @@ def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path):
     assert main(["train", "recipe.yaml", "--output_dir", "a", "--resume_from_checkpoint", "last"]) == 0
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "a/straight.safetensors").read_bytes()
     steps = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4, 3, 4]
+    assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}], ids=str)
+def test_resuming_a_complete_run_leaves_everything_as_it_is(steps, recipe, capsys, monkeypatch):
+    assert main(["train", recipe(save_strategy="steps", save_steps=1, **steps)]) == 0
+    before = contents("out")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("sdft.evaluate.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
+        assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last"]) == 0
+    assert contents("out") == before
+    count = 3 if steps["max_steps"] == 3 else 4
+    assert capsys.readouterr().out == f"the run is complete, with {count} steps: out/ is left as it is\n"
+    assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last", "--max_steps", "5"]) == 0
+    assert contents("out") != before
+
+
+def test_a_run_whose_last_step_was_done_is_brought_to_its_end(recipe):
+    """Killed after its last checkpoint, before its model and its report."""
+    assert main(["train", recipe(save_strategy="steps", save_steps=2)]) == 0
+    model, summary = Path("out/model.safetensors"), Path("out/summary.json")
+    expected, measured = model.read_bytes(), json.loads(summary.read_text())
+    for lost in (model, summary):
+        lost.unlink()
+    assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last"]) == 0
+    assert model.read_bytes() == expected
+    again = json.loads(summary.read_text())
+    for name in ("steps", "loss_first", "loss_last", "accuracy_after", "general_divergence"):
+        assert again[name] == measured[name]
+
+
+def test_the_last_checkpoint_goes_once_the_model_is_there_unless_it_was_asked_for(recipe, capsys):
+    assert main(["train", recipe(save_strategy="steps", save_steps=3)]) == 0
+    assert [name for name in sorted(os.listdir("out")) if "checkpoint" in name] == ["checkpoint-3"]
+    printed = capsys.readouterr().out.splitlines()[-1]
+    sizes = {path: len(data) / 2**20 for path, data in contents("out").items()}
+    kept = sum(size for path, size in sizes.items() if path.parent.name == "checkpoint-3")
+    assert printed == (
+        "out/ has the trained model, metrics.jsonl, summary.json and curves.png "
+        f"({sum(sizes.values()) - kept:.0f} MiB), and to go on from checkpoint-3 ({kept:.0f} MiB)"
+    )
+    before = contents("out")
+    resume = ["train", "recipe.yaml", "--resume_from_checkpoint", "last"]
+    assert main(resume) == 0
+    assert capsys.readouterr().out == "the run is complete, with 4 steps: out/ is left as it is\n"
+    assert contents("out") == before
+    assert main([*resume, "--max_steps", "6"]) == 0  # from checkpoint-3
+    assert sorted(name for name in os.listdir("out") if "checkpoint" in name) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_complete_run_that_kept_no_checkpoint_is_known_to_be_complete(recipe, capsys):
+    assert main(["train", recipe(save_strategy="steps", max_steps=3)]) == 0
+    assert not [name for name in os.listdir("out") if "checkpoint" in name]
+    before = contents("out")
+    resume = ["train", "recipe.yaml", "--resume_from_checkpoint", "last"]
+    capsys.readouterr()
+    assert main(resume) == 0
+    assert capsys.readouterr().out == "the run is complete, with 3 steps: out/ is left as it is\n"
+    message = fails(capsys, [*resume, "--max_steps", "5"], 2)
+    assert "the run in out ended after 3 of what are now 5 steps and left no checkpoint" in message
+    assert contents("out") == before
 
 
 def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
@@ -475,7 +545,7 @@ def test_a_checkpoint_of_other_settings_is_one_line(saved, options, recipe, caps
     optimizer = Path("out/checkpoint-1/optimizer.pt")
     whole = optimizer.read_bytes()
     optimizer.write_bytes(b"not an optimizer")
-    assert "out/checkpoint-1', which does not fit" in fails(capsys, resume, 2)
+    assert "out/checkpoint-1', whose optimizer.pt is damaged" in fails(capsys, resume, 2)
     optimizer.write_bytes(whole)
 
     def fail(*_, **__):
@@ -490,7 +560,7 @@ def test_a_nan_loss_is_one_line_and_exit_code_1_and_no_half_written_checkpoint(r
     path = recipe(learning_rate=1e30, lr_scheduler_type="constant", save_strategy="steps", save_steps=2, method="sft")
     message = fails(capsys, ["train", path], 1)
     assert "the loss is nan at step 2" in message
-    assert [name for name in os.listdir("out") if name != "metrics.jsonl"] == []
+    assert sorted(os.listdir("out")) == ["metrics.jsonl", "run.json"]
 
 
 def test_a_student_that_broke_is_one_line_and_exit_code_1(recipe, tmp_path, capsys):
@@ -521,24 +591,60 @@ def test_interruption_is_clean(recipe, capsys, monkeypatch):
     assert fails(capsys, ["train", recipe()], 130) == "sdft: interrupted"
 
 
-def test_sigterm_ends_training_with_a_checkpoint_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_with_a_checkpoint_and_a_line_that_says_how_to_go_on(
+    number, code, recipe, capfd, monkeypatch
+):
     samples = SDFTTrainer.samples
 
     def told_to_stop(trainer, rows):
-        if trainer.state.global_step + 1 == 2:
-            signal.raise_signal(signal.SIGTERM)
+        if trainer.state.global_step + 1 == 3:
+            signal.raise_signal(number)
         return samples(trainer, rows)
 
     assert main(["train", recipe(), "--output_dir", "straight"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(SDFTTrainer, "samples", told_to_stop)
-        capsys.readouterr()
-        assert main(["train", recipe()]) == 0
-    assert "stopped by SIGTERM after step 2 of 4: checkpoint-2 is in out/" in capsys.readouterr().out
-    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl"]
-    assert main(["train", recipe(), "--resume_from_checkpoint", "last"]) == 0
+        capfd.readouterr()
+        assert main(["train", recipe()]) == code
+    printed = capfd.readouterr()
+    assert "sdft: stopping after this step; again to stop now\n" in printed.err
+    name = signal.Signals(number).name
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("stopped by")]
+    told, command = line.split("; to go on: ")
+    assert told == f"stopped by {name} after step 2 of 4: checkpoint-2 is in out/"
+    assert command == "sdft train recipe.yaml --resume_from_checkpoint last"
+    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl", "run.json"]
+    assert main(shlex.split(command)[1:]) == 0
     with open("out/model.safetensors", "rb") as resumed, open("straight/model.safetensors", "rb") as straight:
         assert resumed.read() == straight.read()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_second_signal_ends_the_command_at_once(number, code, line, recipe, capsys, monkeypatch):
+    save = SDFTTrainer.save_beside
+
+    def told_twice(trainer, folder):  # amid a checkpoint
+        save(trainer, folder)
+        for _ in range(2 if trainer.state.global_step == 4 else 0):
+            signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(SDFTTrainer, "save_beside", told_twice)
+    try:
+        assert fails(capsys, ["train", recipe(save_strategy="steps", save_steps=2)], code) == f"sdft: {line}"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert sorted(os.listdir("out")) == ["checkpoint-2", "metrics.jsonl", "run.json"]
+
+
+def test_sigterm_outside_of_training_ends_the_command_with_a_line(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("sdft.run.load_model", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    assert fails(capsys, ["train", recipe()], 143) == "sdft: terminated"
+    assert not os.path.exists("out")
 
 
 def test_a_sigterm_after_the_last_step_leaves_the_model_exit_code_0_and_a_line(recipe, capsys, monkeypatch):
@@ -553,6 +659,30 @@ def test_a_sigterm_after_the_last_step_leaves_the_model_exit_code_0_and_a_line(r
     assert main(["train", recipe(eval_strategy="steps", eval_steps=2)]) == 0
     assert "SIGTERM came after the last step: out/ has the trained model" in capsys.readouterr().out
     assert "model.safetensors" in os.listdir("out") and "summary.json" not in os.listdir("out")
+
+
+def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, capsys, monkeypatch):
+    assert main(["train", recipe(save_strategy="steps", save_steps=2, lora_rank=2, log_completions=1)]) == 0
+    before = contents("out")
+    with monkeypatch.context() as patch:
+        patch.setattr("sdft.run.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+        message = fails(capsys, ["train", recipe(max_steps=2)], 2)
+        assert "output_dir is 'out', which holds another run (adapter_config.json, adapter_model.safetensors" in message
+        assert "overwrite_output_dir is true" in message
+    assert contents("out") == before
+    assert main(["train", "recipe.yaml", "--overwrite_output_dir", "true", "--save_strategy", "steps"]) == 0
+    names = ["config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"]
+    assert [name for name in sorted(os.listdir("out")) if name in names or "check" in name] == names
+    assert "completions.jsonl" not in os.listdir("out") and "adapter_config.json" not in os.listdir("out")
+    assert [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+
+
+def test_a_folder_stays_as_it_is_where_a_run_that_would_replace_it_cannot_start(recipe, capsys, tmp_path):
+    assert main(["train", recipe(save_strategy="steps", save_steps=2)]) == 0
+    before = contents("out")
+    (tmp_path / "train.jsonl").write_text(DEMONSTRATED.replace('"a"', f'"{"a" * 200}"'))
+    assert "longer than" in fails(capsys, ["train", "recipe.yaml", "--overwrite_output_dir", "true"], 2)
+    assert contents("out") == before
 
 
 LONG = "".join(json.dumps(row) + "\n" for row in tiny.rows() * 500)
@@ -593,7 +723,8 @@ def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_writte
         for name, process in processes.items():
             assert process.wait(timeout=60) == 130, name
             lines = (tmp_path / f"{name}.err").read_text().replace("\r", "\n").splitlines()
-            assert [line for line in lines if line.startswith("sdft:")] == ["sdft: interrupted"]
+            said = "sdft: stopping after this step; again to stop now" if name == "train" else "sdft: interrupted"
+            assert [line for line in lines if line.startswith("sdft:")] == [said]
             assert not any("Traceback" in line for line in lines)
     finally:
         for process in processes.values():
@@ -611,6 +742,16 @@ def test_help_is_there_and_the_first_one_is_quick(capsys):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "sdft train examples/demo.yaml" in done.stdout
+
+
+def test_every_name_in_the_reports_is_in_their_documentation(recipe, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    assert main(["train", recipe(**options, log_completions=1)]) == 0
+    text = (Path(__file__).parent.parent / "docs" / "outputs.md").read_text()
+    metrics = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    names = {name for line in metrics for name in line if not name.startswith("train_") and name != "total_flos"}
+    names |= set(json.loads(Path("out/completions.jsonl").read_text().splitlines()[0]))
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 
 
 def test_the_demo_recipe_is_valid():

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from sdft import checkpoint, early_checks
+from sdft.claim import claimed
 from sdft.errors import TrainingError, UsageError
 from sdft.report import MetricsFile
-from sdft.resuming import Resuming
-from sdft.run import checkpoint_to_resume
+from sdft.resuming import Resuming, checkpoint_to_resume, last_checkpoint
+from sdft.sampling import RowSampler
 from sdft.signals import FinishOnSignal
 from tests import tiny
 from tests.test_sdft_trainer import assert_equal_weights, trained, trainer, weights
@@ -80,7 +81,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_last_checkpoint_stays(size
     ) as error:
         run.train()
     assert "\n" not in str(error.value)
-    assert os.listdir(tmp_path / "full") == ["checkpoint-2"]
+    assert sorted(os.listdir(tmp_path / "full")) == ["checkpoint-2", "run.json"]
     again = trainer(tmp_path / "full", **options)
     again.train(resume_from_checkpoint=True)
     assert_equal_weights(weights(again.model), weights(trained(tmp_path / "straight", **options).model))
@@ -89,7 +90,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_last_checkpoint_stays(size
 def test_a_model_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path):
     trained(tmp_path, max_steps=1).save_model()
     before = (tmp_path / "model.safetensors").read_bytes()
-    run = trained(tmp_path, max_steps=2)
+    run = trained(tmp_path, max_steps=2, overwrite_output_dir=True)
     with files_no_larger_than(50_000), pytest.raises(TrainingError, match="the model could not be written"):
         run.save_model()
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -142,9 +143,9 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_has_left_one_of_the_two(tmp
         checkpoint.publish_folder(str(staged), str(tmp_path / "checkpoint-2"))
 
     def resumed():
-        found = checkpoint_to_resume("last", tmp_path)
-        assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
-        (text,) = {path.read_text() for path in Path(found).iterdir()}
+        with claimed(tmp_path, overwrite=True):
+            assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+        (text,) = {path.read_text() for path in (tmp_path / "checkpoint-2").iterdir()}
         return text
 
     publish("first")
@@ -244,34 +245,98 @@ def test_what_a_rename_makes_visible_has_reached_the_disk(tmp_path, monkeypatch)
     assert events[at + 1 :] == [tmp_path.name]
 
 
-def told_to_stop(folder, step, times=1, **options):
+def told_to_stop(folder, step, amid, times=1, number=signal.SIGTERM, **options):
+    """A trainer that gets a signal in a step: amid its rollouts, after so many tokens, or amid what it learns."""
     run = trainer(folder, **options)
-    sample = run.samples
+    draw, loss, tokens = RowSampler.draw, run.compute_loss, []
 
-    def samples(rows):
-        for _ in range(times if run.state.global_step + 1 == step else 0):
-            signal.raise_signal(signal.SIGTERM)
-        return sample(rows)
+    def signalled():
+        for _ in range(times):
+            signal.raise_signal(number)
 
-    run.samples = samples
-    return run
+    def drawn(sampler, scores, rows):
+        if run.state.global_step + 1 == step and amid == "rollouts":
+            tokens.append(len(rows))
+            in_turn = run.args.rollout_backend == "generate"
+            assert len(tokens) <= 3 or not in_turn, "a token was written after the one that the signal came at"
+            if len(tokens) == 3:
+                signalled()
+        return draw(sampler, scores, rows)
+
+    def computed(*args, **kwargs):
+        if run.state.global_step + 1 == step and amid == "learning":
+            run.compute_loss = loss
+            signalled()
+        return loss(*args, **kwargs)
+
+    run.compute_loss = computed
+    return run, pytest.MonkeyPatch.context(), drawn
 
 
-def test_sigterm_finishes_the_step_and_saves_it(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    run = told_to_stop(tmp_path, step=2, gradient_accumulation_steps=2, teacher="ema")
-    with FinishOnSignal() as finish:
+@contextlib.contextmanager
+def stopped(folder, step, amid, **options):
+    run, patching, drawn = told_to_stop(folder, step, amid, **options)
+    with patching as patch, FinishOnSignal() as finish:
+        patch.setattr(RowSampler, "draw", drawn)
         run.add_callback(finish)
+        yield run, finish
+
+
+INTERRUPTED = [
+    {"gradient_accumulation_steps": 2, "teacher": "ema", "ema_rate": 0.2},
+    {"num_iterations": 2, "gradient_accumulation_steps": 2},
+    {"rollout_backend": "continuous"},
+    {"rollout_batch_size": 1, "data_seed": 3},
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", INTERRUPTED, ids=str)
+@pytest.mark.parametrize(("step", "amid", "left"), [(3, "rollouts", 2), (5, "rollouts", 4), (2, "learning", 2)])
+def test_a_signal_saves_the_last_whole_step_and_the_resumed_run_ends_as_the_uninterrupted_one(
+    step, amid, left, options, number, tmp_path, capfd
+):
+    """With a step in progress at the third token of its rollouts, within an epoch and at the start of one."""
+    once = number == signal.SIGINT or options.get("rollout_backend") == "continuous"  # which takes its time
+    if once and (amid, step) != ("rollouts", 3):
+        pytest.skip("one step is enough")
+    options = {"max_steps": 6, "per_device_train_batch_size": 2, **options}
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with stopped(tmp_path / "run", step, amid, number=number, **options) as (run, finish):
         run.train()
-    assert finish.stopped
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert run.state.global_step == 2
-    assert os.path.basename(get_last_checkpoint(str(tmp_path))) == "checkpoint-2"
-    again = trainer(tmp_path, gradient_accumulation_steps=2, teacher="ema")
+    assert capfd.readouterr().err.count("sdft: stopping after this step; again to stop now\n") == 1
+    assert finish.stopped == number and run.state.global_step == left
+    assert {each: signal.getsignal(each) for each in before} == before
+    assert last_checkpoint(tmp_path / "run") == run.newest == str(tmp_path / "run" / f"checkpoint-{left}")
+    again = trainer(tmp_path / "run", **options)
     again.train(resume_from_checkpoint=True)
-    straight = trained(tmp_path / "straight", gradient_accumulation_steps=2, teacher="ema")
-    assert again.state.global_step == 4
+    straight = trained(tmp_path / "straight", **options, save_strategy="steps", save_steps=left)
+    assert again.state.global_step == 6
     assert_equal_weights(weights(again.model), weights(straight.model))
+    for name in ("rng_state.pth", "optimizer.pt", "scheduler.pt", "model.safetensors"):
+        files = [tmp_path / folder / f"checkpoint-{left}" / name for folder in ("run", "straight")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_a_signal_in_the_first_rollouts_leaves_no_checkpoint(tmp_path):
+    with stopped(tmp_path, 1, "rollouts") as (run, finish):
+        run.train()
+    assert finish.stopped and run.newest is None and run.state.global_step == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_right_after_a_checkpoint_saves_none_again(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    with stopped(tmp_path / "a", 3, "rollouts", **options) as (run, _):
+        save = run._save_checkpoint
+        saves = []
+        run._save_checkpoint = lambda *args: (saves.append(run.state.global_step), save(*args))
+        run.train()
+    assert saves == [2]
+    with stopped(tmp_path / "b", 3, "rollouts") as (again, _):
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert again.newest == str(tmp_path / "a" / "checkpoint-2")
+    assert os.listdir(tmp_path / "b") == []
 
 
 def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path):
@@ -283,10 +348,7 @@ def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path):
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        run = told_to_stop(tmp_path, step=2, times=2)
-        finish = FinishOnSignal()
-        run.add_callback(finish)
-        with pytest.raises(Ended), finish:
+        with pytest.raises(Ended), stopped(tmp_path, 3, "rollouts", times=2) as (run, _):
             run.train()
         with pytest.raises(Ended), FinishOnSignal():
             signal.raise_signal(signal.SIGTERM)
@@ -310,35 +372,63 @@ def test_a_sigterm_after_the_last_step_leaves_the_model_to_be_saved(tmp_path):
     assert_equal_weights(weights(run.model), weights(trained(tmp_path / "undisturbed").model))
 
 
-def checkpoint_with(folder, *names):
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def a_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trained(folder, max_steps=1, save_strategy="steps", teacher="ema", num_iterations=2)
+    return folder / "checkpoint-1"
+
+
+def checkpoint_without(a_checkpoint, folder, *names):
+    shutil.copytree(a_checkpoint, folder)
     for name in names:
-        (folder / name).write_text("")
+        (folder / name).unlink()
     return str(folder)
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("lost", "pickled", "message"),
     [
-        (["model.safetensors"], r"has no trainer_state.json; it must be a checkpoint's folder, or last"),
-        (["model.safetensors", "trainer_state.json"], r"has no optimizer in it \(save_only_model\)"),
+        ("trainer_state.json", None, r"has no trainer_state.json; it must be a checkpoint's folder, or last"),
+        ("optimizer.pt", None, r"has no optimizer in it \(save_only_model\)"),
+        ("scheduler.pt", None, r"has no scheduler in it"),
+        ("rng_state.pth", None, r"has no random state in it"),
         (
-            ["pytorch_model.bin", "trainer_state.json", "optimizer.pt"],
+            "model.safetensors",
+            "pytorch_model.bin",
             r"weights are pickled \(pytorch_model.bin\); loading them takes allow_pickle: true",
         ),
-        (["adapter_model.bin", "trainer_state.json", "optimizer.pt"], r"pickled \(adapter_model.bin\)"),
+        ("model.safetensors", "adapter_model.bin", r"pickled \(adapter_model.bin\)"),
     ],
 )
-def test_a_folder_that_a_run_cannot_go_on_from_is_one_sentence(names, message, tmp_path):
-    found = checkpoint_with(tmp_path / "checkpoint-3", *names)
+def test_a_folder_that_a_run_cannot_go_on_from_is_one_sentence(lost, pickled, message, a_checkpoint, tmp_path):
+    found = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-3", lost)
+    if pickled:
+        (tmp_path / "checkpoint-3" / pickled).write_text("")
     with pytest.raises(UsageError, match=rf"^resume_from_checkpoint is '{found}', .*{message}"):
         checkpoint_to_resume(found, tmp_path)
 
 
-def test_a_checkpoint_is_found_whatever_its_weights_are_in(tmp_path):
-    whole = checkpoint_with(tmp_path / "checkpoint-3", "model.safetensors", "trainer_state.json", "optimizer.pt")
+FILES = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]
+FILES += ["teacher_average.safetensors", "rollouts-0.json", "config.json"]
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, -1], ids=["none of it", "half of it", "all but a byte"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_checkpoint_that_was_cut_is_named(name, kept, a_checkpoint, tmp_path):
+    found = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-1")
+    path = tmp_path / "checkpoint-1" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole.rstrip()[: kept if kept < 0 else int(kept * len(whole))])
+    with pytest.raises(UsageError, match=rf"^resume_from_checkpoint is '{found}', whose {name} is damaged \(.+\); it"):
+        trainer(tmp_path, max_steps=2, teacher="ema", num_iterations=2).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_found_whatever_its_weights_are_in(a_checkpoint, tmp_path):
+    whole = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-3")
     assert checkpoint_to_resume("last", tmp_path) == whole
-    pickled = checkpoint_with(tmp_path / "checkpoint-4", "pytorch_model.bin", "trainer_state.json", "optimizer.pt")
+    pickled = checkpoint_without(a_checkpoint, tmp_path / "checkpoint-4", "model.safetensors")
+    (tmp_path / "checkpoint-4" / "pytorch_model.bin").write_text("")
     assert checkpoint_to_resume("last", tmp_path, allow_pickle=True) == pickled
 
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import logging
 import os
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -187,6 +189,35 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(options, s
     if straight.teacher is not None:
         with straight.teacher.scoring() as expected, resumed.teacher.scoring() as got:
             assert_equal_weights(weights(got), weights(expected))
+
+
+@pytest.mark.parametrize("done", [3, 4], ids=["within the epoch", "at its end"])
+def test_resuming_a_complete_run_makes_no_step_and_has_its_model(done, tmp_path):
+    options = {"teacher": "ema", "save_strategy": "steps", "save_steps": 1}
+    straight = trained(tmp_path, max_steps=done, **options)
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.parent != tmp_path}
+
+    before = times()
+    for fewer in (0, 1):
+        again = trainer(tmp_path, max_steps=done - fewer, **options)
+        again.samples = lambda rows: pytest.fail("a step was begun")
+        assert again.train(resume_from_checkpoint=True).global_step == done
+        assert_equal_weights(weights(again.model), weights(straight.model))
+        with straight.teacher.scoring() as expected, again.teacher.scoring() as got:
+            assert_equal_weights(weights(got), weights(expected))
+    assert times() == before
+
+
+def test_the_model_of_a_complete_run_is_its_best_where_that_is_asked_for(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    options |= {"load_best_model_at_end": True, "eval_dataset": tiny.rows(2)}
+    best = trained(tmp_path, **options)  # all of them answer nothing right, and the first is the best
+    again = trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint="last")
+    assert_equal_weights(weights(again.model), weights(best.model))
+    assert best.state.best_global_step == 1
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])
@@ -438,6 +469,7 @@ def test_logged_completions_have_the_numbers_of_full_logits(options, tmp_path):
         record = next(r for r in logged if r["completion_ids"] == s.completion)
         assert record["step"] == 1
         assert record["prompt"] == tokenizer.decode(s.prompt)
+        assert record["teacher_prompt"] == tokenizer.decode(s.teacher_prompt)
         assert record["completion"] == tokenizer.decode(s.completion)
         p, q = (
             (model(torch.tensor([[*prompt, *s.completion]])).logits[0, len(prompt) - 1 : -1] / 1.7).log_softmax(-1)
@@ -468,7 +500,8 @@ def test_a_resumed_run_logs_each_completion_once(tmp_path):
     assert not (tmp_path / "unlogged" / "completions.jsonl").exists()
     assert_equal_weights(weights(unlogged.model), weights(straight.model))
     assert_equal_weights(weights(resumed.model), weights(straight.model))
-    trained(tmp_path / "straight", **{**steps, "max_steps": 2})  # a new run in the same folder starts anew
+    again = {**steps, "max_steps": 2, "overwrite_output_dir": True}
+    trained(tmp_path / "straight", **again)  # a new run in the same folder starts anew
     assert [r["step"] for r in lines(tmp_path / "straight")] == [2, 2]
 
 
@@ -484,7 +517,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(run.teacher, "save", full_disk)
     with pytest.raises(TrainingError, match=r"checkpoint-4 could not be .* No space left .* checkpoint-2 is whole"):
         run.train()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "run.json"]
     assert "teacher_average.safetensors" in os.listdir(tmp_path / "checkpoint-2")
     again = trainer(tmp_path, teacher="ema")
     again.train(resume_from_checkpoint=True)
@@ -492,9 +525,9 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path):
-    for seed in (1, 2):
-        run = trained(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1, seed=seed)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4"]
+    run = trained(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    run.train()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "run.json"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     assert_equal_weights(weights(saved), weights(run.model))
 
@@ -558,6 +591,47 @@ def test_logs_say_what_the_rollouts_were_like(tmp_path):
     assert 0 < log["student_entropy"] < 4.7  # log 101
     assert 0 < log["teacher_entropy"] < 4.7
     assert log["rollout_seconds"] > 0
+
+
+def test_logs_say_what_time_went_to_and_how_much_memory_was_taken(tmp_path):
+    started = time.perf_counter()
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run = trained(tmp_path, max_steps=2, **options, eval_dataset=tiny.rows(2), num_iterations=2)
+    run.save_model()
+    whole, spent = time.perf_counter() - started, run.spent()
+    first, second = (log for log in run.state.log_history if "loss" in log)
+    phases = ["rollout_seconds", "score_seconds", "learn_seconds", "save_seconds", "eval_seconds"]
+    assert [name for name in phases if name in first] == phases[:3]
+    assert [name for name in phases if name in second] == phases[1:]  # of the rollouts that served both
+    for name in phases:
+        assert spent[name] >= first.get(name, 0) + second.get(name, 0) > 0
+    assert 0 < sum(spent[name] for name in phases) < whole
+    tokens = 2 * first["completion_length"]
+    assert first["rollout_tokens_per_second"] == pytest.approx(tokens / first["rollout_seconds"], rel=1e-5)
+    assert first["tokens_per_second"] == pytest.approx(tokens / sum(first[name] for name in phases[:3]), rel=1e-5)
+    assert 100 < first["peak_memory_mib"] <= second["peak_memory_mib"] <= spent["peak_memory_mib"]
+
+
+@pytest.mark.parametrize(
+    ("cut_in", "said"), [({1, 2, 3, 4, 5, 6}, 1), ({5, 6}, 0), ({5, 6, 7}, 1), (set(), 0)], ids=str
+)
+def test_it_is_said_once_that_most_completions_are_cut(cut_in, said, tmp_path, caplog):
+    """Of two in each step; eight are enough to judge by."""
+    run = trainer(tmp_path, max_steps=8)
+    write = run.with_student
+
+    def cut_or_not(function):
+        return [[5] * (6 if run.state.global_step + 1 in cut_in else 1) + [1] for _ in write(function)]
+
+    run.with_student = lambda function: [each[:6] for each in cut_or_not(function)]
+    with caplog.at_level(logging.WARNING, logger="sdft.trainer"):
+        run.train()
+    lines = [record.getMessage() for record in caplog.records if "completions were cut" in record.getMessage()]
+    count = 8 if 1 in cut_in else 6
+    assert lines == said * [
+        f"{count} of the last 8 completions were cut at max_completion_length=6: raise it, or name in rollout_stop "
+        "what ends an answer"
+    ]
 
 
 def test_a_missing_tokenizer_and_an_empty_dataset_are_refused(tmp_path):

@@ -1,0 +1,167 @@
+"""A `transformers.Trainer` whose runs go on from where they were, and end with what they have."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from sdft._compat import load_best_model
+from sdft.checkpoint import write_text
+from sdft.claim import claimed
+from sdft.config import SDFTConfig
+from sdft.errors import UsageError
+from sdft.phases import Phases
+from sdft.resuming import RECORD, Resuming, steps_done
+from sdft.saving import WholeSaves
+from sdft.signals import FinishOnSignal
+
+logger = logging.getLogger(__name__)
+
+
+class Left(Exception):
+    """Leaves the Trainer's loop between two steps."""
+
+
+class Runs(WholeSaves):
+    """Trains from the start or from a checkpoint, and does nothing where nothing is left to do.
+
+    While it trains output_dir is its own; see `sdft.claim`. Among its callbacks there may be a `FinishOnSignal`.
+    """
+
+    args: SDFTConfig
+    _run: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.phases = Phases(self.args.device)
+        self._between = BetweenSteps(self.phases)
+        self.add_callback(self._between)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from a checkpoint if one is named: "last", or True, is the newest in output_dir.
+
+        From a checkpoint of the last step the trained model is loaded, and nothing else is done.
+        """
+        with contextlib.ExitStack() as stack:
+            claim = stack.enter_context(
+                claimed(
+                    str(self.args.output_dir),
+                    resume_from_checkpoint,
+                    overwrite=self.args.overwrite_output_dir,
+                    main=self.is_world_process_zero(),
+                    run=self._run,
+                )
+            )
+            if claim.steps and claim.resume is None:
+                raise UsageError(
+                    f"resume_from_checkpoint is {resume_from_checkpoint!r}, and the run in {claim.folder} ended after "
+                    f"{claim.steps} steps: it has left its model there, and no checkpoint to go on from"
+                )
+            self._run, self.newest = claim.run, claim.resume
+            if claim.resume is None or not self.is_complete(claim.resume):
+                claim.begin()
+            resuming = stack.enter_context(Resuming(claim.resume))
+            self.add_callback(resuming)
+            stack.callback(self.remove_callback, resuming)
+            try:
+                return super().train(claim.resume, *args, **kwargs)
+            except Left:
+                return self._leave()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.phases("save"):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self.phases("save"):
+            super().save_model(output_dir, _internal_call)
+
+    def save_beside(self, folder: str) -> None:
+        if self.is_world_process_zero():
+            write_text(os.path.join(folder, RECORD), json.dumps({"run": self._run}) + "\n")
+
+    def total_steps(self) -> int:
+        """How many optimizer steps the whole run has."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def is_complete(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is of the run's last step, or a later one."""
+        return steps_done(checkpoint) >= self.total_steps()
+
+    @property
+    def _finish(self) -> FinishOnSignal | None:
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, FinishOnSignal)), None)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process was told to stop."""
+        return self._finish is not None and bool(self._finish.noted)
+
+    def leave_if_asked(self) -> None:
+        """If any process was told to stop, leave the step, none of which the weights have seen; all processes ask."""
+        if self._finish is not None and self._finish.agreed(self.args.device):
+            raise Left
+
+    def _leave(self) -> TrainOutput:
+        """Do what the Trainer does at the end of its loop."""
+        if self.state.global_step >= self.state.max_steps:
+            if self.is_world_process_zero():
+                logger.warning("the run is complete: it has all of its %d steps", self.state.max_steps)
+            load_best_model(self)
+        elif self.state.global_step and not (self.newest and steps_done(self.newest) == self.state.global_step):
+            self._between.restore()
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+
+class BetweenSteps(TrainerCallback):
+    """Ends the phase of a step, and leaves before the first if none is left: the Trainer makes one before it looks.
+
+    `restore` gives the random numbers back as the last step left them.
+    """
+
+    restore: Callable[[], None]
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise Left
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.phases.begin(None)
+        self.restore = random_state()
+
+
+def random_state() -> Callable[[], None]:
+    """A function that brings back the state that the process's random numbers have now."""
+    own, of_cpu = random.getstate(), torch.get_rng_state()
+    of_numpy = np.random.get_state()  # noqa: NPY002  the global one, which checkpoints have too
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        random.setstate(own)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        torch.set_rng_state(of_cpu)
+        torch.cuda.set_rng_state_all(of_gpus)
+
+    return restore
