@@ -37,7 +37,7 @@ P_FACTOR, Q_FACTOR, CENTRE = 3, 4, 5
 
 
 class _Options(ctypes.Structure):
-    """How logits come from products, as the kernels read it: `struct options`."""
+    """How logits come from products, u and `factor`, as the kernels read it: `struct options`."""
 
     _fields_ = (
         ("bias", ctypes.c_void_p),
@@ -165,13 +165,12 @@ def process_chunk(
         chunk.run("fold_pair", part, logits, models, len(models), records.data_ptr())
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    p, q = _Softmax(records[:, :3]), _Softmax(records[:, 3:6])
+    p = _Softmax(records[:, :3], objective.student)
+    q = _Softmax(records[:, 3:6], objective.teacher)
     loss, constants = _combine(chunk, p, q, *records[:, [0, 6, 7]].unbind(1))
     logprob = None
     if labels is not None:
-        label_logits[: chunk.width] *= _factor(objective.student)
-        label_logits[chunk.width :] *= _factor(objective.teacher)
-        logprob = label_logits.double() - torch.cat((p.logsumexp, q.logsumexp))
+        logprob = torch.cat([of.logprob(labelled) for of, labelled in zip((p, q), label_logits.chunk(2), strict=True)])
     store_rows(rows, objective, loss, torch.cat((p.entropy, q.entropy)), logprob)
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, chunk.width - len(rows.weight)))
@@ -231,11 +230,13 @@ def _combine(
     """
     objective = chunk.objective
     at_peak = teacher_at_peaks.gather(0, peaks.argmax(0, keepdim=True)).squeeze(0)
-    peak_ratio = (q.peak - at_peak) + q.log_sum - p.log_sum  # log p - log q where p is largest
+    teacher_factor = objective.teacher.factor
+    # log p - log q where p is largest
+    peak_ratio = teacher_factor * (q.peak - at_peak) + q.log_sum - p.log_sum
     zero = torch.zeros_like(peak_ratio)
     constants = torch.stack((p.peak, q.peak, at_peak, zero, zero, zero, peak_ratio)).float()
     if objective.divergence == "reverse_kl":
-        centre = p.mean_of(own, p.shift - (teacher_at_peaks - at_peak))
+        centre = p.mean_of(own, p.shift - teacher_factor * (teacher_at_peaks - at_peak))
         constants[CENTRE] = centre
         return centre + peak_ratio, constants
     if objective.divergence == "forward_kl":
@@ -332,19 +333,24 @@ def _new_records(like: Tensor, width: int) -> Tensor:
 class _Softmax:
     """One model's softmax from the peak, sum and dot of each thread's records, (threads, 3, width)."""
 
-    def __init__(self, records: Tensor) -> None:
+    def __init__(self, records: Tensor, options: LogitOptions) -> None:
         peaks, self._sums, dots = records.unbind(1)
+        self._factor = options.factor
         self.peak = peaks.amax(0)
-        #: How far a thread's peak lies above the chunk's; of one that had no rows 0, as all that it has is.
-        self.shift = torch.where(peaks == -torch.inf, 0, peaks - self.peak)
+        #: How far a thread's largest logit lies above the chunk's; of one that had no rows 0, as all that it has is.
+        self.shift = torch.where(peaks == -torch.inf, 0, self._factor * (peaks - self.peak))
         self.total = (self.shift.exp() * self._sums).sum(0)
         self.log_sum = self.total.log()
-        self.logsumexp = self.peak + self.log_sum
+        self.logsumexp = self._factor * self.peak + self.log_sum
         self.entropy = self.log_sum - self.mean_of(dots, self.shift)
 
     def mean_of(self, moments: Tensor, offset: Tensor) -> Tensor:
         """The mean of a score under this softmax, from each thread's Σ e g and what its g grows by."""
         return (self.shift.exp() * (moments + offset * self._sums)).sum(0) / self.total
+
+    def logprob(self, labelled: Tensor) -> Tensor:
+        """Of labels from what the kernels have left of their products, (width,)."""
+        return self._factor * (labelled.double() - self.peak) - self.log_sum
 
 
 def scoring_held(dtype: torch.dtype) -> Held:
@@ -371,11 +377,10 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
         call("fold", address, len(logits), logits.stride(0), width, of_head, columns.model(part), records.data_ptr())
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    softmax = _Softmax(records[:, :3])
-    label_logits *= _factor(options)
+    softmax = _Softmax(records[:, :3], options)
     logprob, top1 = None, None
     if labels is not None:
-        logprob, top1 = label_logits.double() - softmax.logsumexp, label_logits >= softmax.peak
+        logprob, top1 = softmax.logprob(label_logits), label_logits >= softmax.peak
     store_scores(scores, softmax.entropy, softmax.logsumexp, logprob, top1)
 
 
@@ -386,16 +391,11 @@ def _look_up(labels: Tensor, logits: Tensor, part: slice, found: Tensor) -> None
     found.copy_(torch.where(here, logits.gather(0, rows.unsqueeze(0)).squeeze(0), found))
 
 
-def _factor(options: LogitOptions) -> float:
-    """What makes z of products, or of their tanh under a soft cap."""
-    return (options.softcap or options.scale) / options.temperature
-
-
 def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> _Options:
     """For a tile of the vocabulary; `bias` is the whole head's."""
     return _Options(
         None if bias is None else bias[part].data_ptr(),
-        _factor(options),
-        options.scale / (options.softcap or 1.0),
+        options.factor,
+        options.inner,
         options.softcap is not None,
     )

@@ -39,15 +39,20 @@ enum { TOKENS = 64, ENTRIES = 28 };
 
 enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL };
 
-/* A record: for each token its largest logit, sum e and sum e (z - largest), with e = exp(z - largest), of the student;
- * the same of the teacher; the divergence's own sum; the teacher's logit where the student's is largest. */
+/* A record: for each token its largest u, sum e and sum e z, with z = factor (u - largest) and e = exp(z), of the
+ * student; the same of the teacher; the divergence's own sum; the teacher's u where the student's is largest. */
 enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, FIELDS };
 
-/* What a token's gradient needs: both largest logits and the teacher's at the student's; weights of exp(z - largest)
- * for both models; the centre; log p - log q where the student's logit is largest. */
+/* What a token's gradient needs: both largest u and the teacher's at the student's; weights of exp(z) for both models;
+ * the centre; log p - log q where the student's logit is largest. */
 enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, CONSTANTS };
 
-/* How logits z come from products y: z = factor y, or factor tanh(inner y) under a soft cap; bias is added before. */
+/* How logits come from products y, to which the bias is added first: factor u, where u = inner y, or tanh(inner y) under
+ * a soft cap, and factor > 0.
+ *
+ * Kernels take differences of u before they multiply: two numbers side by side lose nothing then, and what is the
+ * largest is exactly 0. A difference of products would be rounded as the largest of them is, or half of it where the
+ * compiler makes one instruction of a product and a sum: differently in each pass. */
 struct options {
     const float *bias;
     float factor, inner;
@@ -156,25 +161,30 @@ struct block {
     float z[ENTRIES][TOKENS];
 };
 
-/* Logits of up to ENTRIES rows and TOKENS columns of products; under a bias or a cap what `factor` multiplies is
- * written back, so that later passes do with that. */
-INLINE void load(float *products, long stride, int rows, int tokens, const struct options *options, int finish,
+/* Whether u is something else than the product. */
+INLINE int differs(const struct options *options) {
+    return options->bias || options->capped || options->inner != 1;
+}
+
+/* u of up to ENTRIES rows and TOKENS columns of products, over which it is written, so that later passes do with it. */
+INLINE void load(float *products, long stride, int rows, int tokens, const struct options *options,
                  struct block *block) {
+    int finish = differs(options);
     for (int r = 0; r < rows; r++, products += stride) {
         if (finish) {
             float bias = options->bias ? options->bias[r] : 0;
             for (int j = 0; j < tokens; j++)
-                products[j] += bias;
+                products[j] = (products[j] + bias) * options->inner;
             if (options->capped)
                 for (int j = 0; j < tokens; j++)
-                    products[j] = hyperbolic_tangent(products[j] * options->inner);
+                    products[j] = hyperbolic_tangent(products[j]);
         }
         for (int j = 0; j < tokens; j++)
-            block->z[r][j] = products[j] * options->factor;
+            block->z[r][j] = products[j];
     }
 }
 
-/* The largest of each token's logits so far, from `peak` on, and what `other` holds there. */
+/* The largest of each token's u so far, from `peak` on, and what `other` holds there. */
 INLINE void largest(const struct block *z, const struct block *other, int rows, int tokens, float *peak, float *at) {
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < tokens; j++) {
@@ -184,13 +194,13 @@ INLINE void largest(const struct block *z, const struct block *other, int rows, 
         }
 }
 
-/* Logits less their largest, in place, their exponentials, and sum and dot of these added to the record's. */
-INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tokens, const float *peak, double *sum,
-                             double *dot) {
+/* z from u, in place, its exponentials, and sum and dot of these added to the record's. */
+INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tokens, const float *peak, float factor,
+                             double *sum, double *dot) {
     float sums[TOKENS] = {0}, dots[TOKENS] = {0};
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < tokens; j++) {
-            z->z[r][j] -= peak[j];
+            z->z[r][j] = (z->z[r][j] - peak[j]) * factor;
             e->z[r][j] = exponential(z->z[r][j]);
             sums[j] += e->z[r][j];
             dots[j] += e->z[r][j] * z->z[r][j];
@@ -202,7 +212,7 @@ INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tok
 }
 
 /* How far the old largest logit lies above the new one; before the first there are no sums to move. */
-static double shift_of(double old, float peak) { return old == -INFINITY ? 0 : old - peak; }
+static double shift_of(double old, float peak, float factor) { return old == -INFINITY ? 0 : factor * (old - peak); }
 
 /* A sum e g after what e is relative to has moved by `shift`, and each g has grown by `offset`. */
 static double moved(double sum, double moment, double shift, double offset) {
@@ -210,13 +220,16 @@ static double moved(double sum, double moment, double shift, double offset) {
 }
 
 /* A record's sums relative to new largest logits, which few blocks bring. */
-static void move_record(double *record, long width, enum divergence divergence, float a, float b, float c) {
+static void move_record(double *record, long width, const struct options *student, const struct options *teacher,
+                        enum divergence divergence, float a, float b, float c) {
     double *field[FIELDS];
     for (int i = 0; i < FIELDS; i++)
         field[i] = record + i * width;
-    double shift = shift_of(*field[PEAK], a), teacher_shift = shift_of(*field[TEACHER_PEAK], b);
+    double shift = shift_of(*field[PEAK], a, student->factor);
+    double teacher_shift = shift_of(*field[TEACHER_PEAK], b, teacher->factor);
     if (divergence == REVERSE_KL)
-        *field[CROSS] = moved(*field[SUM], *field[CROSS], shift, shift - (*field[TEACHER_AT_PEAK] - c));
+        *field[CROSS] = moved(*field[SUM], *field[CROSS], shift,
+                              shift - teacher->factor * (*field[TEACHER_AT_PEAK] - c));
     if (divergence == FORWARD_KL)
         *field[CROSS] = moved(*field[TEACHER_SUM], *field[CROSS], teacher_shift, teacher_shift - shift);
     *field[DOT] = moved(*field[SUM], *field[DOT], shift, shift);
@@ -235,8 +248,8 @@ INLINE void fold_pair_block(float *logits, int rows, long stride, int tokens, lo
                             const struct options *teacher, enum divergence divergence, double *record) {
     struct block s, t, e;
     float a[TOKENS], b[TOKENS], c[TOKENS], unused[TOKENS] = {0}, cross[TOKENS] = {0};
-    load(logits, stride, rows, tokens, student, student->bias || student->capped, &s);
-    load(logits + width, stride, rows, tokens, teacher, teacher->bias || teacher->capped, &t);
+    load(logits, stride, rows, tokens, student, &s);
+    load(logits + width, stride, rows, tokens, teacher, &t);
     for (int j = 0; j < tokens; j++) {
         a[j] = (float)record[PEAK * width + j];
         b[j] = (float)record[TEACHER_PEAK * width + j];
@@ -246,13 +259,14 @@ INLINE void fold_pair_block(float *logits, int rows, long stride, int tokens, lo
     largest(&t, &t, rows, tokens, b, unused);
     for (int j = 0; j < tokens; j++)
         if (a[j] > record[PEAK * width + j] || b[j] > record[TEACHER_PEAK * width + j])
-            move_record(record + j, width, divergence, a[j], b[j], c[j]);
-    add_exponentials(&s, &e, rows, tokens, a, record + SUM * width, record + DOT * width);
+            move_record(record + j, width, student, teacher, divergence, a[j], b[j], c[j]);
+    add_exponentials(&s, &e, rows, tokens, a, student->factor, record + SUM * width, record + DOT * width);
     if (divergence == REVERSE_KL)
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < tokens; j++)
-                cross[j] += e.z[r][j] * (s.z[r][j] - (t.z[r][j] - c[j]));
-    add_exponentials(&t, &e, rows, tokens, b, record + TEACHER_SUM * width, record + TEACHER_DOT * width);
+                cross[j] += e.z[r][j] * (s.z[r][j] - (t.z[r][j] - c[j]) * teacher->factor);
+    add_exponentials(&t, &e, rows, tokens, b, teacher->factor, record + TEACHER_SUM * width,
+                     record + TEACHER_DOT * width);
     if (divergence == FORWARD_KL)
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < tokens; j++)
@@ -290,18 +304,18 @@ INLINE void fold_rows(float *logits, long rows, long stride, long width, struct 
             double *peak = records + PEAK * width + first, *sum = records + SUM * width + first;
             double *dot = records + DOT * width + first;
             float a[TOKENS], unused[TOKENS] = {0};
-            load(logits + first, stride, count, tokens, &options, options.bias || options.capped, &z);
+            load(logits + first, stride, count, tokens, &options, &z);
             for (int j = 0; j < tokens; j++)
                 a[j] = (float)peak[j];
             largest(&z, &z, count, tokens, a, unused);
             for (int j = 0; j < tokens; j++)
                 if (a[j] > peak[j]) {
-                    double shift = shift_of(peak[j], a[j]);
+                    double shift = shift_of(peak[j], a[j], options.factor);
                     dot[j] = moved(sum[j], dot[j], shift, shift);
                     sum[j] *= exp(shift);
                     peak[j] = a[j];
                 }
-            add_exponentials(&z, &e, count, tokens, a, sum, dot);
+            add_exponentials(&z, &e, count, tokens, a, options.factor, sum, dot);
         }
         options.bias += options.bias ? ENTRIES : 0;
     }
@@ -312,7 +326,6 @@ INLINE void fold_rows(float *logits, long rows, long stride, long width, struct 
 INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width, struct options student,
                               struct options teacher, enum divergence divergence, float beta, const float *constants,
                               double *sums) {
-    struct block s, t;
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
@@ -320,20 +333,19 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
             const float *a = constants + A * width + first, *b = constants + B * width + first;
             const float *c = constants + C * width + first, *peak_ratio = constants + PEAK_RATIO * width + first;
             float scores[TOKENS] = {0}, losses[TOKENS] = {0}, at_peak[TOKENS];
-            load(logits + first, stride, count, tokens, &student, 0, &s);
-            load(logits + width + first, stride, count, tokens, &teacher, 0, &t);
             for (int j = 0; j < tokens; j++)
                 at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
-            for (int r = 0; r < count; r++)
+            const float *u = logits + first, *v = u + width;
+            for (int r = 0; r < count; r++, u += stride, v += stride)
                 for (int j = 0; j < tokens; j++) {
-                    float z = s.z[r][j] - a[j];
-                    float log_ratio = bounded(z - (t.z[r][j] - c[j]) + peak_ratio[j]);
+                    float z = (u[j] - a[j]) * student.factor;
+                    float log_ratio = bounded(z - (v[j] - c[j]) * teacher.factor + peak_ratio[j]);
                     float e = exponential(z);
                     scores[j] += e * (mixture_score(log_ratio, beta, divergence) - at_peak[j]);
                     if (divergence == SKEW_REVERSE_KL)
                         losses[j] += e * log_over_mixture(-log_ratio, beta);
                     else
-                        losses[j] += exponential(t.z[r][j] - b[j]) * log_over_mixture(log_ratio, 1 - beta);
+                        losses[j] += exponential((v[j] - b[j]) * teacher.factor) * log_over_mixture(log_ratio, 1 - beta);
                 }
             for (int j = 0; j < tokens; j++) {
                 sums[first + j] += scores[j];
@@ -356,12 +368,12 @@ INLINE void gradient_block(const float *logits, int rows, long stride, int token
             at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
     for (int r = 0; r < rows; r++, logits += stride, gradients += gradient_stride)
         for (int j = 0; j < tokens; j++) {
-            float z = logits[j] * student->factor - a[j], other = logits[width + j] * teacher->factor;
-            float p = exponential(z) * p_factor[j], ratio = z - (other - c[j]), gradient;
+            float z = (logits[j] - a[j]) * student->factor, other = logits[width + j];
+            float p = exponential(z) * p_factor[j], ratio = z - (other - c[j]) * teacher->factor, gradient;
             if (divergence == REVERSE_KL)
                 gradient = p * (ratio - centre[j]);
             else if (divergence == FORWARD_KL)
-                gradient = p - exponential(other - b[j]) * q_factor[j];
+                gradient = p - exponential((other - b[j]) * teacher->factor) * q_factor[j];
             else
                 gradient = p * (mixture_score(bounded(ratio + peak_ratio[j]), beta, divergence) - at_peak[j] - centre[j]);
             gradients[j] = student->capped ? gradient * (1 - logits[j] * logits[j]) : gradient;

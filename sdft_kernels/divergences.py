@@ -44,11 +44,22 @@ LARGEST_ODDS = 1e38
 @dataclass(frozen=True)
 class LogitOptions:
     """How a model's logits z come from products: y = scale · (h Wᵀ + b), c = softcap · tanh(y / softcap) (or y),
-    z = c / temperature."""
+    z = c / temperature. In other words z = factor · u, where u = inner · (h Wᵀ + b), or tanh of that under a soft cap.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        """Positive, so that the largest u is the largest z."""
+        return (self.softcap or abs(self.scale)) / self.temperature
+
+    @property
+    def inner(self) -> float:
+        """But for a soft cap only a sign."""
+        return self.scale / self.softcap if self.softcap else math.copysign(1.0, self.scale)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ def process_chunk(
     labels = padded_labels(rows.labels, width, models=2)
     capped = objective.student.softcap is not None and gradients.any
     mixture = is_mixture(objective.divergence)
-    unit = abs(_bits(objective.student, dtype))
+    unit = _bits(objective.student, dtype)
+    teacher_unit = _bits(objective.teacher, dtype)
     seen: list[_Softmax] = []
     sums: list[Sums] = []
     for part, kept, passing, scratch in workspace.tiles(2 * width):
@@ -104,8 +105,10 @@ def process_chunk(
         logits, exponentials = (kept, passing) if mixture else (passing, kept)
         columns.multiply(part, logits)
         student_logits, teacher_logits = logits.split(width, 1)
-        _transform(student_logits, student.bias, part, objective.student, unit)
-        _transform(teacher_logits, teacher.bias, part, objective.teacher, unit)
+        _transform(student_logits, student.bias, part, objective.student)
+        _transform(teacher_logits, teacher.bias, part, objective.teacher)
+        if teacher_unit != unit:
+            teacher_logits.mul_(teacher_unit / unit)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
         if not mixture:
             slope = _slope(student_logits, seen[-1], unit, scratch) if capped else None
@@ -284,10 +287,10 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
     hidden = padded(hidden, width, scores.entropy.dtype)
     labels = padded_labels(scores.labels, width, models=1)
     seen: list[_Softmax] = []
-    unit = abs(_bits(options, hidden.dtype))
+    unit = _bits(options, hidden.dtype)
     for part, exponentials, logits, scratch in workspace.tiles(width):
         _multiply(head.weight, hidden, part, logits)
-        _transform(logits, head.bias, part, options, unit)
+        _transform(logits, head.bias, part, options)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
     softmax = _Whole(seen, labels, workspace.tile, unit)
     store_scores(scores, softmax.entropy, softmax.logsumexp, softmax.logprob, softmax.top1)
@@ -313,20 +316,18 @@ def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) 
 
 
 def _bits(options: LogitOptions, dtype: torch.dtype) -> float:
-    """What makes z in bits of products, or of their tanh under a soft cap, as `dtype` has it."""
-    bits = (options.softcap or options.scale) / (options.temperature * NATS)
-    return torch.tensor(bits, dtype=dtype, device="cpu").item()
+    """What makes z in bits of u, as `dtype` has it."""
+    return torch.tensor(options.factor / NATS, dtype=dtype, device="cpu").item()
 
 
-def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions, unit: float) -> None:
-    """A tile of products to z in bits over `unit`, in place."""
+def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions) -> None:
+    """A tile of products to u, in place."""
     if bias is not None:
         logits.add_(bias[part].unsqueeze(1))
+    if options.inner != 1:
+        logits.mul_(options.inner)
     if options.softcap is not None:
-        logits.mul_(options.scale / options.softcap).tanh_()
-    bits = _bits(options, logits.dtype)
-    if bits != unit:
-        logits.mul_(bits / unit)
+        logits.tanh_()
 
 
 def _slope(student: Tensor, seen: _Softmax, unit: float, scratch: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ A row is split over several programs, so that few tokens still fill the device. 
 padded, so that loads and stores are 16 bytes wide even where the vocabulary's size is odd: what lies in the
 padding is read, replaced and never used.
 
-Logits are read relative to a peak, the student's largest logit and the teacher's logit at the same token: there
-both differences are exactly 0, and where p is nearly one-hot the sums keep their digits.
+Logits are factor · u, and u is read relative to a peak, the student's largest and the teacher's at the same token:
+there both differences are exactly 0, and where p is nearly one-hot the sums keep their digits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from sdft_kernels.divergences import Objective, is_mixture
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_math import (
+    form,
     load_logit,
     load_logits,
     log_over_mixture,
@@ -93,7 +94,7 @@ def combine(
 ) -> None:
     """Fills `rows` from the records of their splits, (R, splits, 8), and those of a mixture, (R, splits, 2).
 
-    Where labels are given, both models' logits at them lie in `rows.student_logprob` and `rows.teacher_logprob`.
+    Where labels are given, both models' u at them lie in `rows.student_logprob` and `rows.teacher_logprob`.
     `constants`, (R, 8), receives what the gradient needs.
     """
     tokens, splits, _ = partial.shape
@@ -106,6 +107,8 @@ def combine(
         objective.beta,
         float("inf") if objective.importance_clip is None else objective.importance_clip,
         objective.student.scale / objective.student.temperature,
+        objective.student.factor,
+        objective.teacher.factor,
         DIVERGENCE=objective.divergence,
         SPLITS=splits,
         num_warps=1,
@@ -124,14 +127,13 @@ def kernel_settings(objective: Objective) -> dict[str, Any]:
     """What every kernel that works on logits needs to know of the objective."""
     student, teacher = objective.student, objective.teacher
     return {
-        "student_scale": student.scale,
-        "teacher_scale": teacher.scale,
-        "student_softcap": student.softcap or 1.0,
-        "teacher_softcap": teacher.softcap or 1.0,
-        "temperature": student.temperature,
+        "student_inner": student.inner,
+        "teacher_inner": teacher.inner,
+        "student_factor": student.factor,
+        "teacher_factor": teacher.factor,
         "DIVERGENCE": objective.divergence,
-        "STUDENT_CAPPED": student.softcap is not None,
-        "TEACHER_CAPPED": teacher.softcap is not None,
+        "STUDENT_FORM": form(student),
+        "TEACHER_FORM": form(teacher),
     }
 
 
@@ -148,18 +150,17 @@ def partials_kernel(
     labels_pointer,
     student_logprob_pointer,
     teacher_logprob_pointer,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One pass over a split of a row of both models' logits: writes the split's record (see `fold_pair`), and a row's
-    first split the logits at its label, where `combine_kernel` expects them."""
+    first split u at its label, where `combine_kernel` expects them."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     student_pointer += row * student_stride
@@ -181,10 +182,8 @@ def partials_kernel(
             student_stride,
             columns,
             vocab,
-            student_scale,
-            student_softcap,
-            temperature,
-            STUDENT_CAPPED,
+            student_inner,
+            STUDENT_FORM,
         )
         t = load_logits(
             teacher_pointer,
@@ -192,13 +191,23 @@ def partials_kernel(
             teacher_stride,
             columns,
             vocab,
-            teacher_scale,
-            teacher_softcap,
-            temperature,
-            TEACHER_CAPPED,
+            teacher_inner,
+            TEACHER_FORM,
         )
         a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
-            s, t, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak, DIVERGENCE
+            s,
+            t,
+            a,
+            student_sum,
+            student_dot,
+            b,
+            teacher_sum,
+            teacher_dot,
+            cross,
+            at_peak,
+            student_factor,
+            teacher_factor,
+            DIVERGENCE,
         )
     record = partial_pointer + (row * tl.num_programs(1) + split + tl.arange(0, 1)[:, None]) * RECORD
     store_pair(record, None, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
@@ -209,20 +218,16 @@ def partials_kernel(
             student_bias_pointer,
             label,
             vocab,
-            student_scale,
-            student_softcap,
-            temperature,
-            STUDENT_CAPPED,
+            student_inner,
+            STUDENT_FORM,
         )
         t = load_logit(
             teacher_pointer,
             teacher_bias_pointer,
             label,
             vocab,
-            teacher_scale,
-            teacher_softcap,
-            temperature,
-            TEACHER_CAPPED,
+            teacher_inner,
+            TEACHER_FORM,
         )
         tl.store(student_logprob_pointer + row, s, mask=split == 0)
         tl.store(teacher_logprob_pointer + row, t, mask=split == 0)
@@ -240,14 +245,13 @@ def mixture_kernel(
     partial_pointer,
     mixture_pointer,
     beta,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -255,10 +259,12 @@ def mixture_kernel(
     Σ p log(p/m) for the skewed reverse KL and Σ q log(q/m) for the other two."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    a, student_sum, b, teacher_sum, at_peak = merge_softmax(partial_pointer, row, SPLITS)
+    a, student_sum, b, teacher_sum, at_peak = merge_softmax(
+        partial_pointer, row, student_factor, teacher_factor, SPLITS
+    )
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
-    peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) - teacher_log_sum)
+    peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) * teacher_factor - teacher_log_sum)
     peak_score = mixture_score(peak_ratio, beta, DIVERGENCE)
     student_pointer += row * student_stride
     teacher_pointer += row * teacher_stride
@@ -273,10 +279,8 @@ def mixture_kernel(
             student_stride,
             columns,
             vocab,
-            student_scale,
-            student_softcap,
-            temperature,
-            STUDENT_CAPPED,
+            student_inner,
+            STUDENT_FORM,
         )
         t = load_logits(
             teacher_pointer,
@@ -284,13 +288,11 @@ def mixture_kernel(
             teacher_stride,
             columns,
             vocab,
-            teacher_scale,
-            teacher_softcap,
-            temperature,
-            TEACHER_CAPPED,
+            teacher_inner,
+            TEACHER_FORM,
         )
-        log_p = (s - a) - student_log_sum
-        log_q = (t - b) - teacher_log_sum
+        log_p = (s - a) * student_factor - student_log_sum
+        log_q = (t - b) * teacher_factor - teacher_log_sum
         log_ratio = log_ratio_at(log_p, log_q)
         p = tl.exp(log_p)
         if DIVERGENCE == "skew_reverse_kl":
@@ -318,13 +320,15 @@ def combine_kernel(
     beta,
     importance_clip,
     slope,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """One program a row: the token's values, its weight times its importance, and what the gradient needs.
 
-    Log-probabilities are written over the labels' logits. Writes the constants (student max, log Σ e, teacher max,
-    log Σ f, teacher logit at the student's max, centre, factor): the gradient is factor · p · (g - centre), with g
+    Log-probabilities are written over the labels' u. Writes the constants (student max, log Σ e, teacher max,
+    log Σ f, teacher's u at the student's max, centre, factor): the gradient is factor · p · (g - centre), with g
     relative to its value at the peak.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -332,8 +336,10 @@ def combine_kernel(
     student_max = tl.load(record)
     student_sums = tl.load(record + 1)
     teacher_sums = tl.load(record + 4)
-    a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + 2))
-    b, teacher_sum, teacher_dot, teacher_shift = merge(tl.load(record + 3), teacher_sums, tl.load(record + 5))
+    a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + 2), student_factor)
+    b, teacher_sum, teacher_dot, teacher_shift = merge(
+        tl.load(record + 3), teacher_sums, tl.load(record + 5), teacher_factor
+    )
     at_peak = teacher_at_peak(record, student_max, a)
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
@@ -343,9 +349,9 @@ def combine_kernel(
     cross = tl.load(record + 6)
     centre = 0.0
     if DIVERGENCE == "reverse_kl":
-        offset = student_shift - (tl.load(record + 7) - at_peak)
+        offset = student_shift - (tl.load(record + 7) - at_peak) * teacher_factor
         centre = tl.sum(moved(student_sums, cross, student_shift, offset), 0) / student_sum
-        loss = centre - student_log_sum + ((b - at_peak) + teacher_log_sum)
+        loss = centre - student_log_sum + ((b - at_peak) * teacher_factor + teacher_log_sum)
     elif DIVERGENCE == "forward_kl":
         offset = teacher_shift - student_shift
         mean = tl.sum(moved(teacher_sums, cross, teacher_shift, offset), 0) / teacher_sum
@@ -355,14 +361,14 @@ def combine_kernel(
         centre = tl.sum(tl.load(sums), 0)
         loss = tl.sum(tl.load(sums + 1), 0)
         if DIVERGENCE == "jsd":
-            peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) - teacher_log_sum)
+            peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) * teacher_factor - teacher_log_sum)
             loss = centre + mixture_score(peak_ratio, beta, DIVERGENCE) + beta * loss
     tl.store(loss_pointer + row, loss)
 
     weight = tl.load(weight_pointer + row)
     if student_logprob_pointer is not None:
-        student_logprob = (tl.load(student_logprob_pointer + row) - a) - student_log_sum
-        teacher_logprob = (tl.load(teacher_logprob_pointer + row) - b) - teacher_log_sum
+        student_logprob = (tl.load(student_logprob_pointer + row) - a) * student_factor - student_log_sum
+        teacher_logprob = (tl.load(teacher_logprob_pointer + row) - b) * teacher_factor - teacher_log_sum
         tl.store(student_logprob_pointer + row, student_logprob)
         tl.store(teacher_logprob_pointer + row, teacher_logprob)
         if old_logprobs_pointer is not None:
@@ -392,14 +398,13 @@ def gradient_kernel(
     gradient_stride,
     constants_pointer,
     beta,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The last pass, over one block of a row: writes factor · p · (g - centre), and p - q for forward KL.
@@ -422,10 +427,8 @@ def gradient_kernel(
         student_stride,
         columns,
         vocab,
-        student_scale,
-        student_softcap,
-        temperature,
-        STUDENT_CAPPED,
+        student_inner,
+        STUDENT_FORM,
     )
     t = load_logits(
         teacher_pointer + row * teacher_stride,
@@ -433,27 +436,24 @@ def gradient_kernel(
         teacher_stride,
         columns,
         vocab,
-        teacher_scale,
-        teacher_softcap,
-        temperature,
-        TEACHER_CAPPED,
+        teacher_inner,
+        TEACHER_FORM,
     )
-    log_p = (s - a) - student_log_sum
-    log_q = (t - b) - teacher_log_sum
+    log_p = (s - a) * student_factor - student_log_sum
+    log_q = (t - b) * teacher_factor - teacher_log_sum
     p = tl.exp(log_p)
     if DIVERGENCE == "reverse_kl":
-        gradient = p * ((s - a) - (t - at_peak) - centre)
+        gradient = p * ((s - a) * student_factor - (t - at_peak) * teacher_factor - centre)
     elif DIVERGENCE == "forward_kl":
         gradient = p - tl.exp(log_q)
     else:
-        peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) - teacher_log_sum)
+        peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) * teacher_factor - teacher_log_sum)
         log_ratio = log_ratio_at(log_p, log_q)
         peak_score = mixture_score(peak_ratio, beta, DIVERGENCE)
         gradient = p * (mixture_score(log_ratio, beta, DIVERGENCE) - peak_score - centre)
     gradient *= factor
-    if STUDENT_CAPPED:
-        capped = s * (temperature / student_softcap)
-        gradient *= 1 - capped * capped
+    if STUDENT_FORM == "capped":
+        gradient *= 1 - s * s
     # Past the vocabulary p is 0, and so is what is written to the padding.
     gradient = tl.where(columns < tl.where(factor == 0, 0, vocab), gradient, 0.0)
     out = gradient_pointer + row * gradient_stride + columns

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_ODDS
+from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_ODDS, LogitOptions
 
 _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
 _LARGEST_ODDS = tl.constexpr(LARGEST_ODDS)
@@ -47,12 +47,26 @@ def log1p(x):
 
 
 @triton.jit
-def transform(y, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """z = softcap(scale · y) / temperature."""
-    if CAPPED:
-        return tanh(y * (scale / softcap)) * (softcap / temperature)
+def transform(y, inner, FORM: tl.constexpr):
+    """u of products y, of which the logits are factor · u: see `LogitOptions`.
+
+    Kernels take differences of u before they multiply: two numbers side by side lose nothing then, and what is the
+    largest is exactly 0. A difference of products would be rounded as the largest of them is, or half of it where the
+    compiler makes one instruction of a product and a sum: differently in each kernel.
+    """
+    if FORM == "capped":
+        return tanh(y * inner)
+    elif FORM == "negated":
+        return -y
     else:
-        return y * (scale / temperature)
+        return y
+
+
+def form(options: LogitOptions) -> str:
+    """Which of `transform`'s these are."""
+    if options.softcap is not None:
+        return "capped"
+    return "negated" if options.inner < 0 else "plain"
 
 
 @triton.jit
@@ -64,21 +78,21 @@ def add_bias(y, bias_pointer, columns, past):
 
 
 @triton.jit
-def load_logits(pointer, bias_pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """Transformed logits at `columns` of a row; far below all others past the vocabulary.
+def load_logits(pointer, bias_pointer, stride, columns, vocab, inner, FORM: tl.constexpr):
+    """u at `columns` of a row; far below all others past the vocabulary.
 
     The bias is read as far as the row goes, padding and all, so that its loads are as wide.
     """
     y = tl.load(pointer + columns, mask=columns < stride, other=0.0)
     y = add_bias(y, bias_pointer, columns, stride)
-    return tl.where(columns < vocab, transform(y, scale, softcap, temperature, CAPPED), FAR_BELOW)
+    return tl.where(columns < vocab, transform(y, inner, FORM), FAR_BELOW)
 
 
 @triton.jit
-def load_logit(pointer, bias_pointer, label, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """The transformed logit at one label of a row."""
+def load_logit(pointer, bias_pointer, label, vocab, inner, FORM: tl.constexpr):
+    """u at one label of a row."""
     y = add_bias(tl.load(pointer + label), bias_pointer, label, vocab)
-    return transform(y, scale, softcap, temperature, CAPPED)
+    return transform(y, inner, FORM)
 
 
 @triton.jit
