@@ -33,6 +33,10 @@ from torch import Tensor
 #: Nats in a bit: z in bits is z / NATS, and 2 to the power of that is exp(z).
 NATS = math.log(2)
 
+#: What a bias is taken for below this, -inf among it, as which people write entries that no token may have: its
+#: probability is 0 whatever the temperature, and the difference of two such logits is a number.
+MASKED = -1e30
+
 #: Log-ratios of p and q are bounded by this, near the end of float32's exponents: one of the two is then under
 #: 1e-34 of the other, and adds nothing.
 LARGEST_LOG_RATIO = 80.0

@@ -46,7 +46,7 @@ def linear_token_stats(
         hidden: (N, H), float32, bfloat16 or float16 (or float64).
         weight: (V, H), the LM head.
         labels: (N,) int64 in [0, V), or None.
-        bias: (V,) or None.
+        bias: (V,) or None; an entry of -inf masks the token.
         temperature: positive.
         logit_scale: finite, not 0.
         softcap: positive, or None.

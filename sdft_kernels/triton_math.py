@@ -6,12 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_ODDS, LogitOptions
+from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_ODDS, MASKED, LogitOptions
 
 _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
 _LARGEST_ODDS = tl.constexpr(LARGEST_ODDS)
-#: Stands for logits beyond the vocabulary: finite, so that no difference of two of them is NaN.
-FAR_BELOW = tl.constexpr(-1e30)
+#: Stands for u beyond the vocabulary.
+FAR_BELOW = tl.constexpr(MASKED)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -1,6 +1,7 @@
 """The loss against its definition: values and gradients on random inputs and on real hidden states."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from sdft_kernels.chunk_loop import FLOAT16_WEIGHT, token_weights
 from sdft_kernels.tokens import LiveTokens
 from tests.cases import (
     DIVERGENCES,
+    Case,
+    Result,
     assert_as_exact_as_products,
     assert_close,
     errors,
@@ -311,3 +314,37 @@ def test_real_hidden_states(smollm2_hidden_states: tuple[torch.Tensor, ...], div
     case.student_hidden, case.teacher_hidden = student.bfloat16(), teacher.bfloat16()
     case.student_weight = case.teacher_weight = head.bfloat16()
     assert_close(fused(case, backend=backend), reference(case), 1e-5, 5e-3)
+
+
+MASKS = {"both": (True, True), "student": (True, False), "teacher": (False, True)}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("masks", MASKS)
+def test_entries_that_a_bias_masks(masks: str, divergence: str, backend: str) -> None:
+    """Of a model's first entries; what both mask might as well not be there. All stays finite where one does."""
+    case, student, teacher = masked_case(*MASKS[masks], divergence=divergence, backend=backend)
+    result = fused(case)
+    for tensor in (*result.output[:4], *result.gradients.values()):
+        assert tensor is None or tensor.isfinite().all()
+    del case.options["backend"]
+    assert_close(result, reference(case), 3e-6, 1e-5 if masks == "teacher" else 3e-6)
+    if masks == "both":
+        rest = case.with_options(labels=case.options["labels"] - 9, teacher_bias=teacher[9:])
+        rest.student_weight, rest.teacher_weight = case.student_weight[9:], case.teacher_weight[9:]
+        rest.student_bias = student[9:]
+        expected = reference(rest)
+        assert_close(Result(result.output, {}), expected, 3e-6, 0)
+        gradient = result.gradients["student_weight"]
+        assert gradient is not None and not gradient[:9].any()
+        assert relative_error(gradient[9:], expected.gradients["student_weight"]) <= 3e-6
+
+
+def masked_case(masked: bool, masked_by_teacher: bool, **options: Any) -> tuple[Case, torch.Tensor, torch.Tensor]:
+    student, teacher = torch.randn(2, 1003).unbind()
+    student[:9] = -torch.inf if masked else 0
+    teacher[:9] = torch.finfo(torch.float32).min if masked_by_teacher else 0
+    case = random_case(5, labels=torch.randint(9, 1003, (5,)), teacher_bias=teacher, temperature=0.7, **options)
+    case.student_bias = student
+    return case, student, teacher
