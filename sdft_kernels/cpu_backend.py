@@ -19,7 +19,15 @@ from torch import Tensor
 from sdft_kernels import pages
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.chunking import Held
-from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, bounded, is_mixture, log_over_mixture
+from sdft_kernels.divergences import (
+    DIVERGENCES,
+    LARGEST_PEAK_RATIO,
+    LogitOptions,
+    Objective,
+    is_mixture,
+    log_over_mixture,
+    mixture_shares,
+)
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.torch_backend import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
 from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
@@ -33,7 +41,8 @@ LINE, SETS = 16, 128
 
 #: As in cpu_kernels.c: float64s of a token's record, and places among its constants.
 FIELDS = 8
-P_FACTOR, Q_FACTOR, CENTRE = 3, 4, 5
+P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO = 3, 4, 5, 6
+CONSTANTS = 10
 
 
 class _Options(ctypes.Structure):
@@ -94,7 +103,7 @@ def load(path: str) -> ctypes.CDLL:
     found = ctypes.CDLL(path)
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     logits, options = (pointer, size, size, size), ctypes.POINTER(_Options)
-    pair = (*logits, options, options, number, ctypes.c_float)
+    pair = (*logits, options, options, number, ctypes.c_double)
     models = ctypes.POINTER(_Model)
     found.fold.argtypes = (*logits, options, models, pointer, number)
     found.fold_pair.argtypes = (*pair, models, number, pointer, number)
@@ -231,16 +240,22 @@ def _combine(
     objective = chunk.objective
     at_peak = teacher_at_peaks.gather(0, peaks.argmax(0, keepdim=True)).squeeze(0)
     teacher_factor = objective.teacher.factor
+    if is_mixture(objective.divergence):
+        at_peak = at_peak.maximum(q.peak - LARGEST_PEAK_RATIO / teacher_factor)
     # log p - log q where p is largest
     peak_ratio = teacher_factor * (q.peak - at_peak) + q.log_sum - p.log_sum
-    zero = torch.zeros_like(peak_ratio)
-    constants = torch.stack((p.peak, q.peak, at_peak, zero, zero, zero, peak_ratio)).float()
+    constants = peak_ratio.new_zeros(CONSTANTS, chunk.width, dtype=torch.float32)
+    for row, values in zip(constants, (p.peak, q.peak, at_peak), strict=False):
+        row.copy_(values)
     if objective.divergence == "reverse_kl":
         centre = p.mean_of(own, p.shift - teacher_factor * (teacher_at_peaks - at_peak))
         constants[CENTRE] = centre
         return centre + peak_ratio, constants
     if objective.divergence == "forward_kl":
         return q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum, constants
+    at_peak_values = (peak_ratio, *mixture_shares(peak_ratio, objective.beta))
+    for row, values in zip(constants[PEAK_RATIO:], at_peak_values, strict=True):
+        row.copy_(values)
     sums = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width)
     for part, logits in chunk.tiles():
         chunk.run("fold_mixture", part, logits, constants.data_ptr(), sums.data_ptr())
@@ -249,7 +264,7 @@ def _combine(
     constants[CENTRE] = centre
     loss = losses / (p.total if objective.divergence == "skew_reverse_kl" else q.total)
     if objective.divergence == "jsd":
-        at_peak_score = (1 - objective.beta) * log_over_mixture(bounded(-peak_ratio), objective.beta)
+        at_peak_score = (1 - objective.beta) * log_over_mixture(-peak_ratio, objective.beta)
         loss = centre + at_peak_score + objective.beta * loss
     return loss, constants
 

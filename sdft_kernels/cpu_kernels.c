@@ -44,8 +44,18 @@ enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL 
 enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, FIELDS };
 
 /* What a token's gradient needs: both largest u and the teacher's at the student's; weights of exp(z) for both models;
- * the centre; log p - log q where the student's logit is largest. */
-enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, CONSTANTS };
+ * the centre. Of a mixture where the student's logit is largest also log p - log q, the teacher's share of it, what
+ * that lacks to 1, and its logarithm. */
+enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, SHARE, REST, LOG_SHARE, CONSTANTS };
+
+/* The teacher's part of a mixture, the student's, and their quotient, each with all its digits. */
+struct mixture {
+    float beta, rest, odds;
+};
+
+static struct mixture mixture_of(double beta) {
+    return (struct mixture){(float)beta, (float)(1 - beta), (float)(beta / (1 - beta))};
+}
 
 /* How logits come from products y, to which the bias is added first: factor u, where u = inner y, or tanh(inner y) under
  * a soft cap, and factor > 0.
@@ -115,44 +125,49 @@ INLINE float hyperbolic_tangent(float x) {
     return size < 0.3f ? series : (x < 0 ? -quotient : quotient);
 }
 
-/* By its series near 0, where the difference would lose digits. */
-INLINE float exponential_minus_1(float x) {
-    float series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))));
-    float difference = exponential(x) - 1;
-    return fabsf(x) < 0.3f ? series : difference;
+/* log(1 + y) by the series of artanh near 0, where `sum`, 1 + y, would lose digits. */
+INLINE float logarithm_near_1(float y, float sum) {
+    float s = y / (2 + y), t = s * s;
+    float series = 2 * s * (1 + t * (1.0f / 3 + t * (1.0f / 5 + t * (1.0f / 7 + t * (1.0f / 9)))));
+    float plain = logarithm(sum);
+    return fabsf(y) < 0.4f ? series : plain;
 }
 
-/* By the series of artanh near 0, where 1 + x would lose digits. */
-INLINE float logarithm_of_1_plus(float x) {
-    float s = x / (2 + x), y = s * s;
-    float series = 2 * s * (1 + y * (1.0f / 3 + y * (1.0f / 5 + y * (1.0f / 7 + y * (1.0f / 9)))));
-    float plain = logarithm(1 + x);
-    return fabsf(x) < 0.4f ? series : plain;
+/* share (exp(x) - 1), by its series near 0, where the difference would lose digits; `power` is share exp(x). */
+INLINE float share_of_exponential_minus_1(float x, float share, float power) {
+    float series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))));
+    return fabsf(x) < 0.3f ? share * series : power - share;
 }
 
 /* ---- Formulas of divergences.py for one logit ---- */
 
-/* Log-ratios and odds are bounded so that their exponentials are finite. */
+/* Log-ratios are bounded so that their exponentials are finite. */
 INLINE float bounded(float log_ratio) {
     log_ratio = log_ratio > 80.0f ? 80.0f : log_ratio;
     return log_ratio < -80.0f ? -80.0f : log_ratio;
 }
 
-/* log(one / m) from log(other / one), where the mixture m holds `share_of_other` of the other. */
-INLINE float log_over_mixture(float other_over_one, float share_of_other) {
-    return -logarithm_of_1_plus(share_of_other * exponential_minus_1(other_over_one));
+/* log(one / m) from log(other / one), where the mixture m holds `share` of the other and `rest` of the one. */
+INLINE float log_over_mixture(float other_over_one, float share, float rest) {
+    float power = share * exponential(other_over_one);
+    return -logarithm_near_1(share_of_exponential_minus_1(other_over_one, share, power), rest + power);
 }
 
-/* g up to a constant, where dL/dz = p (g - sum p g). */
-INLINE float mixture_score(float log_ratio, float beta, enum divergence divergence) {
+/* g less its value at the peak, where dL/dz = p (g - sum p g), from q/p over that at the peak, a logarithm. */
+INLINE float mixture_score(float change, float share, float rest, float log_share, struct mixture mixture,
+                           enum divergence divergence) {
+    float exponent = log_share + change;
+    float power = exponential(exponent > 80.0f ? 80.0f : exponent);
+    float y = share_of_exponential_minus_1(change, share, power), sum = rest + power;
     if (divergence == JSD)
-        return (1 - beta) * log_over_mixture(-log_ratio, beta);
-    if (divergence == SKEW_REVERSE_KL) {
-        float x = beta / (1 - beta) * exponential(-log_ratio);
-        x = x > 1e38f ? 1e38f : x;
-        return 1 / (1 + 1 / x) - logarithm_of_1_plus(x);
-    }
-    return (beta - 1) * exponential(log_over_mixture(log_ratio, 1 - beta));
+        return -mixture.rest * logarithm_near_1(y, sum);
+    if (divergence == SKEW_FORWARD_KL)
+        return -rest / mixture.odds * (y / sum);
+    float s = y / (2 + y), t = s * s;
+    float tail = 2 * s * t * (1.0f / 3 + t * (1.0f / 5 + t * (1.0f / 7 + t * (1.0f / 9))));
+    float series = -2 * t / (1 + s) - tail - share * (y / sum);
+    float plain = rest * (y / sum) - logarithm(sum);
+    return fabsf(y) < 0.4f ? series : plain;
 }
 
 /* ---- Tiles ---- */
@@ -324,7 +339,7 @@ INLINE void fold_rows(float *logits, long rows, long stride, long width, struct 
 /* A mixture's second pass: sum e (g - g at the peak), and the loss's own, sum e log(p/m) for the skewed reverse KL and
  * sum f log(q/m) for the other two, (2, width) added to. */
 INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width, struct options student,
-                              struct options teacher, enum divergence divergence, float beta, const float *constants,
+                              struct options teacher, enum divergence divergence, struct mixture mixture, const float *constants,
                               double *sums) {
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
         int count = least(ENTRIES, rows - row);
@@ -332,20 +347,21 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
             int tokens = least(TOKENS, width - first);
             const float *a = constants + A * width + first, *b = constants + B * width + first;
             const float *c = constants + C * width + first, *peak_ratio = constants + PEAK_RATIO * width + first;
-            float scores[TOKENS] = {0}, losses[TOKENS] = {0}, at_peak[TOKENS];
-            for (int j = 0; j < tokens; j++)
-                at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
+            const float *share = constants + SHARE * width + first, *rest = constants + REST * width + first;
+            const float *log_share = constants + LOG_SHARE * width + first;
+            float scores[TOKENS] = {0}, losses[TOKENS] = {0};
             const float *u = logits + first, *v = u + width;
             for (int r = 0; r < count; r++, u += stride, v += stride)
                 for (int j = 0; j < tokens; j++) {
                     float z = (u[j] - a[j]) * student.factor;
-                    float log_ratio = bounded(z - (v[j] - c[j]) * teacher.factor + peak_ratio[j]);
+                    float ratio = z - (v[j] - c[j]) * teacher.factor, log_ratio = bounded(ratio + peak_ratio[j]);
                     float e = exponential(z);
-                    scores[j] += e * (mixture_score(log_ratio, beta, divergence) - at_peak[j]);
+                    scores[j] += e * mixture_score(-ratio, share[j], rest[j], log_share[j], mixture, divergence);
                     if (divergence == SKEW_REVERSE_KL)
-                        losses[j] += e * log_over_mixture(-log_ratio, beta);
+                        losses[j] += e * log_over_mixture(-log_ratio, mixture.beta, mixture.rest);
                     else
-                        losses[j] += exponential((v[j] - b[j]) * teacher.factor) * log_over_mixture(log_ratio, 1 - beta);
+                        losses[j] += exponential((v[j] - b[j]) * teacher.factor) *
+                                     log_over_mixture(log_ratio, mixture.rest, mixture.beta);
                 }
             for (int j = 0; j < tokens; j++) {
                 sums[first + j] += scores[j];
@@ -358,14 +374,11 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
 /* The gradient of the student's products, of up to ENTRIES rows and TOKENS tokens; `constants` are the first's. */
 INLINE void gradient_block(const float *logits, int rows, long stride, int tokens, long width,
                            const struct options *student, const struct options *teacher, enum divergence divergence,
-                           float beta, const float *constants, float *gradients, long gradient_stride) {
+                           struct mixture mixture, const float *constants, float *gradients, long gradient_stride) {
     const float *a = constants + A * width, *b = constants + B * width, *c = constants + C * width;
     const float *p_factor = constants + P_FACTOR * width, *q_factor = constants + Q_FACTOR * width;
-    const float *centre = constants + CENTRE * width, *peak_ratio = constants + PEAK_RATIO * width;
-    float at_peak[TOKENS];
-    if (divergence != REVERSE_KL && divergence != FORWARD_KL)
-        for (int j = 0; j < tokens; j++)
-            at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
+    const float *centre = constants + CENTRE * width, *share = constants + SHARE * width;
+    const float *rest = constants + REST * width, *log_share = constants + LOG_SHARE * width;
     for (int r = 0; r < rows; r++, logits += stride, gradients += gradient_stride)
         for (int j = 0; j < tokens; j++) {
             float z = (logits[j] - a[j]) * student->factor, other = logits[width + j];
@@ -375,24 +388,24 @@ INLINE void gradient_block(const float *logits, int rows, long stride, int token
             else if (divergence == FORWARD_KL)
                 gradient = p - exponential((other - b[j]) * teacher->factor) * q_factor[j];
             else
-                gradient = p * (mixture_score(bounded(ratio + peak_ratio[j]), beta, divergence) - at_peak[j] - centre[j]);
+                gradient = p * (mixture_score(-ratio, share[j], rest[j], log_share[j], mixture, divergence) - centre[j]);
             gradients[j] = student->capped ? gradient * (1 - logits[j] * logits[j]) : gradient;
         }
 }
 
 /* The same for all tokens, rows `gradient_stride` apart. */
 INLINE void gradient_rows(const float *logits, long rows, long stride, long width, const struct options *student,
-                          const struct options *teacher, enum divergence divergence, float beta, const float *constants,
+                          const struct options *teacher, enum divergence divergence, struct mixture mixture, const float *constants,
                           float *gradients, long gradient_stride) {
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride, gradients += ENTRIES * gradient_stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
             int tokens = least(TOKENS, width - first);
             if (count == ENTRIES && tokens == TOKENS)
-                gradient_block(logits + first, ENTRIES, stride, TOKENS, width, student, teacher, divergence, beta,
+                gradient_block(logits + first, ENTRIES, stride, TOKENS, width, student, teacher, divergence, mixture,
                                constants + first, gradients + first, gradient_stride);
             else
-                gradient_block(logits + first, count, stride, tokens, width, student, teacher, divergence, beta,
+                gradient_block(logits + first, count, stride, tokens, width, student, teacher, divergence, mixture,
                                constants + first, gradients + first, gradient_stride);
         }
     }
@@ -421,11 +434,11 @@ EACH_PROCESSOR void fold_pair_share(float *logits, long rows, long stride, long 
 }
 
 EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, long width, const struct options *student,
-                                       const struct options *teacher, enum divergence divergence, float beta,
+                                       const struct options *teacher, enum divergence divergence, struct mixture mixture,
                                        const float *constants, double *sums) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
-        fold_mixture_rows(logits, rows, stride, width, *student, *teacher, name, beta, constants, sums);               \
+        fold_mixture_rows(logits, rows, stride, width, *student, *teacher, name, mixture, constants, sums);               \
         break
     switch (divergence) {
         CASE(JSD);
@@ -438,11 +451,11 @@ EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, lo
 }
 
 EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long width, const struct options *student,
-                                   const struct options *teacher, enum divergence divergence, float beta,
+                                   const struct options *teacher, enum divergence divergence, struct mixture mixture,
                                    const float *constants, float *gradients, long gradient_stride) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
-        gradient_rows(logits, rows, stride, width, student, teacher, name, beta, constants, gradients,                 \
+        gradient_rows(logits, rows, stride, width, student, teacher, name, mixture, constants, gradients,                 \
                       gradient_stride);                                                                                \
         break
     switch (divergence) {
@@ -591,7 +604,7 @@ void fold(float *logits, long rows, long stride, long width, const struct option
 }
 
 void fold_pair(float *logits, long rows, long stride, long width, const struct options *student,
-               const struct options *teacher, int divergence, float beta, const struct model *models, int count,
+               const struct options *teacher, int divergence, double beta, const struct model *models, int count,
                double *records, int threads) {
     (void)beta; /* so that all kernels of two models are called alike */
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -608,12 +621,12 @@ void fold_pair(float *logits, long rows, long stride, long width, const struct o
 }
 
 void fold_mixture(float *logits, long rows, long stride, long width, const struct options *student,
-                  const struct options *teacher, int divergence, float beta, const float *constants, double *sums,
+                  const struct options *teacher, int divergence, double beta, const float *constants, double *sums,
                   int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         long first = rows * thread / threads, past = rows * (thread + 1) / threads;
-        fold_mixture_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, beta,
+        fold_mixture_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, mixture_of(beta),
                            constants, sums + thread * 2 * width);
     }
 }
@@ -625,7 +638,7 @@ int panel_columns(void) { return products()->columns; }
 long carry_back_scratch(long width) { return block_rows() * (gradient_stride(width) + products()->columns); }
 
 void carry_back(float *logits, long rows, long stride, long width, const struct options *student,
-                const struct options *teacher, int divergence, float beta, const float *constants,
+                const struct options *teacher, int divergence, double beta, const float *constants,
                 const struct carry *carry, float *scratch, int threads) {
     const struct products *set = products();
     long block = block_rows(), step = gradient_stride(width);
@@ -644,7 +657,7 @@ void carry_back(float *logits, long rows, long stride, long width, const struct 
             struct fetch own = fetching(head, count * carry->head_stride, 0, 0);
             struct fetch next = fetching(logits + (row + count) * stride, after * stride, head + count * carry->head_stride,
                                          carry->head_gradient ? 0 : after * carry->head_stride);
-            gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, beta, constants,
+            gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, mixture_of(beta), constants,
                            gradient, step);
             if (carry->bias_gradient)
                 for (int r = 0; r < count; r++)

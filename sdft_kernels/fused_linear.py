@@ -71,7 +71,7 @@ def fused_linear_divergence(
             round, instead of inf. Under a soft cap a bias of -inf only makes the logit -softcap.
         teacher_bias: (Vt,) or None.
         divergence: a name from the table above.
-        beta: the teacher's share of the mixture m, strictly between 0 and 1; unused by the two plain KLs.
+        beta: the teacher's share of the mixture m, between 0.001 and 0.999; unused by the two plain KLs.
         temperature: divides the logits; positive.
         student_logit_scale: multiplies the student's logits (Cohere multiplies; Granite divides: pass 1/x).
         teacher_logit_scale: the teacher's.

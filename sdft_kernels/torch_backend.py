@@ -27,6 +27,7 @@ from sdft_kernels.divergences import (
     Shares,
     Sums,
     Tile,
+    bounded,
     column_dot,
     finish,
     is_mixture,
@@ -100,6 +101,7 @@ def process_chunk(
     teacher_unit = _bits(objective.teacher, dtype)
     seen: list[_Softmax] = []
     sums: list[Sums] = []
+    at_peaks: list[Tensor] = []
     for part, kept, passing, scratch in workspace.tiles(2 * width):
         # A mixture's second pass starts from logits.
         logits, exponentials = (kept, passing) if mixture else (passing, kept)
@@ -110,13 +112,15 @@ def process_chunk(
         if teacher_unit != unit:
             teacher_logits.mul_(teacher_unit / unit)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
-        if not mixture:
+        if mixture:
+            at_peaks.append(_at_peak(student_logits, teacher_logits))
+        else:
             slope = _slope(student_logits, seen[-1], unit, scratch) if capped else None
             sums.append(PLAIN[objective.divergence](_tile(logits, exponentials, seen[-1])))
             if slope is not None:
                 _apply(slope, exponentials)
     softmax = _Whole(seen, labels, workspace.tile, unit)
-    shares = softmax.shares()
+    shares = softmax.shares(at_peaks)
     if mixture:
         for number, (_, kept, passing, scratch) in enumerate(workspace.tiles(2 * width)):
             student_logits, teacher_logits = kept.split(width, 1)
@@ -124,7 +128,8 @@ def process_chunk(
             tile = _tile(passing, kept, seen[number])
             log_ratio = log_ratio_of(student_logits, teacher_logits, shares.log_ratio[number].to(dtype), tile.teacher)
             kept.exp2_()
-            sums.append(MIXTURES[objective.divergence](tile, log_ratio, objective.beta))
+            assert shares.peak_ratio is not None
+            sums.append(MIXTURES[objective.divergence](tile, log_ratio, shares.peak_ratio, objective.beta))
             if slope is not None:
                 _apply(slope, kept)
 
@@ -243,12 +248,23 @@ class _Whole:
             self.top1 = label >= peaks.amax(0)
             self.logprob = NATS * unit * label.double() - self.logsumexp
 
-    def shares(self) -> Shares:
-        """Where the first half of the tokens are the student's and the others the teacher's."""
+    def shares(self, at_peaks: list[Tensor]) -> Shares:
+        """Where the first half of the tokens are the student's and the others the teacher's; of a mixture with what
+        `_at_peak` says of each tile."""
         (p, q), (p_mass, q_mass), (log_p, log_q) = (
             values.chunk(2, 1) for values in (self.share, self.mass, self.log_share)
         )
-        return Shares(p, q, p_mass, q_mass, log_p - log_q)
+        shares = Shares(p, q, p_mass, q_mass, log_p - log_q)
+        if at_peaks:
+            of_tiles = bounded(NATS * torch.stack(at_peaks).double() + shares.log_ratio)
+            shares.peak_ratio = of_tiles.gather(0, log_p.argmax(0, keepdim=True)).squeeze(0)
+        return shares
+
+
+def _at_peak(student: Tensor, teacher: Tensor) -> Tensor:
+    """How far the student's logit lies above the teacher's where the student's is a tile's largest, (C,)."""
+    peak = student.amax(0)
+    return peak - torch.where(student == peak, teacher, -torch.inf).amax(0)
 
 
 def _stack(sums: list[Sums]) -> Sums:

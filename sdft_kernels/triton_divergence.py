@@ -22,12 +22,14 @@ from torch import Tensor
 from sdft_kernels.divergences import Objective, is_mixture
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_math import (
+    bounded,
     form,
     load_logit,
     load_logits,
     log_over_mixture,
-    log_ratio_at,
+    mixture_peak,
     mixture_score,
+    mixture_shares,
     split_columns,
 )
 from sdft_kernels.triton_sums import RECORD, fold_pair, merge, merge_softmax, moved, store_pair, teacher_at_peak
@@ -72,7 +74,15 @@ def process_rows(
     partials_kernel[grid](*logits, partial, *label_logits, **settings, BLOCK=block, num_warps=WARPS)
     if mixes:
         mixture_kernel[grid](
-            *logits, partial, mixture, objective.beta, **settings, SPLITS=splits, BLOCK=NARROW_BLOCK, num_warps=WARPS
+            *logits,
+            partial,
+            mixture,
+            objective.beta,
+            1 - objective.beta,
+            **settings,
+            SPLITS=splits,
+            BLOCK=NARROW_BLOCK,
+            num_warps=WARPS,
         )
     combine(partial, mixture, constants, rows, objective)
     if gradient is not None:
@@ -83,6 +93,7 @@ def process_rows(
             gradient.stride(0),
             constants,
             objective.beta,
+            1 - objective.beta,
             **settings,
             BLOCK=block,
             num_warps=WARPS,
@@ -105,6 +116,7 @@ def combine(
         *(rows.weight, rows.old_logprobs, rows.loss, rows.student_entropy, rows.teacher_entropy),
         *(rows.student_logprob, rows.teacher_logprob),
         objective.beta,
+        1 - objective.beta,
         float("inf") if objective.importance_clip is None else objective.importance_clip,
         objective.student.scale / objective.student.temperature,
         objective.student.factor,
@@ -245,6 +257,7 @@ def mixture_kernel(
     partial_pointer,
     mixture_pointer,
     beta,
+    rest_of_beta,
     student_inner,
     teacher_inner,
     student_factor,
@@ -264,8 +277,9 @@ def mixture_kernel(
     )
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
-    peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) * teacher_factor - teacher_log_sum)
-    peak_score = mixture_score(peak_ratio, beta, DIVERGENCE)
+    at_peak = mixture_peak(at_peak, b, teacher_factor)
+    peak_ratio = ((b - at_peak) * teacher_factor + teacher_log_sum) - student_log_sum
+    share, rest, log_share = mixture_shares(peak_ratio, beta, rest_of_beta)
     student_pointer += row * student_stride
     teacher_pointer += row * teacher_stride
     scores = tl.zeros([BLOCK], tl.float32)
@@ -291,15 +305,16 @@ def mixture_kernel(
             teacher_inner,
             TEACHER_FORM,
         )
-        log_p = (s - a) * student_factor - student_log_sum
-        log_q = (t - b) * teacher_factor - teacher_log_sum
-        log_ratio = log_ratio_at(log_p, log_q)
-        p = tl.exp(log_p)
+        z = (s - a) * student_factor
+        p = tl.exp(z - student_log_sum)
+        ratio = z - (t - at_peak) * teacher_factor
+        log_ratio = bounded(ratio + peak_ratio)
         if DIVERGENCE == "skew_reverse_kl":
-            losses += p * log_over_mixture(-log_ratio, beta)
+            losses += p * log_over_mixture(-log_ratio, beta, rest_of_beta)
         else:
-            losses += tl.exp(log_q) * log_over_mixture(log_ratio, 1 - beta)
-        scores += p * (mixture_score(log_ratio, beta, DIVERGENCE) - peak_score)
+            q = tl.exp((t - b) * teacher_factor - teacher_log_sum)
+            losses += q * log_over_mixture(log_ratio, rest_of_beta, beta)
+        scores += p * mixture_score(-ratio, share, rest, log_share, beta, rest_of_beta, DIVERGENCE)
     record = mixture_pointer + (row * tl.num_programs(1) + split) * 2
     tl.store(record, tl.sum(scores, 0))
     tl.store(record + 1, tl.sum(losses, 0))
@@ -318,6 +333,7 @@ def combine_kernel(
     student_logprob_pointer,
     teacher_logprob_pointer,
     beta,
+    rest_of_beta,
     importance_clip,
     slope,
     student_factor,
@@ -361,8 +377,9 @@ def combine_kernel(
         centre = tl.sum(tl.load(sums), 0)
         loss = tl.sum(tl.load(sums + 1), 0)
         if DIVERGENCE == "jsd":
-            peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) * teacher_factor - teacher_log_sum)
-            loss = centre + mixture_score(peak_ratio, beta, DIVERGENCE) + beta * loss
+            at_peak = mixture_peak(at_peak, b, teacher_factor)
+            peak_ratio = ((b - at_peak) * teacher_factor + teacher_log_sum) - student_log_sum
+            loss = centre + rest_of_beta * log_over_mixture(-peak_ratio, beta, rest_of_beta) + beta * loss
     tl.store(loss_pointer + row, loss)
 
     weight = tl.load(weight_pointer + row)
@@ -398,6 +415,7 @@ def gradient_kernel(
     gradient_stride,
     constants_pointer,
     beta,
+    rest_of_beta,
     student_inner,
     teacher_inner,
     student_factor,
@@ -439,18 +457,18 @@ def gradient_kernel(
         teacher_inner,
         TEACHER_FORM,
     )
-    log_p = (s - a) * student_factor - student_log_sum
-    log_q = (t - b) * teacher_factor - teacher_log_sum
-    p = tl.exp(log_p)
+    z = (s - a) * student_factor
+    p = tl.exp(z - student_log_sum)
     if DIVERGENCE == "reverse_kl":
-        gradient = p * ((s - a) * student_factor - (t - at_peak) * teacher_factor - centre)
+        gradient = p * (z - (t - at_peak) * teacher_factor - centre)
     elif DIVERGENCE == "forward_kl":
-        gradient = p - tl.exp(log_q)
+        gradient = p - tl.exp((t - b) * teacher_factor - teacher_log_sum)
     else:
-        peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) * teacher_factor - teacher_log_sum)
-        log_ratio = log_ratio_at(log_p, log_q)
-        peak_score = mixture_score(peak_ratio, beta, DIVERGENCE)
-        gradient = p * (mixture_score(log_ratio, beta, DIVERGENCE) - peak_score - centre)
+        at_peak = mixture_peak(at_peak, b, teacher_factor)
+        peak_ratio = ((b - at_peak) * teacher_factor + teacher_log_sum) - student_log_sum
+        share, rest, log_share = mixture_shares(peak_ratio, beta, rest_of_beta)
+        change = (t - at_peak) * teacher_factor - z
+        gradient = p * (mixture_score(change, share, rest, log_share, beta, rest_of_beta, DIVERGENCE) - centre)
     gradient *= factor
     if STUDENT_FORM == "capped":
         gradient *= 1 - s * s
