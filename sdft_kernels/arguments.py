@@ -101,10 +101,11 @@ def check_options(
     one_of("divergence", divergence, DIVERGENCES)
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, BACKENDS)
-    if is_mixture(divergence) and not 0 < number("beta", beta) < 1:
+    if is_mixture(divergence) and not LEAST_SHARE <= number("beta", beta) <= 1 - LEAST_SHARE:
         raise ValueError(
-            f"beta must lie strictly between 0 and 1 for {divergence}, not {beta!r}: at the ends the mixture is one "
-            "of the models; for the plain divergences ask for 'forward_kl' or 'reverse_kl' by name"
+            f"beta must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {divergence}, not be {beta!r}: nearer "
+            "the ends float32 hardly tells the mixture from one of the models; for the plain divergences ask for "
+            "'forward_kl' or 'reverse_kl' by name"
         )
     positive("temperature", temperature)
     nonzero("student_logit_scale", student_logit_scale)
@@ -265,3 +266,7 @@ def dtype_name(tensor: Tensor) -> str:
 #: Heads that differ by no more than this many entries, or this share of the smaller, are taken to be padded.
 PADDING_TOKENS = 1024
 PADDING_SHARE = 0.01
+
+#: A model's part of a mixture, at least. Some divergences are of its square and sums of terms of its own size, of which
+#: float32 knows 6e-8: 1e-3 of it leaves their values an error of 3e-6.
+LEAST_SHARE = 1e-3

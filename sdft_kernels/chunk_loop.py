@@ -18,7 +18,7 @@ from torch import Tensor
 from sdft_kernels import cpu_backend, pages, products, torch_backend
 from sdft_kernels.chunk import ROW_ALIGNMENT, ChunkGradients, Head
 from sdft_kernels.chunking import plan_chunks
-from sdft_kernels.divergences import Objective
+from sdft_kernels.divergences import MASKED, Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
 
 
@@ -129,8 +129,10 @@ def make_head(weight: Tensor, bias: Tensor | None, vocab: int, compute_dtype: to
 
 
 def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype) -> Tensor | None:
-    """Its first `vocab` entries side by side, as kernels read them."""
-    return None if bias is None else torch.nn.functional.pad(bias[:vocab].to(wide), (0, -vocab % ROW_ALIGNMENT))[:vocab]
+    """Its first `vocab` entries side by side and finite, as kernels read them."""
+    if bias is None:
+        return None
+    return torch.nn.functional.pad(bias[:vocab].to(wide).clamp(min=MASKED), (0, -vocab % ROW_ALIGNMENT))[:vocab]
 
 
 def _allocate(

@@ -19,7 +19,15 @@ from torch import Tensor
 from sdft_kernels import pages
 from sdft_kernels.chunk import ChunkGradients, Head
 from sdft_kernels.chunking import Held
-from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, bounded, is_mixture, log_over_mixture
+from sdft_kernels.divergences import (
+    DIVERGENCES,
+    LARGEST_PEAK_RATIO,
+    LogitOptions,
+    Objective,
+    is_mixture,
+    log_over_mixture,
+    mixture_shares,
+)
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.torch_backend import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
 from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
@@ -33,11 +41,12 @@ LINE, SETS = 16, 128
 
 #: As in cpu_kernels.c: float64s of a token's record, and places among its constants.
 FIELDS = 8
-P_FACTOR, Q_FACTOR, CENTRE = 3, 4, 5
+P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO = 3, 4, 5, 6
+CONSTANTS = 10
 
 
 class _Options(ctypes.Structure):
-    """How logits come from products, as the kernels read it: `struct options`."""
+    """How logits come from products, u and `factor`, as the kernels read it: `struct options`."""
 
     _fields_ = (
         ("bias", ctypes.c_void_p),
@@ -94,7 +103,7 @@ def load(path: str) -> ctypes.CDLL:
     found = ctypes.CDLL(path)
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     logits, options = (pointer, size, size, size), ctypes.POINTER(_Options)
-    pair = (*logits, options, options, number, ctypes.c_float)
+    pair = (*logits, options, options, number, ctypes.c_double)
     models = ctypes.POINTER(_Model)
     found.fold.argtypes = (*logits, options, models, pointer, number)
     found.fold_pair.argtypes = (*pair, models, number, pointer, number)
@@ -165,13 +174,12 @@ def process_chunk(
         chunk.run("fold_pair", part, logits, models, len(models), records.data_ptr())
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    p, q = _Softmax(records[:, :3]), _Softmax(records[:, 3:6])
+    p = _Softmax(records[:, :3], objective.student)
+    q = _Softmax(records[:, 3:6], objective.teacher)
     loss, constants = _combine(chunk, p, q, *records[:, [0, 6, 7]].unbind(1))
     logprob = None
     if labels is not None:
-        label_logits[: chunk.width] *= _factor(objective.student)
-        label_logits[chunk.width :] *= _factor(objective.teacher)
-        logprob = label_logits.double() - torch.cat((p.logsumexp, q.logsumexp))
+        logprob = torch.cat([of.logprob(labelled) for of, labelled in zip((p, q), label_logits.chunk(2), strict=True)])
     store_rows(rows, objective, loss, torch.cat((p.entropy, q.entropy)), logprob)
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, chunk.width - len(rows.weight)))
@@ -231,15 +239,23 @@ def _combine(
     """
     objective = chunk.objective
     at_peak = teacher_at_peaks.gather(0, peaks.argmax(0, keepdim=True)).squeeze(0)
-    peak_ratio = (q.peak - at_peak) + q.log_sum - p.log_sum  # log p - log q where p is largest
-    zero = torch.zeros_like(peak_ratio)
-    constants = torch.stack((p.peak, q.peak, at_peak, zero, zero, zero, peak_ratio)).float()
+    teacher_factor = objective.teacher.factor
+    if is_mixture(objective.divergence):
+        at_peak = at_peak.maximum(q.peak - LARGEST_PEAK_RATIO / teacher_factor)
+    # log p - log q where p is largest
+    peak_ratio = teacher_factor * (q.peak - at_peak) + q.log_sum - p.log_sum
+    constants = peak_ratio.new_zeros(CONSTANTS, chunk.width, dtype=torch.float32)
+    for row, values in zip(constants, (p.peak, q.peak, at_peak), strict=False):
+        row.copy_(values)
     if objective.divergence == "reverse_kl":
-        centre = p.mean_of(own, p.shift - (teacher_at_peaks - at_peak))
+        centre = p.mean_of(own, p.shift - teacher_factor * (teacher_at_peaks - at_peak))
         constants[CENTRE] = centre
         return centre + peak_ratio, constants
     if objective.divergence == "forward_kl":
         return q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum, constants
+    at_peak_values = (peak_ratio, *mixture_shares(peak_ratio, objective.beta))
+    for row, values in zip(constants[PEAK_RATIO:], at_peak_values, strict=True):
+        row.copy_(values)
     sums = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width)
     for part, logits in chunk.tiles():
         chunk.run("fold_mixture", part, logits, constants.data_ptr(), sums.data_ptr())
@@ -248,7 +264,7 @@ def _combine(
     constants[CENTRE] = centre
     loss = losses / (p.total if objective.divergence == "skew_reverse_kl" else q.total)
     if objective.divergence == "jsd":
-        at_peak_score = (1 - objective.beta) * log_over_mixture(bounded(-peak_ratio), objective.beta)
+        at_peak_score = (1 - objective.beta) * log_over_mixture(-peak_ratio, objective.beta)
         loss = centre + at_peak_score + objective.beta * loss
     return loss, constants
 
@@ -332,19 +348,24 @@ def _new_records(like: Tensor, width: int) -> Tensor:
 class _Softmax:
     """One model's softmax from the peak, sum and dot of each thread's records, (threads, 3, width)."""
 
-    def __init__(self, records: Tensor) -> None:
+    def __init__(self, records: Tensor, options: LogitOptions) -> None:
         peaks, self._sums, dots = records.unbind(1)
+        self._factor = options.factor
         self.peak = peaks.amax(0)
-        #: How far a thread's peak lies above the chunk's; of one that had no rows 0, as all that it has is.
-        self.shift = torch.where(peaks == -torch.inf, 0, peaks - self.peak)
+        #: How far a thread's largest logit lies above the chunk's; of one that had no rows 0, as all that it has is.
+        self.shift = torch.where(peaks == -torch.inf, 0, self._factor * (peaks - self.peak))
         self.total = (self.shift.exp() * self._sums).sum(0)
         self.log_sum = self.total.log()
-        self.logsumexp = self.peak + self.log_sum
+        self.logsumexp = self._factor * self.peak + self.log_sum
         self.entropy = self.log_sum - self.mean_of(dots, self.shift)
 
     def mean_of(self, moments: Tensor, offset: Tensor) -> Tensor:
         """The mean of a score under this softmax, from each thread's Σ e g and what its g grows by."""
         return (self.shift.exp() * (moments + offset * self._sums)).sum(0) / self.total
+
+    def logprob(self, labelled: Tensor) -> Tensor:
+        """Of labels from what the kernels have left of their products, (width,)."""
+        return self._factor * (labelled.double() - self.peak) - self.log_sum
 
 
 def scoring_held(dtype: torch.dtype) -> Held:
@@ -371,11 +392,10 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
         call("fold", address, len(logits), logits.stride(0), width, of_head, columns.model(part), records.data_ptr())
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    softmax = _Softmax(records[:, :3])
-    label_logits *= _factor(options)
+    softmax = _Softmax(records[:, :3], options)
     logprob, top1 = None, None
     if labels is not None:
-        logprob, top1 = label_logits.double() - softmax.logsumexp, label_logits >= softmax.peak
+        logprob, top1 = softmax.logprob(label_logits), label_logits >= softmax.peak
     store_scores(scores, softmax.entropy, softmax.logsumexp, logprob, top1)
 
 
@@ -386,16 +406,11 @@ def _look_up(labels: Tensor, logits: Tensor, part: slice, found: Tensor) -> None
     found.copy_(torch.where(here, logits.gather(0, rows.unsqueeze(0)).squeeze(0), found))
 
 
-def _factor(options: LogitOptions) -> float:
-    """What makes z of products, or of their tanh under a soft cap."""
-    return (options.softcap or options.scale) / options.temperature
-
-
 def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> _Options:
     """For a tile of the vocabulary; `bias` is the whole head's."""
     return _Options(
         None if bias is None else bias[part].data_ptr(),
-        _factor(options),
-        options.scale / (options.softcap or 1.0),
+        options.factor,
+        options.inner,
         options.softcap is not None,
     )

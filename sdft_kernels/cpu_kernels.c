@@ -39,15 +39,30 @@ enum { TOKENS = 64, ENTRIES = 28 };
 
 enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL };
 
-/* A record: for each token its largest logit, sum e and sum e (z - largest), with e = exp(z - largest), of the student;
- * the same of the teacher; the divergence's own sum; the teacher's logit where the student's is largest. */
+/* A record: for each token its largest u, sum e and sum e z, with z = factor (u - largest) and e = exp(z), of the
+ * student; the same of the teacher; the divergence's own sum; the teacher's u where the student's is largest. */
 enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, FIELDS };
 
-/* What a token's gradient needs: both largest logits and the teacher's at the student's; weights of exp(z - largest)
- * for both models; the centre; log p - log q where the student's logit is largest. */
-enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, CONSTANTS };
+/* What a token's gradient needs: both largest u and the teacher's at the student's; weights of exp(z) for both models;
+ * the centre. Of a mixture where the student's logit is largest also log p - log q, the teacher's share of it, what
+ * that lacks to 1, and its logarithm. */
+enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, SHARE, REST, LOG_SHARE, CONSTANTS };
 
-/* How logits z come from products y: z = factor y, or factor tanh(inner y) under a soft cap; bias is added before. */
+/* The teacher's part of a mixture, the student's, and their quotient, each with all its digits. */
+struct mixture {
+    float beta, rest, odds;
+};
+
+static struct mixture mixture_of(double beta) {
+    return (struct mixture){(float)beta, (float)(1 - beta), (float)(beta / (1 - beta))};
+}
+
+/* How logits come from products y, to which the bias is added first: factor u, where u = inner y, or tanh(inner y) under
+ * a soft cap, and factor > 0.
+ *
+ * Kernels take differences of u before they multiply: two numbers side by side lose nothing then, and what is the
+ * largest is exactly 0. A difference of products would be rounded as the largest of them is, or half of it where the
+ * compiler makes one instruction of a product and a sum: differently in each pass. */
 struct options {
     const float *bias;
     float factor, inner;
@@ -110,44 +125,49 @@ INLINE float hyperbolic_tangent(float x) {
     return size < 0.3f ? series : (x < 0 ? -quotient : quotient);
 }
 
-/* By its series near 0, where the difference would lose digits. */
-INLINE float exponential_minus_1(float x) {
-    float series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))));
-    float difference = exponential(x) - 1;
-    return fabsf(x) < 0.3f ? series : difference;
+/* log(1 + y) by the series of artanh near 0, where `sum`, 1 + y, would lose digits. */
+INLINE float logarithm_near_1(float y, float sum) {
+    float s = y / (2 + y), t = s * s;
+    float series = 2 * s * (1 + t * (1.0f / 3 + t * (1.0f / 5 + t * (1.0f / 7 + t * (1.0f / 9)))));
+    float plain = logarithm(sum);
+    return fabsf(y) < 0.4f ? series : plain;
 }
 
-/* By the series of artanh near 0, where 1 + x would lose digits. */
-INLINE float logarithm_of_1_plus(float x) {
-    float s = x / (2 + x), y = s * s;
-    float series = 2 * s * (1 + y * (1.0f / 3 + y * (1.0f / 5 + y * (1.0f / 7 + y * (1.0f / 9)))));
-    float plain = logarithm(1 + x);
-    return fabsf(x) < 0.4f ? series : plain;
+/* share (exp(x) - 1), by its series near 0, where the difference would lose digits; `power` is share exp(x). */
+INLINE float share_of_exponential_minus_1(float x, float share, float power) {
+    float series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))));
+    return fabsf(x) < 0.3f ? share * series : power - share;
 }
 
 /* ---- Formulas of divergences.py for one logit ---- */
 
-/* Log-ratios and odds are bounded so that their exponentials are finite. */
+/* Log-ratios are bounded so that their exponentials are finite. */
 INLINE float bounded(float log_ratio) {
     log_ratio = log_ratio > 80.0f ? 80.0f : log_ratio;
     return log_ratio < -80.0f ? -80.0f : log_ratio;
 }
 
-/* log(one / m) from log(other / one), where the mixture m holds `share_of_other` of the other. */
-INLINE float log_over_mixture(float other_over_one, float share_of_other) {
-    return -logarithm_of_1_plus(share_of_other * exponential_minus_1(other_over_one));
+/* log(one / m) from log(other / one), where the mixture m holds `share` of the other and `rest` of the one. */
+INLINE float log_over_mixture(float other_over_one, float share, float rest) {
+    float power = share * exponential(other_over_one);
+    return -logarithm_near_1(share_of_exponential_minus_1(other_over_one, share, power), rest + power);
 }
 
-/* g up to a constant, where dL/dz = p (g - sum p g). */
-INLINE float mixture_score(float log_ratio, float beta, enum divergence divergence) {
+/* g less its value at the peak, where dL/dz = p (g - sum p g), from q/p over that at the peak, a logarithm. */
+INLINE float mixture_score(float change, float share, float rest, float log_share, struct mixture mixture,
+                           enum divergence divergence) {
+    float exponent = log_share + change;
+    float power = exponential(exponent > 80.0f ? 80.0f : exponent);
+    float y = share_of_exponential_minus_1(change, share, power), sum = rest + power;
     if (divergence == JSD)
-        return (1 - beta) * log_over_mixture(-log_ratio, beta);
-    if (divergence == SKEW_REVERSE_KL) {
-        float x = beta / (1 - beta) * exponential(-log_ratio);
-        x = x > 1e38f ? 1e38f : x;
-        return 1 / (1 + 1 / x) - logarithm_of_1_plus(x);
-    }
-    return (beta - 1) * exponential(log_over_mixture(log_ratio, 1 - beta));
+        return -mixture.rest * logarithm_near_1(y, sum);
+    if (divergence == SKEW_FORWARD_KL)
+        return -rest / mixture.odds * (y / sum);
+    float s = y / (2 + y), t = s * s;
+    float tail = 2 * s * t * (1.0f / 3 + t * (1.0f / 5 + t * (1.0f / 7 + t * (1.0f / 9))));
+    float series = -2 * t / (1 + s) - tail - share * (y / sum);
+    float plain = rest * (y / sum) - logarithm(sum);
+    return fabsf(y) < 0.4f ? series : plain;
 }
 
 /* ---- Tiles ---- */
@@ -156,25 +176,30 @@ struct block {
     float z[ENTRIES][TOKENS];
 };
 
-/* Logits of up to ENTRIES rows and TOKENS columns of products; under a bias or a cap what `factor` multiplies is
- * written back, so that later passes do with that. */
-INLINE void load(float *products, long stride, int rows, int tokens, const struct options *options, int finish,
+/* Whether u is something else than the product. */
+INLINE int differs(const struct options *options) {
+    return options->bias || options->capped || options->inner != 1;
+}
+
+/* u of up to ENTRIES rows and TOKENS columns of products, over which it is written, so that later passes do with it. */
+INLINE void load(float *products, long stride, int rows, int tokens, const struct options *options,
                  struct block *block) {
+    int finish = differs(options);
     for (int r = 0; r < rows; r++, products += stride) {
         if (finish) {
             float bias = options->bias ? options->bias[r] : 0;
             for (int j = 0; j < tokens; j++)
-                products[j] += bias;
+                products[j] = (products[j] + bias) * options->inner;
             if (options->capped)
                 for (int j = 0; j < tokens; j++)
-                    products[j] = hyperbolic_tangent(products[j] * options->inner);
+                    products[j] = hyperbolic_tangent(products[j]);
         }
         for (int j = 0; j < tokens; j++)
-            block->z[r][j] = products[j] * options->factor;
+            block->z[r][j] = products[j];
     }
 }
 
-/* The largest of each token's logits so far, from `peak` on, and what `other` holds there. */
+/* The largest of each token's u so far, from `peak` on, and what `other` holds there. */
 INLINE void largest(const struct block *z, const struct block *other, int rows, int tokens, float *peak, float *at) {
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < tokens; j++) {
@@ -184,13 +209,13 @@ INLINE void largest(const struct block *z, const struct block *other, int rows, 
         }
 }
 
-/* Logits less their largest, in place, their exponentials, and sum and dot of these added to the record's. */
-INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tokens, const float *peak, double *sum,
-                             double *dot) {
+/* z from u, in place, its exponentials, and sum and dot of these added to the record's. */
+INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tokens, const float *peak, float factor,
+                             double *sum, double *dot) {
     float sums[TOKENS] = {0}, dots[TOKENS] = {0};
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < tokens; j++) {
-            z->z[r][j] -= peak[j];
+            z->z[r][j] = (z->z[r][j] - peak[j]) * factor;
             e->z[r][j] = exponential(z->z[r][j]);
             sums[j] += e->z[r][j];
             dots[j] += e->z[r][j] * z->z[r][j];
@@ -202,7 +227,7 @@ INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tok
 }
 
 /* How far the old largest logit lies above the new one; before the first there are no sums to move. */
-static double shift_of(double old, float peak) { return old == -INFINITY ? 0 : old - peak; }
+static double shift_of(double old, float peak, float factor) { return old == -INFINITY ? 0 : factor * (old - peak); }
 
 /* A sum e g after what e is relative to has moved by `shift`, and each g has grown by `offset`. */
 static double moved(double sum, double moment, double shift, double offset) {
@@ -210,13 +235,16 @@ static double moved(double sum, double moment, double shift, double offset) {
 }
 
 /* A record's sums relative to new largest logits, which few blocks bring. */
-static void move_record(double *record, long width, enum divergence divergence, float a, float b, float c) {
+static void move_record(double *record, long width, const struct options *student, const struct options *teacher,
+                        enum divergence divergence, float a, float b, float c) {
     double *field[FIELDS];
     for (int i = 0; i < FIELDS; i++)
         field[i] = record + i * width;
-    double shift = shift_of(*field[PEAK], a), teacher_shift = shift_of(*field[TEACHER_PEAK], b);
+    double shift = shift_of(*field[PEAK], a, student->factor);
+    double teacher_shift = shift_of(*field[TEACHER_PEAK], b, teacher->factor);
     if (divergence == REVERSE_KL)
-        *field[CROSS] = moved(*field[SUM], *field[CROSS], shift, shift - (*field[TEACHER_AT_PEAK] - c));
+        *field[CROSS] = moved(*field[SUM], *field[CROSS], shift,
+                              shift - teacher->factor * (*field[TEACHER_AT_PEAK] - c));
     if (divergence == FORWARD_KL)
         *field[CROSS] = moved(*field[TEACHER_SUM], *field[CROSS], teacher_shift, teacher_shift - shift);
     *field[DOT] = moved(*field[SUM], *field[DOT], shift, shift);
@@ -235,8 +263,8 @@ INLINE void fold_pair_block(float *logits, int rows, long stride, int tokens, lo
                             const struct options *teacher, enum divergence divergence, double *record) {
     struct block s, t, e;
     float a[TOKENS], b[TOKENS], c[TOKENS], unused[TOKENS] = {0}, cross[TOKENS] = {0};
-    load(logits, stride, rows, tokens, student, student->bias || student->capped, &s);
-    load(logits + width, stride, rows, tokens, teacher, teacher->bias || teacher->capped, &t);
+    load(logits, stride, rows, tokens, student, &s);
+    load(logits + width, stride, rows, tokens, teacher, &t);
     for (int j = 0; j < tokens; j++) {
         a[j] = (float)record[PEAK * width + j];
         b[j] = (float)record[TEACHER_PEAK * width + j];
@@ -246,13 +274,14 @@ INLINE void fold_pair_block(float *logits, int rows, long stride, int tokens, lo
     largest(&t, &t, rows, tokens, b, unused);
     for (int j = 0; j < tokens; j++)
         if (a[j] > record[PEAK * width + j] || b[j] > record[TEACHER_PEAK * width + j])
-            move_record(record + j, width, divergence, a[j], b[j], c[j]);
-    add_exponentials(&s, &e, rows, tokens, a, record + SUM * width, record + DOT * width);
+            move_record(record + j, width, student, teacher, divergence, a[j], b[j], c[j]);
+    add_exponentials(&s, &e, rows, tokens, a, student->factor, record + SUM * width, record + DOT * width);
     if (divergence == REVERSE_KL)
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < tokens; j++)
-                cross[j] += e.z[r][j] * (s.z[r][j] - (t.z[r][j] - c[j]));
-    add_exponentials(&t, &e, rows, tokens, b, record + TEACHER_SUM * width, record + TEACHER_DOT * width);
+                cross[j] += e.z[r][j] * (s.z[r][j] - (t.z[r][j] - c[j]) * teacher->factor);
+    add_exponentials(&t, &e, rows, tokens, b, teacher->factor, record + TEACHER_SUM * width,
+                     record + TEACHER_DOT * width);
     if (divergence == FORWARD_KL)
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < tokens; j++)
@@ -290,18 +319,18 @@ INLINE void fold_rows(float *logits, long rows, long stride, long width, struct 
             double *peak = records + PEAK * width + first, *sum = records + SUM * width + first;
             double *dot = records + DOT * width + first;
             float a[TOKENS], unused[TOKENS] = {0};
-            load(logits + first, stride, count, tokens, &options, options.bias || options.capped, &z);
+            load(logits + first, stride, count, tokens, &options, &z);
             for (int j = 0; j < tokens; j++)
                 a[j] = (float)peak[j];
             largest(&z, &z, count, tokens, a, unused);
             for (int j = 0; j < tokens; j++)
                 if (a[j] > peak[j]) {
-                    double shift = shift_of(peak[j], a[j]);
+                    double shift = shift_of(peak[j], a[j], options.factor);
                     dot[j] = moved(sum[j], dot[j], shift, shift);
                     sum[j] *= exp(shift);
                     peak[j] = a[j];
                 }
-            add_exponentials(&z, &e, count, tokens, a, sum, dot);
+            add_exponentials(&z, &e, count, tokens, a, options.factor, sum, dot);
         }
         options.bias += options.bias ? ENTRIES : 0;
     }
@@ -310,30 +339,29 @@ INLINE void fold_rows(float *logits, long rows, long stride, long width, struct 
 /* A mixture's second pass: sum e (g - g at the peak), and the loss's own, sum e log(p/m) for the skewed reverse KL and
  * sum f log(q/m) for the other two, (2, width) added to. */
 INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width, struct options student,
-                              struct options teacher, enum divergence divergence, float beta, const float *constants,
+                              struct options teacher, enum divergence divergence, struct mixture mixture, const float *constants,
                               double *sums) {
-    struct block s, t;
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
             int tokens = least(TOKENS, width - first);
             const float *a = constants + A * width + first, *b = constants + B * width + first;
             const float *c = constants + C * width + first, *peak_ratio = constants + PEAK_RATIO * width + first;
-            float scores[TOKENS] = {0}, losses[TOKENS] = {0}, at_peak[TOKENS];
-            load(logits + first, stride, count, tokens, &student, 0, &s);
-            load(logits + width + first, stride, count, tokens, &teacher, 0, &t);
-            for (int j = 0; j < tokens; j++)
-                at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
-            for (int r = 0; r < count; r++)
+            const float *share = constants + SHARE * width + first, *rest = constants + REST * width + first;
+            const float *log_share = constants + LOG_SHARE * width + first;
+            float scores[TOKENS] = {0}, losses[TOKENS] = {0};
+            const float *u = logits + first, *v = u + width;
+            for (int r = 0; r < count; r++, u += stride, v += stride)
                 for (int j = 0; j < tokens; j++) {
-                    float z = s.z[r][j] - a[j];
-                    float log_ratio = bounded(z - (t.z[r][j] - c[j]) + peak_ratio[j]);
+                    float z = (u[j] - a[j]) * student.factor;
+                    float ratio = z - (v[j] - c[j]) * teacher.factor, log_ratio = bounded(ratio + peak_ratio[j]);
                     float e = exponential(z);
-                    scores[j] += e * (mixture_score(log_ratio, beta, divergence) - at_peak[j]);
+                    scores[j] += e * mixture_score(-ratio, share[j], rest[j], log_share[j], mixture, divergence);
                     if (divergence == SKEW_REVERSE_KL)
-                        losses[j] += e * log_over_mixture(-log_ratio, beta);
+                        losses[j] += e * log_over_mixture(-log_ratio, mixture.beta, mixture.rest);
                     else
-                        losses[j] += exponential(t.z[r][j] - b[j]) * log_over_mixture(log_ratio, 1 - beta);
+                        losses[j] += exponential((v[j] - b[j]) * teacher.factor) *
+                                     log_over_mixture(log_ratio, mixture.rest, mixture.beta);
                 }
             for (int j = 0; j < tokens; j++) {
                 sums[first + j] += scores[j];
@@ -346,41 +374,38 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
 /* The gradient of the student's products, of up to ENTRIES rows and TOKENS tokens; `constants` are the first's. */
 INLINE void gradient_block(const float *logits, int rows, long stride, int tokens, long width,
                            const struct options *student, const struct options *teacher, enum divergence divergence,
-                           float beta, const float *constants, float *gradients, long gradient_stride) {
+                           struct mixture mixture, const float *constants, float *gradients, long gradient_stride) {
     const float *a = constants + A * width, *b = constants + B * width, *c = constants + C * width;
     const float *p_factor = constants + P_FACTOR * width, *q_factor = constants + Q_FACTOR * width;
-    const float *centre = constants + CENTRE * width, *peak_ratio = constants + PEAK_RATIO * width;
-    float at_peak[TOKENS];
-    if (divergence != REVERSE_KL && divergence != FORWARD_KL)
-        for (int j = 0; j < tokens; j++)
-            at_peak[j] = mixture_score(bounded(peak_ratio[j]), beta, divergence);
+    const float *centre = constants + CENTRE * width, *share = constants + SHARE * width;
+    const float *rest = constants + REST * width, *log_share = constants + LOG_SHARE * width;
     for (int r = 0; r < rows; r++, logits += stride, gradients += gradient_stride)
         for (int j = 0; j < tokens; j++) {
-            float z = logits[j] * student->factor - a[j], other = logits[width + j] * teacher->factor;
-            float p = exponential(z) * p_factor[j], ratio = z - (other - c[j]), gradient;
+            float z = (logits[j] - a[j]) * student->factor, other = logits[width + j];
+            float p = exponential(z) * p_factor[j], ratio = z - (other - c[j]) * teacher->factor, gradient;
             if (divergence == REVERSE_KL)
                 gradient = p * (ratio - centre[j]);
             else if (divergence == FORWARD_KL)
-                gradient = p - exponential(other - b[j]) * q_factor[j];
+                gradient = p - exponential((other - b[j]) * teacher->factor) * q_factor[j];
             else
-                gradient = p * (mixture_score(bounded(ratio + peak_ratio[j]), beta, divergence) - at_peak[j] - centre[j]);
+                gradient = p * (mixture_score(-ratio, share[j], rest[j], log_share[j], mixture, divergence) - centre[j]);
             gradients[j] = student->capped ? gradient * (1 - logits[j] * logits[j]) : gradient;
         }
 }
 
 /* The same for all tokens, rows `gradient_stride` apart. */
 INLINE void gradient_rows(const float *logits, long rows, long stride, long width, const struct options *student,
-                          const struct options *teacher, enum divergence divergence, float beta, const float *constants,
+                          const struct options *teacher, enum divergence divergence, struct mixture mixture, const float *constants,
                           float *gradients, long gradient_stride) {
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride, gradients += ENTRIES * gradient_stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
             int tokens = least(TOKENS, width - first);
             if (count == ENTRIES && tokens == TOKENS)
-                gradient_block(logits + first, ENTRIES, stride, TOKENS, width, student, teacher, divergence, beta,
+                gradient_block(logits + first, ENTRIES, stride, TOKENS, width, student, teacher, divergence, mixture,
                                constants + first, gradients + first, gradient_stride);
             else
-                gradient_block(logits + first, count, stride, tokens, width, student, teacher, divergence, beta,
+                gradient_block(logits + first, count, stride, tokens, width, student, teacher, divergence, mixture,
                                constants + first, gradients + first, gradient_stride);
         }
     }
@@ -409,11 +434,11 @@ EACH_PROCESSOR void fold_pair_share(float *logits, long rows, long stride, long 
 }
 
 EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, long width, const struct options *student,
-                                       const struct options *teacher, enum divergence divergence, float beta,
+                                       const struct options *teacher, enum divergence divergence, struct mixture mixture,
                                        const float *constants, double *sums) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
-        fold_mixture_rows(logits, rows, stride, width, *student, *teacher, name, beta, constants, sums);               \
+        fold_mixture_rows(logits, rows, stride, width, *student, *teacher, name, mixture, constants, sums);               \
         break
     switch (divergence) {
         CASE(JSD);
@@ -426,11 +451,11 @@ EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, lo
 }
 
 EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long width, const struct options *student,
-                                   const struct options *teacher, enum divergence divergence, float beta,
+                                   const struct options *teacher, enum divergence divergence, struct mixture mixture,
                                    const float *constants, float *gradients, long gradient_stride) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
-        gradient_rows(logits, rows, stride, width, student, teacher, name, beta, constants, gradients,                 \
+        gradient_rows(logits, rows, stride, width, student, teacher, name, mixture, constants, gradients,                 \
                       gradient_stride);                                                                                \
         break
     switch (divergence) {
@@ -579,7 +604,7 @@ void fold(float *logits, long rows, long stride, long width, const struct option
 }
 
 void fold_pair(float *logits, long rows, long stride, long width, const struct options *student,
-               const struct options *teacher, int divergence, float beta, const struct model *models, int count,
+               const struct options *teacher, int divergence, double beta, const struct model *models, int count,
                double *records, int threads) {
     (void)beta; /* so that all kernels of two models are called alike */
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -596,12 +621,12 @@ void fold_pair(float *logits, long rows, long stride, long width, const struct o
 }
 
 void fold_mixture(float *logits, long rows, long stride, long width, const struct options *student,
-                  const struct options *teacher, int divergence, float beta, const float *constants, double *sums,
+                  const struct options *teacher, int divergence, double beta, const float *constants, double *sums,
                   int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         long first = rows * thread / threads, past = rows * (thread + 1) / threads;
-        fold_mixture_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, beta,
+        fold_mixture_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, mixture_of(beta),
                            constants, sums + thread * 2 * width);
     }
 }
@@ -613,7 +638,7 @@ int panel_columns(void) { return products()->columns; }
 long carry_back_scratch(long width) { return block_rows() * (gradient_stride(width) + products()->columns); }
 
 void carry_back(float *logits, long rows, long stride, long width, const struct options *student,
-                const struct options *teacher, int divergence, float beta, const float *constants,
+                const struct options *teacher, int divergence, double beta, const float *constants,
                 const struct carry *carry, float *scratch, int threads) {
     const struct products *set = products();
     long block = block_rows(), step = gradient_stride(width);
@@ -632,7 +657,7 @@ void carry_back(float *logits, long rows, long stride, long width, const struct 
             struct fetch own = fetching(head, count * carry->head_stride, 0, 0);
             struct fetch next = fetching(logits + (row + count) * stride, after * stride, head + count * carry->head_stride,
                                          carry->head_gradient ? 0 : after * carry->head_stride);
-            gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, beta, constants,
+            gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, mixture_of(beta), constants,
                            gradient, step);
             if (carry->bias_gradient)
                 for (int r = 0; r < count; r++)

@@ -9,6 +9,16 @@ With z the student's logits, p = softmax(z), q = softmax(teacher logits), m = (1
     skew_reverse_kl     KL(p‖m)                          p (g - Σ p g),  g = log(p/m) - (1-β) p/m
     skew_forward_kl     KL(q‖m)                          p (g - Σ p g),  g = -(1-β) q/m
 
+A mixture's g is taken less its value at one place, the student's likeliest token. With w = β q / m there, d by how much
+log q - log p lies above its value there, y = w expm1(d) and u = 1 + y = (1 - w) + w exp(d):
+
+    jsd                 g = -(1-β) log u
+    skew_reverse_kl     g = (1-w) y / u - log u
+    skew_forward_kl     g = -(1-w) (1-β) / β · y / u
+
+What is the same for all tokens is left out before anything is rounded, so that g keeps its digits where p is far above
+q and all g are nearly the same, as well as where p and q are.
+
 Sources: reverse KL is what the SDFT paper writes and forward KL what its authors' published runs used
 (arXiv 2601.19897); the generalised JSD is GKD's (arXiv 2306.13649); the skewed divergences are DistiLLM's
 (arXiv 2402.03898).
@@ -33,22 +43,40 @@ from torch import Tensor
 #: Nats in a bit: z in bits is z / NATS, and 2 to the power of that is exp(z).
 NATS = math.log(2)
 
+#: What a bias is taken for below this, -inf among it, as which people write entries that no token may have: its
+#: probability is 0 whatever the temperature, and the difference of two such logits is a number.
+MASKED = -1e30
+
 #: Log-ratios of p and q are bounded by this, near the end of float32's exponents: one of the two is then under
 #: 1e-34 of the other, and adds nothing.
 LARGEST_LOG_RATIO = 80.0
 
-#: So are the odds β q / ((1-β) p), which near β = 1 would still overflow.
+#: And the odds β q / ((1-β) p).
 LARGEST_ODDS = 1e38
+
+#: What a mixture's scores are relative to is bounded by this: a place where p is that far above q, or an imagined one.
+LARGEST_PEAK_RATIO = 100.0
 
 
 @dataclass(frozen=True)
 class LogitOptions:
     """How a model's logits z come from products: y = scale · (h Wᵀ + b), c = softcap · tanh(y / softcap) (or y),
-    z = c / temperature."""
+    z = c / temperature. In other words z = factor · u, where u = inner · (h Wᵀ + b), or tanh of that under a soft cap.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        """Positive, so that the largest u is the largest z."""
+        return (self.softcap or abs(self.scale)) / self.temperature
+
+    @property
+    def inner(self) -> float:
+        """But for a soft cap only a sign."""
+        return self.scale / self.softcap if self.softcap else math.copysign(1.0, self.scale)
 
 
 @dataclass(frozen=True)
@@ -94,7 +122,8 @@ class Sums:
 class Shares:
     """Of a chunk's tokens in each tile, (tiles, C) in float64: `p` and `q` times these are probabilities.
 
-    `p_mass` and `q_mass` are the tile's whole probabilities; log p - log q = student - teacher + `log_ratio`, in nats.
+    `p_mass` and `q_mass` are the tile's whole probabilities; log p - log q = student - teacher + `log_ratio`, in nats,
+    and `peak_ratio`, (C,), where the student's logit is largest, bounded; only mixtures have it.
     """
 
     p: Tensor
@@ -102,6 +131,7 @@ class Shares:
     p_mass: Tensor
     q_mass: Tensor
     log_ratio: Tensor
+    peak_ratio: Tensor | None = None
 
 
 def column_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
@@ -130,31 +160,55 @@ def forward_kl(tile: Tile) -> Sums:
     return Sums(column_dot(tile.q, tile.teacher.sub_(tile.student), tile.student))
 
 
-def jsd(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
+def jsd(tile: Tile, log_ratio: Tensor, peak_ratio: Tensor, beta: float) -> Sums:
     """g = (1-β) log(p/m); the loss is Σ q log(q/m)."""
-    log_p_over_m = log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
-    loss = column_dot(tile.q, log_over_mixture(log_ratio, 1 - beta), tile.q)
-    return centre_under_p(tile, log_p_over_m.mul_(1 - beta), loss)
+    g = Change(tile, log_ratio, peak_ratio, beta).log_u().mul_(beta - 1)
+    return centre_under_p(tile, g, column_dot(tile.q, log_over_mixture(log_ratio, 1 - beta), tile.q))
 
 
-def skew_reverse_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
+def skew_reverse_kl(tile: Tile, log_ratio: Tensor, peak_ratio: Tensor, beta: float) -> Sums:
     """g = log(p/m) - (1-β) p/m; the loss is Σ p log(p/m).
 
-    Up to a constant, which the centring drops, g = x / (1 + x) - log1p(x) with x = β q / ((1-β) p): where p is far
-    above q, g is flat, and this form does not lose its small differences in two numbers near 1.
+    Where p is far above q, both terms are nearly y, and g nearly y²/2: in float64, which has digits for that.
     """
-    log_p_over_m = log_over_mixture(torch.neg(log_ratio, out=tile.student), beta)
-    loss = column_dot(tile.p, log_p_over_m, tile.q)
-    x = log_ratio.mul_(-1 / NATS).exp2_().mul_(beta / (1 - beta)).clamp_(max=LARGEST_ODDS)
-    log1p_x = torch.log1p(x, out=tile.student)
-    return centre_under_p(tile, x.reciprocal_().add_(1).reciprocal_().sub_(log1p_x), loss)
+    change = Change(tile, log_ratio, peak_ratio, beta)
+    change.y = change.y.double()
+    g = change.of_share() - change.log_u()
+    loss = column_dot(tile.p, log_over_mixture(log_ratio.neg_(), beta), tile.q)
+    return centre_under_p(tile, tile.student.copy_(g), loss)
 
 
-def skew_forward_kl(tile: Tile, log_ratio: Tensor, beta: float) -> Sums:
+def skew_forward_kl(tile: Tile, log_ratio: Tensor, peak_ratio: Tensor, beta: float) -> Sums:
     """g = -(1-β) q/m; the loss is Σ q log(q/m)."""
-    log_q_over_m = log_over_mixture(log_ratio, 1 - beta)
-    loss = column_dot(tile.q, log_q_over_m, tile.q)
-    return centre_under_p(tile, log_q_over_m.mul_(1 / NATS).exp2_().mul_(beta - 1), loss)
+    g = Change(tile, log_ratio, peak_ratio, beta).of_share().mul_((beta - 1) / beta)
+    return centre_under_p(tile, g, column_dot(tile.q, log_over_mixture(log_ratio, 1 - beta), tile.q))
+
+
+class Change:
+    """How a mixture differs from itself at the student's likeliest token: of w and w̄ = 1 - w there, the smaller v.
+
+    `y` is w expm1(d) where that is w, which lies in place of the tile's student; else w̄ expm1(-d), whose logarithm is
+    that of u exp(-d). So 1 + y has all its digits.
+    """
+
+    def __init__(self, tile: Tile, log_ratio: Tensor, peak_ratio: Tensor, beta: float) -> None:
+        share, rest, _ = mixture_shares(peak_ratio, beta)
+        self._below = share > rest
+        self._smaller = torch.minimum(share, rest).to(log_ratio.dtype)
+        self._sign = torch.where(self._below, -1, 1).to(log_ratio.dtype)
+        self._change = peak_ratio.to(log_ratio.dtype) - log_ratio
+        # expm1(d) as e (e + 2), in whose halves nothing overflows that comes to little in the end.
+        e = torch.mul(self._change, self._sign / 2, out=tile.student).expm1_()
+        more = e + 2
+        self.y = e.mul_(self._smaller).mul_(more).clamp_(max=LARGEST_ODDS)
+
+    def log_u(self) -> Tensor:
+        """log u."""
+        return torch.log1p(self.y).add_(self._change.mul_(self._below))
+
+    def of_share(self) -> Tensor:
+        """(1-w) y / u: by how much the teacher's share differs."""
+        return (self.y / (self.y + 1)).mul_(self._sign * (1 - self._smaller))
 
 
 def log_ratio_of(student: Tensor, teacher: Tensor, constant: Tensor, out: Tensor) -> Tensor:
@@ -176,11 +230,17 @@ def log_over_mixture(other_over_one: Tensor, share_of_other: float) -> Tensor:
     return other_over_one.expm1_().mul_(share_of_other).log1p_().neg_()
 
 
+def mixture_shares(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's share β q / m of a mixture, the student's, and the logarithm of the first; float64."""
+    log_odds = math.log(beta / (1 - beta)) - log_ratio
+    return log_odds.sigmoid(), (-log_odds).sigmoid(), torch.nn.functional.logsigmoid(log_odds)
+
+
 #: The first pass over a tile; the divergences from a mixture need every tile's sums before they can start.
 PLAIN: dict[str, Callable[[Tile], Sums]] = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}
 
-#: The second pass, with the tile's log p - log q, which lies where the teacher's logits were, and β.
-MIXTURES: dict[str, Callable[[Tile, Tensor, float], Sums]] = {
+#: The second pass, with the tile's log p - log q, which lies where the teacher's logits were, that at the peak, and β.
+MIXTURES: dict[str, Callable[[Tile, Tensor, Tensor, float], Sums]] = {
     "jsd": jsd,
     "skew_reverse_kl": skew_reverse_kl,
     "skew_forward_kl": skew_forward_kl,
@@ -204,7 +264,10 @@ def finish(divergence: str, beta: float, sums: Sums, shares: Shares) -> tuple[Te
     if sums.loss is not None:
         under_p = divergence == "skew_reverse_kl"
         own = ((shares.p if under_p else shares.q) * sums.loss).sum(0)
-        loss = centre + beta * own if divergence == "jsd" else own
+        loss = own
+        if divergence == "jsd":
+            assert shares.peak_ratio is not None
+            loss = centre + (1 - beta) * log_over_mixture(-shares.peak_ratio, beta) + beta * own
     return loss, shares.p * (mean - centre), shares.p * unit
 
 

@@ -65,10 +65,13 @@ def fused_linear_divergence(
         student_weight: (V, Hs), the student's LM head.
         teacher_hidden: (N, Ht), the teacher's hidden states at the same tokens; Ht may differ from Hs.
         teacher_weight: (Vt, Ht), the teacher's LM head; may be the same tensor as `student_weight`.
-        student_bias: (V,) or None.
+        student_bias: (V,) or None. An entry of -inf masks the token: what both models mask has no part in the loss.
+            It counts as -1e30, so that all stays finite where only one model masks: there reverse KL is the student's
+            probability of what only the teacher masks, times some 1e30 / temperature, and forward KL the other way
+            round, instead of inf. Under a soft cap a bias of -inf only makes the logit -softcap.
         teacher_bias: (Vt,) or None.
         divergence: a name from the table above.
-        beta: the teacher's share of the mixture m, strictly between 0 and 1; unused by the two plain KLs.
+        beta: the teacher's share of the mixture m, between 0.001 and 0.999; unused by the two plain KLs.
         temperature: divides the logits; positive.
         student_logit_scale: multiplies the student's logits (Cohere multiplies; Granite divides: pass 1/x).
         teacher_logit_scale: the teacher's.
@@ -94,7 +97,8 @@ def fused_linear_divergence(
 
     Returns:
         A :class:`DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`,
-        `teacher_entropy`, and with labels `student_logprob` and `teacher_logprob`, all in nats.
+        `teacher_entropy`, and with labels `student_logprob` and `teacher_logprob`, all in nats. Entropies and
+        log-probabilities are right to a few last digits of float32, and to one of 1 nat, 1.2e-7, where they are small.
         With N = 0, or no weight other than 0, the loss is 0 and backpropagates zeros.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdft_kernels.divergences import MASKED
 from sdft_kernels.outputs import DivergenceOutput
 
 
@@ -24,10 +25,10 @@ def logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V)."""
+    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); a bias of -inf counts as `MASKED`."""
     y = hidden @ weight.T
     if bias is not None:
-        y = y + bias
+        y = y + bias.clamp(min=MASKED)
     y = scale * y
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)

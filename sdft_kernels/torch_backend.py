@@ -27,6 +27,7 @@ from sdft_kernels.divergences import (
     Shares,
     Sums,
     Tile,
+    bounded,
     column_dot,
     finish,
     is_mixture,
@@ -96,24 +97,30 @@ def process_chunk(
     labels = padded_labels(rows.labels, width, models=2)
     capped = objective.student.softcap is not None and gradients.any
     mixture = is_mixture(objective.divergence)
-    unit = abs(_bits(objective.student, dtype))
+    unit = _bits(objective.student, dtype)
+    teacher_unit = _bits(objective.teacher, dtype)
     seen: list[_Softmax] = []
     sums: list[Sums] = []
+    at_peaks: list[Tensor] = []
     for part, kept, passing, scratch in workspace.tiles(2 * width):
         # A mixture's second pass starts from logits.
         logits, exponentials = (kept, passing) if mixture else (passing, kept)
         columns.multiply(part, logits)
         student_logits, teacher_logits = logits.split(width, 1)
-        _transform(student_logits, student.bias, part, objective.student, unit)
-        _transform(teacher_logits, teacher.bias, part, objective.teacher, unit)
+        _transform(student_logits, student.bias, part, objective.student)
+        _transform(teacher_logits, teacher.bias, part, objective.teacher)
+        if teacher_unit != unit:
+            teacher_logits.mul_(teacher_unit / unit)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
-        if not mixture:
+        if mixture:
+            at_peaks.append(_at_peak(student_logits, teacher_logits))
+        else:
             slope = _slope(student_logits, seen[-1], unit, scratch) if capped else None
             sums.append(PLAIN[objective.divergence](_tile(logits, exponentials, seen[-1])))
             if slope is not None:
                 _apply(slope, exponentials)
     softmax = _Whole(seen, labels, workspace.tile, unit)
-    shares = softmax.shares()
+    shares = softmax.shares(at_peaks)
     if mixture:
         for number, (_, kept, passing, scratch) in enumerate(workspace.tiles(2 * width)):
             student_logits, teacher_logits = kept.split(width, 1)
@@ -121,7 +128,8 @@ def process_chunk(
             tile = _tile(passing, kept, seen[number])
             log_ratio = log_ratio_of(student_logits, teacher_logits, shares.log_ratio[number].to(dtype), tile.teacher)
             kept.exp2_()
-            sums.append(MIXTURES[objective.divergence](tile, log_ratio, objective.beta))
+            assert shares.peak_ratio is not None
+            sums.append(MIXTURES[objective.divergence](tile, log_ratio, shares.peak_ratio, objective.beta))
             if slope is not None:
                 _apply(slope, kept)
 
@@ -240,12 +248,23 @@ class _Whole:
             self.top1 = label >= peaks.amax(0)
             self.logprob = NATS * unit * label.double() - self.logsumexp
 
-    def shares(self) -> Shares:
-        """Where the first half of the tokens are the student's and the others the teacher's."""
+    def shares(self, at_peaks: list[Tensor]) -> Shares:
+        """Where the first half of the tokens are the student's and the others the teacher's; of a mixture with what
+        `_at_peak` says of each tile."""
         (p, q), (p_mass, q_mass), (log_p, log_q) = (
             values.chunk(2, 1) for values in (self.share, self.mass, self.log_share)
         )
-        return Shares(p, q, p_mass, q_mass, log_p - log_q)
+        shares = Shares(p, q, p_mass, q_mass, log_p - log_q)
+        if at_peaks:
+            of_tiles = bounded(NATS * torch.stack(at_peaks).double() + shares.log_ratio)
+            shares.peak_ratio = of_tiles.gather(0, log_p.argmax(0, keepdim=True)).squeeze(0)
+        return shares
+
+
+def _at_peak(student: Tensor, teacher: Tensor) -> Tensor:
+    """How far the student's logit lies above the teacher's where the student's is a tile's largest, (C,)."""
+    peak = student.amax(0)
+    return peak - torch.where(student == peak, teacher, -torch.inf).amax(0)
 
 
 def _stack(sums: list[Sums]) -> Sums:
@@ -284,10 +303,10 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
     hidden = padded(hidden, width, scores.entropy.dtype)
     labels = padded_labels(scores.labels, width, models=1)
     seen: list[_Softmax] = []
-    unit = abs(_bits(options, hidden.dtype))
+    unit = _bits(options, hidden.dtype)
     for part, exponentials, logits, scratch in workspace.tiles(width):
         _multiply(head.weight, hidden, part, logits)
-        _transform(logits, head.bias, part, options, unit)
+        _transform(logits, head.bias, part, options)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
     softmax = _Whole(seen, labels, workspace.tile, unit)
     store_scores(scores, softmax.entropy, softmax.logsumexp, softmax.logprob, softmax.top1)
@@ -313,20 +332,18 @@ def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) 
 
 
 def _bits(options: LogitOptions, dtype: torch.dtype) -> float:
-    """What makes z in bits of products, or of their tanh under a soft cap, as `dtype` has it."""
-    bits = (options.softcap or options.scale) / (options.temperature * NATS)
-    return torch.tensor(bits, dtype=dtype, device="cpu").item()
+    """What makes z in bits of u, as `dtype` has it."""
+    return torch.tensor(options.factor / NATS, dtype=dtype, device="cpu").item()
 
 
-def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions, unit: float) -> None:
-    """A tile of products to z in bits over `unit`, in place."""
+def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions) -> None:
+    """A tile of products to u, in place."""
     if bias is not None:
         logits.add_(bias[part].unsqueeze(1))
+    if options.inner != 1:
+        logits.mul_(options.inner)
     if options.softcap is not None:
-        logits.mul_(options.scale / options.softcap).tanh_()
-    bits = _bits(options, logits.dtype)
-    if bits != unit:
-        logits.mul_(bits / unit)
+        logits.tanh_()
 
 
 def _slope(student: Tensor, seen: _Softmax, unit: float, scratch: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ A row is split over several programs, so that few tokens still fill the device. 
 padded, so that loads and stores are 16 bytes wide even where the vocabulary's size is odd: what lies in the
 padding is read, replaced and never used.
 
-Logits are read relative to a peak, the student's largest logit and the teacher's logit at the same token: there
-both differences are exactly 0, and where p is nearly one-hot the sums keep their digits.
+Logits are factor · u, and u is read relative to a peak, the student's largest and the teacher's at the same token:
+there both differences are exactly 0, and where p is nearly one-hot the sums keep their digits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from torch import Tensor
 from sdft_kernels.divergences import Objective, is_mixture
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_math import (
+    bounded,
+    form,
     load_logit,
     load_logits,
     log_over_mixture,
-    log_ratio_at,
+    mixture_peak,
     mixture_score,
+    mixture_shares,
     split_columns,
 )
 from sdft_kernels.triton_sums import RECORD, fold_pair, merge, merge_softmax, moved, store_pair, teacher_at_peak
@@ -71,7 +74,15 @@ def process_rows(
     partials_kernel[grid](*logits, partial, *label_logits, **settings, BLOCK=block, num_warps=WARPS)
     if mixes:
         mixture_kernel[grid](
-            *logits, partial, mixture, objective.beta, **settings, SPLITS=splits, BLOCK=NARROW_BLOCK, num_warps=WARPS
+            *logits,
+            partial,
+            mixture,
+            objective.beta,
+            1 - objective.beta,
+            **settings,
+            SPLITS=splits,
+            BLOCK=NARROW_BLOCK,
+            num_warps=WARPS,
         )
     combine(partial, mixture, constants, rows, objective)
     if gradient is not None:
@@ -82,6 +93,7 @@ def process_rows(
             gradient.stride(0),
             constants,
             objective.beta,
+            1 - objective.beta,
             **settings,
             BLOCK=block,
             num_warps=WARPS,
@@ -93,7 +105,7 @@ def combine(
 ) -> None:
     """Fills `rows` from the records of their splits, (R, splits, 8), and those of a mixture, (R, splits, 2).
 
-    Where labels are given, both models' logits at them lie in `rows.student_logprob` and `rows.teacher_logprob`.
+    Where labels are given, both models' u at them lie in `rows.student_logprob` and `rows.teacher_logprob`.
     `constants`, (R, 8), receives what the gradient needs.
     """
     tokens, splits, _ = partial.shape
@@ -104,8 +116,11 @@ def combine(
         *(rows.weight, rows.old_logprobs, rows.loss, rows.student_entropy, rows.teacher_entropy),
         *(rows.student_logprob, rows.teacher_logprob),
         objective.beta,
+        1 - objective.beta,
         float("inf") if objective.importance_clip is None else objective.importance_clip,
         objective.student.scale / objective.student.temperature,
+        objective.student.factor,
+        objective.teacher.factor,
         DIVERGENCE=objective.divergence,
         SPLITS=splits,
         num_warps=1,
@@ -124,14 +139,13 @@ def kernel_settings(objective: Objective) -> dict[str, Any]:
     """What every kernel that works on logits needs to know of the objective."""
     student, teacher = objective.student, objective.teacher
     return {
-        "student_scale": student.scale,
-        "teacher_scale": teacher.scale,
-        "student_softcap": student.softcap or 1.0,
-        "teacher_softcap": teacher.softcap or 1.0,
-        "temperature": student.temperature,
+        "student_inner": student.inner,
+        "teacher_inner": teacher.inner,
+        "student_factor": student.factor,
+        "teacher_factor": teacher.factor,
         "DIVERGENCE": objective.divergence,
-        "STUDENT_CAPPED": student.softcap is not None,
-        "TEACHER_CAPPED": teacher.softcap is not None,
+        "STUDENT_FORM": form(student),
+        "TEACHER_FORM": form(teacher),
     }
 
 
@@ -148,18 +162,17 @@ def partials_kernel(
     labels_pointer,
     student_logprob_pointer,
     teacher_logprob_pointer,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One pass over a split of a row of both models' logits: writes the split's record (see `fold_pair`), and a row's
-    first split the logits at its label, where `combine_kernel` expects them."""
+    first split u at its label, where `combine_kernel` expects them."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     student_pointer += row * student_stride
@@ -181,10 +194,8 @@ def partials_kernel(
             student_stride,
             columns,
             vocab,
-            student_scale,
-            student_softcap,
-            temperature,
-            STUDENT_CAPPED,
+            student_inner,
+            STUDENT_FORM,
         )
         t = load_logits(
             teacher_pointer,
@@ -192,13 +203,23 @@ def partials_kernel(
             teacher_stride,
             columns,
             vocab,
-            teacher_scale,
-            teacher_softcap,
-            temperature,
-            TEACHER_CAPPED,
+            teacher_inner,
+            TEACHER_FORM,
         )
         a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
-            s, t, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak, DIVERGENCE
+            s,
+            t,
+            a,
+            student_sum,
+            student_dot,
+            b,
+            teacher_sum,
+            teacher_dot,
+            cross,
+            at_peak,
+            student_factor,
+            teacher_factor,
+            DIVERGENCE,
         )
     record = partial_pointer + (row * tl.num_programs(1) + split + tl.arange(0, 1)[:, None]) * RECORD
     store_pair(record, None, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
@@ -209,20 +230,16 @@ def partials_kernel(
             student_bias_pointer,
             label,
             vocab,
-            student_scale,
-            student_softcap,
-            temperature,
-            STUDENT_CAPPED,
+            student_inner,
+            STUDENT_FORM,
         )
         t = load_logit(
             teacher_pointer,
             teacher_bias_pointer,
             label,
             vocab,
-            teacher_scale,
-            teacher_softcap,
-            temperature,
-            TEACHER_CAPPED,
+            teacher_inner,
+            TEACHER_FORM,
         )
         tl.store(student_logprob_pointer + row, s, mask=split == 0)
         tl.store(teacher_logprob_pointer + row, t, mask=split == 0)
@@ -240,14 +257,14 @@ def mixture_kernel(
     partial_pointer,
     mixture_pointer,
     beta,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    rest_of_beta,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -255,11 +272,14 @@ def mixture_kernel(
     Σ p log(p/m) for the skewed reverse KL and Σ q log(q/m) for the other two."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    a, student_sum, b, teacher_sum, at_peak = merge_softmax(partial_pointer, row, SPLITS)
+    a, student_sum, b, teacher_sum, at_peak = merge_softmax(
+        partial_pointer, row, student_factor, teacher_factor, SPLITS
+    )
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
-    peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) - teacher_log_sum)
-    peak_score = mixture_score(peak_ratio, beta, DIVERGENCE)
+    at_peak = mixture_peak(at_peak, b, teacher_factor)
+    peak_ratio = ((b - at_peak) * teacher_factor + teacher_log_sum) - student_log_sum
+    share, rest, log_share = mixture_shares(peak_ratio, beta, rest_of_beta)
     student_pointer += row * student_stride
     teacher_pointer += row * teacher_stride
     scores = tl.zeros([BLOCK], tl.float32)
@@ -273,10 +293,8 @@ def mixture_kernel(
             student_stride,
             columns,
             vocab,
-            student_scale,
-            student_softcap,
-            temperature,
-            STUDENT_CAPPED,
+            student_inner,
+            STUDENT_FORM,
         )
         t = load_logits(
             teacher_pointer,
@@ -284,20 +302,19 @@ def mixture_kernel(
             teacher_stride,
             columns,
             vocab,
-            teacher_scale,
-            teacher_softcap,
-            temperature,
-            TEACHER_CAPPED,
+            teacher_inner,
+            TEACHER_FORM,
         )
-        log_p = (s - a) - student_log_sum
-        log_q = (t - b) - teacher_log_sum
-        log_ratio = log_ratio_at(log_p, log_q)
-        p = tl.exp(log_p)
+        z = (s - a) * student_factor
+        p = tl.exp(z - student_log_sum)
+        ratio = z - (t - at_peak) * teacher_factor
+        log_ratio = bounded(ratio + peak_ratio)
         if DIVERGENCE == "skew_reverse_kl":
-            losses += p * log_over_mixture(-log_ratio, beta)
+            losses += p * log_over_mixture(-log_ratio, beta, rest_of_beta)
         else:
-            losses += tl.exp(log_q) * log_over_mixture(log_ratio, 1 - beta)
-        scores += p * (mixture_score(log_ratio, beta, DIVERGENCE) - peak_score)
+            q = tl.exp((t - b) * teacher_factor - teacher_log_sum)
+            losses += q * log_over_mixture(log_ratio, rest_of_beta, beta)
+        scores += p * mixture_score(-ratio, share, rest, log_share, beta, rest_of_beta, DIVERGENCE)
     record = mixture_pointer + (row * tl.num_programs(1) + split) * 2
     tl.store(record, tl.sum(scores, 0))
     tl.store(record + 1, tl.sum(losses, 0))
@@ -316,15 +333,18 @@ def combine_kernel(
     student_logprob_pointer,
     teacher_logprob_pointer,
     beta,
+    rest_of_beta,
     importance_clip,
     slope,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """One program a row: the token's values, its weight times its importance, and what the gradient needs.
 
-    Log-probabilities are written over the labels' logits. Writes the constants (student max, log Σ e, teacher max,
-    log Σ f, teacher logit at the student's max, centre, factor): the gradient is factor · p · (g - centre), with g
+    Log-probabilities are written over the labels' u. Writes the constants (student max, log Σ e, teacher max,
+    log Σ f, teacher's u at the student's max, centre, factor): the gradient is factor · p · (g - centre), with g
     relative to its value at the peak.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -332,8 +352,10 @@ def combine_kernel(
     student_max = tl.load(record)
     student_sums = tl.load(record + 1)
     teacher_sums = tl.load(record + 4)
-    a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + 2))
-    b, teacher_sum, teacher_dot, teacher_shift = merge(tl.load(record + 3), teacher_sums, tl.load(record + 5))
+    a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + 2), student_factor)
+    b, teacher_sum, teacher_dot, teacher_shift = merge(
+        tl.load(record + 3), teacher_sums, tl.load(record + 5), teacher_factor
+    )
     at_peak = teacher_at_peak(record, student_max, a)
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
@@ -343,9 +365,9 @@ def combine_kernel(
     cross = tl.load(record + 6)
     centre = 0.0
     if DIVERGENCE == "reverse_kl":
-        offset = student_shift - (tl.load(record + 7) - at_peak)
+        offset = student_shift - (tl.load(record + 7) - at_peak) * teacher_factor
         centre = tl.sum(moved(student_sums, cross, student_shift, offset), 0) / student_sum
-        loss = centre - student_log_sum + ((b - at_peak) + teacher_log_sum)
+        loss = centre - student_log_sum + ((b - at_peak) * teacher_factor + teacher_log_sum)
     elif DIVERGENCE == "forward_kl":
         offset = teacher_shift - student_shift
         mean = tl.sum(moved(teacher_sums, cross, teacher_shift, offset), 0) / teacher_sum
@@ -355,14 +377,15 @@ def combine_kernel(
         centre = tl.sum(tl.load(sums), 0)
         loss = tl.sum(tl.load(sums + 1), 0)
         if DIVERGENCE == "jsd":
-            peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) - teacher_log_sum)
-            loss = centre + mixture_score(peak_ratio, beta, DIVERGENCE) + beta * loss
+            at_peak = mixture_peak(at_peak, b, teacher_factor)
+            peak_ratio = ((b - at_peak) * teacher_factor + teacher_log_sum) - student_log_sum
+            loss = centre + rest_of_beta * log_over_mixture(-peak_ratio, beta, rest_of_beta) + beta * loss
     tl.store(loss_pointer + row, loss)
 
     weight = tl.load(weight_pointer + row)
     if student_logprob_pointer is not None:
-        student_logprob = (tl.load(student_logprob_pointer + row) - a) - student_log_sum
-        teacher_logprob = (tl.load(teacher_logprob_pointer + row) - b) - teacher_log_sum
+        student_logprob = (tl.load(student_logprob_pointer + row) - a) * student_factor - student_log_sum
+        teacher_logprob = (tl.load(teacher_logprob_pointer + row) - b) * teacher_factor - teacher_log_sum
         tl.store(student_logprob_pointer + row, student_logprob)
         tl.store(teacher_logprob_pointer + row, teacher_logprob)
         if old_logprobs_pointer is not None:
@@ -392,14 +415,14 @@ def gradient_kernel(
     gradient_stride,
     constants_pointer,
     beta,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    rest_of_beta,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The last pass, over one block of a row: writes factor · p · (g - centre), and p - q for forward KL.
@@ -422,10 +445,8 @@ def gradient_kernel(
         student_stride,
         columns,
         vocab,
-        student_scale,
-        student_softcap,
-        temperature,
-        STUDENT_CAPPED,
+        student_inner,
+        STUDENT_FORM,
     )
     t = load_logits(
         teacher_pointer + row * teacher_stride,
@@ -433,27 +454,24 @@ def gradient_kernel(
         teacher_stride,
         columns,
         vocab,
-        teacher_scale,
-        teacher_softcap,
-        temperature,
-        TEACHER_CAPPED,
+        teacher_inner,
+        TEACHER_FORM,
     )
-    log_p = (s - a) - student_log_sum
-    log_q = (t - b) - teacher_log_sum
-    p = tl.exp(log_p)
+    z = (s - a) * student_factor
+    p = tl.exp(z - student_log_sum)
     if DIVERGENCE == "reverse_kl":
-        gradient = p * ((s - a) - (t - at_peak) - centre)
+        gradient = p * (z - (t - at_peak) * teacher_factor - centre)
     elif DIVERGENCE == "forward_kl":
-        gradient = p - tl.exp(log_q)
+        gradient = p - tl.exp((t - b) * teacher_factor - teacher_log_sum)
     else:
-        peak_ratio = log_ratio_at(-student_log_sum, (at_peak - b) - teacher_log_sum)
-        log_ratio = log_ratio_at(log_p, log_q)
-        peak_score = mixture_score(peak_ratio, beta, DIVERGENCE)
-        gradient = p * (mixture_score(log_ratio, beta, DIVERGENCE) - peak_score - centre)
+        at_peak = mixture_peak(at_peak, b, teacher_factor)
+        peak_ratio = ((b - at_peak) * teacher_factor + teacher_log_sum) - student_log_sum
+        share, rest, log_share = mixture_shares(peak_ratio, beta, rest_of_beta)
+        change = (t - at_peak) * teacher_factor - z
+        gradient = p * (mixture_score(change, share, rest, log_share, beta, rest_of_beta, DIVERGENCE) - centre)
     gradient *= factor
-    if STUDENT_CAPPED:
-        capped = s * (temperature / student_softcap)
-        gradient *= 1 - capped * capped
+    if STUDENT_FORM == "capped":
+        gradient *= 1 - s * s
     # Past the vocabulary p is 0, and so is what is written to the padding.
     gradient = tl.where(columns < tl.where(factor == 0, 0, vocab), gradient, 0.0)
     out = gradient_pointer + row * gradient_stride + columns

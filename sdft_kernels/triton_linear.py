@@ -25,7 +25,7 @@ from sdft_kernels.chunk import Head
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_divergence import combine, kernel_settings
-from sdft_kernels.triton_math import FAR_BELOW, add_bias, split_columns, transform
+from sdft_kernels.triton_math import FAR_BELOW, add_bias, form, split_columns, transform
 from sdft_kernels.triton_scoring import store_scores
 from sdft_kernels.triton_sums import RECORD, fold, fold_pair, merge, store_pair
 
@@ -82,13 +82,15 @@ def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: Logit
         *(source(hidden, copied), source(weight, copied), head.bias, hidden.stride(0), weight.stride(0)),
         *(tokens, vocab, hidden.shape[1], splits),
         *(partial, scores.labels, scores.logprob),
-        *(options.scale, options.softcap or 1.0, options.temperature),
-        CAPPED=options.softcap is not None,
+        *(options.inner, options.factor),
+        FORM=form(options),
         WHOLE_BLOCKS=hidden.shape[1] % LARGEST_BLOCK_K == 0,
         COPIED=copied,
     )
     combine_scores_kernel[(tokens,)](
-        *(partial, scores.logprob, scores.top1, scores.entropy, scores.logsumexp), SPLITS=splits, num_warps=1
+        *(partial, scores.logprob, scores.top1, scores.entropy, scores.logsumexp, options.factor),
+        SPLITS=splits,
+        num_warps=1,
     )
 
 
@@ -283,19 +285,19 @@ def biases(bias_pointer, columns, vocab, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def finish_logits(y, bias_pointer, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """Transformed logits of (M, N) products at `columns`, (1, N); far below all others past the vocabulary."""
+def finish_logits(y, bias_pointer, columns, vocab, inner, FORM: tl.constexpr):
+    """u of (M, N) products at `columns`, (1, N); far below all others past the vocabulary."""
     y = add_bias(y, bias_pointer, columns, vocab)
-    return tl.where(columns < vocab, transform(y, scale, softcap, temperature, CAPPED), FAR_BELOW)
+    return tl.where(columns < vocab, transform(y, inner, FORM), FAR_BELOW)
 
 
 @triton.jit
-def masked_logits(y, start, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
+def masked_logits(y, start, columns, vocab, inner, FORM: tl.constexpr):
     """The same of products that lack no bias; only the vocabulary's last block takes a mask."""
-    z = transform(y, scale, softcap, temperature, CAPPED)
+    u = transform(y, inner, FORM)
     if start + columns.shape[1] > vocab:
-        z = tl.where(columns < vocab, z, FAR_BELOW)
-    return z
+        u = tl.where(columns < vocab, u, FAR_BELOW)
+    return u
 
 
 @triton.jit
@@ -305,9 +307,9 @@ def has_label(labels, start, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def logit_at(z, columns, labels):
-    """(M, 1) logits at labels, (M, 1), that are among the columns, else 0."""
-    return tl.sum(tl.where(columns == labels, z, 0.0), 1, keep_dims=True)
+def logit_at(u, columns, labels):
+    """(M, 1) of u at labels, (M, 1), that are among the columns, else 0."""
+    return tl.sum(tl.where(columns == labels, u, 0.0), 1, keep_dims=True)
 
 
 @triton.autotune(**_choices(SCORE_TILES), key=["vocab", "size", "splits", "COPIED"])
@@ -325,25 +327,24 @@ def score_hidden_kernel(
     partial_pointer,
     labels_pointer,
     logprob_pointer,
-    scale,
-    softcap,
-    temperature,
-    CAPPED: tl.constexpr,
+    inner,
+    factor,
+    FORM: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     COPIED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Writes (max a, Σ exp(z - a), Σ exp(z - a) (z - a)) of a split of BLOCK_M rows, and the logits at their labels,
-    each by the program that has the label, where `combine_scores_kernel` expects them."""
+    """Writes the running values (see `fold`) of a split of BLOCK_M rows, and u at their labels, each by the program
+    that has the label, where `combine_scores_kernel` expects them."""
     first_row = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
     rows = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     inside = rows < tokens
     if labels_pointer is not None:
         labels = tl.load(labels_pointer + rows, mask=inside, other=-1).to(tl.int32)
-        label_logit = tl.zeros([BLOCK_M, 1], tl.float32)
+        label_u = tl.zeros([BLOCK_M, 1], tl.float32)
     a = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M, 1], tl.float32)
     dot = tl.zeros([BLOCK_M, 1], tl.float32)
@@ -365,32 +366,32 @@ def score_hidden_kernel(
             COPIED,
             WHOLE_BLOCKS,
         )
-        z = masked_logits(y, start, columns, vocab, scale, softcap, temperature, CAPPED)
+        u = masked_logits(y, start, columns, vocab, inner, FORM)
         if labels_pointer is not None:  # noqa: SIM102  # known when compiling; what is within is not
             if has_label(labels, start, BLOCK_N):
-                label_logit += logit_at(z, columns, labels)
-        a, total, dot, _, _, _ = fold(z, a, total, dot)
+                label_u += logit_at(u, columns, labels)
+        a, total, dot, _, _, _ = fold(u, a, total, dot, factor)
     record = partial_pointer + (rows * splits + split) * SCORE_RECORD
     tl.store(record, a, mask=inside)
     tl.store(record + 1, total, mask=inside)
     tl.store(record + 2, dot, mask=inside)
     if labels_pointer is not None:
         here = (labels >= first_column) & (labels < past_column)
-        tl.store(logprob_pointer + rows, label_logit, mask=here)
+        tl.store(logprob_pointer + rows, label_u, mask=here)
 
 
 @triton.jit
 def combine_scores_kernel(
-    partial_pointer, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer, SPLITS: tl.constexpr
+    partial_pointer, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer, factor, SPLITS: tl.constexpr
 ):
-    """One program a row: its values from its splits' records; the log-probability is written over the logit."""
+    """One program a row: its values from its splits' records; the log-probability is written over the label's u."""
     row = tl.program_id(0).to(tl.int64)
     record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * SCORE_RECORD
-    a, total, dot, _ = merge(tl.load(record), tl.load(record + 1), tl.load(record + 2))
-    label_logit = 0.0
+    a, total, dot, _ = merge(tl.load(record), tl.load(record + 1), tl.load(record + 2), factor)
+    label_u = 0.0
     if logprob_pointer is not None:
-        label_logit = tl.load(logprob_pointer + row)
-    store_scores(label_logit, a, total, dot, row, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer)
+        label_u = tl.load(logprob_pointer + row)
+    store_scores(label_u, a, total, dot, factor, row, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer)
 
 
 @triton.autotune(
@@ -417,14 +418,13 @@ def process_hidden_kernel(
     labels_pointer,
     student_logprob_pointer,
     teacher_logprob_pointer,
-    student_scale,
-    teacher_scale,
-    student_softcap,
-    teacher_softcap,
-    temperature,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
     SHARED_HEAD: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     COPIED: tl.constexpr,
@@ -432,7 +432,7 @@ def process_hidden_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Writes the records (see `fold_pair`) of a split of BLOCK_M rows of both models' logits, and the logits at their
+    """Writes the records (see `fold_pair`) of a split of BLOCK_M rows of both models' logits, and their u at the
     labels, each by the program that has the label, where `combine_kernel` expects them."""
     first_row = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
@@ -440,8 +440,8 @@ def process_hidden_kernel(
     inside = rows < tokens
     if labels_pointer is not None:
         labels = tl.load(labels_pointer + rows, mask=inside, other=-1).to(tl.int32)
-        student_label_logit = tl.zeros([BLOCK_M, 1], tl.float32)
-        teacher_label_logit = tl.zeros([BLOCK_M, 1], tl.float32)
+        student_label_u = tl.zeros([BLOCK_M, 1], tl.float32)
+        teacher_label_u = tl.zeros([BLOCK_M, 1], tl.float32)
     a = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)
     b = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)
     student_sum = tl.zeros([BLOCK_M, 1], tl.float32)
@@ -529,28 +529,36 @@ def process_hidden_kernel(
                 WHOLE_BLOCKS,
             )
         if COPIED:
-            s = masked_logits(s, start, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED)
-            t = masked_logits(t, start, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
+            s = masked_logits(s, start, columns, vocab, student_inner, STUDENT_FORM)
+            t = masked_logits(t, start, columns, vocab, teacher_inner, TEACHER_FORM)
             if labels_pointer is not None:  # noqa: SIM102  # known when compiling; what is within is not
                 if has_label(labels, start, BLOCK_N):
-                    student_label_logit += logit_at(s, columns, labels)
-                    teacher_label_logit += logit_at(t, columns, labels)
+                    student_label_u += logit_at(s, columns, labels)
+                    teacher_label_u += logit_at(t, columns, labels)
         else:
-            s = finish_logits(
-                s, student_bias_pointer, columns, vocab, student_scale, student_softcap, temperature, STUDENT_CAPPED
-            )
-            t = finish_logits(
-                t, teacher_bias_pointer, columns, vocab, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED
-            )
+            s = finish_logits(s, student_bias_pointer, columns, vocab, student_inner, STUDENT_FORM)
+            t = finish_logits(t, teacher_bias_pointer, columns, vocab, teacher_inner, TEACHER_FORM)
             if labels_pointer is not None:
-                student_label_logit += logit_at(s, columns, labels)
-                teacher_label_logit += logit_at(t, columns, labels)
+                student_label_u += logit_at(s, columns, labels)
+                teacher_label_u += logit_at(t, columns, labels)
         a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
-            s, t, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak, DIVERGENCE
+            s,
+            t,
+            a,
+            student_sum,
+            student_dot,
+            b,
+            teacher_sum,
+            teacher_dot,
+            cross,
+            at_peak,
+            student_factor,
+            teacher_factor,
+            DIVERGENCE,
         )
     record = partial_pointer + (rows * splits + split) * RECORD
     store_pair(record, inside, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
     if labels_pointer is not None:
         here = (labels >= first_column) & (labels < past_column)
-        tl.store(student_logprob_pointer + rows, student_label_logit, mask=here)
-        tl.store(teacher_logprob_pointer + rows, teacher_label_logit, mask=here)
+        tl.store(student_logprob_pointer + rows, student_label_u, mask=here)
+        tl.store(teacher_logprob_pointer + rows, teacher_label_u, mask=here)

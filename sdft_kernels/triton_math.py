@@ -6,12 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_ODDS
+from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_PEAK_RATIO, MASKED, LogitOptions
 
 _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
-_LARGEST_ODDS = tl.constexpr(LARGEST_ODDS)
-#: Stands for logits beyond the vocabulary: finite, so that no difference of two of them is NaN.
-FAR_BELOW = tl.constexpr(-1e30)
+_LARGEST_PEAK_RATIO = tl.constexpr(LARGEST_PEAK_RATIO)
+#: Stands for u beyond the vocabulary.
+FAR_BELOW = tl.constexpr(MASKED)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -31,28 +31,42 @@ def tanh(x):
 
 
 @triton.jit
-def expm1(x):
-    """By its series near 0, where the difference would lose digits."""
+def log_near_1(y, total):
+    """log(1 + y) by the series of artanh near 0, where `total`, 1 + y, would lose digits."""
+    s = y / (2 + y)
+    t = s * s
+    series = 2 * s * (1 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9)))))
+    return tl.where(tl.abs(y) < 0.4, series, tl.log(total))
+
+
+@triton.jit
+def share_of_expm1(x, share, power):
+    """share (exp(x) - 1), by its series near 0, where the difference would lose digits; `power` is share exp(x)."""
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
-    return tl.where(tl.abs(x) < 0.3, series, tl.exp(x) - 1)
+    return tl.where(tl.abs(x) < 0.3, share * series, power - share)
 
 
 @triton.jit
-def log1p(x):
-    """By the series of artanh near 0, where 1 + x would lose digits."""
-    s = x / (2 + x)
-    y = s * s
-    series = 2 * s * (1 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7 + y * (1 / 9)))))
-    return tl.where(tl.abs(x) < 0.4, series, tl.log(1 + x))
+def transform(y, inner, FORM: tl.constexpr):
+    """u of products y, of which the logits are factor · u: see `LogitOptions`.
 
-
-@triton.jit
-def transform(y, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """z = softcap(scale · y) / temperature."""
-    if CAPPED:
-        return tanh(y * (scale / softcap)) * (softcap / temperature)
+    Kernels take differences of u before they multiply: two numbers side by side lose nothing then, and what is the
+    largest is exactly 0. A difference of products would be rounded as the largest of them is, or half of it where the
+    compiler makes one instruction of a product and a sum: differently in each kernel.
+    """
+    if FORM == "capped":
+        return tanh(y * inner)
+    elif FORM == "negated":
+        return -y
     else:
-        return y * (scale / temperature)
+        return y
+
+
+def form(options: LogitOptions) -> str:
+    """Which of `transform`'s these are."""
+    if options.softcap is not None:
+        return "capped"
+    return "negated" if options.inner < 0 else "plain"
 
 
 @triton.jit
@@ -64,21 +78,21 @@ def add_bias(y, bias_pointer, columns, past):
 
 
 @triton.jit
-def load_logits(pointer, bias_pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """Transformed logits at `columns` of a row; far below all others past the vocabulary.
+def load_logits(pointer, bias_pointer, stride, columns, vocab, inner, FORM: tl.constexpr):
+    """u at `columns` of a row; far below all others past the vocabulary.
 
     The bias is read as far as the row goes, padding and all, so that its loads are as wide.
     """
     y = tl.load(pointer + columns, mask=columns < stride, other=0.0)
     y = add_bias(y, bias_pointer, columns, stride)
-    return tl.where(columns < vocab, transform(y, scale, softcap, temperature, CAPPED), FAR_BELOW)
+    return tl.where(columns < vocab, transform(y, inner, FORM), FAR_BELOW)
 
 
 @triton.jit
-def load_logit(pointer, bias_pointer, label, vocab, scale, softcap, temperature, CAPPED: tl.constexpr):
-    """The transformed logit at one label of a row."""
+def load_logit(pointer, bias_pointer, label, vocab, inner, FORM: tl.constexpr):
+    """u at one label of a row."""
     y = add_bias(tl.load(pointer + label), bias_pointer, label, vocab)
-    return transform(y, scale, softcap, temperature, CAPPED)
+    return transform(y, inner, FORM)
 
 
 @triton.jit
@@ -89,24 +103,47 @@ def split_columns(split, splits, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def log_ratio_at(log_p, log_q):
-    """r = log p - log q, bounded so that its exponentials are finite."""
-    return tl.minimum(tl.maximum(log_p - log_q, -_LARGEST_LOG_RATIO), _LARGEST_LOG_RATIO)
+def bounded(log_ratio):
+    """So that its exponentials are finite."""
+    return tl.minimum(tl.maximum(log_ratio, -_LARGEST_LOG_RATIO), _LARGEST_LOG_RATIO)
 
 
 @triton.jit
-def log_over_mixture(other_over_one, share_of_other):
-    """log(one / m) from log(other / one), where the mixture m holds `share_of_other` of the other."""
-    return -log1p(share_of_other * expm1(other_over_one))
+def log_over_mixture(other_over_one, share, rest):
+    """log(one / m) from log(other / one), where the mixture m holds `share` of the other and `rest` of the one."""
+    power = share * tl.exp(other_over_one)
+    return -log_near_1(share_of_expm1(other_over_one, share, power), rest + power)
 
 
 @triton.jit
-def mixture_score(log_ratio, beta, DIVERGENCE: tl.constexpr):
-    """g up to a constant, where dL/dz = p (g - Σ p g): see divergences.py."""
+def mixture_peak(at_peak, b, teacher_factor):
+    """The teacher's u at the student's largest, or as far below the teacher's largest as a mixture's scores need."""
+    return tl.maximum(at_peak, b - _LARGEST_PEAK_RATIO / teacher_factor)
+
+
+@triton.jit
+def mixture_shares(log_ratio, beta, rest_of_beta):
+    """The teacher's share of the mixture where log p - log q is this, the student's, and the logarithm of the first."""
+    odds = beta / rest_of_beta * tl.exp(-log_ratio)
+    rest = 1 / (1 + odds)
+    return odds * rest, rest, (tl.log(beta / rest_of_beta) - log_ratio) + tl.log(rest)
+
+
+@triton.jit
+def mixture_score(change, share, rest, log_share, beta, rest_of_beta, DIVERGENCE: tl.constexpr):
+    """g less its value at the peak, where dL/dz = p (g - Σ p g), from log q - log p less that at the peak: see
+    divergences.py."""
+    power = tl.exp(tl.minimum(log_share + change, _LARGEST_LOG_RATIO))
+    y = share_of_expm1(change, share, power)
+    total = rest + power
     if DIVERGENCE == "jsd":
-        return (1 - beta) * log_over_mixture(-log_ratio, beta)
-    elif DIVERGENCE == "skew_reverse_kl":
-        x = tl.minimum(beta / (1 - beta) * tl.exp(-log_ratio), _LARGEST_ODDS)
-        return 1 / (1 + 1 / x) - log1p(x)
+        return -rest_of_beta * log_near_1(y, total)
+    elif DIVERGENCE == "skew_forward_kl":
+        return -(rest * rest_of_beta / beta) * (y / total)
     else:
-        return (beta - 1) * tl.exp(log_over_mixture(log_ratio, 1 - beta))
+        s = y / (2 + y)
+        t = s * s
+        tail = 2 * s * t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9))))
+        part = y / total
+        series = -2 * t / (1 + s) - tail - share * part
+        return tl.where(tl.abs(y) < 0.4, series, rest * part - tl.log(total))

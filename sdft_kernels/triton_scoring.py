@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdft_kernels.divergences import LogitOptions
 from sdft_kernels.tokens import TokenScores
-from sdft_kernels.triton_math import load_logit, load_logits
+from sdft_kernels.triton_math import form, load_logit, load_logits
 from sdft_kernels.triton_sums import fold
 
 BLOCK = 2048
@@ -29,8 +29,8 @@ def score_rows(logits: Tensor, bias: Tensor | None, scores: TokenScores, options
         logits.stride(0),
         vocab,
         *(scores.labels, scores.logprob, scores.top1, scores.entropy, scores.logsumexp),
-        *(options.scale, options.softcap or 1.0, options.temperature),
-        CAPPED=options.softcap is not None,
+        *(options.inner, options.factor),
+        FORM=form(options),
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
@@ -47,10 +47,9 @@ def score_kernel(
     top1_pointer,
     entropy_pointer,
     logsumexp_pointer,
-    scale,
-    softcap,
-    temperature,
-    CAPPED: tl.constexpr,
+    inner,
+    factor,
+    FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a row."""
@@ -61,17 +60,18 @@ def score_kernel(
     dot = tl.zeros([1, BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)[None, :]
-        z = load_logits(logits_pointer, bias_pointer, stride, columns, vocab, scale, softcap, temperature, CAPPED)
-        a, total, dot, _, _, _ = fold(z, a, total, dot)
-    label_logit = 0.0
+        u = load_logits(logits_pointer, bias_pointer, stride, columns, vocab, inner, FORM)
+        a, total, dot, _, _, _ = fold(u, a, total, dot, factor)
+    label_u = 0.0
     if labels_pointer is not None:
         label = tl.load(labels_pointer + row)
-        label_logit = load_logit(logits_pointer, bias_pointer, label, vocab, scale, softcap, temperature, CAPPED)
+        label_u = load_logit(logits_pointer, bias_pointer, label, vocab, inner, FORM)
     store_scores(
-        label_logit,
+        label_u,
         tl.max(a),
         tl.sum(total),
         tl.sum(dot),
+        factor,
         row,
         logprob_pointer,
         top1_pointer,
@@ -81,11 +81,13 @@ def score_kernel(
 
 
 @triton.jit
-def store_scores(label_logit, a, total, dot, row, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer):
-    """What a row's maximum a, Σ exp(z - a), Σ exp(z - a) (z - a) and its label's logit, if it has one, say of it."""
+def store_scores(
+    label_u, a, total, dot, factor, row, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer
+):
+    """What a row's running values (see `fold`) and u at its label, if it has one, say of it."""
     log_sum = tl.log(total)
     tl.store(entropy_pointer + row, log_sum - dot / total)
-    tl.store(logsumexp_pointer + row, a + log_sum)
+    tl.store(logsumexp_pointer + row, a * factor + log_sum)
     if logprob_pointer is not None:
-        tl.store(logprob_pointer + row, (label_logit - a) - log_sum)
-        tl.store(top1_pointer + row, label_logit >= a)
+        tl.store(logprob_pointer + row, (label_u - a) * factor - log_sum)
+        tl.store(top1_pointer + row, label_u >= a)

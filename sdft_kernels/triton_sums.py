@@ -1,8 +1,8 @@
 """The running softmax sums of a row, as Triton device functions: how a block of logits is folded into them, and how
 the sums of a row's splits become the row's.
 
-A block is (M, N) logits of M rows; a row's running values are (M, 1). Its sums are (M, 1) too, or (M, N) where a
-kernel of few rows would rather add up the columns once, at the end.
+A block is (M, N) of M rows' u, of which the logits are factor · u; a row's running values are (M, 1). Its sums are
+(M, 1) too, or (M, N) where a kernel of few rows would rather add up the columns once, at the end.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def add(total, values):
 
 
 @triton.jit
-def fold(z, a, total, dot):
-    """Folds logits into the running maximum a, Σ e and Σ e (z - a), where e = exp(z - a).
+def fold(u, a, total, dot, factor):
+    """Folds u into its running maximum a, Σ e and Σ e z, where z = factor (u - a) and e = exp(z).
 
-    Returns these three; then how far the old maximum lay above the new one, z - a, and e.
+    Returns these three; then how far the old largest logit lay above the new one, z, and e.
     """
-    new_a = tl.maximum(a, tl.max(z, 1, keep_dims=True))
+    new_a = tl.maximum(a, tl.max(u, 1, keep_dims=True))
     # Before the first block there are no sums, and the shift is 0.
-    shift = tl.where(a == float("-inf"), 0.0, a - new_a)
-    z -= new_a
+    shift = tl.where(a == float("-inf"), 0.0, (a - new_a) * factor)
+    z = (u - new_a) * factor
     e = exp(z)
     dot = add(moved(total, dot, shift, shift), e * z)
     total = add(exp(shift) * total, e)
@@ -60,25 +60,30 @@ def fold_pair(
     teacher_dot,
     cross,
     at_peak,
+    student_factor,
+    teacher_factor,
     DIVERGENCE: tl.constexpr,
 ):
-    """Folds both models' logits s and t into (student max a, Σ e, Σ e (s - a), teacher max b, Σ f, Σ f (t - b), D,
-    t at the student's max c), with e = exp(s - a) and f = exp(t - b).
+    """Folds both models' u, s and t, into (student max a, Σ e, Σ e z, teacher max b, Σ f, Σ f y, D, t at the student's
+    max c), with z = student_factor (s - a), y = teacher_factor (t - b), e = exp(z) and f = exp(y).
 
-    For reverse KL, D = Σ e ((s - a) - (t - c)); for forward KL, D = Σ f ((t - b) - (s - a)).
+    For reverse KL, D = Σ e (z - teacher_factor (t - c)); for forward KL, D = Σ f (y - z).
     """
-    new_a, new_student_sum, new_student_dot, student_shift, below, e = fold(s, a, student_sum, student_dot)
-    new_b, new_teacher_sum, new_teacher_dot, teacher_shift, t_below_b, f = fold(t, b, teacher_sum, teacher_dot)
+    new_a, new_student_sum, new_student_dot, student_shift, below, e = fold(
+        s, a, student_sum, student_dot, student_factor
+    )
+    new_b, new_teacher_sum, new_teacher_dot, teacher_shift, t_below_b, f = fold(
+        t, b, teacher_sum, teacher_dot, teacher_factor
+    )
     if DIVERGENCE == "forward_kl":
         cross = moved(teacher_sum, cross, teacher_shift, teacher_shift - student_shift)
         cross = add(cross, f * (t_below_b - below))
     else:
-        # Not where `below` is 0: a compiler that folds s = scale · y into the difference might leave none.
         block_at_peak = tl.max(tl.where(s == new_a, t, float("-inf")), 1, keep_dims=True)
         new_at_peak = tl.where(new_a > a, block_at_peak, at_peak)
         if DIVERGENCE == "reverse_kl":
-            cross = moved(student_sum, cross, student_shift, student_shift - (at_peak - new_at_peak))
-            cross = add(cross, e * (below - (t - new_at_peak)))
+            cross = moved(student_sum, cross, student_shift, student_shift - (at_peak - new_at_peak) * teacher_factor)
+            cross = add(cross, e * (below - (t - new_at_peak) * teacher_factor))
         at_peak = new_at_peak
     return (
         new_a,
@@ -106,24 +111,24 @@ def store_pair(record, mask, a, student_sum, student_dot, b, teacher_sum, teache
 
 
 @triton.jit
-def merge(largest, total, dot):
-    """A row's maximum a, Σ e and Σ e (z - a) from its splits'; then how far each split's maximum lies above a."""
+def merge(largest, total, dot, factor):
+    """A row's maximum a, Σ e and Σ e z from its splits'; then how far each split's largest logit lies above all."""
     a = tl.max(largest, 0)
-    shift = largest - a
+    shift = (largest - a) * factor
     return a, tl.sum(exp(shift) * total, 0), tl.sum(moved(total, dot, shift, shift), 0), shift
 
 
 @triton.jit
-def merge_softmax(partial_pointer, row, SPLITS: tl.constexpr):
-    """A row's (student max, Σ e), (teacher max, Σ f) and teacher logit at the student's max, from its splits."""
+def merge_softmax(partial_pointer, row, student_factor, teacher_factor, SPLITS: tl.constexpr):
+    """A row's (student max, Σ e), (teacher max, Σ f) and the teacher's u at the student's max, from its splits."""
     record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
     student_max = tl.load(record)
-    a, student_sum, _, _ = merge(student_max, tl.load(record + 1), tl.load(record + 2))
-    b, teacher_sum, _, _ = merge(tl.load(record + 3), tl.load(record + 4), tl.load(record + 5))
+    a, student_sum, _, _ = merge(student_max, tl.load(record + 1), tl.load(record + 2), student_factor)
+    b, teacher_sum, _, _ = merge(tl.load(record + 3), tl.load(record + 4), tl.load(record + 5), teacher_factor)
     return a, student_sum, b, teacher_sum, teacher_at_peak(record, student_max, a)
 
 
 @triton.jit
 def teacher_at_peak(record, student_max, a):
-    """The teacher's logit at the student's maximum a, from the splits' records and maxima."""
+    """The teacher's u at the student's maximum a, from the splits' records and maxima."""
     return tl.max(tl.where(student_max == a, tl.load(record + 7), float("-inf")), 0)

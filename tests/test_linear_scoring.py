@@ -16,7 +16,7 @@ from sdft_kernels.chunking import ChunkPlan
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 from sdft_kernels.triton_linear import LARGEST_TILE, PROCESS_TILES, SCORE_TILES, Tile, configurations, split_vocabulary
-from tests.cases import Case, Result, assert_close, fused, random_case, reference, relative_error
+from tests.cases import LEAST_NATS, Case, Result, assert_close, fused, random_case, reference, relative_error
 from tests.test_scoring import expected_stats
 
 HALF = (torch.bfloat16, torch.float16)
@@ -75,11 +75,13 @@ def test_scores_of_odd_shapes_in_every_tile(
 
 @pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 255, 256, 257])
 def test_vocabularies_around_the_tile(vocab: int, copied: bool) -> None:
-    case = random_case(3, vocab=vocab, dtype=torch.bfloat16, labels=torch.randint(0, vocab, (3,)))
+    """Of so many tokens, for models of two entries may agree on a few, and leave differences without digits."""
+    case = random_case(16, vocab=vocab, dtype=torch.bfloat16, labels=torch.randint(0, vocab, (16,)))
     assert_close(without_gradient(case), expected(case), 3e-6, 0)
     hidden, weight, labels = case.student_hidden, case.student_weight, case.options["labels"]
     actual = linear_token_stats(hidden, weight, labels, backend="triton")
-    assert relative_error(actual.logprob, expected_stats(hidden, weight, labels, None).logprob) <= 3e-6
+    wanted = expected_stats(hidden, weight, labels, None).logprob
+    assert relative_error(actual.logprob, wanted, LEAST_NATS * 16**0.5) <= 3e-6
 
 
 def test_top1_where_tokens_tie() -> None:

@@ -97,3 +97,16 @@ def test_wrong_arguments(message: str, changes: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"hidden": torch.randn(3, 8), "weight": torch.randn(50, 8), **changes}
     with pytest.raises(ValueError, match=message):
         linear_token_stats(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entries_that_a_bias_masks(backend: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = torch.randn(5, 24).to(dtype), torch.randn(503, 24).to(dtype), torch.arange(5)
+    bias = torch.randn(503).to(dtype)
+    bias[9:400] = -torch.inf
+    actual = linear_token_stats(hidden, weight, labels, bias=bias, temperature=2.0, backend=backend)
+    rest = (weight[bias.isfinite()], labels, bias[bias.isfinite()])
+    expected = expected_stats(hidden, *rest, temperature=2.0)
+    for name in ("logprob", "entropy", "logsumexp"):
+        assert relative_error(getattr(actual, name), getattr(expected, name), 0.3) < 3e-6, name

@@ -81,7 +81,8 @@ def test_plain_options(divergence: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1])
 def test_vocabularies_around_the_block(vocab: int) -> None:
-    case = random_case(3, vocab=vocab, divergence="jsd")
+    """Of so many tokens, for models of two entries may agree on a few, and leave differences without digits."""
+    case = random_case(16, vocab=vocab, divergence="jsd")
     assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
 
 
