@@ -16,6 +16,7 @@ from sdft.config import MethodSettings, check_at_least, chosen
 from sdft.errors import UsageError
 from sdft.inherited import SAMPLING_STRATEGIES, check_settings
 from sdft.rollout import BACKENDS
+from sdft_kernels.arguments import LEAST_SHARE
 
 METRICS = ("accuracy", "forgetting")
 FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")  # the schedules that wait for a metric to get no better
@@ -30,6 +31,11 @@ class SDFTConfig(MethodSettings, Arguments):
 
     def __post_init__(self) -> None:
         MethodSettings.__post_init__(self)
+        if not LEAST_SHARE <= self.beta <= 1 - LEAST_SHARE:
+            raise UsageError(
+                f"beta is {self.beta!r}; it must be at least {LEAST_SHARE:g} and at most 1 - {LEAST_SHARE:g}, for float32 "
+                "does not tell the mixture from one of the models beyond"
+            )
         self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_at_least(name, getattr(self, name), 1)
