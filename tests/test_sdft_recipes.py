@@ -38,7 +38,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def read(name: str) -> dict[str, Any]:
         handed: list[Any] = []
-        monkeypatch.setattr(run, "train", lambda *settings, started: handed.extend(settings))
+        monkeypatch.setattr(run, "train", lambda *settings, **_: handed.extend(settings))
         assert cli.main(["train", str(EXAMPLES / name)]) == 0
         assert os.listdir(tmp_path) == [], "a recipe is read without a trace"
         return {field: value for dataclass in handed for field, value in vars(dataclass).items()}
@@ -96,7 +96,7 @@ def test_no_and_true_mean_what_they_say(settings: Any, tmp_path_factory: pytest.
 
 def test_log_completions_may_be_true_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[Any] = []
-    monkeypatch.setattr(run, "train", lambda *settings, started: handed.append(settings[-1].log_completions))
+    monkeypatch.setattr(run, "train", lambda *settings, **_: handed.append(settings[-1].log_completions))
     for value in ("true", "False", "3"):
         assert cli.main(["train", str(EXAMPLES / "demo.yaml"), "--log_completions", value]) == 0
     assert handed == [1, 0, 3]
