@@ -184,7 +184,8 @@ def results_in(folder: Path) -> list[str]:
 
 def _to_resume(wanted: str | bool | None, folder: Path, allow_pickle: bool) -> tuple[str | None, int]:
     """The checkpoint that is wanted, or None where the folder's own run ended, after so many steps, and left none."""
-    steps = int(read_record(folder).get("steps", 0)) if wanted in (True, "last") else 0
+    has_model = any(path for pattern in checkpoint.WEIGHTS for path in folder.glob(pattern))
+    steps = int(read_record(folder).get("steps", 0)) if has_model and wanted in (True, "last") else 0
     if steps and last_checkpoint(folder) is None:
         return None, steps
     return checkpoint_to_resume(wanted, folder, allow_pickle=allow_pickle), steps

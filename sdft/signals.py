@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,6 +15,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2
+
+#: Seconds within which a second signal is still the first: a terminal's Ctrl-C reaches all processes of a launch, and
+#: the launcher passes it on to them.
+ECHO = 1.0
 
 
 class FinishOnSignal(TrainerCallback):
@@ -33,6 +38,7 @@ class FinishOnSignal(TrainerCallback):
     def __init__(self, *, silent: bool = False) -> None:
         self.silent, self.noted, self.stopped, self.late = silent, 0, 0, 0
         self._before: dict[int, Any] = {}
+        self._noted_at = 0.0
 
     def __enter__(self) -> FinishOnSignal:
         for number in SIGNALS:
@@ -46,8 +52,12 @@ class FinishOnSignal(TrainerCallback):
             signal.raise_signal(self.noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = number
-        self._as_before()
+        if self.noted:
+            if time.monotonic() - self._noted_at >= ECHO:
+                self._as_before()
+                signal.raise_signal(number)
+            return
+        self.noted, self._noted_at = number, time.monotonic()
         if not self.silent:
             bar = "\n" if os.isatty(STDERR) else ""
             # print may be at work just now, and would not be interrupted by itself.

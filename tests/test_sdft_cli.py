@@ -633,6 +633,7 @@ def test_a_second_signal_ends_the_command_at_once(number, code, line, recipe, ca
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(SDFTTrainer, "save_beside", told_twice)
+    monkeypatch.setattr("sdft.signals.ECHO", 0.0)
     try:
         assert fails(capsys, ["train", recipe(save_strategy="steps", save_steps=2)], code) == f"sdft: {line}"
     finally:

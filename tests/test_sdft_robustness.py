@@ -339,7 +339,15 @@ def test_a_signal_right_after_a_checkpoint_saves_none_again(tmp_path):
     assert os.listdir(tmp_path / "b") == []
 
 
-def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path):
+def test_a_launcher_that_passes_ctrl_c_on_does_not_make_two_of_one(tmp_path):
+    with stopped(tmp_path, 3, "rollouts", times=2, number=signal.SIGINT) as (run, finish):
+        run.train()
+    assert finish.stopped == signal.SIGINT and os.path.basename(run.newest) == "checkpoint-2"
+
+
+def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdft.signals.ECHO", 0.0)
+
     class Ended(Exception):
         pass
 
