@@ -117,6 +117,8 @@ def check_options(
     ):
         if value is not None:
             positive(name, value)
+    slope("student_logit_scale", student_logit_scale, temperature)
+    slope("teacher_logit_scale", teacher_logit_scale, temperature)
     workspace(max_chunk_bytes)
 
 
@@ -135,6 +137,8 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
             f"{prefix}weight has {weight.shape[1]} columns and {prefix}hidden {hidden.shape[1]}: both must be the "
             "hidden size"
         )
+    if hidden.shape[1] == 0:
+        raise ValueError(f"{prefix}hidden has no columns: the hidden size must be at least 1")
     if weight.shape[0] == 0:
         raise ValueError(f"{prefix}weight has no rows: the vocabulary must hold at least one token")
     same_device(f"{prefix}weight", weight, hidden.device)
@@ -188,6 +192,15 @@ def positive(name: str, value: Any) -> None:
 def nonzero(name: str, value: Any) -> None:
     if not 0 < abs(number(name, value)) < math.inf:
         raise ValueError(f"{name} must be finite and not 0, not {value!r}")
+
+
+def slope(name: str, scale: float, temperature: float) -> None:
+    """What logits are multiplied with, which float32 has to hold, as well as its product with a masked logit."""
+    if not LEAST_SLOPE <= abs(scale) / temperature <= LARGEST_SLOPE:
+        raise ValueError(
+            f"{name} / temperature must lie between {LEAST_SLOPE:g} and {LARGEST_SLOPE:g} but for its sign, not be "
+            f"{scale!r} / {temperature!r}"
+        )
 
 
 def workspace(max_chunk_bytes: Any) -> None:
@@ -270,3 +283,6 @@ PADDING_SHARE = 0.01
 #: A model's part of a mixture, at least. Some divergences are of its square and sums of terms of its own size, of which
 #: float32 knows 6e-8: 1e-3 of it leaves their values an error of 3e-6.
 LEAST_SHARE = 1e-3
+
+#: A logit's scale over the temperature.
+LEAST_SLOPE, LARGEST_SLOPE = 1e-30, 1e6

@@ -173,17 +173,17 @@ def token_weights(
     if token_weight is None:
         weight, total = like.new_ones(live.count, dtype=wide), one * max(1, live.count)
     else:
-        weight = live.take(token_weight).to(wide, copy=True)
+        weight = live.take(token_weight).double()  # whose sum float32 may not hold
         total = weight.sum()
         total = torch.where(total == 0, 1, total)
     if reduction != "mean":
         total = one
     if compute_dtype != torch.float16:
-        return weight.div_(total), one
+        return weight.div(total).to(wide), one
     largest = weight.abs().amax() if live.count else one
     largest = torch.where(largest == 0, 1, largest)
     unit = largest / FLOAT16_WEIGHT
-    return weight.div_(unit), unit / total
+    return weight.div(unit).to(wide), (unit / total).to(wide)
 
 
 def check_labels(labels: Tensor, vocab: int) -> None:

@@ -136,7 +136,8 @@ INLINE float logarithm_near_1(float y, float sum) {
 /* share (exp(x) - 1), by its series near 0, where the difference would lose digits; `power` is share exp(x). */
 INLINE float share_of_exponential_minus_1(float x, float share, float power) {
     float series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))));
-    return fabsf(x) < 0.3f ? share * series : power - share;
+    float near = share * series, far = power - share;
+    return fabsf(x) < 0.3f ? near : far;
 }
 
 /* ---- Formulas of divergences.py for one logit ---- */
@@ -154,15 +155,16 @@ INLINE float log_over_mixture(float other_over_one, float share, float rest) {
 }
 
 /* g less its value at the peak, where dL/dz = p (g - sum p g), from q/p over that at the peak, a logarithm. */
-INLINE float mixture_score(float change, float share, float rest, float log_share, struct mixture mixture,
+INLINE float mixture_score(float change, float share, float rest, float log_share, const struct mixture *mixture,
                            enum divergence divergence) {
     float exponent = log_share + change;
-    float power = exponential(exponent > 80.0f ? 80.0f : exponent);
+    exponent = exponent > 80.0f ? 80.0f : exponent;
+    float power = exponential(exponent);
     float y = share_of_exponential_minus_1(change, share, power), sum = rest + power;
     if (divergence == JSD)
-        return -mixture.rest * logarithm_near_1(y, sum);
+        return -mixture->rest * logarithm_near_1(y, sum);
     if (divergence == SKEW_FORWARD_KL)
-        return -rest / mixture.odds * (y / sum);
+        return -rest / mixture->odds * (y / sum);
     float s = y / (2 + y), t = s * s;
     float tail = 2 * s * t * (1.0f / 3 + t * (1.0f / 5 + t * (1.0f / 7 + t * (1.0f / 9))));
     float series = -2 * t / (1 + s) - tail - share * (y / sum);
@@ -339,8 +341,8 @@ INLINE void fold_rows(float *logits, long rows, long stride, long width, struct 
 /* A mixture's second pass: sum e (g - g at the peak), and the loss's own, sum e log(p/m) for the skewed reverse KL and
  * sum f log(q/m) for the other two, (2, width) added to. */
 INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width, struct options student,
-                              struct options teacher, enum divergence divergence, struct mixture mixture, const float *constants,
-                              double *sums) {
+                              struct options teacher, enum divergence divergence,
+                              const struct mixture *mixture, const float *constants, double *sums) {
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
@@ -358,10 +360,10 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
                     float e = exponential(z);
                     scores[j] += e * mixture_score(-ratio, share[j], rest[j], log_share[j], mixture, divergence);
                     if (divergence == SKEW_REVERSE_KL)
-                        losses[j] += e * log_over_mixture(-log_ratio, mixture.beta, mixture.rest);
+                        losses[j] += e * log_over_mixture(-log_ratio, mixture->beta, mixture->rest);
                     else
                         losses[j] += exponential((v[j] - b[j]) * teacher.factor) *
-                                     log_over_mixture(log_ratio, mixture.rest, mixture.beta);
+                                     log_over_mixture(log_ratio, mixture->rest, mixture->beta);
                 }
             for (int j = 0; j < tokens; j++) {
                 sums[first + j] += scores[j];
@@ -374,7 +376,8 @@ INLINE void fold_mixture_rows(float *logits, long rows, long stride, long width,
 /* The gradient of the student's products, of up to ENTRIES rows and TOKENS tokens; `constants` are the first's. */
 INLINE void gradient_block(const float *logits, int rows, long stride, int tokens, long width,
                            const struct options *student, const struct options *teacher, enum divergence divergence,
-                           struct mixture mixture, const float *constants, float *gradients, long gradient_stride) {
+                           const struct mixture *mixture, const float *constants, float *restrict gradients,
+                           long gradient_stride) {
     const float *a = constants + A * width, *b = constants + B * width, *c = constants + C * width;
     const float *p_factor = constants + P_FACTOR * width, *q_factor = constants + Q_FACTOR * width;
     const float *centre = constants + CENTRE * width, *share = constants + SHARE * width;
@@ -395,8 +398,8 @@ INLINE void gradient_block(const float *logits, int rows, long stride, int token
 
 /* The same for all tokens, rows `gradient_stride` apart. */
 INLINE void gradient_rows(const float *logits, long rows, long stride, long width, const struct options *student,
-                          const struct options *teacher, enum divergence divergence, struct mixture mixture, const float *constants,
-                          float *gradients, long gradient_stride) {
+                          const struct options *teacher, enum divergence divergence,
+                          const struct mixture *mixture, const float *constants, float *gradients, long gradient_stride) {
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride, gradients += ENTRIES * gradient_stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
@@ -434,8 +437,8 @@ EACH_PROCESSOR void fold_pair_share(float *logits, long rows, long stride, long 
 }
 
 EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, long width, const struct options *student,
-                                       const struct options *teacher, enum divergence divergence, struct mixture mixture,
-                                       const float *constants, double *sums) {
+                                       const struct options *teacher, enum divergence divergence,
+                                       const struct mixture *mixture, const float *constants, double *sums) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
         fold_mixture_rows(logits, rows, stride, width, *student, *teacher, name, mixture, constants, sums);               \
@@ -451,8 +454,8 @@ EACH_PROCESSOR void fold_mixture_share(float *logits, long rows, long stride, lo
 }
 
 EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long width, const struct options *student,
-                                   const struct options *teacher, enum divergence divergence, struct mixture mixture,
-                                   const float *constants, float *gradients, long gradient_stride) {
+                                   const struct options *teacher, enum divergence divergence,
+                                   const struct mixture *mixture, const float *constants, float *gradients, long gradient_stride) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
         gradient_rows(logits, rows, stride, width, student, teacher, name, mixture, constants, gradients,                 \
@@ -623,10 +626,11 @@ void fold_pair(float *logits, long rows, long stride, long width, const struct o
 void fold_mixture(float *logits, long rows, long stride, long width, const struct options *student,
                   const struct options *teacher, int divergence, double beta, const float *constants, double *sums,
                   int threads) {
+    const struct mixture mixture = mixture_of(beta);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         long first = rows * thread / threads, past = rows * (thread + 1) / threads;
-        fold_mixture_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, mixture_of(beta),
+        fold_mixture_share(logits + first * stride, past - first, stride, width, student, teacher, divergence, &mixture,
                            constants, sums + thread * 2 * width);
     }
 }
@@ -641,6 +645,7 @@ void carry_back(float *logits, long rows, long stride, long width, const struct 
                 const struct options *teacher, int divergence, double beta, const float *constants,
                 const struct carry *carry, float *scratch, int threads) {
     const struct products *set = products();
+    const struct mixture mixture = mixture_of(beta);
     long block = block_rows(), step = gradient_stride(width);
     long sums = width * ((carry->hidden_size + set->columns - 1) / set->columns * set->columns);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -657,8 +662,8 @@ void carry_back(float *logits, long rows, long stride, long width, const struct 
             struct fetch own = fetching(head, count * carry->head_stride, 0, 0);
             struct fetch next = fetching(logits + (row + count) * stride, after * stride, head + count * carry->head_stride,
                                          carry->head_gradient ? 0 : after * carry->head_stride);
-            gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, mixture_of(beta), constants,
-                           gradient, step);
+            gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, &mixture,
+                           constants, gradient, step);
             if (carry->bias_gradient)
                 for (int r = 0; r < count; r++)
                     carry->bias_gradient[row + r] += sum_of(gradient + r * step, width);

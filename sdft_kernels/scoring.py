@@ -71,6 +71,7 @@ def linear_token_stats(
     arguments.per_token("labels", labels, hidden.shape[0], hidden.device, floating=False)
     arguments.positive("temperature", temperature)
     arguments.nonzero("logit_scale", logit_scale)
+    arguments.slope("logit_scale", logit_scale, temperature)
     if softcap is not None:
         arguments.positive("softcap", softcap)
     arguments.workspace(max_chunk_bytes)

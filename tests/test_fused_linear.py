@@ -367,3 +367,10 @@ def test_a_mixture_where_p_is_far_above_q_keeps_its_gradient(gap: float, diverge
 def test_a_mixture_that_is_nearly_one_of_the_models(beta: float, divergence: str, backend: str) -> None:
     case = random_case(divergence=divergence, beta=beta)
     assert_close(fused(case, backend=backend), reference(case), 1e-5, 2e-6)
+
+
+@pytest.mark.parametrize("weight", [torch.full((4,), 1e-50, dtype=torch.float64), torch.full((4,), 2e38)])
+def test_token_weights_whose_sum_float32_cannot_hold(weight: torch.Tensor, dtype: torch.dtype) -> None:
+    case = random_case(4, dtype=dtype)
+    plain = fused(case).output.loss.item()
+    assert abs(fused(case.with_options(token_weight=weight)).output.loss.item() / plain - 1) < 1e-6
