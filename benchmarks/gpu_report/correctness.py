@@ -64,7 +64,7 @@ class Tests:
     def said(self) -> str:
         outcomes = list(self.ended.values())
         counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("passed", "failed", "skipped"))
-        return f"{counts} of {self.collected} tests"
+        return f"{counts}, and {self.collected} tests were found"
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -91,7 +91,7 @@ def run(settings: Settings) -> Iterator[Row]:
             process.wait()
     if not in_time:
         yield from ({"case": case, "error": "it began, and had not ended when time was up"} for case in tests.begun)
-        raise CutOff(f"no time left: {tests.said} had ended")
+        raise CutOff(f"no time was left: {tests.said}")
     outcomes = list(tests.ended.values())
     every_test = len(outcomes) >= tests.collected and "passed" in outcomes
     if not every_test or process.returncode != ("failed" in outcomes):

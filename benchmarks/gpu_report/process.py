@@ -27,8 +27,8 @@ from benchmarks.gpu_report.stage import Row, Settings, finite
 
 #: Seconds past its budget, or past its last row, after which a stage's process is ended.
 GRACE = 10
-#: Exit status of a stage that says itself that its time was too short.
-CUT_OFF = 75
+#: Key of the line after the last row, where a stage says itself that its time was too short.
+CUT_OFF = "cut off"
 #: The longest line of the log.
 LINE_BYTES = 1 << 16
 
@@ -108,7 +108,8 @@ def run_apart(
     )
     os.close(rows_end)
     assert process.stdout is not None
-    sources = {rows: _Rows(outcome.rows).take, process.stdout.fileno(): log.take}
+    taken = _Rows(outcome.rows)
+    sources = {rows: taken.take, process.stdout.fileno(): log.take}
     try:
         ended = _attend(process, sources, started + outcome.budget + GRACE, looked)
     finally:
@@ -122,8 +123,8 @@ def run_apart(
     outcome.status, outcome.reason = "done", None
     if not ended:
         outcome.status, outcome.reason = "cut off", f"it had not ended {GRACE} s after its time or its last row"
-    elif process.returncode == CUT_OFF:
-        outcome.status, outcome.reason = "cut off", log.last
+    elif taken.cut_off is not None:
+        outcome.status, outcome.reason = "cut off", taken.cut_off
     elif process.returncode < 0:
         outcome.status = "failed"
         outcome.reason = f"ended by signal {-process.returncode}" + (f": {log.last[:500]}" if log.last else "")
@@ -133,16 +134,20 @@ def run_apart(
 
 @dataclass
 class _Rows:
-    """Rows of lines of JSON, of which the last may be there in part."""
+    """Rows of lines of JSON, of which the last may be there in part; and why the stage says that it is cut off."""
 
     rows: list[Row]
+    cut_off: str | None = None
     _begun: bytes = b""
 
     def take(self, part: bytes) -> None:
         *lines, self._begun = (self._begun + part).split(b"\n")
         for line in lines:
-            row = json.loads(line)
-            self.rows.append({k: without_paths(v) if isinstance(v, str) else v for k, v in row.items()})
+            row = {k: without_paths(v) if isinstance(v, str) else v for k, v in json.loads(line).items()}
+            if CUT_OFF in row:
+                self.cut_off = row[CUT_OFF]
+            else:
+                self.rows.append(row)
 
 
 def _attend(
@@ -180,10 +185,11 @@ def _drain(source: int, take: Callable[[bytes], None]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The process and all that it started."""
+    """The process and all that it started. One that a driver holds cannot be ended, and the others go on."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
     if process.stdin is not None:
         process.stdin.close()
 
@@ -197,8 +203,7 @@ def run_here(path: str, settings: Settings, rows: int) -> None:
             for row in importlib.import_module(path).run(settings):
                 file.write(json.dumps(finite(row), allow_nan=False) + "\n")
         except CutOff as cut:
-            print(cut, file=sys.stderr)
-            sys.exit(CUT_OFF)
+            file.write(json.dumps({CUT_OFF: str(cut)}) + "\n")
 
 
 def _end_with_the_report() -> None:

@@ -12,6 +12,8 @@ import pytest
 #: Of a failure's text: the lines that say what was wrong.
 MOST_LINES = 12
 
+_NOT_COLLECTED: set[str] = set()
+
 
 def pytest_collection_finish(session: Any) -> None:
     _write({"collected": len(session.items)})
@@ -23,8 +25,9 @@ def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
 
 
 def pytest_collectreport(report: Any) -> None:
-    """A file that cannot be imported is a failure, of tests that nobody could count."""
-    if report.failed:
+    """A file that cannot be imported is a failure, of tests that nobody could count; each process may report it."""
+    if report.failed and report.nodeid not in _NOT_COLLECTED:
+        _NOT_COLLECTED.add(report.nodeid)
         _write({"case": report.nodeid, "outcome": "failed", "seconds": 0.0, "message": _message(report)})
 
 

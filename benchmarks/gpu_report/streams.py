@@ -42,6 +42,7 @@ class Lenient(io.TextIOBase):
 
 @contextmanager
 def lenient() -> Iterator[None]:
-    """Standard output and standard error."""
-    with contextlib.redirect_stdout(Lenient(sys.stdout)), contextlib.redirect_stderr(Lenient(sys.stderr)):
+    """Standard output and standard error, where they are open."""
+    out, errors = (stream and Lenient(stream) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         yield
