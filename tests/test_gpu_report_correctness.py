@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +24,15 @@ from benchmarks.gpu_report.stage import Row, Settings
 def rows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The stage's rows with these test files, and how it ended if not as usual."""
 
-    def rows_of(seconds: float = 60, **sources: str) -> tuple[list[Row], BaseException | None]:
+    def rows_of(left: Callable[[], float] = lambda: 60, **sources: str) -> tuple[list[Row], BaseException | None]:
         rows: list[Row] = []
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
         for name, source in sources.items():
             (tmp_path / f"test_{name}.py").write_text(source)
         monkeypatch.setattr(correctness, "TOY_TESTS", (str(tmp_path),))
         try:
-            for row in correctness.run(Settings("cpu", True, time.monotonic() + seconds)):
+            settings: Any = SimpleNamespace(device="cpu", toy=True, left=left)
+            for row in correctness.run(settings):
                 rows.append(row)
         except (CutOff, SystemExit) as error:
             return rows, error
@@ -67,9 +70,15 @@ def test_where_nothing_passed_nothing_is_proven(rows_of: Any) -> None:
     assert isinstance(rows_of(idle="")[1], SystemExit)
 
 
-def test_tests_that_time_cuts_off_are_counted_and_the_last_named(rows_of: Any) -> None:
-    hangs = "import time\ndef test_hangs():\n    time.sleep(600)\ndef test_after():\n    pass\n" + PASSES
-    rows, error = rows_of(seconds=12, one=hangs)
+def test_tests_that_time_cuts_off_are_counted_and_the_last_named(rows_of: Any, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    hangs = f"import time\ndef test_hangs():\n    open({str(begun)!r}, 'w')\n    time.sleep(600)\n"
+    after = "def test_after():\n    pass\n"
+
+    def left() -> float:
+        return 2 - (time.time() - begun.stat().st_mtime) if begun.exists() else 60
+
+    rows, error = rows_of(left, one=hangs + after + PASSES)
     assert isinstance(error, CutOff) and "passed, 0 failed, 0 skipped, and 3 tests were found" in str(error)
     named = next(row for row in rows if "error" in row)
     assert named["case"].endswith("test_hangs") and "had not ended" in named["error"]
