@@ -19,8 +19,8 @@ GPU_OUT ?= runs/gpu
 MINUTES ?= 11
 
 gpu:
-	@$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu_report --out $(GPU_OUT) \
-		--minutes $(MINUTES) $(GPU_ARGS)
+	@$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu_report --out "$(GPU_OUT)" \
+		--minutes "$(MINUTES)" $(GPU_ARGS)
 
 # What a GPU machine without a network lacks, for its Python 3.12: at most 60 MiB with the source.
 gpu-wheels:

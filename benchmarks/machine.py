@@ -14,12 +14,12 @@ from sdft_kernels import cpu_backend
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "sdft-kernels")
 
 
-def describe() -> dict[str, str]:
-    """Processor, threads, device, versions and date."""
+def describe(*, gpu: bool = True) -> dict[str, str]:
+    """Processor, threads, device, versions and date. Without `gpu` none is asked for its name."""
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "machine": f"{_processor()}, {torch.get_num_threads()} threads, {_memory()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else "CPU",
         "versions": f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items() if v),
         "cpu_kernels": "compiled" if cpu_backend.library() else "not built",
         "date": datetime.date.today().isoformat(),

@@ -5,7 +5,9 @@ With SDFT_TEST_DEVICE=cuda they are compiled instead, for the tests in tests/gpu
 
 import os
 
-if os.environ.get("SDFT_TEST_DEVICE") != "cuda":
+if os.environ.get("SDFT_TEST_DEVICE") == "cuda":
+    os.environ.pop("TRITON_INTERPRET", None)  # exported by a shell: the interpreter would pass for the GPU
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 # Threads that spin while they wait make small operations many times slower on a machine that is busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -177,11 +178,16 @@ def test_the_floor_is_the_bare_products(trainable: bool) -> None:
 def test_peers_take_turns_at_what_they_offer() -> None:
     real = Settings("cuda", False, time.monotonic())
     found = list(loss.cases(real))
-    assert [(case.model.name, case.tokens, case.head) for case in found[:3]] == [
+    assert [(case.model.name, case.tokens, case.head) for case in found[:5]] == [
         ("Llama-3.1-8B", 8192, "trainable"),
         ("Llama-3.1-8B", 8192, "frozen"),
+        ("Llama-3.1-8B", 16_384, "trainable"),
+        ("Llama-3.1-8B", 16_384, "frozen"),
         ("Qwen2.5-7B", 8192, "trainable"),
     ]
+    assert all(case.guess(case.blocks[-1]) < 15 for case in found[2:4]), (
+        "what is compiled later keeps none from running"
+    )
     assert {case.divergence for case in found} == set(loss.DIVERGENCES)
     for case in found:
         methods = [name for block in case.blocks for name in block]
@@ -192,6 +198,28 @@ def test_peers_take_turns_at_what_they_offer() -> None:
     compiled = [any(name in loss.COMPILED for block in case.blocks for name in block) for case in found]
     assert compiled == sorted(compiled) and sum(compiled) == 3
     assert all(case.guess(case.blocks[-1]) >= loss.COMPILE_SECONDS for case in found[-3:])
+
+
+def test_a_peer_that_is_not_here_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("trl", "liger_kernel"):
+        monkeypatch.setitem(sys.modules, package, None)
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, name)
+    found: list[loss.Case] = []
+
+    def measure(settings: Settings, case: loss.Case, known: loss.Known) -> Any:
+        found.append(case)
+        yield {"case": case.name}
+
+    monkeypatch.setattr(loss, "measure", measure)
+    monkeypatch.setattr(loss, "first_call", lambda settings: iter(()))
+    real = Settings("cuda", False, time.monotonic() + 1e6)
+    rows = list(loss.run(real))
+    assert [row["case"] for row in rows if "skipped" in row] == ["TRL", "Liger", "Liger CuTe"]
+    assert not [row for row in rows if "error" in row]
+    methods = {name for case in found for block in case.blocks for name in block}
+    assert methods == {OURS, EVERY_OPTION, loss.SOFTCAP, loss.PLAIN, *loss.FLOORS}
+    assert len(found) == len(list(loss.cases(real))) - 3, "no case is only about a compiled peer"
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])

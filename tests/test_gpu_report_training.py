@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -173,6 +174,14 @@ def test_longer_is_not_tried_after_memory_was_too_small(monkeypatch: pytest.Monk
     assert "OutOfMemoryError: no room" in written and "too small for 16384" in written
 
 
+def test_a_trainer_that_is_not_here_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(training, "measure", lambda case, device: measured(case))
+    rows = list(training.run(toy()))
+    assert [(row["case"], row["skipped"][:19]) for row in rows if "skipped" in row] == [("TRL", "ModuleNotFoundError")]
+    assert [row["case"] for row in rows if "seconds" in row] == [toy_case().name, training.cases(toy())[1].name]
+
+
 @pytest.mark.parametrize(
     ("name", "billions"), [("Qwen2.5-1.5B", 1.544), ("Qwen2.5-7B", 7.616)]
 )  # as their model cards have it
@@ -203,6 +212,18 @@ def test_rollouts_of_a_toy() -> None:
         json.dumps(row, allow_nan=False)
         assert row["tokens_per_second"] == pytest.approx(row["prompts"] * 8 / row["seconds"])
     assert rollouts.table(rows).count("seeded |") == len(rows)
+
+
+def test_what_is_measured_is_as_long_as_what_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, int]] = []
+
+    def take(model: Any, backend: str, prompts: int, tokens: int, seeded: bool) -> float:
+        taken.append((backend, tokens))
+        return 1.0
+
+    monkeypatch.setattr(rollouts, "take", take)
+    rows = list(rollouts.run(toy()))
+    assert len(taken) == len(rows) + len(BACKENDS) and {tokens for _, tokens in taken} == {rows[0]["tokens"]}
 
 
 def test_a_back_end_that_breaks_does_not_stop_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

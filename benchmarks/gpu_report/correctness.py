@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
-
-ROOT = Path(__file__).parents[2]
+from benchmarks.gpu_report.errors import CutOff
+from benchmarks.gpu_report.paths import ROOT
+from benchmarks.gpu_report.stage import Row, Settings, markdown
 
 #: On the CPU, where Triton's interpreter takes its time: tests that between them run all of the code.
 TOY_TESTS = (
@@ -27,6 +29,8 @@ TOY_TESTS = (
 
 #: Of each file of tests.
 COUNTED = ("passed", "failed", "skipped", "seconds")
+#: Tests that are named where many fail alike.
+MOST_CASES = 10
 
 
 def workers(settings: Settings) -> int:
@@ -34,29 +38,64 @@ def workers(settings: Settings) -> int:
     return 2 if settings.toy else max(2, min(12, (os.cpu_count() or 2) - 2))
 
 
+@dataclass
+class Tests:
+    """What became of the tests so far, by what the plugin writes."""
+
+    collected: int = 0
+    begun: dict[str, None] = field(default_factory=dict)  # and not ended
+    ended: dict[str, str] = field(default_factory=dict)  # the outcome of each
+    _begun_line: str = ""
+
+    def take(self, file: TextIO) -> Iterator[Row]:
+        """A row for each test that has ended since the last look."""
+        *lines, self._begun_line = (self._begun_line + file.read()).split("\n")
+        for event in map(json.loads, lines):
+            if "collected" in event:
+                self.collected = max(self.collected, event["collected"])
+            elif "begun" in event:
+                self.begun[event["begun"]] = None
+            else:
+                self.begun.pop(event["case"], None)
+                self.ended[event["case"]] = event["outcome"]
+                yield event
+
+    @property
+    def said(self) -> str:
+        outcomes = list(self.ended.values())
+        counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("passed", "failed", "skipped"))
+        return f"{counts}, and {self.collected} tests were found"
+
+
 def run(settings: Settings) -> Iterator[Row]:
+    for package in ("pytest", "xdist", "hypothesis"):
+        importlib.import_module(package)  # whose absence the process below would tell only the log
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.jsonl"
-        rows.touch()
-        tests = TOY_TESTS if settings.toy else ("tests/gpu",)
-        command = [sys.executable, "-m", "pytest", *tests, "-q", "-p", "benchmarks.gpu_report.pytest_rows"]
+        events = Path(folder) / "events.jsonl"
+        events.touch()
+        chosen = TOY_TESTS if settings.toy else ("tests/gpu",)
+        command = [sys.executable, "-m", "pytest", *chosen, "-q", "-p", "benchmarks.gpu_report.pytest_rows"]
         command += ["--numprocesses", str(workers(settings)), "--dist", "loadgroup", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "SDFT_TEST_DEVICE": settings.device, "SDFT_TEST_ROWS": str(rows)}
+        environment = {**os.environ, "SDFT_TEST_DEVICE": settings.device, "SDFT_TEST_ROWS": str(events)}
+        tests = Tests()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sys.stderr)
         try:
-            with rows.open() as file:
+            with events.open() as file:
                 while process.poll() is None and settings.left() > 0:
-                    yield from map(json.loads, file)
+                    yield from tests.take(file)
                     time.sleep(0.2)
                 in_time = process.poll() is not None
-                yield from map(json.loads, file)
+                yield from tests.take(file)
         finally:
             process.kill()  # its workers, which then have nobody to talk to, end with the stage's process group
             process.wait()
-        if not in_time:
-            yield skipped("the tests after these", "no time left")
-        elif process.returncode not in (0, 1):  # which is that tests failed
-            yield {"case": "pytest", "error": f"it ended with exit status {process.returncode}"}
+    if not in_time:
+        yield from ({"case": case, "error": "it began, and had not ended when time was up"} for case in tests.begun)
+        raise CutOff(f"no time was left: {tests.said}")
+    outcomes = list(tests.ended.values())
+    every_test = len(outcomes) >= tests.collected and "passed" in outcomes
+    if not every_test or process.returncode != ("failed" in outcomes):
+        raise SystemExit(f"pytest ended with exit status {process.returncode}: {tests.said}")
 
 
 def table(rows: list[Row]) -> str:
@@ -77,10 +116,16 @@ def table(rows: list[Row]) -> str:
         ("seconds in tests", "seconds", ".0f"),
     )
     lines = [markdown([*counted, {"file": "together", **whole}], columns)]
+    failed: dict[str, list[str]] = {}  # by what they say, which is often the same
     for row in rows:
         if row.get("outcome") == "failed":
-            lines.append(f"\nFAILED `{row['case']}`\n\n    " + row["message"].replace("\n", "\n    "))
-        elif row.get("outcome") == "skipped" and "is about a GPU itself" not in row["message"]:
+            failed.setdefault(row["message"], []).append(row["case"])
+    for message, cases in failed.items():
+        more = f" and {len(cases) - MOST_CASES} more" if len(cases) > MOST_CASES else ""
+        names = ", ".join(f"`{case}`" for case in cases[:MOST_CASES])
+        lines.append(f"\nFAILED {names}{more}\n\n    " + message.replace("\n", "\n    "))
+    for row in rows:
+        if row.get("outcome") == "skipped" and "is about a GPU itself" not in row["message"]:
             lines.append(f"\nSkipped `{row['case']}`: {row['message']}")
         elif "error" in row or "outcome" not in row:
             lines.append(f"\n{row['case']}: {row.get('error') or row.get('skipped')}")

@@ -7,9 +7,8 @@ bare products over a method's: the share of the rate that the card itself reache
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import plots
 from benchmarks.gpu import Call, free_bytes, mebibytes, milliseconds, most_memory, release, wall_seconds
+from benchmarks.gpu_report import peers
 from benchmarks.gpu_report.cases import described, guarded, models, notes, predicted_gpu
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.ledger import COMPARED, EVERY_OPTION, OURS, Ledger, count
@@ -50,8 +50,8 @@ CUTE = "Liger CuTe"
 PEERS = ("TRL", "Liger Triton", CUTE, "Liger eager")
 COMPILED = ("Liger compiled", LIGER_HALF_HARD_COMPILED)
 
-#: Seconds that compiling Liger's loss may take, and the least that is left for it.
-COMPILE_SECONDS = 45.0
+#: Seconds that compiling Liger's loss takes on a card, which long cases leave for it.
+COMPILE_SECONDS = 15.0
 #: Rounds of a method of which one call takes longer are fewer.
 LONG_SECONDS, ROUNDS, FEW_ROUNDS = 0.3, 5, 3
 #: Of the free memory, what plain torch may take by its ledger.
@@ -95,6 +95,13 @@ class Case:
         """Of the products that any exact method needs."""
         return (4 if self.trainable_head else 3) * 2 * self.tokens * self.model.hidden * self.model.vocab
 
+    def without(self, absent: Container[str]) -> Case | None:
+        """The case with the peers that are there; None where those that it is about are not."""
+        blocks = [tuple(name for name in block if peers.of(name) not in absent) for block in self.blocks]
+        if any(name in COMPILED for block in self.blocks for name in block) and blocks == [(OURS,)]:
+            return None
+        return replace(self, blocks=tuple(block for block in blocks if block))
+
     def guess(self, methods: tuple[str, ...]) -> float:
         """Seconds that a block takes, at about twice the floor's time for each call."""
         calls = len(methods) * (self.rounds + 2)
@@ -103,44 +110,48 @@ class Case:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """The most important first. What takes longest, many tokens and what is compiled, comes last."""
+    """The most important first, of the first model also that with many tokens. What is compiled comes last."""
     few, tokens, many = (TOY_FEW, TOY_TOKENS, TOY_MANY) if settings.toy else (FEW, TOKENS, MANY)
     heads = [(model, trainable) for model in models(settings) for trainable in (True, False)]
     first = models(settings)[0]
-    peers = tuple(name for name in PEERS if name != CUTE or has_cute())
 
     def own(model: Model) -> tuple[str, ...]:
         return (OURS, SOFTCAP) if model.softcap else (OURS,)
 
-    for size in (tokens, few):
-        for model, trainable in heads[: 1 if settings.toy and size == few else None]:
-            yield Case(model, size, trainable, "reverse_kl", (FLOORS, (*own(model), *peers), (PLAIN,)))
+    def usual(size: int, of: list[tuple[Model, bool]]) -> Iterator[Case]:
+        for model, trainable in of:
+            yield Case(model, size, trainable, "reverse_kl", (FLOORS, (*own(model), *PEERS), (PLAIN,)))
+
+    def long(of: list[tuple[Model, bool]], reserve: float) -> Iterator[Case]:
+        for model, trainable in of:
+            blocks = ((FLOOR_CHUNKS,), (*own(model), *PEERS))
+            yield Case(model, many, trainable, "reverse_kl", blocks, FEW_ROUNDS, reserve)
+
+    yield from usual(tokens, heads[:2])
+    yield from long(heads[: 1 if settings.toy else 2], 0)
+    yield from usual(tokens, heads[2:])
+    yield from usual(few, heads[: 1 if settings.toy else None])
     for divergence in ("jsd", *(name for name in DIVERGENCES if name not in ("reverse_kl", "jsd"))):
-        offered = (*peers, LIGER_HALF_HARD) if divergence == "jsd" else peers if divergence in PEER_BETA else ()
+        offered = (*PEERS, LIGER_HALF_HARD) if divergence == "jsd" else PEERS if divergence in PEER_BETA else ()
         yield Case(first, tokens, True, divergence, ((OURS, *offered),))
     yield Case(first, tokens, True, "reverse_kl", ((OURS, EVERY_OPTION),))
-    for model, trainable in heads[: 1 if settings.toy else None]:
-        blocks = ((FLOOR_CHUNKS,), (*own(model), *peers))
-        yield Case(model, many, trainable, "reverse_kl", blocks, FEW_ROUNDS, COMPILE_SECONDS)
     if not settings.toy:
+        yield from long(heads[2:], COMPILE_SECONDS)
         for trainable in (True, False):
             yield Case(first, tokens, trainable, "reverse_kl", ((OURS, "Liger compiled"),))
         yield Case(first, tokens, True, "jsd", ((OURS, LIGER_HALF_HARD_COMPILED),))
 
 
-def has_cute() -> bool:
-    """Whether there is what Liger's CuTe kernels are written in."""
-    return importlib.util.find_spec("cutlass") is not None
-
-
 def run(settings: Settings) -> Iterator[Row]:
     yield from guarded(settings, "first call", 5, partial(first_call, settings))
+    absent = peers.absent(peers.OF_THE_LOSS)
+    yield from (skipped(peer, reason) for peer, reason in absent.items())
     known = Known()
-    for case in cases(settings):
-        seconds_needed = case.guess(case.blocks[0])
-        yield from guarded(settings, case.name, seconds_needed, partial(measure, settings, case, known))
-    if not has_cute():
-        yield skipped(CUTE, "nvidia-cutlass-dsl is not installed")
+    for offered in cases(settings):
+        case = offered.without(absent)
+        if case is not None:
+            needed = case.guess(case.blocks[0])
+            yield from guarded(settings, case.name, needed, partial(measure, settings, case, known))
 
 
 def first_call(settings: Settings) -> Iterator[Row]:

@@ -1,4 +1,5 @@
-"""A pytest plugin that appends a line of JSON for each test to the file that SDFT_TEST_ROWS names."""
+"""A pytest plugin that appends lines of JSON to the file that SDFT_TEST_ROWS names: how many tests there are, which one
+begins, and what became of it."""
 
 from __future__ import annotations
 
@@ -6,16 +7,36 @@ import json
 import os
 from typing import Any
 
+import pytest
+
 #: Of a failure's text: the lines that say what was wrong.
 MOST_LINES = 12
 
+_NOT_COLLECTED: set[str] = set()
+
+
+def pytest_collection_finish(session: Any) -> None:
+    _write({"collected": len(session.items)})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
+    _write({"collected": len(ids)})
+
+
+def pytest_collectreport(report: Any) -> None:
+    """A file that cannot be imported is a failure, of tests that nobody could count; each process may report it."""
+    if report.failed and report.nodeid not in _NOT_COLLECTED:
+        _NOT_COLLECTED.add(report.nodeid)
+        _write({"case": report.nodeid, "outcome": "failed", "seconds": 0.0, "message": _message(report)})
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write({"begun": nodeid})
+
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Under xdist the processes that run tests see it too; the one that collects results alone writes."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return
-    ended = report.when == "call" or report.outcome != "passed"
-    if not ended:
+    if report.when != "call" and report.outcome == "passed":
         return
     row = {
         "case": report.nodeid,
@@ -23,8 +44,14 @@ def pytest_runtest_logreport(report: Any) -> None:
         "seconds": round(report.duration, 3),
         "message": _message(report),
     }
-    with open(os.environ["SDFT_TEST_ROWS"], "a") as file:
-        file.write(json.dumps(row) + "\n")
+    _write(row)
+
+
+def _write(event: dict[str, Any]) -> None:
+    """Under xdist the processes that run tests see it too; the one that collects results alone writes."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(os.environ["SDFT_TEST_ROWS"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
 
 
 def _message(report: Any) -> str:

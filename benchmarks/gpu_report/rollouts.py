@@ -33,7 +33,7 @@ def run(settings: Settings) -> Iterator[Row]:
                     if model is None:
                         model = make_model(settings)
                     if not warm:
-                        take(model, backend, prompts, 4, seeded)
+                        take(model, backend, prompts, new_tokens, seeded)  # as many: each length is new to the device
                         warm = True
                     row |= measure(model, backend, prompts, new_tokens, seeded)
                     expected = 2 + 1.5 * row["seconds"]
@@ -95,5 +95,9 @@ def table(rows: list[Row]) -> str:
         "",
         markdown([row for row in rows if "seconds" in row], columns),
     ]
-    lines += [f"\n{row['case']}: {row.get('error') or row.get('skipped')}" for row in rows if "seconds" not in row]
+    lines += [
+        f"\n{row['case']}: {row.get('error') or row.get('skipped')}"
+        for row in rows
+        if "error" in row or "skipped" in row
+    ]
     return "\n".join(lines)

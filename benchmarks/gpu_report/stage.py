@@ -6,6 +6,7 @@ a stage that is cut off still counts; a stage therefore yields what matters most
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ class Settings:
 def skipped(case: str, reason: str) -> Row:
     """The row of a case that was not measured."""
     return {"case": case, "skipped": reason}
+
+
+def finite(row: Row) -> Row:
+    """The row without numbers that are none, which JSON cannot hold: they are its error."""
+    broken = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    if not broken:
+        return row
+    said = ", ".join(f"{name} is {row[name]}" for name in broken)
+    kept = {name: value for name, value in row.items() if name not in broken}
+    return {**kept, "error": kept.get("error") or said}
 
 
 def markdown(rows: Iterable[Row], columns: Sequence[tuple[str, str, str]]) -> str:

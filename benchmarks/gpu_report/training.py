@@ -26,6 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import sdft.loss
 from benchmarks import plots
+from benchmarks.gpu_report import peers
 from benchmarks.gpu_report.models import SIZES, character_tokenizer, random_model
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.ledger import OURS
@@ -356,6 +357,7 @@ class Expected:
 def run(settings: Settings) -> Iterator[Row]:
     expected = Expected()
     broke: dict[tuple[str, str, str], int] = {}  # with how many tokens the memory was too small
+    absent: dict[str, str] | None = None  # peers, once the first one's turn has come
     for case in cases(settings):
         kind = (case.method, case.model, case.trains)
         needed = 0.0 if settings.toy else expected.seconds(case)
@@ -368,6 +370,12 @@ def run(settings: Settings) -> Iterator[Row]:
         if kind in broke and case.rows * case.tokens >= broke[kind]:
             yield skipped(case.name, f"memory was too small for {broke[kind]} tokens")
             continue
+        if case.method != OURS:
+            if absent is None:
+                absent = peers.absent(peers.OF_TRAINING)
+                yield from (skipped(peer, reason) for peer, reason in absent.items())
+            if case.method in absent:
+                continue
         started = time.monotonic()
         try:
             row = measure(case, settings.device)
@@ -399,7 +407,11 @@ def table(rows: list[Row]) -> str:
         "",
         markdown(measured, columns),
     ]
-    lines += [f"\n{row['case']}: {row.get('error') or row.get('skipped')}" for row in rows if "seconds" not in row]
+    lines += [
+        f"\n{row['case']}: {row.get('error') or row.get('skipped')}"
+        for row in rows
+        if "error" in row or "skipped" in row
+    ]
     return "\n".join(lines)
 
 

@@ -20,12 +20,12 @@ HERE = Path(__file__).parent
 
 
 def _reason() -> str | None:
-    """Why nothing here can run, if so."""
-    if CHOSEN == "cpu":
+    """Why nothing here is to run, if so."""
+    if CHOSEN in ("cpu", "cuda"):
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, and torch sees none here"
-    return None if CHOSEN == "cuda" else "needs compiled kernels: `make gpu`, or SDFT_TEST_DEVICE=cuda pytest tests/gpu"
+    return "needs compiled kernels: `make gpu`, or SDFT_TEST_DEVICE=cuda pytest tests/gpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A GPU that was asked for and is not there is a failure: skipped tests would prove nothing and say nothing."""
+    if CHOSEN == "cuda" and HERE in item.path.parents and not torch.cuda.is_available():
+        pytest.fail("SDFT_TEST_DEVICE is cuda, and torch sees no CUDA GPU here", pytrace=False)
 
 
 @pytest.fixture
