@@ -33,8 +33,8 @@ class SDFTConfig(MethodSettings, Arguments):
         MethodSettings.__post_init__(self)
         if not LEAST_SHARE <= self.beta <= 1 - LEAST_SHARE:
             raise UsageError(
-                f"beta is {self.beta!r}; it must be at least {LEAST_SHARE:g} and at most 1 - {LEAST_SHARE:g}, for float32 "
-                "does not tell the mixture from one of the models beyond"
+                f"beta is {self.beta!r}; it must be at least {LEAST_SHARE:g} and at most 1 - {LEAST_SHARE:g}, beyond "
+                "which float32 does not tell the mixture from one of the models"
             )
         self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
