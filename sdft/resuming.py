@@ -139,8 +139,9 @@ class Resuming(TrainerCallback):
         if self._loading:
             optimizer = kwargs["optimizer"]
             group = optimizer.param_groups[0]
-            # An optimizer takes the state of another kind, and fails only when it steps.
-            missing = set(getattr(optimizer, "defaults", ())) - set(group)
+            # An optimizer takes the state of another kind, and fails only when it steps. As it loads, torch itself adds
+            # "differentiable" to the defaults.
+            missing = set(getattr(optimizer, "defaults", ())) - {*group, "differentiable"}
             if missing:
                 raise self._refusal(f"its optimizer has no {' and no '.join(sorted(missing))}")
             peak = float(group.get("initial_lr", args.learning_rate))
