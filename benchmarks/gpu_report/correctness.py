@@ -76,7 +76,9 @@ def run(settings: Settings) -> Iterator[Row]:
         chosen = TOY_TESTS if settings.toy else ("tests/gpu",)
         command = [sys.executable, "-m", "pytest", *chosen, "-q", "-p", "benchmarks.gpu_report.pytest_rows"]
         command += ["--numprocesses", str(workers(settings)), "--dist", "loadgroup", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "SDFT_TEST_DEVICE": settings.device, "SDFT_TEST_ROWS": str(events)}
+        # A report that a test makes is none of that test's workers.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment = {**inherited, "SDFT_TEST_DEVICE": settings.device, "SDFT_TEST_ROWS": str(events)}
         tests = Tests()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sys.stderr)
         try:
