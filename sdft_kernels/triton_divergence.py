@@ -177,6 +177,26 @@ def partials_kernel(
     split = tl.program_id(1)
     student_pointer += row * student_stride
     teacher_pointer += row * teacher_stride
+    if labels_pointer is not None:
+        label = tl.load(labels_pointer + row)
+        student_label = load_logit(
+            student_pointer,
+            student_bias_pointer,
+            label,
+            vocab,
+            student_inner,
+            STUDENT_FORM,
+        )
+        teacher_label = load_logit(
+            teacher_pointer,
+            teacher_bias_pointer,
+            label,
+            vocab,
+            teacher_inner,
+            TEACHER_FORM,
+        )
+        tl.store(student_logprob_pointer + row, student_label, mask=split == 0)
+        tl.store(teacher_logprob_pointer + row, teacher_label, mask=split == 0)
     a = tl.full([1, 1], float("-inf"), tl.float32)
     b = tl.full([1, 1], float("-inf"), tl.float32)
     at_peak = tl.zeros([1, 1], tl.float32)
@@ -223,26 +243,6 @@ def partials_kernel(
         )
     record = partial_pointer + (row * tl.num_programs(1) + split + tl.arange(0, 1)[:, None]) * RECORD
     store_pair(record, None, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
-    if labels_pointer is not None:
-        label = tl.load(labels_pointer + row)
-        s = load_logit(
-            student_pointer,
-            student_bias_pointer,
-            label,
-            vocab,
-            student_inner,
-            STUDENT_FORM,
-        )
-        t = load_logit(
-            teacher_pointer,
-            teacher_bias_pointer,
-            label,
-            vocab,
-            teacher_inner,
-            TEACHER_FORM,
-        )
-        tl.store(student_logprob_pointer + row, s, mask=split == 0)
-        tl.store(teacher_logprob_pointer + row, t, mask=split == 0)
 
 
 @triton.jit
