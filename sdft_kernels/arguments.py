@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sdft_kernels.divergences import DIVERGENCES, is_mixture
 
@@ -128,6 +129,7 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     for name, tensor, shape in ((f"{prefix}hidden", hidden, "(N, H)"), (f"{prefix}weight", weight, "(V, H)")):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor of shape {shape}, not {type(tensor).__name__}")
+        readable(name, tensor)
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
@@ -146,11 +148,27 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"{prefix}bias must be a tensor of shape (V,) or None, not {type(bias).__name__}")
+    readable(f"{prefix}bias", bias)
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{prefix}bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")
     if bias.dtype not in DTYPES:
         raise TypeError(f"{prefix}bias must be float32, bfloat16 or float16, not {dtype_name(bias)}")
     same_device(f"{prefix}bias", bias, hidden.device)
+
+
+def readable(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor whose values lie elsewhere, as a DTensor's, and a tangent, which would be lost in silence."""
+    if torch.compiler.is_compiling():
+        return
+    if hasattr(type(tensor), "__tensor_flatten__"):  # what torch knows subclasses by that wrap other tensors
+        raise TypeError(
+            f"{name} must be a plain tensor, not a {type(tensor).__name__}, which stands for others: take its values "
+            "first (.full_tensor() of a DTensor)"
+        )
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} has a tangent, and there is no forward-mode derivative here: gradients come by backward alone"
+        )
 
 
 def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.device, *, floating: bool) -> None:
@@ -159,6 +177,7 @@ def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.devic
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (N,) or None, not {type(tensor).__name__}")
+    readable(name, tensor)
     if tensor.dim() != 1 or tensor.shape[0] != tokens:
         raise ValueError(f"{name} must have shape ({tokens},), one entry a token, not {tuple(tensor.shape)}")
     if floating and not tensor.is_floating_point():

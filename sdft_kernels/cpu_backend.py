@@ -28,7 +28,7 @@ from sdft_kernels.divergences import (
     log_over_mixture,
     mixture_shares,
 )
-from sdft_kernels.tokens import TokenRows, TokenScores
+from sdft_kernels.tokens import TokenRows, TokenScores, is_plain
 from sdft_kernels.torch_backend import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
 from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
 from sdft_kernels.torch_backend import scale as scale
@@ -115,6 +115,13 @@ def load(path: str) -> ctypes.CDLL:
     return found
 
 
+def address(tensor: Tensor) -> int:
+    """Where a tensor's values lie. C reads what it is pointed at, whatever is there."""
+    if tensor.device.type != "cpu" or not is_plain(tensor):
+        raise TypeError(f"a plain tensor on the CPU was expected, not a {type(tensor).__name__} on {tensor.device}")
+    return tensor.data_ptr()
+
+
 class Workspace:
     """Rows of logits for each vocabulary entry, `width` of them; without `keep`, for the entries of one tile only."""
 
@@ -171,7 +178,7 @@ def process_chunk(
     records = _new_records(label_logits, chunk.width)
     for part, logits in chunk.tiles():
         models = (_Model * len(columns))(*(some.model(part) for some in columns))
-        chunk.run("fold_pair", part, logits, models, len(models), records.data_ptr())
+        chunk.run("fold_pair", part, logits, models, len(models), address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
     p = _Softmax(records[:, :3], objective.student)
@@ -201,8 +208,8 @@ class _Columns:
         """For a tile of the vocabulary, until the next one is asked for."""
         self._head = rows_of(self._weight, part)
         return _Model(
-            self._panels.data_ptr(),
-            self._head.data_ptr(),
+            address(self._panels),
+            address(self._head),
             self._first,
             self._tokens,
             self._size,
@@ -258,7 +265,7 @@ def _combine(
         row.copy_(values)
     sums = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width)
     for part, logits in chunk.tiles():
-        chunk.run("fold_mixture", part, logits, constants.data_ptr(), sums.data_ptr())
+        chunk.run("fold_mixture", part, logits, address(constants), address(sums))
     scores, losses = sums.sum(0)
     centre = scores / p.total
     constants[CENTRE] = centre
@@ -279,18 +286,18 @@ def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: Chu
         head = rows_of(chunk.head.weight, part)
         weight = None if gradients.weight is None else gradients.weight[part]
         carry = _Carry(
-            panels.data_ptr(),
-            head.data_ptr(),
-            None if weight is None else weight.data_ptr(),
-            None if gradients.bias is None else gradients.bias[part].data_ptr(),
-            None if gradients.hidden is None else sums.data_ptr(),
+            address(panels),
+            address(head),
+            None if weight is None else address(weight),
+            None if gradients.bias is None else address(gradients.bias[part]),
+            None if gradients.hidden is None else address(sums),
             size,
             head.stride(0),
             0 if weight is None else weight.stride(0),
             not gradients.first,
             number == 0,
         )
-        chunk.run("carry_back", part, logits, constants.data_ptr(), carry, scratch.data_ptr())
+        chunk.run("carry_back", part, logits, address(constants), carry, address(scratch))
     if gradients.hidden is not None:
         total = sums.view(threads, *panels.shape).sum(0).transpose(0, 1).reshape(width, -1)
         gradients.hidden.copy_(total[: len(gradients.hidden), :size])
@@ -317,7 +324,7 @@ class _Chunk:
         """A kernel of two models on a tile's logits, with `arguments` as it takes them."""
         call(
             kernel,
-            *(logits.data_ptr(), len(logits), logits.stride(0), self.width),
+            *(address(logits), len(logits), logits.stride(0), self.width),
             _options(self.objective.student, self.head.bias, part),
             _options(self.objective.teacher, self._teacher.bias, part),
             DIVERGENCES.index(self.objective.divergence),
@@ -388,8 +395,16 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
     columns = _Columns(hidden, head.weight)
     for part, logits in workspace.tiles(width):
         of_head = _options(options, head.bias, part)
-        address = logits.data_ptr()
-        call("fold", address, len(logits), logits.stride(0), width, of_head, columns.model(part), records.data_ptr())
+        call(
+            "fold",
+            address(logits),
+            len(logits),
+            logits.stride(0),
+            width,
+            of_head,
+            columns.model(part),
+            address(records),
+        )
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
     softmax = _Softmax(records[:, :3], options)
@@ -409,7 +424,7 @@ def _look_up(labels: Tensor, logits: Tensor, part: slice, found: Tensor) -> None
 def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> _Options:
     """For a tile of the vocabulary; `bias` is the whole head's."""
     return _Options(
-        None if bias is None else bias[part].data_ptr(),
+        None if bias is None else address(bias[part]),
         options.factor,
         options.inner,
         options.softcap is not None,

@@ -103,6 +103,7 @@ def fused_linear_divergence(
 
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it.
+        NotImplementedError: an argument has a tangent (torch.func.jvp).
 
     Example:
         >>> import torch

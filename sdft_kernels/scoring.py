@@ -1,8 +1,8 @@
-"""What a model thinks of given tokens, without its logits and without gradients."""
+"""What a model thinks of given tokens, without its logits and without gradients; a torch operator, as the loss is."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ def linear_token_stats(
 
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it.
+        NotImplementedError: an argument has a tangent (torch.func.jvp).
 
     Example:
         >>> import torch
@@ -79,22 +80,71 @@ def linear_token_stats(
     vocab = arguments.shared_vocabulary(weight.shape[0], weight.shape[0], vocab_size)
     dtype = arguments.products_dtype(hidden.device, hidden=hidden, weight=weight)
     arguments.supported_backend(backend, hidden.device, dtype)
+    logprob, top1, entropy, logsumexp = linear_token_stats_op(
+        hidden.detach(),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        labels,
+        float(temperature),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        vocab,
+        dtype,
+        max_chunk_bytes,
+        backend,
+    )
+    if labels is None:
+        return TokenStats(None, None, entropy, logsumexp)
+    return TokenStats(logprob, top1, entropy, logsumexp)
+
+
+def _score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+    vocab: int,
+    compute_dtype: torch.dtype,
+    max_chunk_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `TokenStats`; what is of labels comes back empty where there are none."""
     if labels is not None:
         labels = labels.contiguous()
         check_labels(labels, vocab)
-
-    wide = products.accumulation_dtype(dtype)
-    options = LogitOptions(scale=logit_scale, softcap=softcap, temperature=temperature)
+    wide = products.accumulation_dtype(compute_dtype)
+    options = LogitOptions(scale=scale, softcap=softcap, temperature=temperature)
     work = backend_module(backend, hidden.device, wide)
     tokens = hidden.shape[0]
     entropy, logsumexp = (hidden.new_empty(tokens, dtype=wide) for _ in range(2))
     logprob = None if labels is None else hidden.new_empty(tokens, dtype=wide)
     top1 = None if labels is None else hidden.new_empty(tokens, dtype=torch.bool)
     scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
-    head = make_head(weight, bias, vocab, dtype)
-    plan = plan_chunks(tokens, vocab, work.scoring_held(dtype), hidden.device, max_chunk_bytes)
-    workspace = work.scoring_workspace(hidden, plan.chunk, vocab, dtype)
+    head = make_head(weight, bias, vocab, compute_dtype)
+    plan = plan_chunks(tokens, vocab, work.scoring_held(compute_dtype), hidden.device, max_chunk_bytes)
+    workspace = work.scoring_workspace(hidden, plan.chunk, vocab, compute_dtype)
     with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         for chunk in plan.slices(tokens):
-            work.score_chunk(hidden[chunk].to(dtype), head, scores[chunk], options, workspace)
-    return TokenStats(logprob, top1, entropy, logsumexp)
+            work.score_chunk(hidden[chunk].to(compute_dtype), head, scores[chunk], options, workspace)
+    if logprob is None or top1 is None:
+        return entropy.new_empty(0), entropy.new_empty(0, dtype=torch.bool), entropy, logsumexp
+    return logprob, top1, entropy, logsumexp
+
+
+linear_token_stats_op = torch.library.custom_op("sdft_kernels::linear_token_stats", _score, mutates_args=())
+
+
+@linear_token_stats_op.register_fake
+def _fake(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, _, _, labels, *_, compute_dtype, _, _ = values
+    wide, tokens = products.accumulation_dtype(compute_dtype), hidden.shape[0]
+    labelled = 0 if labels is None else tokens
+    return (
+        hidden.new_empty(labelled, dtype=wide),
+        hidden.new_empty(labelled, dtype=torch.bool),
+        hidden.new_empty(tokens, dtype=wide),
+        hidden.new_empty(tokens, dtype=wide),
+    )
