@@ -1,8 +1,10 @@
 """The compiled kernels for CPUs; everything else is in pyproject.toml."""
 
+import os
 import platform
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # Where there is no C compiler, or one that does not know these, the loss is left to plain torch: `optional`. Nothing is
 # linked for OpenMP, whose functions come from the library that torch has loaded, so that both share their threads.
@@ -17,4 +19,15 @@ kernels = Extension(
     optional=True,
 )
 
-setup(ext_modules=[kernels])
+
+class WholeLibraries(build_ext):
+    """Puts a library beside the sources in one move: whoever loads it meanwhile has the old one or the new one."""
+
+    def copy_file(self, infile, outfile, *args, **options):
+        aside = f"{outfile}.new"
+        super().copy_file(infile, aside, *args, **options)
+        os.replace(aside, outfile)
+        return outfile, 1
+
+
+setup(ext_modules=[kernels], cmdclass={"build_ext": WholeLibraries})

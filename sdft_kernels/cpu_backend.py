@@ -11,6 +11,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
+import struct
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +35,9 @@ from sdft_kernels.tokens import TokenRows, TokenScores, is_plain
 from sdft_kernels.torch_backend import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
 from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
 from sdft_kernels.torch_backend import scale as scale
+
+#: Of what passes between this module and the library: `INTERFACE` in cpu_kernels.c.
+INTERFACE = 1
 
 #: Bytes of logits in a tile, where the vocabulary is worked through in tiles.
 TILE_BYTES = 12 << 20
@@ -94,13 +100,22 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return load(spec.origin)
-    except OSError:
+    except OSError as error:
+        warnings.warn(
+            f"the compiled CPU kernels in {spec.origin} are not used, and the loss is slower: {error}; to mend it, "
+            "install sdft-kernels again (pip install --force-reinstall --no-deps)",
+            stacklevel=2,
+        )
         return None
 
 
 def load(path: str) -> ctypes.CDLL:
-    """A library of the compiled kernels."""
+    """A library of the compiled kernels; OSError where it is none, was cut off or is for another release."""
+    _check_whole(path)
     found = ctypes.CDLL(path)
+    version = getattr(found, "interface_version", None)
+    if version is None or (built_for := version()) != INTERFACE:
+        raise OSError("it has no interface_version" if version is None else f"it is of interface {built_for}")
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     logits, options = (pointer, size, size, size), ctypes.POINTER(_Options)
     pair = (*logits, options, options, number, ctypes.c_double)
@@ -120,6 +135,22 @@ def address(tensor: Tensor) -> int:
     if tensor.device.type != "cpu" or not is_plain(tensor):
         raise TypeError(f"a plain tensor on the CPU was expected, not a {type(tensor).__name__} on {tensor.device}")
     return tensor.data_ptr()
+
+
+def _check_whole(path: str) -> None:
+    """OSError for a file that ends before it should: to map it would end the process, not raise.
+
+    An ELF file's header says where its table of sections lies, which linkers write last.
+    """
+    with open(path, "rb") as file:
+        header, size = file.read(64), os.fstat(file.fileno()).st_size
+    if header[:4] != b"\x7fELF" or len(header) < 64:
+        raise OSError("it is no library" if size else "it is empty")
+    is_64_bit = header[4] == 2
+    (table,) = struct.unpack_from("<Q" if is_64_bit else "<I", header, 40 if is_64_bit else 32)
+    entry, count = struct.unpack_from("<HH", header, 58 if is_64_bit else 46)
+    if table + entry * count > size:
+        raise OSError(f"it has {size} bytes of {table + entry * count}")
 
 
 class Workspace:

@@ -639,6 +639,12 @@ void fold_mixture(float *logits, long rows, long stride, long width, const struc
 int panel_columns(void) { return products()->columns; }
 
 /* Floats that each thread of `carry_back` works in. */
+/* Which Python this library is for: a number that is raised with each change of what passes between them, as
+ * tests/test_cpu_backend.py makes sure. */
+enum { INTERFACE = 1 };
+
+int interface_version(void) { return INTERFACE; }
+
 long carry_back_scratch(long width) { return block_rows() * (gradient_stride(width) + products()->columns); }
 
 void carry_back(float *logits, long rows, long stride, long width, const struct options *student,

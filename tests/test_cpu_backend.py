@@ -2,13 +2,18 @@
 
 import copy
 import ctypes
+import hashlib
+import importlib.util
 import io
 import platform
+import re
 import shutil
 import subprocess
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +36,72 @@ def test_they_are_built_here_and_taken_for_float32_logits() -> None:
     assert backend_module("auto", CPU, torch.float32) is cpu_backend
     assert backend_module("auto", CPU, torch.float64) is torch_backend
     assert backend_module("torch", CPU, torch.float32) is torch_backend
+
+
+#: What passed between Python and the library at each INTERFACE, as `interface` sums it up.
+INTERFACES = {1: "ae536a9a48ecb129"}
+
+
+def interface() -> str:
+    """The structs, enumerations and signatures of cpu_kernels.c, and what Python takes them for."""
+    source = Path(cpu_backend.__file__).with_name("cpu_kernels.c").read_text("utf-8")
+    code = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    declared = re.findall(
+        r"^(?:struct|enum) \w+ \{.*?\};|^(?:void|long|int) \w+\([^)]*\)", code, re.DOTALL | re.MULTILINE
+    )
+    structs = [cpu_backend._Options, cpu_backend._Model, cpu_backend._Carry]
+    found = cpu_backend.library()
+    assert found is not None
+    names = re.findall(r"^(?:void|long|int) (\w+)\(", code, re.MULTILINE)
+    taken = [(struct.__name__, [(n, t.__name__) for n, t in struct._fields_]) for struct in structs]
+    taken += [(name, [t.__name__ for t in getattr(found, name).argtypes or ()]) for name in names]
+    return hashlib.sha256(" ".join(f"{declared} {taken}".split()).encode()).hexdigest()[:16]
+
+
+def test_what_passes_between_python_and_the_library_changes_with_its_number() -> None:
+    """If this fails, raise INTERFACE in cpu_kernels.c and in cpu_backend.py, and name the new sum here."""
+    assert INTERFACES[cpu_backend.INTERFACE] == interface()
+
+
+FOREIGN = "int fold(void) { return 0; }"
+OLDER = "int interface_version(void) { return 0; }"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("empty", "it is empty"),
+        ("text", "it is no library"),
+        ("cut off", r"it has \d+ bytes of \d+"),
+        ("foreign", "it has no interface_version"),
+        ("of another release", "it is of interface 0"),
+    ],
+)
+def test_a_library_that_does_not_do_is_named_once_and_not_used(
+    kind: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = importlib.util.find_spec("sdft_kernels._cpu_kernels")
+    assert own is not None and own.origin is not None
+    path, whole = tmp_path / "_cpu_kernels.so", Path(own.origin).read_bytes()
+    if kind in ("foreign", "of another release"):
+        if shutil.which("gcc") is None:
+            pytest.skip("needs gcc")
+        (tmp_path / "other.c").write_text(FOREIGN if kind == "foreign" else OLDER)
+        subprocess.run(["gcc", "-shared", "-fPIC", str(tmp_path / "other.c"), "-o", str(path)], check=True)
+    else:
+        path.write_bytes({"empty": b"", "text": b"no library " * 9, "cut off": whole[: len(whole) // 2]}[kind])
+    spec = SimpleNamespace(origin=str(path))
+    monkeypatch.setattr("sdft_kernels.cpu_backend.importlib.util.find_spec", lambda name: spec)
+    cpu_backend.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=f"the compiled CPU kernels in {path} are not used.*{reason}"):
+            assert cpu_backend.library() is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert backend_module("auto", CPU, torch.float32) is torch_backend
+    finally:
+        monkeypatch.undo()
+        cpu_backend.library.cache_clear()
 
 
 def test_where_they_are_not_built_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
