@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -99,3 +100,23 @@ def test_types_reach_a_users_mypy(python: Path, tmp_path: Path) -> None:
     assert found[1] == 'note: Revealed type is "torch._tensor.Tensor | None"', done.stdout
     assert found[2].startswith("error: Missing positional argument"), done.stdout
     assert found[3].startswith('error: Argument "beta" to "FusedLinearDivergence" has incompatible type "str"')
+
+
+@pytest.mark.slow
+def test_the_source_archive_is_whole_and_its_tests_run(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info"))
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("sdft_kernels-*/")
+    packed = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    made = {"__pycache__", ".pytest_cache"}
+    wanted = {path.relative_to(source) for path in source.rglob("*") if path.is_file() and not made & set(path.parts)}
+    assert {path for path in wanted if not any(part.endswith(".egg-info") for part in path.parts)} <= packed
+    tests = ["tests/test_arguments.py", "tests/test_sdft_templates.py", "tests/test_chunking.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=unpacked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
