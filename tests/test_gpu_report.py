@@ -21,6 +21,7 @@ from benchmarks.gpu_report.paths import ROOT, without_paths
 from benchmarks.gpu_report.plan import RESERVE, STAGES, Stage, budget
 from benchmarks.gpu_report.process import Outcome, environment
 from benchmarks.gpu_report.stage import Row, markdown
+from tests.waiting import patience
 
 TABLE = "\n\ndef table(rows):\n    return f'{len(rows)} rows'\n"
 ENDS = (
@@ -389,7 +390,7 @@ def alive(pid: int) -> bool:
 
 
 def until(condition: Any, seconds: float = 60) -> None:
-    ended = time.monotonic() + seconds
+    ended = time.monotonic() + patience(seconds)
     while not condition():
         assert time.monotonic() < ended
         time.sleep(0.1)
@@ -403,7 +404,7 @@ def test_a_report_that_is_stopped_leaves_its_rows_and_no_process(number: int, st
     out = tmp_path / "out"
     until(lambda: (out / "report.json").exists() and "child" in (out / "report.json").read_text())
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=patience(60))
     waits = recorded(out)["stages"]["stage_a_waits"]
     assert len(waits["rows"]) == 2
     until(lambda: not alive(waits["rows"][1]["child"]))

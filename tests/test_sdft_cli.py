@@ -23,6 +23,7 @@ from sdft.report import Summary, describe, loss_ends, table
 from sdft.templates import TEMPLATES
 from sdft.trainer import SDFTTrainer
 from tests import tiny
+from tests.waiting import patience
 
 
 @pytest.fixture(scope="module")
@@ -710,7 +711,7 @@ def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_writte
     started = {"train": "training:", "eval": "held-out prompts:", "generate": "answers:"}
     answers = tmp_path / "answers.jsonl"
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + patience(300)
         for name, process in processes.items():
             errors = tmp_path / f"{name}.err"
             while (
@@ -722,7 +723,7 @@ def test_ctrl_c_ends_a_real_process_with_one_line_and_leaves_nothing_half_writte
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)
         for name, process in processes.items():
-            assert process.wait(timeout=60) == 130, name
+            assert process.wait(timeout=patience(60)) == 130, name
             lines = (tmp_path / f"{name}.err").read_text().replace("\r", "\n").splitlines()
             said = "sdft: stopping after this step; again to stop now" if name == "train" else "sdft: interrupted"
             assert [line for line in lines if line.startswith("sdft:")] == [said]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import process_worker, tiny
+from tests.waiting import patience
 
 TRAININGS = [
     *process_worker.CASES,
@@ -44,7 +45,7 @@ def in_two_processes(folder, command, environment):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]

@@ -26,6 +26,7 @@ from sdft.sampling import RowSampler
 from sdft.signals import FinishOnSignal
 from tests import tiny
 from tests.test_sdft_trainer import assert_equal_weights, trained, trainer, weights
+from tests.waiting import patience
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +38,7 @@ def test_a_run_killed_at_any_moment_resumes_from_a_whole_checkpoint_to_the_same_
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
