@@ -39,6 +39,10 @@ class SDFTConfig(MethodSettings, Arguments):
         self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_at_least(name, getattr(self, name), 1)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not value >= 0:  # NaN is refused too
+                raise UsageError(f"{name} is {value!r}; it must be a number of at least 0")
         check_settings(self)
         order = chosen("train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING_STRATEGIES)
         if order == "sequential" and self.num_iterations > 1:

@@ -101,7 +101,9 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     _check_characters(row, where)
     for field in UNREAD:
         if row.get(field):
-            raise UsageError(f"{where} has {field}, which are not read here; the row must be without, or without them")
+            raise UsageError(
+                f"{where} has {field}, which this loop does not read; it must be taken out, or the row left out"
+            )
     for field in need:
         if row.get(field) in (None, "", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has no {field}")
@@ -112,6 +114,9 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
                 f"{where}: {field} is a {type(value).__name__}; it must be text or a list of messages, "
                 "each with a role and a content"
             )
+    demonstration = row.get("demonstration")
+    if isinstance(demonstration, list) and (first := demonstration[0]["role"]) != "assistant":
+        raise UsageError(f"{where}: the demonstration begins with a message by {first!r}; it must be by 'assistant'")
     if not isinstance(row.get("answer"), str | None):
         raise UsageError(f"{where}: answer is a {type(row['answer']).__name__}; it must be text")
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
@@ -311,8 +316,8 @@ def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
     roles = [message["role"] for message in shown[1:]]
     if len(roles) > 1:
         raise UsageError(
-            f"{row[WHERE]}: demonstration has {len(roles)} messages ({', '.join(roles)}); for a teacher it must be "
-            "text or one message, for its prompt could not say who speaks"
+            f"{row[WHERE]}: demonstration has {len(roles)} messages ({', '.join(roles)}); it must be text or one "
+            "message where a teacher is to see it, who is shown it as one text"
         )
     return teacher_messages(row["prompt"], demonstration, template)
 

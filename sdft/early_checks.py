@@ -59,8 +59,8 @@ def check_output_file(field: str, name: str | None, *, inputs: Sequence[str | No
             raise UsageError(f"{refused}, a device or a pipe; it must be a file to write")
         if not path.parent.is_dir():
             raise UsageError(f"{refused}; there is no such folder to write it in")
-        if path.exists() and any(os.path.samefile(path, each) for each in inputs if each):
-            raise UsageError(f"{refused}, which is read too; it must be another file")
+        if any(os.path.realpath(path) == os.path.realpath(each) for each in inputs if each):
+            raise UsageError(f"{refused}, which is read or written too; it must be another file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UsageError(f"{refused}, which may not be written")
     except (OSError, ValueError) as error:

@@ -74,8 +74,8 @@ FIRST = {
     "sdft eval --teacher on a few of them first.",
     "eval_file": "Prompts with answers that are not in train_file. They are asked before and after training, so that "
     "you see what was learned; without them there is only the loss.",
-    "output_dir": "Where the model, checkpoints, metrics and curves go. A second run needs another one, or it writes "
-    "over the first.",
+    "output_dir": "Where the model, checkpoints, metrics and curves go. A second run needs another one, or "
+    "overwrite_output_dir.",
     "teacher_template": "How the teacher is shown the demonstration: paper, turn or first, or your own text. Small "
     "models often follow turn better; sdft eval --teacher measures each.",
     "divergence": "What brings the student to the teacher: reverse_kl keeps to answers that the "

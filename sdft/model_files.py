@@ -48,7 +48,8 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise UsageError(f"model is {name!r}: no such file")
         return str(path.parent), {"gguf_file": path.name}
-    if name.startswith(("/", "./", "../", "~")) and not path.is_dir():
+    in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()  # which no hub name begins with by chance
+    if (in_a_folder or name.startswith(("/", "./", "../", "~"))) and not path.is_dir():
         raise UsageError(f"model is {name!r}: no such folder")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"model is {name!r}, a folder without a config.json: it holds no model")

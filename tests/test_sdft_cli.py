@@ -306,7 +306,16 @@ def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, mo
     assert scores["accuracy_teacher"] == {"turn": sum(record["right"] for record in records[4:8]) / 4}
     assert scores["general_divergence"] > 0 and scores["base_model"] == str(other)
     for name in ("heldout.jsonl", "general.jsonl"):
-        assert "which is read too" in fails(capsys, ["eval", "recipe.yaml", "--output_file", name], 2)
+        assert "which is read or written too" in fails(capsys, ["eval", "recipe.yaml", "--output_file", name], 2)
+    both = ["eval", "recipe.yaml", "--output_file", "new.json", "--summary_file", "./new.json"]
+    assert "which is read or written too" in fails(capsys, both, 2)
+
+
+def test_a_folder_that_is_not_there_is_no_name_for_the_hub(recipe, tmp_path, capsys):
+    recipe()
+    (tmp_path / "runs").mkdir()
+    said = fails(capsys, ["eval", "recipe.yaml", "--model", "runs/nope", "--eval_file", "heldout.jsonl"], 2)
+    assert "model is 'runs/nope': no such folder" in said
 
 
 def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,8 @@ from sdft.errors import UsageError
         ("ema_interval", 0, "at least 1"),
         ("beta", 0.0, "above 0 and below 1"),
         ("beta", 1.0, "above 0 and below 1"),
+        ("learning_rate", -1.0, "at least 0"),
+        ("weight_decay", math.nan, "at least 0"),
         ("beta", 1e-6, "at least 0.001 and at most 1 - 0.001"),
         ("ema_rate", 1.5, "above 0 and at most 1"),
         ("loss_temperature", math.nan, "above 0"),

@@ -249,7 +249,7 @@ def test_a_demonstration_after_a_prompt_without_a_chat_template_is_its_rest():
 
 @pytest.mark.parametrize("field", UNREAD)
 def test_a_field_that_other_trainers_read_is_refused_by_name(field):
-    with pytest.raises(UsageError, match=f"dataset, row 2 has {field}, which are not read here"):
+    with pytest.raises(UsageError, match=f"dataset, row 2 has {field}, which this loop does not read"):
         load_rows([GOOD, {**GOOD, field: [1]}])
     load_rows([{**GOOD, field: None}])
 
@@ -262,6 +262,12 @@ def test_a_demonstration_of_several_turns_is_refused_where_a_teacher_is_to_see_i
     with pytest.raises(UsageError, match="a message has tool_calls, which the teacher's prompt cannot show"):
         encode(load_rows([{"prompt": "p", "demonstration": [{**turns[0], "tool_calls": [{"name": "f"}]}]}]))
     assert encode(load_rows([{"prompt": "p", "demonstration": turns[:1]}]))
+
+
+def test_a_demonstration_by_the_wrong_speaker_is_refused():
+    row = {"prompt": "p", "demonstration": [{"role": "user", "content": "a"}]}
+    with pytest.raises(UsageError, match="row 1: the demonstration begins with a message by 'user'"):
+        load_rows([row])
 
 
 def test_a_template_that_drops_part_of_the_demonstration_is_named_once(caplog):
