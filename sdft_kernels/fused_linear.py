@@ -83,7 +83,9 @@ def fused_linear_divergence(
         labels: (N,) int64, the sampled tokens, or None. Not read where the weight is 0.
         old_logprobs: (N,) log-probabilities of the labels when they were sampled, in nats; then each token's
             weight is multiplied by exp(student_logprob - old_logprobs), without gradient through it.
-        importance_clip: upper limit of that factor, positive, or None.
+        importance_clip: upper limit of that factor, positive, or None. With float16 inputs the logits' gradients
+            hold a factor of 1,023 over how many nats log p - log q lies from its mean: give a limit of some 100 there,
+            or larger factors may make the gradient inf where the returned one would fit.
         reduction: "mean": Σ w·L / Σ w, with `token_weight` for w in the denominator · "sum": Σ w·L ·
             "none": w·L, (N,), differentiable.
         vocab_size: compare the first `vocab_size` entries of both heads. Without it, heads whose sizes differ
