@@ -157,10 +157,12 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
 
 
 def readable(name: str, tensor: Tensor) -> None:
-    """Refuses a tensor whose values lie elsewhere, as a DTensor's, and a tangent, which would be lost in silence."""
-    if torch.compiler.is_compiling():
-        return
-    if hasattr(type(tensor), "__tensor_flatten__"):  # what torch knows subclasses by that wrap other tensors
+    """Refuses a tensor without rows of values of its own, and a tangent, which would be lost in silence."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, not a nested one: take its values first (.values())")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not one of layout {tensor.layout}: take its .to_dense()")
+    if stands_for_others(type(tensor)):
         raise TypeError(
             f"{name} must be a plain tensor, not a {type(tensor).__name__}, which stands for others: take its values "
             "first (.full_tensor() of a DTensor)"
@@ -169,6 +171,12 @@ def readable(name: str, tensor: Tensor) -> None:
         raise NotImplementedError(
             f"{name} has a tangent, and there is no forward-mode derivative here: gradients come by backward alone"
         )
+
+
+def stands_for_others(kind: type[Tensor]) -> bool:
+    """Whether these tensors wrap others, as a DTensor does its shard, which is how torch too knows them; but for one
+    that a collective is still to fill: each operator waits for that itself."""
+    return hasattr(kind, "__tensor_flatten__") and not hasattr(kind, "trigger_wait")
 
 
 def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.device, *, floating: bool) -> None:

@@ -16,17 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import ledger
 from benchmarks.recorder import passing_for_cuda, record
-from sdft_kernels import (
-    chunk_loop,
-    cpu_backend,
-    fused_linear_divergence,
-    linear_token_stats,
-    operator,
-    products,
-    tokens,
-)
+from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens
 from sdft_kernels.operator import fused_linear_divergence_op
-from sdft_kernels.scoring import linear_token_stats_op
 from tests.cases import DIVERGENCES, fused, random_case, relative_error
 
 
@@ -346,97 +337,3 @@ def test_a_device_gives_the_hidden_gradient_in_the_hidden_states_type_whatever_a
     gradient, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 100), (100, 16)))
     with passing_for_cuda():
         products.hidden_gradient(gradient, weight, torch.empty(8, 16, dtype=hidden, device="meta"))
-
-
-def scored(hidden: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
-    return linear_token_stats(hidden, weight, labels, softcap=20.0).entropy
-
-
-SCORING = {"labels": torch.arange(20), "no labels": None}
-
-
-@pytest.mark.parametrize("labels", SCORING.values(), ids=SCORING)
-def test_scoring_is_an_operator(labels: Tensor | None) -> None:
-    hidden, weight, bias = torch.randn(20, 16), torch.randn(100, 16), torch.randn(100)
-    arguments = (hidden, weight, bias, labels, 0.7, 1.2, 20.0, 90, torch.float32, None, "auto")
-    torch.library.opcheck(linear_token_stats_op, arguments)
-
-
-def test_scoring_is_traced_as_it_runs() -> None:
-    """Nothing of the tensors that a trace was made with is left in it."""
-    hidden, weight = torch.randn(20, 16), torch.randn(100, 16)
-    expected = scored(2 * hidden, weight)
-
-    def call(states: Tensor) -> Tensor:
-        return scored(states, weight)
-
-    made: dict[str, Callable[[Tensor], Tensor]] = {
-        "make_fx": make_fx(call)(hidden),
-        "functionalize": torch.func.functionalize(call),
-        "compile": torch.compile(call, backend="aot_eager", fullgraph=True),
-        "jit": torch.jit.trace(call, (hidden,)),
-    }
-    for name, function in made.items():
-        assert torch.equal(function(2 * hidden), expected), name
-
-
-def test_scoring_runs_on_fake_and_meta_tensors() -> None:
-    hidden, weight, labels = torch.randn(20, 16), torch.randn(100, 16), torch.arange(20)
-    on_meta = linear_token_stats(hidden.to("meta"), weight.to("meta"), labels.to("meta"))
-    with FakeTensorMode() as mode:
-        fake = linear_token_stats(*(mode.from_tensor(tensor) for tensor in (hidden, weight, labels)))
-    for real, meta, imagined in zip(linear_token_stats(hidden, weight, labels), on_meta, fake, strict=True):
-        assert (real.shape, real.dtype) == (meta.shape, meta.dtype) == (imagined.shape, imagined.dtype)
-        assert meta.is_meta
-
-
-class Elsewhere(Tensor):
-    """A tensor that stands for another, as a DTensor does: it has no storage of its own."""
-
-    @staticmethod
-    def __new__(cls: Any, inner: Tensor) -> Elsewhere:
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    def __tensor_flatten__(self) -> Any:
-        return ["inner"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{func} was called")
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_a_tensor_that_stands_for_another_is_refused_by_name(backend: str) -> None:
-    hidden, weight = torch.randn(20, 16), torch.randn(100, 16)
-    words = "must be a plain tensor, not a Elsewhere, which stands for others"
-    with pytest.raises(TypeError, match=f"^weight {words}"):
-        linear_token_stats(hidden, Elsewhere(weight), backend=backend)
-    with pytest.raises(TypeError, match=f"^teacher_hidden {words}"):
-        fused_linear_divergence(hidden, weight, Elsewhere(hidden), weight, backend=backend)
-    with pytest.raises(TypeError, match=f"^token_weight {words}"):
-        fused_linear_divergence(hidden, weight, hidden, weight, token_weight=Elsewhere(hidden[:, 0]), backend=backend)
-
-
-def test_no_pointer_is_taken_of_what_has_no_values() -> None:
-    with pytest.raises(TypeError, match="a plain tensor on the CPU was expected, not a Tensor on meta"):
-        cpu_backend.address(torch.empty(3, device="meta"))
-    with pytest.raises(TypeError, match="not a Elsewhere on cpu"):
-        cpu_backend.address(Elsewhere(torch.empty(3)))
-
-
-@pytest.mark.parametrize("place", range(4))
-def test_forward_mode_is_refused_not_dropped(place: int) -> None:
-    tensors = [torch.randn(20, 16), torch.randn(100, 16), torch.randn(20, 16), torch.randn(100, 16)]
-    name = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")[place]
-
-    def loss(tensor: Tensor) -> Tensor:
-        return fused_linear_divergence(*tensors[:place], tensor, *tensors[place + 1 :]).loss
-
-    tangent = (torch.ones_like(tensors[place]),)
-    with pytest.raises(NotImplementedError, match=f"{name} has a tangent"):
-        torch.func.jvp(loss, (tensors[place],), tangent)
-    with pytest.raises(NotImplementedError, match="hidden has a tangent"):
-        torch.func.jvp(lambda states: scored(states, tensors[1]), (tensors[0],), (torch.ones(20, 16),))
