@@ -154,8 +154,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tup
     if grad_loss is not None:
         with torch.no_grad():
             gradients = _deferred_gradients(ctx, grad_loss) if ctx.deferred else _ready_gradients(ctx, grad_loss)
-    if torch.is_grad_enabled():  # create_graph=True
-        gradients = tuple(None if gradient is None else _not_twice(gradient) for gradient in gradients)
+    if grad_loss is not None and torch.is_grad_enabled():  # create_graph=True
+        sources = (grad_loss, *ctx.saved_tensors)
+        gradients = tuple(None if gradient is None else _not_twice(gradient, *sources) for gradient in gradients)
     return (*gradients, *(None,) * (len(ARGUMENTS) - len(gradients)))
 
 
@@ -220,10 +221,15 @@ def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> T
     return gradient.to(dtype)
 
 
-def _not_twice(gradient: Tensor) -> Tensor:
-    """The same, with torch's own error where somebody differentiates it: there is no second derivative here."""
+def _not_twice(gradient: Tensor, *sources: Tensor) -> Tensor:
+    """The same, with torch's own error where somebody differentiates it: there is no second derivative here.
+
+    The error hangs on what the gradient is made of: else `torch.autograd.functional` would find no way there, and take
+    the derivative for 0.
+    """
     message = b"trying to differentiate twice a function that was marked with @once_differentiable"
-    return torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
+    parts = (gradient.detach().requires_grad_(), *sources)
+    return torch._C._functions.DelayedError(message, len(parts))(*parts)[0]
 
 
 def gradients_deferred(reduction: str, trainable_weight: bool, trainable_bias: bool) -> bool:

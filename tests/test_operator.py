@@ -278,6 +278,23 @@ def test_double_backward_is_refused(reduction: str) -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("of", ["hvp", "vhp", "jvp", "hessian"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_second_derivatives_are_refused_not_taken_for_0(of: str, reduction: str, frozen: bool) -> None:
+    """By who allows that a derivative is not there, as `torch.autograd.functional` does."""
+    hidden, weight, *teacher = (tensor.detach() for tensor in small_inputs())
+    weight.requires_grad_(not frozen)
+
+    def loss(states: Tensor) -> Tensor:
+        labels = torch.zeros(len(states), dtype=torch.int64)
+        return fused_linear_divergence(states, weight, *teacher, labels=labels, reduction=reduction).loss.sum()
+
+    direction = () if of == "hessian" else (torch.ones_like(hidden),)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        getattr(torch.autograd.functional, of)(loss, hidden, *direction)
+
+
 def test_gradients_accumulate() -> None:
     hidden, weight, teacher_hidden, teacher_weight = small_inputs()
     fused_linear_divergence(hidden, weight, teacher_hidden, teacher_weight, reduction="sum").loss.backward()
