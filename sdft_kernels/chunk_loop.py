@@ -144,7 +144,7 @@ def _allocate(
     gradients = Gradients(
         hidden=hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
         weight=(
-            pages.empty(shape, head_dtype) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=head_dtype)
+            pages.huge(shape, head_dtype) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=head_dtype)
         ),
         bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )

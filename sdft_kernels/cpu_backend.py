@@ -160,7 +160,7 @@ class Workspace:
         self.vocab, self.keep = vocab, keep
         stride = width + (LINE if width % SETS == 0 else 0)
         self.tile = min(vocab, max(64, TILE_BYTES // (4 * stride) // 16 * 16))
-        self._rows = pages.empty((vocab if keep else self.tile, stride), torch.float32)
+        self._rows = pages.kept((vocab if keep else self.tile, stride), torch.float32)
         self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def tiles(self, width: int, *, whole: bool = False) -> Iterator[tuple[slice, Tensor]]:

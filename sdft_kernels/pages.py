@@ -1,12 +1,14 @@
-"""Large CPU memory kept from one call to the next: memory taken anew costs a fault for each page of it.
+"""Large CPU memory, which costs a fault for each page of it when it is taken anew.
 
-That is what a call's workspace and a head's gradient are. A tensor made here gives its memory back when nothing holds
-it any longer, as when an optimizer's `zero_grad` drops a gradient; the next one of about its size takes it over. Until
-then the pages are the system's to take whenever memory is short (MADV_FREE).
+A call's workspace is kept for the next: a tensor made by `kept` gives its memory back when nothing holds it any longer,
+and the next one of about its size takes it over. Until then the pages are the system's to take whenever memory is
+short (MADV_FREE). A head's gradient, which its owner may resize, is torch's own memory in huge pages, of which there
+are few (docs/performance.md).
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import weakref
@@ -18,14 +20,25 @@ from torch import Tensor
 #: Bytes below which glibc's malloc keeps what was freed itself.
 LEAST = 32 << 20
 
-#: How many pieces are kept: of a step, the workspace and the gradient.
+#: How many pieces are kept: the loss's workspace and scoring's.
 KEPT = 2
 
 _spare: list[mmap.mmap] = []
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As `torch.empty` on the CPU; a storage of this memory cannot be resized."""
+def huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `torch.empty` on the CPU, in huge pages where the system has them."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    if tensor.nbytes >= LEAST and hasattr(mmap, "MADV_HUGEPAGE"):
+        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - first
+        # A wish, which a system that knows no such pages refuses.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+def kept(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `torch.empty` on the CPU, of memory that an earlier one has left; a storage of it cannot be resized."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < LEAST or not hasattr(mmap, "MADV_FREE"):

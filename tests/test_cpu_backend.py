@@ -229,15 +229,15 @@ def nothing_kept() -> None:
 def test_large_memory_is_kept_for_the_next_call() -> None:
     """By what holds it last, for what is about as large; meanwhile nobody else has it."""
     rows = pages.LEAST // 4000 + 2
-    first, other = (pages.empty((rows, 1000), torch.float32) for _ in range(2))
+    first, other = (pages.kept((rows, 1000), torch.float32) for _ in range(2))
     memory, view = first.data_ptr(), first[1:]
     assert other.data_ptr() != memory
     del first
     assert not pages._spare
     del view
-    larger = pages.empty((rows + 5000, 1000), torch.float32)  # more pages than there are
+    larger = pages.kept((rows + 5000, 1000), torch.float32)  # more pages than there are
     assert larger.data_ptr() != memory
-    again = pages.empty((rows - 1, 1000), torch.float32)
+    again = pages.kept((rows - 1, 1000), torch.float32)
     assert again.data_ptr() == memory and again.shape == (rows - 1, 1000)
     again.fill_(1)
     many = [again, other, larger]
@@ -245,27 +245,30 @@ def test_large_memory_is_kept_for_the_next_call() -> None:
     assert len(pages._spare) == pages.KEPT
 
 
-@pytest.mark.usefixtures("nothing_kept")
-def test_a_gradient_takes_the_memory_of_one_that_was_dropped() -> None:
-    case = random_case(16, 64, 64, pages.LEAST // 256 + 1, shared_head=True)
-    first = fused(case).gradients["student_weight"]
-    assert first is not None
-    memory, expected = first.data_ptr(), first.clone()
-    kept = fused(case).gradients["student_weight"]
-    assert kept is not None and kept.data_ptr() != memory
-    del first
-    again = fused(case).gradients["student_weight"]
-    assert again is not None and again.data_ptr() == memory
-    torch.testing.assert_close(again, expected)
-
-
 def test_large_gradients_are_tensors_like_any_other() -> None:
-    gradient = pages.empty((pages.LEAST // 4, 1), torch.float32).fill_(2)
+    """Whose storage is emptied and filled again, as sharding does."""
+    case = random_case(16, 64, 64, pages.LEAST // 256 + 1, shared_head=True)
+    gradient = fused(case).gradients["student_weight"]
+    assert gradient is not None
+    expected, storage = gradient.clone(), gradient.untyped_storage()
+    storage.resize_(0)
+    storage.resize_(expected.nbytes)
+    gradient.copy_(expected)
     file = io.BytesIO()
     torch.save(gradient, file)
     file.seek(0)
-    for same in (torch.load(file), copy.deepcopy(gradient), gradient.clone().share_memory_(), gradient.share_memory_()):
-        assert same.shape == gradient.shape and bool((same == 2).all())
+    for same in (torch.load(file), copy.deepcopy(gradient), gradient.share_memory_()):
+        torch.testing.assert_close(same, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says which pages memory is in")
+def test_large_gradients_are_in_huge_pages() -> None:
+    gradient = pages.huge((pages.LEAST,), torch.uint8)
+    address = gradient.data_ptr() + pages.LEAST // 2
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]:
+        first, past = (int(end, 16) for end in mapping.split(maxsplit=1)[0].split("-"))
+        if first <= address < past:
+            assert re.search(r"^VmFlags:.* hg\b", mapping, flags=re.MULTILINE), mapping
 
 
 def test_calls_at_once_do_not_share_a_workspace() -> None:
