@@ -82,10 +82,10 @@ def fused_linear_divergence(
             the host cannot know without waiting) zeros are projected in the student's place.
         labels: (N,) int64, the sampled tokens, or None. Not read where the weight is 0.
         old_logprobs: (N,) log-probabilities of the labels when they were sampled, in nats; then each token's
-            weight is multiplied by exp(student_logprob - old_logprobs), without gradient through it.
-        importance_clip: upper limit of that factor, positive, or None. With float16 inputs the logits' gradients
-            hold a factor of 1,023 over how many nats log p - log q lies from its mean: give a limit of some 100 there,
-            or larger factors may make the gradient inf where the returned one would fit.
+            weight is multiplied by exp(student_logprob - old_logprobs), without gradient through it. In float16 a
+            gradient overflows where this factor times the gradient of a token of the largest `token_weight` passes
+            1,023, even if a small factor of the loss would bring it back: `importance_clip` keeps it below.
+        importance_clip: upper limit of that factor, positive, or None.
         reduction: "mean": Σ w·L / Σ w, with `token_weight` for w in the denominator · "sum": Σ w·L ·
             "none": w·L, (N,), differentiable.
         vocab_size: compare the first `vocab_size` entries of both heads. Without it, heads whose sizes differ

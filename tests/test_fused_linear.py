@@ -233,6 +233,24 @@ def test_in_float16_the_largest_weight_is_fixed_and_a_factor_says_what_it_was(re
     assert_close(fused(case, upstream), reference(case, upstream), *LIMITS[torch.float16])
 
 
+@pytest.mark.parametrize(("log_ratio", "clip"), [(6.0, None), (13.0, None), (13.0, 400.0)])
+def test_in_float16_importance_weights_have_the_limit_that_is_documented(log_ratio: float, clip: float | None) -> None:
+    labels, upstream = torch.arange(9), torch.tensor(1 / 64)
+    case = random_case(9, dtype=torch.float16, reduction="sum", labels=labels)
+    logprob = fused(case).output.student_logprob
+    assert logprob is not None
+    case = case.with_options(old_logprobs=logprob - log_ratio, importance_clip=clip)
+    found, expected = fused(case, upstream), reference(case, upstream)
+    largest = expected.gradients["student_hidden"]
+    assert largest is not None
+    fits = bool(largest.abs().max() / upstream < 65504 / FLOAT16_WEIGHT)
+    assert fits == (log_ratio < 7 or clip is not None)
+    if fits:
+        assert_close(found, expected, *LIMITS[torch.float16])
+    else:
+        assert found.gradients["student_hidden"].isinf().any()
+
+
 def test_inputs_of_any_layout() -> None:
     case = random_case(20, 48, 48, 1003)
     tokens = torch.randn(40, 96)
