@@ -18,7 +18,7 @@ from torch import Tensor
 from sdft_kernels import cpu_backend, pages, products, torch_backend
 from sdft_kernels.chunk import ROW_ALIGNMENT, ChunkGradients, Head
 from sdft_kernels.chunking import plan_chunks
-from sdft_kernels.divergences import MASKED, Objective
+from sdft_kernels.divergences import MASKED, LogitOptions, Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
 
 
@@ -85,12 +85,12 @@ def run_chunks(
     """
     wide, device = products.accumulation_dtype(compute_dtype), student.hidden.device
     work = backend_module(backend, device, wide)
-    student_head = make_head(student.weight, student.bias, vocab, compute_dtype)
+    student_head = make_head(student.weight, student.bias, vocab, compute_dtype, objective.student)
     if not student.weight.is_meta and student.weight.is_set_to(teacher.weight):
         # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.
-        teacher_head = Head(student_head.weight, _head_bias(teacher.bias, vocab, wide))
+        teacher_head = Head(student_head.weight, _head_bias(teacher.bias, vocab, wide, objective.teacher))
     else:
-        teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype)
+        teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype, objective.teacher)
     returned = products.head_gradient_dtype(student.weight.dtype, compute_dtype, device)
     plan = plan_chunks(
         live.count,
@@ -122,17 +122,22 @@ def run_chunks(
     return gradients
 
 
-def make_head(weight: Tensor, bias: Tensor | None, vocab: int, compute_dtype: torch.dtype) -> Head:
+def make_head(
+    weight: Tensor, bias: Tensor | None, vocab: int, compute_dtype: torch.dtype, options: LogitOptions
+) -> Head:
     """The first `vocab` entries, in the dtypes that products take them in."""
     wide = products.accumulation_dtype(compute_dtype)
-    return Head(weight[:vocab].to(compute_dtype), _head_bias(bias, vocab, wide))
+    return Head(weight[:vocab].to(compute_dtype), _head_bias(bias, vocab, wide, options))
 
 
-def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype) -> Tensor | None:
-    """Its first `vocab` entries side by side and finite, as kernels read them."""
+def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype, options: LogitOptions) -> Tensor | None:
+    """Its first `vocab` entries side by side and finite, as kernels read them; what masks does so under any scale."""
     if bias is None:
         return None
-    return torch.nn.functional.pad(bias[:vocab].to(wide).clamp(min=MASKED), (0, -vocab % ROW_ALIGNMENT))[:vocab]
+    bias = bias[:vocab].to(wide).clamp(min=MASKED)
+    if options.scale < 0:
+        bias = bias.where(bias > MASKED, -MASKED)
+    return torch.nn.functional.pad(bias, (0, -vocab % ROW_ALIGNMENT))[:vocab]
 
 
 def _allocate(

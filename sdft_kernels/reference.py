@@ -25,11 +25,10 @@ def logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); a bias of -inf counts as `MASKED`."""
-    y = hidden @ weight.T
+    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); scale · b is at least -1e30 · |scale| where b is -inf."""
+    y = scale * (hidden @ weight.T)
     if bias is not None:
-        y = y + bias.clamp(min=MASKED)
-    y = scale * y
+        y = y + torch.where(bias > MASKED, scale * bias, abs(scale) * MASKED)
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
     return y / temperature

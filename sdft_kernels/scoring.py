@@ -123,7 +123,7 @@ def _score(
     logprob = None if labels is None else hidden.new_empty(tokens, dtype=wide)
     top1 = None if labels is None else hidden.new_empty(tokens, dtype=torch.bool)
     scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
-    head = make_head(weight, bias, vocab, compute_dtype)
+    head = make_head(weight, bias, vocab, compute_dtype, options)
     plan = plan_chunks(tokens, vocab, work.scoring_held(compute_dtype), hidden.device, max_chunk_bytes)
     workspace = work.scoring_workspace(hidden, plan.chunk, vocab, compute_dtype)
     with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_kernels import FusedLinearDivergence, fused_linear_divergence
+from sdft_kernels import FusedLinearDivergence, fused_linear_divergence, linear_token_stats
 from sdft_kernels.chunk_loop import FLOAT16_WEIGHT, token_weights
 from sdft_kernels.tokens import LiveTokens
 from tests.cases import (
@@ -359,6 +359,26 @@ def test_entries_that_a_bias_masks(masks: str, divergence: str, backend: str) ->
         gradient = result.gradients["student_weight"]
         assert gradient is not None and not gradient[:9].any()
         assert relative_error(gradient[9:], expected.gradients["student_weight"]) <= 3e-6
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_bias_masks_under_a_negative_scale_too(softcap: float | None, backend: str) -> None:
+    scales = {"student_logit_scale": -1.3, "teacher_logit_scale": -0.7}
+    case, *_ = masked_case(True, True, backend=backend, **scales, student_softcap=softcap, teacher_softcap=softcap)
+    result = fused(case)
+    del case.options["backend"]
+    assert_close(result, reference(case), 3e-6, 3e-6)
+    stats = linear_token_stats(
+        case.student_hidden,
+        case.student_weight,
+        torch.zeros(5, dtype=torch.int64),
+        bias=case.student_bias,
+        logit_scale=-1.3,
+        softcap=softcap,
+        backend=backend,
+    )
+    assert stats.logprob is not None and (stats.logprob < (-25.0 if softcap else -1e29)).all()
 
 
 def masked_case(masked: bool, masked_by_teacher: bool, **options: Any) -> tuple[Case, torch.Tensor, torch.Tensor]:
