@@ -102,17 +102,18 @@ class Runs(WholeSaves):
         return steps_done(checkpoint) >= self.total_steps()
 
     @property
-    def _finish(self) -> FinishOnSignal | None:
-        return next((each for each in self.callback_handler.callbacks if isinstance(each, FinishOnSignal)), None)
+    def _listening(self) -> list[FinishOnSignal]:
+        return [each for each in self.callback_handler.callbacks if isinstance(each, FinishOnSignal)]
 
     @property
     def asked_to_stop(self) -> bool:
         """Whether this process was told to stop."""
-        return self._finish is not None and bool(self._finish.noted)
+        return any(each.noted for each in self._listening)
 
     def leave_if_asked(self) -> None:
         """If any process was told to stop, leave the step, none of which the weights have seen; all processes ask."""
-        if self._finish is not None and self._finish.agreed(self.args.device):
+        told = [each.agreed(self.args.device) for each in self._listening]
+        if any(told):
             raise Left
 
     def _leave(self) -> TrainOutput:

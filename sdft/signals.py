@@ -41,6 +41,7 @@ class FinishOnSignal(TrainerCallback):
         self._noted_at = 0.0
 
     def __enter__(self) -> FinishOnSignal:
+        self.noted = self.stopped = self.late = 0
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
                 self._before[number] = signal.signal(number, self._note)
@@ -48,8 +49,9 @@ class FinishOnSignal(TrainerCallback):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._as_before()
-        if self.noted and not (self.stopped or self.late) and error is None:  # it came when training was over
-            signal.raise_signal(self.noted)
+        noted, self.noted = self.noted, 0  # what trains after the block was told nothing
+        if noted and not (self.stopped or self.late) and error is None:  # it came when training was over
+            signal.raise_signal(noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.noted:

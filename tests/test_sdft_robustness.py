@@ -326,6 +326,19 @@ def test_a_signal_in_the_first_rollouts_leaves_no_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_trainer_that_a_signal_has_stopped_goes_on(tmp_path):
+    """Outside the block, which told it to stop, and within another."""
+    with stopped(tmp_path / "run", 3, "rollouts", max_steps=4) as (run, finish):
+        run.train()
+    assert finish.stopped == signal.SIGTERM and run.state.global_step == 2
+    assert run.train("last").training_loss > 0
+    assert run.state.global_step == 4
+    with stopped(tmp_path / "again", 3, "rollouts", max_steps=4) as (run, first), FinishOnSignal() as second:
+        run.add_callback(second)
+        run.train()
+    assert second.stopped and not first.stopped and run.state.global_step == 2
+
+
 def test_a_signal_right_after_a_checkpoint_saves_none_again(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     with stopped(tmp_path / "a", 3, "rollouts", **options) as (run, _):
