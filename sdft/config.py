@@ -98,7 +98,7 @@ class DataArguments:
     """What it learns from."""
 
     train_file: str = setting(
-        "", "JSONL or Parquet with prompt and demonstration, each a text or a list of chat messages."
+        "", "JSONL or Parquet with prompt, a text or a list of chat messages, and demonstration, a text or one message."
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """Rows in, token ids out: reads and checks training data, and lays out the student's and the teacher's prompts.
 
-A row has `prompt` (text or chat messages), `demonstration` (text or messages) and, where it will be scored, `answer`
+A row has `prompt` (text or chat messages), `demonstration` (text or one message) and, where it will be scored, `answer`
 (text). Rows come from a JSONL file, a Parquet file or a `datasets.Dataset`. Everything that can be wrong with a row
 is found here, before a model runs, and is reported with the file's name and the row's number (from 1).
 """
@@ -115,8 +115,11 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
                 "each with a role and a content"
             )
     demonstration = row.get("demonstration")
-    if isinstance(demonstration, list) and (first := demonstration[0]["role"]) != "assistant":
-        raise UsageError(f"{where}: the demonstration begins with a message by {first!r}; it must be by 'assistant'")
+    if isinstance(demonstration, list) and (roles := [m["role"] for m in demonstration]) != ["assistant"]:
+        raise UsageError(
+            f"{where}: demonstration has {counted(len(roles), 'message')} ({', '.join(roles)}); it must be text or one "
+            "message by 'assistant', and what comes before that is the prompt"
+        )
     if not isinstance(row.get("answer"), str | None):
         raise UsageError(f"{where}: answer is a {type(row['answer']).__name__}; it must be text")
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
@@ -223,23 +226,28 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def encode_demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> list[int]:
-    """Token ids of the demonstration as the model itself would have to write it, its end-of-turn token included."""
+def written(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The texts of a row's prompt, and of its demonstration as the model itself would have to write it after that."""
     demonstration = row["demonstration"]
+    before = opening(row["prompt"], tokenizer, row[WHERE])
     if not tokenizer.chat_template:
-        text = demonstration if isinstance(demonstration, str) else "\n\n".join(m["content"] for m in demonstration)
-        before = opening(row["prompt"], tokenizer, row[WHERE])
-        return [*_answer_ids(before, text, tokenizer), _end_token(tokenizer, eos_ids)]
+        return before, text_of(demonstration)
     answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
-    messages = as_messages(row["prompt"])
-    before = opening(messages, tokenizer, row[WHERE])
-    whole = render([*messages, *answer], tokenizer, add_generation_prompt=False, where=row[WHERE])
+    messages = [*as_messages(row["prompt"]), *answer]
+    whole = render(messages, tokenizer, add_generation_prompt=False, where=row[WHERE])
     if not whole.startswith(before):
         raise UsageError(
             f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
             "generation prompt, so that there is no sequence to train method 'sft' on"
         )
-    ids = _answer_ids(before, whole[len(before) :], tokenizer)
+    return before, whole[len(before) :]
+
+
+def encode_demonstration(
+    before: str, text: str, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]
+) -> list[int]:
+    """Token ids of a demonstration that is written after a prompt, its end-of-turn token included."""
+    ids = _answer_ids(before, text, tokenizer)
     last = max((position for position, token in enumerate(ids) if token in eos_ids), default=None)
     return [*ids, _end_token(tokenizer, eos_ids)] if last is None else ids[: last + 1]
 
@@ -275,12 +283,15 @@ def encode_rows(
         logger.warning(
             "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
         )
-    encoded, cut = [], []
+    encoded = []
+    unseen, unlearned = (LeftOut(rows) for _ in range(2))
     for row in rows:
         ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer, row[WHERE])}
         room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
-            ids["completion_ids"] = encode_demonstration(row, tokenizer, eos_ids)
+            before, text = written(row, tokenizer)
+            unlearned.look(row, text)
+            ids["completion_ids"] = encode_demonstration(before, text, tokenizer, eos_ids)
             room = max(room, len(ids["completion_ids"]))
         check_ids(row, "prompt", ids["prompt_ids"], tokenizer, room, limits)
         if "completion_ids" in ids:
@@ -289,19 +300,37 @@ def encode_rows(
             text = opening(teacher_chat(row, template), tokenizer, row[WHERE])
             ids["teacher_prompt_ids"] = _opening_ids(text, tokenizer)
             check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
-            if _text_of(row["demonstration"]).strip() not in text:
-                cut.append(row[WHERE])
+            unseen.look(row, text)
         encoded.append(ids)
-    if cut:
-        logger.warning(
-            "the tokenizer's chat template leaves out a part of the demonstration in %d of %d rows, the first in %s: "
-            "the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template than "
-            "'turn' keeps it)",
-            len(cut),
-            len(rows),
-            cut[0],
-        )
+    unseen.warn(
+        "the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template than "
+        "'turn' keeps it)"
+    )
+    unlearned.warn("it is not learned (templates drop thinking that they keep in another field of the message)")
     return encoded
+
+
+class LeftOut:
+    """The rows in whose text a chat template leaves out a part of the demonstration."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows, self.places = rows, list[str]()
+
+    def look(self, row: Row, text: str) -> None:
+        # Templates may set what they keep apart in lines of its own.
+        if "".join(text_of(row["demonstration"]).split()) not in "".join(text.split()):
+            self.places.append(row[WHERE])
+
+    def warn(self, consequence: str) -> None:
+        if self.places:
+            logger.warning(
+                "the tokenizer's chat template leaves out a part of the demonstration in %d of %d rows, the first in "
+                "%s: %s",
+                len(self.places),
+                len(self.rows),
+                self.places[0],
+                consequence,
+            )
 
 
 def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
@@ -313,17 +342,12 @@ def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
             f"{row[WHERE]}: a message has {', '.join(other)}, which the teacher's prompt cannot show; messages of the "
             "demonstration, and the last of the prompt, must be a role and a content"
         )
-    roles = [message["role"] for message in shown[1:]]
-    if len(roles) > 1:
-        raise UsageError(
-            f"{row[WHERE]}: demonstration has {len(roles)} messages ({', '.join(roles)}); it must be text or one "
-            "message where a teacher is to see it, who is shown it as one text"
-        )
-    return teacher_messages(row["prompt"], demonstration, template)
+    return teacher_messages(row["prompt"], text_of(demonstration), template)
 
 
-def _text_of(demonstration: str | list[Message]) -> str:
-    return demonstration if isinstance(demonstration, str) else demonstration[-1]["content"]
+def text_of(demonstration: str | list[Message]) -> str:
+    """A demonstration's text, which may come as a message."""
+    return demonstration if isinstance(demonstration, str) else demonstration[0]["content"]
 
 
 def check_ids(

@@ -102,11 +102,7 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def teacher_messages(
-    prompt: str | list[Message], demonstration: str | list[Message], template: list[Message]
-) -> list[Message]:
+def teacher_messages(prompt: str | list[Message], demonstration: str, template: list[Message]) -> list[Message]:
     """The chat that the teacher sees: the prompt's earlier messages, then the template around its last one."""
     *earlier, last = as_messages(prompt)
-    if not isinstance(demonstration, str):
-        demonstration = "\n\n".join(message["content"] for message in demonstration)
     return [*earlier, *fill(template, last["content"], demonstration)]

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sdft.data import UNREAD, WHERE, Limits, encode_demonstration, encode_prompt, encode_rows, load_rows
+from sdft.data import UNREAD, WHERE, Limits, encode_demonstration, encode_prompt, encode_rows, load_rows, written
 from sdft.errors import UsageError
 from sdft.templates import TEMPLATES
 from tests import tiny
@@ -94,31 +94,35 @@ def test_prompts_go_through_the_chat_template_where_there_is_one():
     assert plain.decode(encode_prompt(messages, plain)) == "s\n\nhi"
 
 
+def demonstration_ids(row, tokenizer, eos_ids):
+    return encode_demonstration(*written(row, tokenizer), tokenizer, eos_ids)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_demonstration_ends_with_the_end_of_sequence_token(chat):
     tokenizer = tiny.tiny_tokenizer(chat)
-    assert tokenizer.decode(encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, EOS)) == "b<eos>"
+    assert tokenizer.decode(demonstration_ids({**GOOD, WHERE: "here"}, tokenizer, EOS)) == "b<eos>"
 
 
 def test_nothing_after_the_end_of_turn_is_learned():
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("<eos>", "<eos>\n")
-    assert tokenizer.decode(encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, EOS)) == "b<eos>"
+    assert tokenizer.decode(demonstration_ids({**GOOD, WHERE: "here"}, tokenizer, EOS)) == "b<eos>"
 
 
 def test_a_chat_template_that_rewrites_the_prompt_cannot_be_used_for_sft():
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}" + tiny.CHAT_TEMPLATE
     with pytest.raises(UsageError, match="does not continue"):
-        encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, EOS)
+        demonstration_ids({**GOOD, WHERE: "here"}, tokenizer, EOS)
 
 
 def test_a_tokenizer_without_an_end_takes_the_models_or_is_refused_for_sft():
     tokenizer = tiny.tiny_tokenizer(chat=False)
     tokenizer.eos_token = None
-    assert encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, frozenset({7}))[1:] == [7]
+    assert demonstration_ids({**GOOD, WHERE: "here"}, tokenizer, frozenset({7}))[1:] == [7]
     with pytest.raises(UsageError, match="no eos_token, nor has the model"):
-        encode_demonstration({**GOOD, WHERE: "here"}, tokenizer, frozenset())
+        demonstration_ids({**GOOD, WHERE: "here"}, tokenizer, frozenset())
 
 
 REFUSES = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system role.') }}{% endif %}" + (
@@ -137,11 +141,12 @@ def test_a_row_that_the_chat_template_refuses_is_named(method):
         encode_prompt(chat, tokenizer)
 
 
-def encode(rows, method="sdft", context=None, tokenizer=None, tokens=None):
+def encode(rows, method="sdft", context=None, tokenizer=None, tokens=None, with_demonstration=False):
     encoded, *_ = encode_rows(
         load_rows(rows if isinstance(rows, list) else [rows]),
         tokenizer or tiny.tiny_tokenizer(),
         method=method,
+        with_demonstration=with_demonstration,
         template=TEMPLATES["turn"],
         eos_ids=EOS,
         max_completion_length=10,
@@ -231,7 +236,7 @@ def test_a_demonstration_is_tokenised_as_the_rest_of_its_chat():
     tokenizer = words(chat=True)
     assert tokenizer("Yes", add_special_tokens=False)["input_ids"] == [6]
     assert encode_prompt("hi", tokenizer) == [2, 5, 3]
-    assert encode_demonstration(row, tokenizer, frozenset({1})) == [7, 1]
+    assert demonstration_ids(row, tokenizer, frozenset({1})) == [7, 1]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,7 @@ def test_nothing_stands_between_a_prompt_and_its_answer(around, expected):
 
 def test_a_demonstration_after_a_prompt_without_a_chat_template_is_its_rest():
     row = {"prompt": "hi", "demonstration": " Yes", WHERE: "row"}
-    assert encode_demonstration(row, words(around="$A </s>"), frozenset({1})) == [6, 1]
+    assert demonstration_ids(row, words(around="$A </s>"), frozenset({1})) == [6, 1]
 
 
 @pytest.mark.parametrize("field", UNREAD)
@@ -254,20 +259,18 @@ def test_a_field_that_other_trainers_read_is_refused_by_name(field):
     load_rows([{**GOOD, field: None}])
 
 
-def test_a_demonstration_of_several_turns_is_refused_where_a_teacher_is_to_see_it():
-    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    row = {"prompt": "p", "demonstration": [*turns, turns[0]]}
-    with pytest.raises(UsageError, match=r"row 1: demonstration has 3 messages \(assistant, user, assistant\)"):
-        encode(load_rows([row]))
-    with pytest.raises(UsageError, match="a message has tool_calls, which the teacher's prompt cannot show"):
-        encode(load_rows([{"prompt": "p", "demonstration": [{**turns[0], "tool_calls": [{"name": "f"}]}]}]))
-    assert encode(load_rows([{"prompt": "p", "demonstration": turns[:1]}]))
-
-
-def test_a_demonstration_by_the_wrong_speaker_is_refused():
-    row = {"prompt": "p", "demonstration": [{"role": "user", "content": "a"}]}
-    with pytest.raises(UsageError, match="row 1: the demonstration begins with a message by 'user'"):
+@pytest.mark.parametrize("roles", [["assistant", "user", "assistant"], ["user", "assistant"], ["user"]])
+def test_a_demonstration_is_one_message_by_the_assistant(roles):
+    row = {"prompt": "p", "demonstration": [{"role": role, "content": "a"} for role in roles]}
+    with pytest.raises(UsageError, match=rf"row 1: demonstration has {len(roles)} messages? \({', '.join(roles)}\)"):
         load_rows([row])
+
+
+def test_what_a_teacher_cannot_be_shown_of_a_demonstration_is_refused():
+    message = {"role": "assistant", "content": "a"}
+    with pytest.raises(UsageError, match="a message has tool_calls, which the teacher's prompt cannot show"):
+        encode(load_rows([{"prompt": "p", "demonstration": [{**message, "tool_calls": [{"name": "f"}]}]}]))
+    assert encode(load_rows([{"prompt": "p", "demonstration": [message]}]))
 
 
 def test_a_template_that_drops_part_of_the_demonstration_is_named_once(caplog):
@@ -281,6 +284,19 @@ def test_a_template_that_drops_part_of_the_demonstration_is_named_once(caplog):
         "row 2: the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template "
         "than 'turn' keeps it)"
     ]
+    for options in ({"method": "sft"}, {"with_demonstration": True}):
+        caplog.clear()
+        encode(rows, tokenizer=tokenizer, **options)
+        assert [record.getMessage().partition(": ")[2].split(" (")[0] for record in caplog.records][-1] == (
+            "it is not learned"
+        )
+
+
+def test_thinking_that_a_template_sets_apart_is_not_missed(caplog):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content.replace('/', '\n\n/\n')")
+    encode(load_rows([{"prompt": "p", "demonstration": "u/ c"}]), tokenizer=tokenizer, with_demonstration=True)
+    assert not caplog.records
 
 
 def test_a_tokenizer_without_a_chat_template_is_named_once(caplog):

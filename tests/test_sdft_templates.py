@@ -29,8 +29,7 @@ def test_earlier_messages_stay_before_the_template():
         {"role": "assistant", "content": "Hi"},
         {"role": "user", "content": "How much?"},
     ]
-    demonstration = [{"role": "assistant", "content": "Three."}]
-    chat = teacher_messages(prompt, demonstration, TEMPLATES["turn"])
+    chat = teacher_messages(prompt, "Three.", TEMPLATES["turn"])
     assert chat[:3] == prompt[:3]
     assert [m["content"] for m in chat[3:]] == ["How much?", "Three.", "How much?"]
 
