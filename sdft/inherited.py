@@ -1,14 +1,13 @@
-"""The settings that come from transformers' Trainer and from peft: what works here, what is refused, what has no use.
+"""The settings that come from transformers' Trainer: what works here, what is refused, what has no use.
 
-Every field of `TrainingArguments` and every type of adapter stands in one of the lists below (tests/test_sdft_inherited
-holds the installed releases against them). What is refused would do nothing, or something else than it says.
+Every field of `TrainingArguments` stands in one of the lists below (tests/test_sdft_inherited holds the installed
+release against them). What is refused would do nothing, or something else than it says.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -69,37 +68,6 @@ REFUSED_ARGUMENTS = {
     "model_init": "the teacher is made from one model",
 }
 
-#: Types of adapters that lie in layers, so that the loss finds the backbone's hidden states and the adapter merges.
-ADAPTERS = frozenset(
-    """
-    LORA BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR MISS OFT OSF PEANUT
-    PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
-    """.split()  # noqa: SIM905
-)
-_PROMPTS = "it learns what is put before the text, which the backbone's own hidden states know nothing of"
-_OWN_LOOP = "it takes a training loop that allots its ranks"
-_NOT_MERGED = "it cannot be merged into the model's weights"
-REFUSED_ADAPTERS = {
-    "ADALORA": _OWN_LOOP,
-    "ADAMSS": _OWN_LOOP,
-    "ADAPTION_PROMPT": _PROMPTS,
-    "BEFT": _NOT_MERGED,
-    "CARTRIDGE": _PROMPTS,
-    "CPT": _PROMPTS,
-    "LILY": _NOT_MERGED,
-    "MULTITASK_PROMPT_TUNING": _PROMPTS,
-    "POLY": "it routes tasks, and rows have none",
-    "PREFIX_TUNING": _PROMPTS,
-    "PROMPT_TUNING": _PROMPTS,
-    "P_TUNING": _PROMPTS,
-    "SHADOW": _NOT_MERGED,
-    "XLORA": "it mixes adapters that are there before",
-}
-#: Options of LoRA with which the adapter cannot be merged into the model that it is an adapter of.
-REFUSED_LORA = ("lora_bias", "layer_replication")
-#: How LoRA may begin by changing the weights under it: the model without the adapter is then none that there was.
-REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 SAMPLING_STRATEGIES = ("random", "sequential")
 
 
@@ -116,20 +84,3 @@ def check_arguments(names: Collection[str]) -> None:
     for name in names:
         if name in REFUSED_ARGUMENTS:
             raise UsageError(f"{name} is set; it must not be: {REFUSED_ARGUMENTS[name]}")
-
-
-def check_adapter(config: Any) -> None:
-    """UsageError for an adapter, by its peft configuration, that could not be trained or loaded again as it was."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in ADAPTERS:
-        reason = REFUSED_ADAPTERS.get(kind, "it is not known to work here")
-        raise UsageError(f"peft_config is of type {kind}, which is refused: {reason}; LORA and others are taken")
-    for name in REFUSED_LORA:
-        if value := getattr(config, name, None):
-            raise UsageError(f"{name} is {value!r}; it must not be set: {_NOT_MERGED}")
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower().startswith(REFUSED_STARTS):
-        raise UsageError(
-            f"init_lora_weights is {start!r}; it must not be: it changes the model's own weights, and the teacher is "
-            "the model without the adapter"
-        )

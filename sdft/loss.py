@@ -8,7 +8,7 @@ own logits before anything is trained on it. The divergence itself is `sdft_kern
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from sdft.adapters import is_adapted
 from sdft.config import SDFTConfig
 from sdft.errors import TrainingError
 from sdft.forward import Result, as_forward_of, evaluating
@@ -55,10 +56,11 @@ def find_head(model: PreTrainedModel) -> Head:
     """The head that the model's configuration describes."""
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
-    if getattr(layer, "active_adapters", None) and not hasattr(layer, "modules_to_save"):
+    if is_adapted(layer) and not hasattr(layer, "modules_to_save"):
         raise TrainingError(
-            f"{type(model).__name__} has an adapter in its output head, whose weight is not one matrix then; leave the "
-            "head out of the adapter's target modules, or name it in modules_to_save"
+            f"{type(model).__name__} has an adapter in its output head, whose weight is not one matrix then; leave out "
+            "of the adapter (target_modules, trainable_token_indices) the head, and embeddings that it is tied to, or "
+            "name them in modules_to_save"
         )
     if not isinstance(weight, Tensor):
         raise TrainingError(f"{type(model).__name__} has no linear output head, and the loss needs one")
@@ -134,7 +136,7 @@ def check_same_in_training(model: PreTrainedModel, tokens: Sequence[int], autoca
     """Refuse a model that computes something else in training, as dropout has it: the teacher would be met in noise."""
     input_ids = torch.tensor([list(tokens)], device=model.device)
     own = torch.arange(len(tokens), device=model.device)
-    with evaluating(model), _autocast(model.device, autocast):
+    with evaluating(model), _without_zeros(model), _autocast(model.device, autocast):
         expected = hidden_states(model, input_ids, own)
         model.train()
         moved = _moved(expected, hidden_states(model, input_ids, own))
@@ -145,6 +147,19 @@ def check_same_in_training(model: PreTrainedModel, tokens: Sequence[int], autoca
             "largest, and the loss needs a model without dropout and noise "
             f"(its configuration has {', '.join(f'{k} {v}' for k, v in settings.items()) or 'no setting for it'})"
         )
+
+
+@contextlib.contextmanager
+def _without_zeros(model: nn.Module) -> Iterator[None]:
+    """Small numbers in place of weights that are all 0 before they train, as an adapter's are, and hide the others."""
+    zeros = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.any()]
+    for parameter in zeros:
+        parameter.normal_(std=0.02, generator=torch.Generator(parameter.device).manual_seed(0))
+    try:
+        yield
+    finally:
+        for parameter in zeros:
+            parameter.zero_()
 
 
 def _moved(from_: Tensor, to: Tensor) -> float:

@@ -23,14 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sdft._compat import dequantized
+from sdft.adapters import merged
 from sdft.data import Limits
 from sdft.errors import UsageError
 from sdft.gguf_cache import keep, kept_model, say
 from sdft.model_files import ADAPTER, BUILT_IN, base_of, damaged, local_path, refuse_pickled, resolve
 
 if TYPE_CHECKING:
-    from sdft.config import LoraArguments, Trust
+    from sdft.config import Trust
 
 
 def load_model(
@@ -131,7 +131,7 @@ def _load_adapter(
     base, folder = base_of(adapter), str(adapter.parent)
     model, tokenizer = load_model(base, dtype, device, **trust)
     try:
-        model = _merged(PeftModel, model, folder).requires_grad_(True)
+        model = merged(PeftModel, model, folder).requires_grad_(True)
     except UsageError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
@@ -149,90 +149,9 @@ def _load_adapter(
     return model, tokenizer
 
 
-def _merged(peft_model: Any, model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """The model with the adapter in `folder` in its weights, which are numbers then: quantised ones cannot take it."""
-    if getattr(model, "is_quantized", False):
-        try:
-            model = dequantized(model)
-        except (NotImplementedError, ValueError) as error:
-            raise UsageError(
-                f"model is {folder!r}, an adapter of a quantised model whose weights cannot be had as numbers to merge "
-                f"it into: {error}"
-            ) from error
-    if (rows := _vocabulary(model, folder)) is not None:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    adapted = peft_model.from_pretrained(model, folder)
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config.get_text_config().tie_word_embeddings and is_adapted(embeddings) and not is_adapted(head):
-        untie(model)  # the adapter is in the embeddings alone, and would be merged into the head
-    tokens = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
-    with torch.no_grad():
-        expected = adapted(input_ids=tokens).logits.float()
-        merged = adapted.merge_and_unload()
-        moved = (merged(input_ids=tokens).logits.float() - expected).norm() / expected.norm()
-    if not moved <= 0.1:  # rounding to bfloat16 is some 0.01
-        raise UsageError(
-            f"model is {folder!r}, an adapter that cannot be merged into its model: the logits of the two together and "
-            f"of the merged model differ by {moved:.2g} of their norm"
-        )
-    return merged
-
-
-def _vocabulary(model: PreTrainedModel, folder: str) -> int | None:
-    """How many tokens an adapter's own embeddings have, where there are such; the model was resized before then."""
-    from peft import load_peft_weights
-
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    saved = load_peft_weights(folder, device="cpu").get(f"base_model.model.{name}.weight")
-    return None if saved is None or len(saved) == len(cast(Tensor, embeddings.weight)) else len(saved)
-
-
-def is_adapted(layer: nn.Module | None) -> bool:
-    """Whether peft has put something around a layer: an adapter, or a copy of it that trains."""
-    return hasattr(layer, "active_adapters")
-
-
-def untie(model: PreTrainedModel) -> None:
-    """Give the head weights of its own, and have the configuration say so."""
-    head = cast(nn.Module, model.get_output_embeddings())
-    head.weight = nn.Parameter(cast(Tensor, head.weight).detach().clone())
-    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-
-
 def _call(model: PreTrainedModel, name: str) -> None:
     """Have the model saved, and an adapter of it, under the name that loads it again."""
     model.config._name_or_path = model.name_or_path = name
-
-
-def has_adapter(model: nn.Module) -> bool:
-    """Whether the model is one of peft's: a transformers model with an adapter, which is all that trains."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, with the adapter in its layers where there is one."""
-    return cast(PreTrainedModel, cast(Any, model).get_base_model() if has_adapter(model) else model)
-
-
-def add_lora(model: PreTrainedModel, settings: LoraArguments) -> nn.Module:
-    """The model with a fresh LoRA adapter, which changes nothing yet; the model itself where the rank is 0."""
-    if not settings.lora_rank:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UsageError(f"lora_rank is {settings.lora_rank}, which needs peft: pip install peft") from error
-    target: Any = settings.lora_target_modules
-    if len(target) == 1 and (target[0].lower() == "all-linear" or set(target[0]) & set(r"\^$*+?()[]{}|")):
-        (target,) = target  # peft's own name for them, or a pattern, which it takes by themselves only
-    config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=target, task_type="CAUSAL_LM"
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UsageError(f"lora_target_modules is {settings.lora_target_modules}: {error}") from error
 
 
 def limits(model: PreTrainedModel) -> Limits:

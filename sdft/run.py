@@ -15,6 +15,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
+from sdft.adapters import add_lora
 from sdft.answers import AnswersFile
 from sdft.checkpoint import failing_clearly, remove_checkpoints
 from sdft.claim import CHECKPOINTS, Claim, claimed
@@ -31,7 +32,7 @@ from sdft.data import WHERE, Row, load_rows
 from sdft.errors import UsageError, counted
 from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
-from sdft.models import add_lora, eos_token_ids, load_model
+from sdft.models import eos_token_ids, load_model
 from sdft.progress import Display
 from sdft.report import (
     SUMMARY_FILE,

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from sdft.adapters import causal_lm, has_adapter
 from sdft.errors import UsageError
 from sdft.forward import evaluating
-from sdft.models import causal_lm, has_adapter
 
 AVERAGE_FILE = "teacher_average.safetensors"
 
@@ -77,13 +77,11 @@ class AdapterOffTeacher(Teacher):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        adapters = set(cast(Any, student).peft_config)  # whose names are in those of their parameters
-        trained = (name for name, parameter in student.named_parameters() if parameter.requires_grad)
-        other = next((name for name in trained if adapters.isdisjoint(name.split("."))), None)
-        if other is not None:
+        if (other := trains_beside_adapter(student)) is not None:
             raise UsageError(
-                f"the model has an adapter, and {other} trains beside it; it must not (LoraConfig: bias must be "
-                "'none'), for the model without its adapter would not be the one that training started from"
+                f"the model has an adapter, and {other} trains beside it; with teacher 'base' it must not (LoraConfig: "
+                "bias must be 'none'), for the model without its adapter would not be the one that training started "
+                "from"
             )
 
     @contextlib.contextmanager
@@ -195,6 +193,13 @@ class AdapterAverageTeacher(Teacher):
 
     def load(self, folder: str) -> None:
         self._average.load(folder)
+
+
+def trains_beside_adapter(student: nn.Module) -> str | None:
+    """The first parameter that trains and is none of the adapter's."""
+    adapters = set(cast(Any, student).peft_config)  # whose names are in those of their parameters
+    trained = (name for name, parameter in student.named_parameters() if parameter.requires_grad)
+    return next((name for name in trained if adapters.isdisjoint(name.split("."))), None)
 
 
 def whole(parameter: Tensor) -> Tensor:

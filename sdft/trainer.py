@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from sdft.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
 from sdft.completions import CompletionsFile
 from sdft.config import SDFTConfig
 from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
@@ -32,7 +33,7 @@ from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluate import Exam
 from sdft.forward import Result, as_forward_of
-from sdft.inherited import check_adapter, check_arguments
+from sdft.inherited import check_arguments
 from sdft.launch import check_launch, installed, prepare_packages, switch_off_dropout
 from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
 from sdft.loss import (
@@ -44,7 +45,7 @@ from sdft.loss import (
     demonstration_loss,
     distillation_loss,
 )
-from sdft.models import causal_lm, eos_token_ids, has_adapter, limits, load_model
+from sdft.models import eos_token_ids, limits, load_model
 from sdft.phases import PHASES, peak_memory_mib
 from sdft.progress import Progress
 from sdft.prompt_cache import PromptCache, check_prompt_cache
@@ -52,7 +53,7 @@ from sdft.repeats import RepeatedRows, load_samples, save_samples
 from sdft.rollout import Sampling, finished, sample
 from sdft.running import Runs
 from sdft.sampling import seed_of
-from sdft.teacher import Teacher, make_teacher
+from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, make_teacher, trains_beside_adapter
 from sdft.templates import parse_template
 from sdft.watching import Count
 
@@ -100,6 +101,7 @@ class SDFTTrainer(Runs):
             learner = model
         if processing_class is None:
             raise UsageError("processing_class is not set; it must be the model's tokenizer")
+        check_adapters(learner)
         bare = causal_lm(learner)
         self.sampling = Sampling(
             max_new_tokens=args.max_completion_length,
@@ -116,13 +118,8 @@ class SDFTTrainer(Runs):
         if args.freeze_embeddings:
             bare.get_input_embeddings().requires_grad_(False)
         if peft_config is not None:
-            from peft import get_peft_model
-
-            check_adapter(peft_config)
-            learner = get_peft_model(bare, peft_config)
-        elif has_adapter(learner):
-            for adapter_config in cast(Any, learner).peft_config.values():
-                check_adapter(adapter_config)
+            learner = adapted(bare, peft_config)
+        check_new_tokens(learner)
         switch_off_dropout(learner)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs take `accelerate launch`: DataParallel cannot split our batches
         # Our forwards say what they want, and the saved model should generate as fast as before.
@@ -192,10 +189,9 @@ class SDFTTrainer(Runs):
         """What lends the model that training starts from, at the price of a copy only where forgetting is measured."""
         if self.teacher is not None and self.args.teacher == "base":
             return self.teacher
-        if has_adapter(self.learner) or self.exam.general_rows:
-            offload = self.args.teacher_offload and not has_adapter(self.learner)
-            return make_teacher("base", self.learner, self.args.ema_rate, offload=offload)
-        return None
+        if has_adapter(self.learner) and trains_beside_adapter(self.learner) is None:
+            return AdapterOffTeacher(self.learner)
+        return BaseTeacher(self.learner, offload=self.args.teacher_offload) if self.exam.general_rows else None
 
     def _prompt_cache(self, rows: list[Row] | None) -> PromptCache | None:
         """Where the teacher finds prompts that it has read before, if any are to be kept."""

@@ -9,8 +9,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import TrainingArguments
 
 from sdft import SDFTConfig
-from sdft.errors import UsageError
-from sdft.inherited import ADAPTERS, NO_BEARING, REFUSED, REFUSED_ADAPTERS, REFUSED_ARGUMENTS, WORKS, check_adapter
+from sdft.adapters import ADAPTERS, LORA_OPTIONS, REFUSED_ADAPTERS, REFUSED_LORA, check_adapter
+from sdft.errors import TrainingError, UsageError
+from sdft.inherited import NO_BEARING, REFUSED, REFUSED_ARGUMENTS, WORKS
 from sdft.models import load_model
 from tests import tiny
 from tests.test_sdft_trainer import trainer
@@ -122,12 +123,56 @@ def test_an_adapter_that_the_loss_does_not_see_is_refused(kind):
         check_adapter(peft.PeftConfig(peft_type=kind))
 
 
-@pytest.mark.parametrize("name", ["lora_bias", "layer_replication"])
-def test_an_adapter_that_does_not_merge_is_refused(name):
+def test_each_option_of_lora_stands_in_one_list():
+    options = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+    assert {name: (name in LORA_OPTIONS) + (name in REFUSED_LORA) for name in options} == dict.fromkeys(options, 1)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_LORA))
+def test_an_option_of_lora_that_does_something_else_here_is_refused(name):
     config = adapter_config("LORA")
     setattr(config, name, True)
     with pytest.raises(UsageError, match=f"{name} is True; it must not be set"):
         check_adapter(config)
+
+
+def test_an_option_of_lora_that_is_not_known_is_refused(monkeypatch):
+    check_adapter(adapter_config("LORA", alpha_pattern={"q_proj": 2}))
+    monkeypatch.setattr("sdft.adapters.LORA_OPTIONS", LORA_OPTIONS - {"use_dora", "alpha_pattern"})
+    check_adapter(adapter_config("LORA"))
+    for name, value in {"use_dora": True, "alpha_pattern": {"q_proj": 2}}.items():
+        with pytest.raises(UsageError, match=f"{name} is {value!r}; it must not be set: it is not known to work here"):
+            check_adapter(adapter_config("LORA", **{name: value}))
+
+
+def without_lists(monkeypatch, kind):
+    """What there is beside the lists finds it, too."""
+    monkeypatch.setattr("sdft.adapters.ADAPTERS", ADAPTERS | {kind})
+    monkeypatch.setattr("sdft.adapters.REFUSED_STARTS", ("none",))
+    monkeypatch.setattr("sdft.adapters.LORA_OPTIONS", LORA_OPTIONS | {*REFUSED_LORA})
+
+
+RANDOM = {"PVERA": lambda: {"r": 4}, "LORA": lambda: {"monteclora_config": peft.tuners.lora.MontecloraConfig()}}
+CHANGING = {
+    "pissa": lambda: {"init_lora_weights": "pissa"},
+    "kasa": lambda: {"kasa_config": peft.tuners.lora.KasaConfig()},
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_an_adapter_that_is_random_in_training_is_found(kind, tmp_path, monkeypatch):
+    """While its weights are zeros, which hide it."""
+    without_lists(monkeypatch, kind)
+    config = adapter_config(kind, **RANDOM[kind]())
+    with pytest.raises(TrainingError, match="computes something else in training"):
+        trainer(tmp_path, arguments={"peft_config": config})
+
+
+@pytest.mark.parametrize("how", CHANGING)
+def test_an_adapter_that_changes_the_weights_under_it_is_found(how, tmp_path, monkeypatch):
+    without_lists(monkeypatch, "LORA")
+    with pytest.raises(UsageError, match=r"peft_config is .* it changes the model's own weights"):
+        trainer(tmp_path, arguments={"peft_config": adapter_config("LORA", r=4, **CHANGING[how]())})
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])

@@ -8,11 +8,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sdft import SDFTTrainer
+from sdft.adapters import add_lora, causal_lm
 from sdft.config import LoraArguments
 from sdft.errors import TrainingError, UsageError
 from sdft.loss import check_head
 from sdft.model_files import check_apart
-from sdft.models import add_lora, causal_lm, load_model
+from sdft.models import load_model
 from sdft.teacher import make_teacher
 from tests import tiny
 from tests.test_sdft_trainer import Gradients, assert_equal_weights, full_logits, trained, trainer, weights
@@ -194,7 +195,8 @@ def test_an_adapter_beside_which_the_model_itself_trains_has_no_base(bias):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias=bias)
     model = peft.get_peft_model(tiny.tiny_model(attention_bias=True), config)
     with pytest.raises(
-        UsageError, match=r"q_proj\.base_layer\.bias trains beside it; it must not .*bias must be 'none'"
+        UsageError,
+        match=r"q_proj\.base_layer\.bias trains beside it; with teacher 'base' it must not .* 'none'",
     ):
         make_teacher("base", model, 0.1)
 
@@ -246,6 +248,101 @@ def test_an_adapter_of_a_model_with_added_tokens_loads(tmp_path):
     loaded, _ = load_model(str(tmp_path / "run"))
     assert loaded.config.vocab_size == 103
     torch.testing.assert_close(logits(loaded), logits(run.learner.eval()), rtol=1e-4, atol=1e-4)
+
+
+NEW_TOKENS = {
+    "tokens": {"trainable_token_indices": [101, 102]},
+    "tokens, head saved": {"trainable_token_indices": [101, 102], "modules_to_save": ["lm_head"]},
+    "embeddings, head saved": {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+def with_new_tokens(folder, tied, **options):
+    model, _ = load_model(tiny.saved(folder / "base", tiny.tiny_model(tied=tied)))
+    model.resize_token_embeddings(103)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **options})
+    return trainer(folder / "run", model=model, max_steps=2, arguments={"peft_config": config})
+
+
+@pytest.mark.parametrize(
+    ("tied", "case"), [*((False, case) for case in NEW_TOKENS), (True, "embeddings, head saved"), (True, "both saved")]
+)
+def test_an_adapter_that_learns_new_tokens_loads_as_it_was_trained(tied, case, tmp_path):
+    run = with_new_tokens(tmp_path, tied, **NEW_TOKENS[case])
+    run.train()
+    run.save_model()
+    loaded, _ = load_model(str(tmp_path / "run"))
+    torch.testing.assert_close(logits(loaded), logits(run.learner.eval()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_for_new_tokens_that_would_not_be_saved_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"the model has 103 tokens, .*base has 101, .*modules_to_save must name the"):
+        with_new_tokens(tmp_path, False, target_modules=["q_proj", "embed_tokens"])
+
+
+@pytest.mark.parametrize("options", [{"trainable_token_indices": [5]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_trained_tokens_of_a_tied_head_are_refused_with_the_way_out(options, tmp_path):
+    words = r"leave out of the adapter \(target_modules, trainable_token_indices\) the head, and embeddings that it is"
+    with pytest.raises(TrainingError, match=words):
+        with_new_tokens(tmp_path, True, **options)
+
+
+def test_another_adapter_than_peft_saves_where_the_model_is_is_refused(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    two = peft.get_peft_model(tiny.tiny_model(), config)
+    two.add_adapter("mine", config)
+    for model, words in {
+        peft.get_peft_model(tiny.tiny_model(), config, adapter_name="mine"): r"the model has 1 adapter \(mine\); it",
+        two: r"the model has 2 adapters \(default, mine\); it must have one, which is called 'default'",
+        peft.get_peft_model(tiny.tiny_model(), config, mixed=True): "model is a PeftMixedModel, which does not load",
+    }.items():
+        with pytest.raises(UsageError, match=words):
+            trainer(tmp_path, model=model)
+    for model in (peft.get_peft_model(tiny.tiny_model(), config), with_adapter_by_transformers(config)):
+        with pytest.raises(UsageError, match="peft_config is set, and the model has an adapter"):
+            trainer(tmp_path, model=model, arguments={"peft_config": config})
+
+
+def with_adapter_by_transformers(config):
+    model = tiny.tiny_model()
+    model.add_adapter(config)
+    return model
+
+
+def test_an_adapter_by_transformers_loads_as_it_was_trained(tmp_path):
+    base = tiny.saved(tmp_path / "base", tiny.tiny_model())
+    model, _ = load_model(base)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    run = trainer(tmp_path / "run", model=model, max_steps=2)
+    run.train()
+    run.save_model()
+    assert not torch.allclose(logits(run.learner), logits(load_model(base)[0]))
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "run"))[0]), logits(run.learner), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "live"])
+def test_biases_train_beside_an_adapter_whose_teacher_is_not_the_base(teacher, tmp_path):
+    base = tiny.saved(tmp_path / "base", tiny.tiny_model(attention_bias=True))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], bias="all")
+    model, arguments = load_model(base)[0], {"peft_config": config, "general_dataset": [{"prompt": "a b"}]}
+    run = trainer(tmp_path / "run", model=model, teacher=teacher, max_steps=2, arguments=arguments)
+    start = logits(load_model(base)[0])
+    run.train()
+    with run.start.scoring() as lent:
+        assert torch.equal(logits(lent), start)
+    run.save_model()
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "run"))[0]), logits(run.learner), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merge_is_held_to_the_rounding_of_its_type(dtype, tmp_path):
+    """Layer by layer: over many layers, whose rounding adds up, the logits say little."""
+    base = tiny.saved(tmp_path / "base", tiny.tiny_model(num_hidden_layers=12))
+    model = add_lora(load_model(base)[0], LoraArguments(lora_rank=4))
+    move(model)
+    model.save_pretrained(tmp_path / "run")
+    assert load_model(str(tmp_path / "run"), dtype=dtype)[0].dtype == getattr(torch, dtype)
 
 
 def test_an_adapter_that_merges_into_something_else_is_refused(tmp_path, monkeypatch):

@@ -10,13 +10,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft import models
+from sdft.adapters import add_lora
 from sdft.config import LoraArguments, SDFTConfig
 from sdft.data import encode_prompt
 from sdft.errors import UsageError
 from sdft.gguf_cache import cache_folder
 from sdft.layout import Sample, lay_out
 from sdft.loss import check_head, distillation_loss
-from sdft.models import BUILT_IN, add_lora, eos_token_ids, limits, load_model, resolve
+from sdft.models import BUILT_IN, eos_token_ids, limits, load_model, resolve
 from sdft.rollout import generate
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
