@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu_report import card, loss, parts, scoring
+from benchmarks import gpu, plots
+from benchmarks.gpu_report import card, loss, parts, report, scoring
 from benchmarks.gpu_report.cases import TOYS, guarded, notes
+from benchmarks.gpu_report.plan import STAGES, Stage
+from benchmarks.gpu_report.process import Outcome
 from benchmarks.gpu_report.stage import Row, Settings
 from benchmarks.ledger import EVERY_OPTION, OURS, chunk_size, meta_inputs
 from benchmarks.methods import DEVICE_METHODS, OurFloor, every_option, make_inputs
@@ -122,18 +124,103 @@ def test_without_ours_and_a_floor_the_rest_is_measured(monkeypatch: pytest.Monke
     monkeypatch.setattr(OurFloor, "__call__", breaks)
     first_case(monkeypatch, blocks=(loss.FLOORS, (OURS, "plain torch")))
     rows = {row.get("method"): row for row in loss.run(toy()) if row["case"].startswith("toy")}
-    assert all(rows[name]["error"] == "OutOfMemoryError: no room" for name in (*loss.FLOORS, OURS))
+    assert all(rows[name]["skipped"] == "OutOfMemoryError: no room" for name in loss.FLOORS)
+    assert rows[OURS]["error"] == "OutOfMemoryError: no room", "its ledger says that it fits"
     assert rows["plain torch"]["ms"] > 0 and rows["plain torch"]["ours_over_this"] is None
 
 
 def test_a_case_that_breaks_is_a_row() -> None:
     def measure() -> Any:
         yield {"case": "fragile", "ms": 1.0}
-        raise MemoryError
+        raise ValueError
 
     rows = list(guarded(toy(), "fragile", 0, measure))
-    assert rows == [{"case": "fragile", "ms": 1.0}, {"case": "fragile", "error": "MemoryError: "}]
-    assert notes(rows).endswith("- fragile: MemoryError: ") and notes(rows[:1]) == ""
+    assert rows == [{"case": "fragile", "ms": 1.0}, {"case": "fragile", "error": "ValueError: "}]
+    assert notes(rows).endswith("- fragile: ValueError: ") and notes(rows[:1]) == ""
+
+
+@pytest.mark.parametrize(("ours", "told"), [(False, "skipped"), (True, "error")])
+def test_memory_that_runs_out_is_an_error_of_ours_alone(ours: bool, told: str) -> None:
+    def measure() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand much more")
+        yield
+
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"
+    assert list(guarded(toy(), "large", 0, measure, ours=ours)) == [{"case": "large", told: reason}]
+
+
+def out_of_memory(*_: Any, **__: Any) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_a_peers_memory_that_runs_out_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its first call or later; what measures beside it goes on, and the report is as it should be."""
+    calls: list[int] = []
+
+    def later(inputs: Any, divergence: str) -> torch.Tensor:
+        calls.append(1)
+        return out_of_memory() if len(calls) > 3 else DEVICE_METHODS[OURS](inputs, divergence)
+
+    monkeypatch.setitem(DEVICE_METHODS, "TRL", out_of_memory)
+    monkeypatch.setitem(DEVICE_METHODS, "Liger eager", later)
+    case = first_case(monkeypatch, "TRL", OURS, "Liger eager")
+    rows = [row for row in loss.run(toy()) if row["case"] == case.name]
+    found = {row["method"]: row for row in rows}
+    assert found["TRL"]["skipped"] == found["Liger eager"]["skipped"] == "OutOfMemoryError: no room"
+    assert found[OURS]["ms"] > 0
+    assert report.problems({"loss": Outcome("done", None, 1.0, 2.0, rows)}) == []
+    check(rows, loss)
+
+
+def test_what_the_ledger_says_is_too_large_is_skipped_ours_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "free_bytes", lambda device: 10)
+    case = first_case(monkeypatch, OURS, "plain torch")
+    rows = [row for row in loss.run(toy()) if row["case"] == case.name]
+    assert [row["skipped"] for row in rows] == ["DoesNotFit: it needs about 0.0 GiB, and 0.0 are free"] * 2
+
+
+def test_plain_torch_without_room_for_scores_is_skipped_and_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = dict.fromkeys((scoring.OURS, scoring.LOGITS, scoring.PLAIN), out_of_memory)
+    monkeypatch.setattr(scoring, "scores", lambda inputs, device: methods)
+    rows = list(scoring.measure(toy(), "scores", TOYS[0], "scores"))
+    assert ["error" in row for row in rows] == [True, False, False]
+    assert all(row["skipped"] == "OutOfMemoryError: no room" for row in rows[1:])
+
+
+def test_a_case_measured_again_has_rows_and_bars_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other methods: the first row is not lost under the last."""
+    case: Row = {"case": "a", "model": "m", "tokens": 16, "head": "trainable", "divergence": "reverse_kl"}
+    frozen = {**case, "case": "b", "head": "frozen"}
+    methods = [*loss.FLOORS, OURS, "TRL", OURS, EVERY_OPTION, OURS, "Liger compiled"]
+    rows = [{**case, "method": method, "ms": 1.0 + n} for n, method in enumerate(methods)]
+    rows += [{**frozen, "method": OURS, "ms": 1.0}]
+    assert [number for number, _ in loss.comparisons(rows)] == [1, 1, 1, 1, 2, 2, 3, 3, 1]
+    assert "| m | 16 | trainable | reverse_kl | 3 | sdft-kernels | 7.000 |" in loss.table(rows)
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "bars", lambda axis, groups, heights: drawn.append((groups, heights)))
+    loss.draw(rows, tmp_path / "loss.png")
+    assert drawn[0][0] == ["m", "m\n(2)", "m\n(3)"] and drawn[1][0] == ["m"]
+    assert drawn[0][1][OURS] == {"m": 3.0, "m\n(2)": 5.0, "m\n(3)": 7.0}
+    assert drawn[0][1]["TRL"] == {"m": 4.0} and drawn[0][1]["Liger compiled"] == {"m\n(3)": 8.0}
+
+
+def test_the_errors_name_the_tokens_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = first_case(monkeypatch, OURS)
+    rows = [row for row in loss.run(toy()) if row["case"] == case.name]
+    assert f"against float64, with {loss.TOY_FEW} tokens" in loss.table(rows)
+    assert "with 1024 tokens" in loss.table([{**rows[0], "errors_tokens": loss.FEW}])
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_sentence_stands_above_every_table(stage: Stage) -> None:
+    row = {"case": "a", "outcome": "passed", "seconds": 1.0, "message": ""} if stage.name == "correctness" else None
+    before = ""
+    lines = stage.module().table([row] if row else []).splitlines()
+    assert any(line.startswith("|---") for line in lines)
+    for number, line in enumerate(lines):
+        if line.startswith("|") and not lines[number - 1].startswith("|"):
+            before = lines[number - 2]
+            assert lines[number - 1] == "" and before.endswith(".") and len(before) > 60
 
 
 def test_errors_are_those_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,42 @@ def test_longer_is_not_tried_after_memory_was_too_small(monkeypatch: pytest.Monk
     assert "OutOfMemoryError: no room" in written and "too small for 16384" in written
 
 
+def test_memory_may_be_too_small_for_a_peer_and_for_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are skipped and name why; what is sure to fit is an error of ours."""
+    lengths = [("TRL", 1024), (OURS, training.SURE_TOKENS), (OURS, 32_768), (OURS, 65_536)]
+    cases = [training.case(method, "Qwen2.5-7B", "LoRA", tokens) for method, tokens in lengths]
+
+    def measure(case: training.Case, device: str) -> Row:
+        if case.tokens == training.SURE_TOKENS:
+            raise ValueError("something else")
+        raise torch.OutOfMemoryError("no room\nand why")
+
+    monkeypatch.setattr(training.peers, "absent", lambda needed: {})
+    monkeypatch.setattr(training, "cases", lambda settings: cases)
+    monkeypatch.setattr(training, "measure", measure)
+    rows = list(training.run(given_left(*[1000] * 10)))
+    assert [row.get("skipped") for row in rows] == [
+        "OutOfMemoryError: no room",
+        None,
+        "OutOfMemoryError: no room",
+        "memory was too small for 32768 tokens",
+    ]
+    assert rows[1]["error"] == "ValueError: something else"
+    assert "TRL, Qwen2.5-7B, LoRA, 8 × 1024 tokens: OutOfMemoryError: no room" in training.table(rows)
+
+
+def test_each_phase_has_its_colour_and_a_name_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    saved: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    phases = {f"{phase}_seconds": 0.1 for phase in training.PHASES}
+    training.draw([{**measured(toy_case(method)), **phases} for method in (OURS, "TRL")], tmp_path / "a.png")
+    colours = {bar.get_label(): bar.patches[0].get_facecolor() for bar in saved[0].axes[0].containers}
+    assert list(colours) == list(training.PHASES) and len(set(colours.values())) == len(training.PHASES)
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == list(training.PHASES)
+
+
 def test_a_trainer_that_is_not_here_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr(training, "measure", lambda case, device: measured(case))

@@ -1,8 +1,8 @@
 """Prove the kernels on a GPU and measure what was predicted: `python -m benchmarks.gpu_report --out DIR`.
 
 Runs the tests of tests/gpu, then every measurement, each stage in a process and a time of its own, and writes
-report.json (every row; whole at any moment), report.md (tables) and plots to DIR. Needs no network, and the packages
-that benchmarks/gpu_wheels.txt lists beside torch, triton, transformers, peft and pytest.
+report.json (every row; whole at any moment), report.md (tables) and plots to DIR. Needs no network, and what docs/gpu.md
+says to install. With --from it measures nothing: it makes report.md and the plots of a report.json that is there.
 
 Exits with 0 where every stage ended and every test passed, 1 where not, and 2 where it cannot run at all: no GPU, or no
 folder to write to. Ctrl-C ends it with 130 and SIGTERM with 143, once what there is has been written.
@@ -11,6 +11,10 @@ folder to write to. Ctrl-C ends it with 130 and SIGTERM with 143, once what ther
     python -m benchmarks.gpu_report --out runs/toy --device cpu --toy     # all of its code, on a CPU, in minutes
     python -m benchmarks.gpu_report --out runs/loss --only card loss --minutes 4
     python -m benchmarks.gpu_report --out runs/gpu --from runs/gpu        # report.md and plots again, from report.json
+
+`make gpu` runs it too: GPU_OUT and MINUTES are --out and --minutes, and GPU_ARGS all other arguments, as they stand:
+
+    make gpu GPU_OUT=runs/loss MINUTES=4 GPU_ARGS="--only card loss"
 """
 
 from __future__ import annotations
@@ -49,7 +53,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="sizes of no interest: whether the code runs")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="stages to run (default: all)")
     parser.add_argument(
-        "--from", dest="recorded", type=folder_name, metavar="DIR", help="a report to make tables of again"
+        "--from",
+        dest="recorded",
+        type=folder_name,
+        metavar="DIR",
+        help="measure nothing: make report.md and the plots again, in --out, of the report.json in this folder",
     )
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # in the process of one stage
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)

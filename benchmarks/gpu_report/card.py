@@ -125,7 +125,10 @@ def product_row(case: str, model: str, product: str, tokens: int, ms: float, flo
 
 
 def table(rows: list[Row]) -> str:
-    parts = []
+    parts = [
+        "What the card is; assumed_tflops and assumed_gb_per_s are the rate of products (TFLOP/s) and the memory's "
+        "bandwidth (GB/s) by which the report predicts for it."
+    ]
     for card in (row for row in rows if "name" in row):
         found = {key: value for key, value in card.items() if key != "case" and value is not None}
         parts.append("\n".join(f"- {k}: {v:.4g}" if isinstance(v, float) else f"- {k}: {v}" for k, v in found.items()))
@@ -141,5 +144,9 @@ def table(rows: list[Row]) -> str:
         ("ms", "ms", ".3f"),
         ("TFLOP/s", "tflops", ".0f"),
     ]
+    parts.append(
+        "The loss's three kinds of matrix product, at the model's hidden size and vocabulary and with so many tokens: "
+        "ms is the median of a call, TFLOP/s its operations over that."
+    )
     parts.append(markdown((row for row in rows if "product" in row), columns))
     return "\n\n".join(parts) + notes(rows)

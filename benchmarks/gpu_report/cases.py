@@ -45,19 +45,38 @@ def token_rows(like: Tensor, tokens: int) -> TokenRows:
     )
 
 
-def guarded(settings: Settings, case: str, seconds: float, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """The rows of a case that takes about `seconds`: skipped where there is less time, an error where it breaks."""
+class DoesNotFit(Exception):
+    """A method that would need more memory than is free, by what is known of it before its call."""
+
+
+def guarded(
+    settings: Settings, case: str, seconds: float, measure: Callable[[], Iterator[Row]], *, ours: bool = False
+) -> Iterator[Row]:
+    """The rows of a case that takes about `seconds`: skipped where there is less time, an error where it breaks.
+
+    `ours`: what the case calls is ours, whose memory must not run out.
+    """
     if settings.left() < (0 if settings.toy else seconds):
         yield skipped(case, "no time left")
         return
-    broken = None
+    reason = None
     try:
         yield from measure()
     except Exception as error:  # told in the report; the others go on
-        broken = described(error)
-    release(settings.device, thorough=broken is not None)
-    if broken is not None:
-        yield {"case": case, "error": broken}
+        reason = why_not(error, ours=ours)
+    release(settings.device, thorough=reason is not None)
+    if reason is not None:
+        yield {"case": case, **reason}
+
+
+def why_not(error: Exception, *, ours: bool) -> Row:
+    """Why there is no number: an error, or skipped where a device's memory is too small for what is not ours.
+
+    Ours makes no more than its ledger says, so that memory which runs out is an error of ours, unless the ledger said
+    that it would.
+    """
+    too_large = isinstance(error, DoesNotFit) or (not ours and isinstance(error, (torch.OutOfMemoryError, MemoryError)))
+    return {"skipped" if too_large else "error": described(error)}
 
 
 def described(error: BaseException) -> str:

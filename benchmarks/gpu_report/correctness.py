@@ -117,7 +117,11 @@ def table(rows: list[Row]) -> str:
         ("skipped", "skipped", "d"),
         ("seconds in tests", "seconds", ".0f"),
     )
-    lines = [markdown([*counted, {"file": "together", **whole}], columns)]
+    lines = [
+        "Tests of each file, by what became of them; seconds in tests are added up over processes side by side.",
+        "",
+    ]
+    lines += [markdown([*counted, {"file": "together", **whole}], columns)]
     failed: dict[str, list[str]] = {}  # by what they say, which is often the same
     for row in rows:
         if row.get("outcome") == "failed":

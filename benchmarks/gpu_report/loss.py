@@ -8,9 +8,10 @@ bare products over a method's: the share of the rate that the card itself reache
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from benchmarks import plots
 from benchmarks.gpu import Call, free_bytes, mebibytes, milliseconds, most_memory, release, wall_seconds
 from benchmarks.gpu_report import peers
-from benchmarks.gpu_report.cases import described, guarded, models, notes, predicted_gpu
+from benchmarks.gpu_report.cases import DoesNotFit, described, guarded, models, notes, predicted_gpu, why_not
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.ledger import COMPARED, EVERY_OPTION, OURS, Ledger, count
 from benchmarks.methods import (
@@ -49,12 +50,13 @@ FLOORS = (FLOOR_WHOLE, FLOOR_CHUNKS)
 CUTE = "Liger CuTe"
 PEERS = ("TRL", "Liger Triton", CUTE, "Liger eager")
 COMPILED = ("Liger compiled", LIGER_HALF_HARD_COMPILED)
+IS_OURS = (OURS, SOFTCAP, EVERY_OPTION)
 
 #: Seconds that compiling Liger's loss takes on a card, which long cases leave for it.
 COMPILE_SECONDS = 15.0
 #: Rounds of a method of which one call takes longer are fewer.
 LONG_SECONDS, ROUNDS, FEW_ROUNDS = 0.3, 5, 3
-#: Of the free memory, what plain torch may take by its ledger.
+#: Of the free memory, what plain torch may take by its ledger, which has none of its temporary results.
 PLAIN_SHARE = 0.6
 #: A rate that products surely reach here, for guesses of a case's time.
 SLOW_FLOPS = 4e14
@@ -109,9 +111,14 @@ class Case:
         return max(compiling, self.reserve + 1 + calls * 2 * self.flops / SLOW_FLOPS)
 
 
+def few_tokens(settings: Settings) -> int:
+    return TOY_FEW if settings.toy else FEW
+
+
 def cases(settings: Settings) -> Iterator[Case]:
     """The most important first, of the first model also that with many tokens. What is compiled comes last."""
-    few, tokens, many = (TOY_FEW, TOY_TOKENS, TOY_MANY) if settings.toy else (FEW, TOKENS, MANY)
+    few = few_tokens(settings)
+    tokens, many = (TOY_TOKENS, TOY_MANY) if settings.toy else (TOKENS, MANY)
     heads = [(model, trainable) for model in models(settings) for trainable in (True, False)]
     first = models(settings)[0]
 
@@ -143,7 +150,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    yield from guarded(settings, "first call", 5, partial(first_call, settings))
+    yield from guarded(settings, "first call", 5, partial(first_call, settings), ours=True)
     absent = peers.absent(peers.OF_THE_LOSS)
     yield from (skipped(peer, reason) for peer, reason in absent.items())
     known = Known()
@@ -179,12 +186,12 @@ def measure(settings: Settings, case: Case, known: Known) -> Iterator[Row]:
             yield from ({**skipped(case.name, "no time left"), "method": name} for name in block)
             continue
         ready: dict[str, Method] = {}
-        failed: dict[str, str] = {}
+        failed: dict[str, Row] = {}
         for name in block:
             try:
                 ready[name] = prepare(name, sets, case, device)
             except Exception as error:  # told in the report; the others go on
-                failed[name] = described(error)
+                failed[name] = why_not(error, ours=name in IS_OURS)
         if failed:
             release(device, thorough=True)
         taken = in_turns(ready, sets, case, settings, failed)
@@ -195,12 +202,12 @@ def measure(settings: Settings, case: Case, known: Known) -> Iterator[Row]:
         ours_ms = taken[OURS].median if OURS in taken else ours_ms
         for name in block:
             if name in failed:
-                yield {"case": case.name, "method": name, "error": failed[name]}
+                yield {"case": case.name, "method": name, **failed[name]}
             elif name not in taken:
                 yield {**skipped(case.name, "no time left"), "method": name}
             else:
                 errors = known.errors.get((case.model.name, case.divergence, name), {})
-                yield row_of(case, name, taken[name], floor, ours_ms, errors, gpu)
+                yield row_of(case, name, taken[name], floor, ours_ms, errors, few_tokens(settings), gpu)
         release(device)
 
 
@@ -233,11 +240,10 @@ def prepare(name: str, sets: list[Inputs], case: Case, device: str) -> Method:
     """The method, with all that it holds beside its inputs made."""
     if name in FLOORS:
         return OurFloor(sets[0], whole=name == FLOOR_WHOLE)
-    if name == PLAIN:
-        ledger = ledger_of(case, name)
-        needed, free = 0 if ledger is None else ledger.workspace, free_bytes(device)
-        if needed > PLAIN_SHARE * free:
-            raise MemoryError(f"about {needed / 2**30:.0f} GiB, of {free / 2**30:.0f} that are free")
+    if name == PLAIN or name in IS_OURS:
+        needed, free = workspace_of(case, name), free_bytes(device)
+        if needed > (PLAIN_SHARE if name == PLAIN else 1) * free:
+            raise DoesNotFit(f"it needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
     if name in (SOFTCAP, EVERY_OPTION):
         options = {id(inputs): options_of(name, inputs, case.model) for inputs in sets}
         return lambda inputs, divergence: ours(inputs, divergence, **options[id(inputs)])
@@ -251,7 +257,7 @@ def options_of(name: str, inputs: Inputs, model: Model) -> dict[str, Any]:
 
 
 def in_turns(
-    methods: dict[str, Method], sets: list[Inputs], case: Case, settings: Settings, failed: dict[str, str]
+    methods: dict[str, Method], sets: list[Inputs], case: Case, settings: Settings, failed: dict[str, Row]
 ) -> dict[str, Taken]:
     """Every method in turns, after two turns of other use: the first compiles, and memory is taken in the second.
 
@@ -270,7 +276,7 @@ def in_turns(
             try:
                 taken[name].turn(turn, partial(method, inputs, case.divergence), inputs, settings.device)
             except Exception as error:  # told in the report; the others go on
-                failed[name] = described(error)
+                failed[name] = why_not(error, ours=name in IS_OURS)
             if name in failed:
                 release(settings.device, thorough=True)
     for inputs in sets:
@@ -290,6 +296,7 @@ def row_of(
     floor: float | None,
     ours_ms: float | None,
     errors: dict[str, Any],
+    errors_tokens: int,
     gpu: Gpu | None,
 ) -> Row:
     ms = taken.median
@@ -313,6 +320,7 @@ def row_of(
         "error_hidden": errors.get("hidden"),
         "error_weight": errors.get("weight") if case.trainable_head else None,
         "errors_broken": errors.get("broken"),
+        "errors_tokens": errors_tokens,
     }
     try:
         ledger = ledger_of(case, name)
@@ -329,6 +337,7 @@ def row_of(
     return row
 
 
+@lru_cache(maxsize=16)  # a case asks before its calls and after them
 def ledger_of(case: Case, name: str) -> Ledger | None:
     """None for a method that no ledger follows."""
     followed = OURS if name == SOFTCAP else name
@@ -337,11 +346,20 @@ def ledger_of(case: Case, name: str) -> Ledger | None:
     return count(followed, case.model.at(case.tokens), trainable_head=case.trainable_head, divergence=case.divergence)
 
 
+def workspace_of(case: Case, name: str) -> int:
+    """Bytes that its ledger says a method needs; 0 where no ledger follows it, or one breaks."""
+    try:
+        ledger = ledger_of(case, name)
+    except Exception:  # its row says so
+        return 0
+    return 0 if ledger is None else ledger.workspace
+
+
 def find_errors(settings: Settings, case: Case, known: Known) -> None:
     """Each method's relative errors, of the same head with few tokens, where they are not known yet."""
     methods = [name for block in case.blocks for name in block if name not in (*FLOORS, *COMPILED, LIGER_HALF_HARD)]
     missing = [name for name in methods if (case.model.name, case.divergence, name) not in known.errors]
-    few = replace(case, tokens=TOY_FEW if settings.toy else FEW, trainable_head=True)
+    few = replace(case, tokens=few_tokens(settings), trainable_head=True)
     # Of those with options, each has a reference of its own.
     for chosen in (
         [name for name in missing if name not in (SOFTCAP, EVERY_OPTION)],
@@ -410,12 +428,24 @@ def reference(inputs: Inputs, divergence: str, options: dict[str, Any]) -> tuple
     return loss, hidden.grad, weight.grad
 
 
+def comparisons(rows: list[Row]) -> Iterator[tuple[int, Row]]:
+    """The rows with times, each with the number of its comparison among those of the same case: a case is measured
+    again beside other methods, and then has a row of ours again."""
+    met: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        if "ms" in row:
+            met[row["case"], row["method"]] += 1
+            number = max(met[row["case"], method] for method in (row["method"], OURS))
+            yield number, row
+
+
 def table(rows: list[Row]) -> str:
     columns = [
         ("model", "model", ""),
         ("tokens", "tokens", ""),
         ("head", "head", ""),
         ("divergence", "divergence", ""),
+        ("comparison", "comparison", ""),
         ("method", "method", ""),
         ("ms", "ms", ".3f"),
         ("first call s", "first_call_s", ".2f"),
@@ -431,35 +461,54 @@ def table(rows: list[Row]) -> str:
         ("hidden error", "error_hidden", ".1e"),
         ("weight error", "error_weight", ".1e"),
     ]
+    numbered = [{**row, "comparison": number} for number, row in comparisons(rows)]
+    few = sorted({row.get("errors_tokens", FEW) for row in numbered}) or [FEW]  # older reports had no toys' number
     head = (
-        f"bfloat16. Errors: relative, against float64, with {FEW} tokens. Share of floor: the time of the faster bare "
-        "products (float32 logits, the head's gradient added in float32) over this. MiB above inputs and gradients.\n\n"
+        "The loss and its gradients in bfloat16. Methods of one comparison ran together, on the same inputs; a case "
+        "that was measured again, beside other methods, has a comparison with the next number. ms: median of a call, "
+        "forward and backward; first call s: seconds of the first one, which compiles; needed TFLOP/s: operations of "
+        "the products that any exact method needs (four, three with a frozen head), over the time; share of floor: "
+        "the time of the faster bare products (float32 logits, the head's gradient added in float32) over this; GB/s: "
+        "bytes that the ledger counts, over the time; MiB: the most memory above inputs and gradients, as measured "
+        "and by the ledger; ms predicted: by the roofline, for this card; ours/this: our time in the same comparison "
+        "over this one; errors: "
+        f"‖actual − expected‖ / ‖expected‖ against float64, with {' or '.join(map(str, few))} tokens.\n\n"
     )
     waits = [
         f"The first call of ours took {row['first_call_s']:.1f} s, the second {row['second_call_s']:.3f} s.\n\n"
         for row in rows
         if "second_call_s" in row
     ]
-    return head + "".join(waits) + markdown((row for row in rows if "ms" in row), columns) + notes(rows)
+    unknown = {(row["model"], row["divergence"], row["method"]): row.get("errors_broken") for row in numbered}
+    lines = [f"\n\nNo errors of {', '.join(of)}: {reason}" for of, reason in unknown.items() if reason]
+    return head + "".join(waits) + markdown(numbered, columns) + "".join(lines) + notes(rows)
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Milliseconds by method for each model, a panel for each head; a line where the bare products are."""
-    timed = [row for row in rows if "ms" in row and row["divergence"] == "reverse_kl"]
+    """Milliseconds by method for each model, a panel for each head; a line where the bare products are. A model that
+    was measured again, beside other methods, has another group, with the comparison's number."""
+    timed = [(number, row) for number, row in comparisons(rows) if row["divergence"] == "reverse_kl"]
     if not timed:
         return
-    timed = [row for row in timed if row["tokens"] == timed[0]["tokens"]]
-    names = list(dict.fromkeys(row["model"] for row in timed))
-    drawn = (OURS, "TRL", "Liger Triton", "Liger eager", "Liger compiled", PLAIN)
-    methods = [name for name in drawn if any(row["method"] == name for row in timed)]
-    with plots.panels(path, 1, 2, (13, 4.5), sharey=True) as axes:
+    tokens = timed[0][1]["tokens"]
+    labelled = [
+        {**row, "label": row["model"] + (f"\n({number})" if number > 1 else "")}
+        for number, row in timed
+        if row["tokens"] == tokens
+    ]
+    models = list(dict.fromkeys(row["model"] for row in labelled))
+    labelled.sort(key=lambda row: models.index(row["model"]))  # its comparisons stay in their order
+    drawn = (OURS, EVERY_OPTION, "TRL", "Liger Triton", "Liger eager", "Liger compiled", PLAIN)
+    methods = [name for name in drawn if any(row["method"] == name for row in labelled)]
+    with plots.panels(path, 1, 2, (15, 4.5), sharey=True) as axes:
         for axis, head in zip(axes[0], ("trainable", "frozen"), strict=True):
-            here = [row for row in timed if row["head"] == head]
-            plots.bars(axis, names, {m: {r["model"]: r["ms"] for r in here if r["method"] == m} for m in methods})
-            for place, name in enumerate(names):
-                floors = [row["ms"] for row in here if row["model"] == name and row["method"] in FLOORS]
+            here = [row for row in labelled if row["head"] == head]
+            labels = list(dict.fromkeys(row["label"] for row in here))
+            plots.bars(axis, labels, {m: {r["label"]: r["ms"] for r in here if r["method"] == m} for m in methods})
+            for place, label in enumerate(labels):
+                floors = [row["ms"] for row in here if row["label"] == label and row["method"] in FLOORS]
                 if floors:
                     axis.hlines(min(floors), place - 0.45, place + 0.45, color="black", linewidth=1)
-            axis.set_title(f"{head} head, {timed[0]['tokens']} tokens")
+            axis.set_title(f"{head} head, {tokens} tokens; (2), (3): measured again, beside other methods")
             axis.tick_params("x", rotation=15)
         axes[0][0].set_ylabel("ms (line: bare products)")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from transformers import Qwen2ForCausalLM
 
+from benchmarks.gpu_report.cases import described
 from benchmarks.gpu_report.models import random_model
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from sdft.rollout import BACKENDS, Sampling, sample
@@ -38,7 +39,7 @@ def run(settings: Settings) -> Iterator[Row]:
                     row |= measure(model, backend, prompts, new_tokens, seeded)
                     expected = 2 + 1.5 * row["seconds"]
                 except Exception as error:  # told in the report; the others go on
-                    row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+                    row["error"] = described(error)
                 gc.collect()
                 if settings.device == "cuda":
                     torch.cuda.empty_cache()
@@ -91,7 +92,8 @@ def table(rows: list[Row]) -> str:
     ]
     lines = [
         f"Prompts of {PROMPT_TOKENS} tokens, temperature 1; seeded: each rollout by its own random numbers, as in "
-        "training.",
+        "training. new tokens: of each prompt; s: seconds for all; tokens/s: those of all prompts together; GiB: the "
+        "most memory above the model's weights.",
         "",
         markdown([row for row in rows if "seconds" in row], columns),
     ]

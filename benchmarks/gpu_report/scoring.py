@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import Call, free_bytes, mebibytes, median_milliseconds, most_memory, release, wall_seconds
-from benchmarks.gpu_report.cases import described, guarded, models, notes, token_rows
+from benchmarks.gpu_report.cases import guarded, models, notes, token_rows, why_not
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.methods import Inputs, make_inputs
 from benchmarks.roofline import Model
@@ -41,7 +41,7 @@ def run(settings: Settings) -> Iterator[Row]:
             yield from guarded(settings, case, 4, partial(measure, settings, case, model, what))
     first = models(settings)[0]
     case = f"scores by chunk, {first.name}"
-    yield from guarded(settings, case, 4, partial(by_chunk, settings, case, first))
+    yield from guarded(settings, case, 4, partial(by_chunk, settings, case, first), ours=True)
 
 
 def measure(settings: Settings, case: str, model: Model, what: str) -> Iterator[Row]:
@@ -58,7 +58,7 @@ def measure(settings: Settings, case: str, model: Model, what: str) -> Iterator[
         try:
             yield row_of(settings, case, model, what, method, tokens, call)
         except Exception as error:  # told in the report; the others go on
-            yield {"case": case, "method": method, "error": described(error)}
+            yield {"case": case, "method": method, **why_not(error, ours=method == OURS)}
         release(settings.device)
 
 
@@ -221,4 +221,10 @@ def table(rows: list[Row]) -> str:
         ("first call s", "first_call_s", ".2f"),
         ("tile chosen", "tile", ""),
     ]
-    return markdown((row for row in rows if "ms" in row), columns) + notes(rows)
+    head = (
+        "bfloat16, without gradients: scores are a label's log-probability and the entropy of each token, reverse_kl "
+        "the divergence of each. ms: median of a call; TFLOP/s: operations of one product, or two, with the head, "
+        "over that; MiB: the most memory above the inputs; first call s: seconds of the first one, which compiles and "
+        "tunes; tile chosen: tokens × vocabulary × hidden size of the kernel's tiles.\n\n"
+    )
+    return head + markdown((row for row in rows if "ms" in row), columns) + notes(rows)

@@ -27,6 +27,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 import sdft.loss
 from benchmarks import plots
 from benchmarks.gpu_report import peers
+from benchmarks.gpu_report.cases import why_not
 from benchmarks.gpu_report.models import SIZES, character_tokenizer, random_model
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.ledger import OURS
@@ -46,6 +47,9 @@ TEMPLATE = "{prompt}\n\n{demonstration}"
 #: its two steps, to make its models and to compile the first case's kernels.
 ASSUMED_RATES = {OURS: 2e14, "TRL": 1e14}
 ASSUMED_OVERHEAD = 12.0
+
+#: Of one completion in our trainer, what 80 GB hold for sure: longer ones are tried, and skipped where they do not fit.
+SURE_TOKENS = 16_384
 
 #: transformers 5.17, which GPU machines may have, has the older name alone.
 CHECKPOINTING = "activation_checkpointing"
@@ -381,9 +385,8 @@ def run(settings: Settings) -> Iterator[Row]:
             row = measure(case, settings.device)
             expected.learn(case, row["seconds"], time.monotonic() - started)
         except Exception as error:  # told in the report; the others go on
-            row = {"case": case.name}
-            row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
-            if isinstance(error, torch.cuda.OutOfMemoryError) and case.rows == 1:
+            row = {"case": case.name, **why_not(error, ours=case.method == OURS and case.tokens <= SURE_TOKENS)}
+            if isinstance(error, torch.OutOfMemoryError) and case.rows == 1:
                 broke[kind] = case.tokens
         release(settings.device)  # what broke is kept alive by its traceback until here
         yield row
@@ -401,8 +404,9 @@ def table(rows: list[Row]) -> str:
     ]
     measured = [row for row in rows if "seconds" in row]
     lines = [
-        "Seconds of an optimizer step without its rollouts: completions are random tokens that are given, and tokens/s "
-        "are theirs. GiB: the most memory held in each phase, weights and optimizer's state among it. TRL's loss "
+        "Seconds of an optimizer step without its rollouts, of the whole and of its phases: completions are random "
+        "tokens that are given, and tokens/s are theirs. GiB: the most memory held in all and in each phase, weights "
+        "and optimizer's state among it; models GiB: what the models alone take, before the first step. TRL's loss "
         "phase holds both models' forward passes. LoRA adapters are float32.",
         "",
         markdown(measured, columns),
@@ -425,5 +429,6 @@ def draw(rows: list[Row], path: Path) -> None:
             for phase in PHASES
         }
         plots.bars(axes[0][0], names, heights)
-        axes[0][0].set_ylabel("seconds")
+        axes[0][0].set_ylabel("seconds, logarithmic")
+        axes[0][0].set_yscale("log")
         axes[0][0].tick_params("x", labelsize=6)
