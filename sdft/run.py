@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,13 +32,14 @@ from sdft.data import WHERE, Row, load_rows
 from sdft.errors import UsageError, counted
 from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
-from sdft.models import add_lora, eos_token_ids, load_model
+from sdft.models import add_lora, load_model
 from sdft.progress import Display
 from sdft.report import (
     SUMMARY_FILE,
     MetricsFile,
     Scores,
     Summary,
+    cut_answers,
     describe,
     draw_curves,
     loss_ends,
@@ -195,9 +197,9 @@ def _train(
         accuracy_after=_accuracy(after),
         accuracy_teacher=_accuracy(teacher),
         held_out_prompts=len(exam.eval_rows),
-        general_before=_accuracy(general_before),
-        general_after=_accuracy(general_after),
-        general_divergence=moved,
+        general_accuracy_before=_accuracy(general_before),
+        general_accuracy_after=_accuracy(general_after),
+        forgetting=moved,
         general_prompts=0 if general_before is None else len(general_before.right),
         training_seconds=training_seconds,
         total_seconds=time.perf_counter() - started,
@@ -252,10 +254,11 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     if not exam.eval_rows and not exam.general_rows:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
     has_base = of_command.base_model not in (None, of_model.model)
-    if not exam.eval_rows and not has_base and not any(row.get("answer") for row in exam.general_rows):
+    to_score = any(row.get("answer") for row in exam.general_rows)
+    if exam.general_rows and not to_score and (of_command.base_model is None or not (has_base or exam.eval_rows)):
         raise UsageError(
             f"general_file is {of_eval.general_file!r}, whose rows have no answer, and base_model is "
-            f"{of_command.base_model!r}; there must be answers to score, or another model to measure divergence from"
+            f"{of_command.base_model!r}; there must be answers to score, or another model to measure forgetting from"
         )
     if of_command.teacher and not exam.has_demonstrations:
         raise UsageError(
@@ -293,19 +296,29 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     scores = Scores(
         model=of_model.model,
         accuracy=_accuracy(held_out),
-        accuracy_teacher={name: _accuracy(answers) for name, answers in teachers.items()},
+        accuracy_by_template={name: _accuracy(answers) for name, answers in teachers.items()},
         held_out_prompts=len(exam.eval_rows),
         scorer=of_command.scorer,
         general_accuracy=_accuracy(general),
         general_prompts=0 if general is None else len(general.right),
         general_scorer=of_command.general_scorer,
         base_model=of_command.base_model if has_base else None,
-        general_divergence=moved,
+        forgetting=moved,
     )
     lines = score_lines(scores)
+    if general is not None and of_command.base_model is None:
+        lines.append("forgetting was not measured: base_model is not set, the model to measure it from")
     if held_out is not None:
         asked = [row for row in exam.eval_rows for _ in range(of_command.eval_samples)]
         lines += wrong_answers(list(zip(asked, held_out.texts, held_out.right, strict=True)))
+    lengths = (
+        ("held-out prompts", held_out, "eval_completion_length"),
+        *((f"held-out prompts as teacher ({name})", each, "eval_completion_length") for name, each in teachers.items()),
+        ("general prompts", general, "general_completion_length"),
+    )
+    for what, answers, field in lengths:
+        if answers is not None:
+            lines += cut_answers(f"to {what}", answers.finished, field, getattr(of_command, field))
     if of_command.summary_file:
         write_summary(of_command.summary_file, scores)
     print("\n".join(lines))
@@ -314,14 +327,15 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
             print(f"{name} has {what}")
 
 
-def _record(name: str, row: Row, text: str, right: bool | None) -> dict[str, Any]:
+def _record(name: str, row: Row, text: str, right: bool | None, finished: bool) -> dict[str, Any]:
     """A line of the file of `sdft eval`."""
     return {
         "asked": name,
         "row": str(row[WHERE]),
         "prompt": row["prompt"],
-        "expected": row.get("answer"),
-        "answer": text,
+        "answer": row.get("answer"),
+        "completion": text,
+        "finished": finished,
         "right": right,
     }
 
@@ -343,17 +357,17 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
         rows = load_rows([{"prompt": of_command.prompt}], name="prompt", need=("prompt",))
     model, tokenizer = load_model(of_model.model, of_model.dtype, _device(), **of_model.trust)
     prompts = prompts_for(model, tokenizer, rows, of_command.max_completion_length)
-    eos_ids = eos_token_ids(model, tokenizer)
     texts: list[str] = []
+    ended: list[bool] = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(AnswersFile(of_command.output_file)) if of_command.output_file else None
 
-        def made(number: int, completion: list[int]) -> None:
+        def made(number: int, completion: list[int], finished: bool) -> None:
             texts.append(str(tokenizer.decode(completion, skip_special_tokens=True)))
+            ended.append(finished)
             if file is None:
                 return
             given = {name: value for name, value in rows[number].items() if name != WHERE}
-            finished = bool(completion) and completion[-1] in eos_ids
             file.add(number, {**given, "completion": texts[-1], "finished": finished})
 
         complete(
@@ -369,10 +383,12 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
             progress="answers",
             made=made,
         )
+    cut = cut_answers("", ended, "max_completion_length", of_command.max_completion_length)
     if of_command.output_file is None:
         print(texts[0])  # once the bar has gone
+        print(*cut, sep="\n", end="\n" if cut else "", file=sys.stderr)  # the answer stays alone on stdout
     else:
-        print(f"{of_command.output_file} has the answers to {counted(len(rows), 'prompt')}")
+        print(*cut, f"{of_command.output_file} has the answers to {counted(len(rows), 'prompt')}", sep="\n")
 
 
 def _stopped(trainer: SDFTTrainer, folder: Path, finish: FinishOnSignal, command: Sequence[str]) -> str:
