@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def _train(
             f"of what are now {trainer.total_steps()} steps and left no checkpoint; save_steps of the first run must "
             "divide its max_steps for one to be left"
         )
+    if resume and trainer.is_world_process_zero():
+        print(f"going on from {resume}, after step {done} of {trainer.total_steps()}")
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
@@ -420,3 +423,5 @@ def _quiet() -> None:
     """Leave the terminal to the run's own progress and table."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # peft asks every model that it wraps by the old name (PeftModel.__init__), and transformers warns of that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -90,11 +90,13 @@ def test_a_run_leaves_the_model_the_metrics_the_summary_and_the_curves(recipe, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path):
+def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path, capsys):
     assert main(["train", recipe(save_strategy="steps", save_steps=2), "--output_dir", "a"]) == 0
     os.rename("a/model.safetensors", "a/straight.safetensors")
     os.rename("a/checkpoint-4", "moved-away")
+    capsys.readouterr()
     assert main(["train", "recipe.yaml", "--output_dir", "a", "--resume_from_checkpoint", "last"]) == 0
+    assert capsys.readouterr().out.startswith(f"going on from {tmp_path}/a/checkpoint-2, after step 2 of 4\n")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "a/straight.safetensors").read_bytes()
     steps = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4]
@@ -683,8 +685,9 @@ def test_a_sigterm_after_the_last_step_leaves_the_model_exit_code_0_and_a_line(r
     assert "model.safetensors" in os.listdir("out") and "summary.json" not in os.listdir("out")
 
 
-def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, capsys, monkeypatch):
+def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, capsys, monkeypatch, recwarn):
     assert main(["train", recipe(save_strategy="steps", save_steps=2, lora_rank=2, log_completions=1)]) == 0
+    assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
     before = contents("out")
     with monkeypatch.context() as patch:
         patch.setattr("sdft.run.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
