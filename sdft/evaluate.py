@@ -18,14 +18,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.config import EvalSettings
-from sdft.data import WHERE, Row, check_ids, encode_prompt, load_rows, teacher_chat
+from sdft.data import WHERE, Row, check_ids, encode_prompt, teacher_chat
 from sdft.forward import evaluating
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
 from sdft.models import eos_token_ids, limits
 from sdft.rollout import Sampling, batches_by_length, finished, generate
+from sdft.rows import exam_rows, have_demonstrations
 from sdft.sampling import seed_of
-from sdft.scorers import SCORERS, Scorer, check_answers, exact
+from sdft.scorers import SCORERS, Scorer, exact
 from sdft.shares import each_batch, processes
 from sdft.teacher import Teacher
 from sdft.templates import Message
@@ -213,15 +214,8 @@ class Exam:
         silent: bool = False,
     ) -> None:
         self.settings, self.batch_size, self.seed, self.silent = settings, batch_size, seed, silent
-        self.eval_rows: list[Row] = []
-        self.general_rows: list[Row] = []
-        if held_out is not None:
-            self.eval_rows = load_rows(held_out, name="eval_dataset", need=("prompt", "answer"))
-        if general is not None:
-            self.general_rows = load_rows(general, name="general_dataset", need=("prompt",))
-        check_answers(self.eval_rows, settings.scorer)
-        check_answers(self.general_rows, settings.general_scorer)
-        self.has_demonstrations = bool(self.eval_rows) and all(row.get("demonstration") for row in self.eval_rows)
+        self.eval_rows, self.general_rows = exam_rows(held_out, general, settings)
+        self.has_demonstrations = have_demonstrations(self.eval_rows)
         self._starting_answers: Answers | None = None
 
     def check(

@@ -21,15 +21,13 @@ from sdft.answers import AnswersFile
 from sdft.checkpoint import failing_clearly, remove_checkpoints
 from sdft.claim import CHECKPOINTS, Claim, claimed
 from sdft.config import (
-    DataArguments,
-    EvalArguments,
     EvalCommand,
     GenerateCommand,
     LoraArguments,
     ModelArguments,
     SDFTConfig,
 )
-from sdft.data import WHERE, Row, load_rows
+from sdft.data import WHERE, Row
 from sdft.errors import UsageError, counted
 from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
@@ -50,6 +48,7 @@ from sdft.report import (
     wrong_answers,
 )
 from sdft.resuming import steps_done
+from sdft.rows import Rows
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
@@ -59,8 +58,7 @@ from sdft.trainer import SDFTTrainer
 def train(
     of_model: ModelArguments,
     of_lora: LoraArguments,
-    of_data: DataArguments,
-    of_eval: EvalArguments,
+    rows: Rows,
     config: SDFTConfig,
     *,
     started: float,
@@ -80,24 +78,22 @@ def train(
         main=config.process_index == 0,
         allow_pickle=of_model.allow_pickle,
     ) as claim:
-        return _train(of_model, of_lora, of_data, of_eval, config, claim, started, command)
+        return _train(of_model, of_lora, rows, config, claim, started, command)
 
 
 def _train(
     of_model: ModelArguments,
     of_lora: LoraArguments,
-    of_data: DataArguments,
-    of_eval: EvalArguments,
+    rows: Rows,
     config: SDFTConfig,
     claim: Claim,
     started: float,
     command: Sequence[str],
 ) -> int:
-    rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
     exam = Exam(
-        of_eval.eval_file or None,
-        of_eval.general_file or None,
+        rows.held_out or None,
+        rows.general or None,
         config,
         batch_size=config.per_device_eval_batch_size,
         seed=config.seed,
@@ -124,7 +120,7 @@ def _train(
         trainer = SDFTTrainer(
             add_lora(model, of_lora),
             config,
-            train_dataset=rows,
+            train_dataset=rows.train,
             eval_dataset=exam.eval_rows or None,
             processing_class=tokenizer,
             general_dataset=exam.general_rows if as_it_goes and exam.general_rows else None,
@@ -244,30 +240,17 @@ def left_in(folder: Path) -> str:
     return line
 
 
-def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:
+def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> None:
     """`sdft eval`: the accuracy of a model, of the model as a teacher, and its divergence from a base model."""
     _quiet()
     exam = Exam(
-        of_eval.eval_file or None,
-        of_eval.general_file or None,
+        rows.held_out or None,
+        rows.general or None,
         of_command,
         batch_size=of_command.per_device_eval_batch_size,
         seed=of_command.seed,
     )
-    if not exam.eval_rows and not exam.general_rows:
-        raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
     has_base = of_command.base_model not in (None, of_model.model)
-    to_score = any(row.get("answer") for row in exam.general_rows)
-    if exam.general_rows and not to_score and (of_command.base_model is None or not (has_base or exam.eval_rows)):
-        raise UsageError(
-            f"general_file is {of_eval.general_file!r}, whose rows have no answer, and base_model is "
-            f"{of_command.base_model!r}; there must be answers to score, or another model to measure forgetting from"
-        )
-    if of_command.teacher and not exam.has_demonstrations:
-        raise UsageError(
-            f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
-            "demonstration, for the teacher is shown it"
-        )
     templates = teacher_templates(of_command.teacher_template) if of_command.teacher else {}
     device = _device()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
@@ -351,13 +334,9 @@ def teacher_templates(wanted: list[Message] | str | None) -> dict[str, list[Mess
     return {**TEMPLATES, **own}
 
 
-def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
+def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateCommand) -> None:
     """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
     _quiet()
-    if of_command.prompt_file:
-        rows = load_rows(of_command.prompt_file, need=("prompt",))
-    else:
-        rows = load_rows([{"prompt": of_command.prompt}], name="prompt", need=("prompt",))
     model, tokenizer = load_model(of_model.model, of_model.dtype, _device(), **of_model.trust)
     prompts = prompts_for(model, tokenizer, rows, of_command.max_completion_length)
     texts: list[str] = []

@@ -350,8 +350,9 @@ def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_p
         assert len([json.loads(line) for line in lines]) == 4
 
 
-def test_a_row_with_half_a_character_is_named_before_a_model_is_loaded(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sdft.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+def test_a_row_with_half_a_character_is_named_before_torch_is_imported(recipe, tmp_path, capsys, monkeypatch):
+    for slow in ("torch", "sdft.arguments", "sdft.run"):
+        monkeypatch.setitem(sys.modules, slow, None)  # to import it is an error
     path = recipe()
     for name, field in (("train", "demonstration"), ("heldout", "answer"), ("general", "prompt"), ("train", "note")):
         good = (tmp_path / f"{name}.jsonl").read_text()
