@@ -115,9 +115,9 @@ def _train(argv: list[str], started: float) -> int:
         check_readable("general_file", evaluation.general_file)
         check_model(model.model)
         check_package("sdft train draws curves", "matplotlib")
-        rows = rows_of_train(data, evaluation, method)
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
+        rows = rows_of_train(data, evaluation, method)
 
         from sdft.arguments import SDFTConfig
 

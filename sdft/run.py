@@ -28,7 +28,7 @@ from sdft.config import (
     SDFTConfig,
 )
 from sdft.data import WHERE, Row
-from sdft.errors import UsageError, counted
+from sdft.errors import SettingsError, UsageError, counted
 from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
 from sdft.models import add_lora, load_model
@@ -125,8 +125,10 @@ def _train(
             processing_class=tokenizer,
             general_dataset=exam.general_rows if as_it_goes and exam.general_rows else None,
         )
+    except UsageError:
+        raise
     except ValueError as error:  # settings that the Trainer finds do not go together
-        raise UsageError(str(error)) from error
+        raise SettingsError(str(error)) from error
     resume, done = claim.resume, max(claim.steps, steps_done(claim.resume) if claim.resume else 0)
     if done and (folder / SUMMARY_FILE).is_file() and done >= trainer.total_steps():
         if trainer.is_world_process_zero():
