@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sdft._compat import Arguments
 from sdft.config import MethodSettings, check_at_least, chosen
-from sdft.errors import UsageError
+from sdft.errors import SettingsError, UsageError
 from sdft.inherited import SAMPLING_STRATEGIES, check_settings
 from sdft.rollout import BACKENDS
 from sdft_kernels.arguments import LEAST_SHARE
@@ -54,7 +54,7 @@ class SDFTConfig(MethodSettings, Arguments):
         try:
             Arguments.__post_init__(self)
         except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
-            raise UsageError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
+            raise SettingsError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
         check_installed("report_to", self.report_to)
         if self.lr_scheduler_type in FOLLOW_METRIC:
             mode = "max" if self.greater_is_better else "min"

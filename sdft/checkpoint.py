@@ -60,11 +60,19 @@ def failing_clearly(what: str, folder: str) -> Iterator[None]:
         ) from error
 
 
+def follow_umask(folder: str | Path) -> None:
+    """Let others read the files as they may the folders, which were made under the umask: safetensors lets nobody."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def publish_folder(staged: str, final: str) -> None:
     """Give a finished folder its name; one that has the name already moves out of the way and goes with the staging.
 
     A run that is killed while neither has the name leaves the old one beside it, where `recover` finds it.
     """
+    follow_umask(staged)
     for folder, _, names in os.walk(staged):
         for name in names:
             _sync(os.path.join(folder, name))
@@ -97,6 +105,7 @@ def publish_files(staged: str, final: str) -> None:
     that a run which is killed in between leaves the old model or the new one.
     """
     names = sorted(os.listdir(staged), key=lambda name: (name in CONFIGURATIONS, name))
+    follow_umask(staged)
     for name in names:
         _sync(os.path.join(staged, name))
         os.replace(os.path.join(staged, name), os.path.join(final, name))

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done (or training stopped by SIGTERM and saved), 1 the run went wrong, 2 it was asked for something that
 cannot be, 130 interrupted by Ctrl-C, 143 ended by SIGTERM. A mistake is one line on stderr. Everything that can be
-checked without torch and transformers, which take seconds to import, is checked before they are.
+checked without torch and transformers, which take seconds to import, is checked before they are, rows too.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def _train(argv: list[str], started: float) -> int:
     from sdft.fields import own_fields, training_fields
     from sdft.model_files import check_model
     from sdft.recipe import read
+    from sdft.rows import rows_of_train
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
     if _helped("sdft train", help.TRAIN, fields, argv):
@@ -116,6 +117,7 @@ def _train(argv: list[str], started: float) -> int:
         check_package("sdft train draws curves", "matplotlib")
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
+        rows = rows_of_train(data, evaluation, method)
 
         from sdft.arguments import SDFTConfig
 
@@ -123,7 +125,7 @@ def _train(argv: list[str], started: float) -> int:
 
         from sdft.run import train
 
-        return train(model, lora, data, evaluation, config, started=started, command=["sdft", "train", *argv])
+        return train(model, lora, rows, config, started=started, command=["sdft", "train", *argv])
 
 
 def _eval(argv: list[str], started: float) -> None:
@@ -133,6 +135,7 @@ def _eval(argv: list[str], started: float) -> None:
     from sdft.fields import own_fields
     from sdft.model_files import check_model
     from sdft.recipe import read
+    from sdft.rows import rows_of_eval
     from sdft.templates import TEMPLATES
 
     def adapt(recipe: dict[str, Written]) -> None:
@@ -157,15 +160,17 @@ def _eval(argv: list[str], started: float) -> None:
         check_output_file("summary_file", command.summary_file, inputs=[*inputs, command.output_file])
         for name in {model.model, command.base_model or model.model}:
             check_model(name)
+        rows = rows_of_eval(model, evaluation, command)
 
         from sdft.run import evaluate
 
-        evaluate(model, evaluation, command)
+        evaluate(model, rows, command)
 
 
 def _generate(argv: list[str], started: float) -> None:
     from sdft import help
     from sdft.config import GenerateCommand, ModelArguments
+    from sdft.data import load_rows
     from sdft.early_checks import check_output_file, check_readable
     from sdft.fields import own_fields
     from sdft.model_files import check_model
@@ -179,12 +184,13 @@ def _generate(argv: list[str], started: float) -> None:
         model, command = given.make(ModelArguments), given.make(GenerateCommand)
         check_readable("prompt_file", command.prompt_file)
         check_output_file("output_file", command.output_file, inputs=[command.prompt_file])
-
         check_model(model.model)
+        source = command.prompt_file or [{"prompt": command.prompt}]
+        rows = load_rows(source, name="prompt", need=("prompt",))
 
         from sdft.run import generate
 
-        generate(model, command)
+        generate(model, rows, command)
 
 
 def _env(argv: list[str], started: float) -> None:

@@ -116,7 +116,7 @@ class EvalArguments:
     general_file: str | None = setting(
         None,
         "JSONL or Parquet with prompt and optionally answer: prompts of other kinds, on which to measure how far the "
-        "model has moved from where it started (forgetting).",
+        "model has moved from where it started (forgetting); sdft eval measures that from base_model.",
     )
 
 
@@ -156,7 +156,9 @@ class EvalCommand(EvalSettings):
     """What `sdft eval` alone is told."""
 
     base_model: str | None = setting(
-        None, "The model to measure divergence from, on the general prompts; with a recipe, the recipe's model."
+        None,
+        "The model to measure forgetting from, on the general prompts, which without it are only scored; with a "
+        "recipe, the recipe's model.",
     )
     teacher: bool = setting(
         False,

@@ -9,6 +9,10 @@ class UsageError(ValueError):
     """A setting, a recipe, a file or a row that cannot be used as it is."""
 
 
+class SettingsError(UsageError):
+    """Settings that do not go together, in the words of transformers, which name them anywhere in the sentence."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on: a loss or a gradient that is no longer finite, a head that the loss cannot reproduce."""
 

@@ -18,20 +18,22 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.config import EvalSettings
-from sdft.data import WHERE, Row, check_ids, encode_prompt, load_rows, teacher_chat
+from sdft.data import WHERE, Row, check_ids, encode_prompt, teacher_chat
 from sdft.forward import evaluating
 from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
 from sdft.models import eos_token_ids, limits
-from sdft.rollout import batches_by_length, generate
+from sdft.rollout import Sampling, batches_by_length, finished, generate
+from sdft.rows import exam_rows, have_demonstrations
 from sdft.sampling import seed_of
-from sdft.scorers import SCORERS, Scorer, check_answers, exact
+from sdft.scorers import SCORERS, Scorer, exact
 from sdft.shares import each_batch, processes
 from sdft.teacher import Teacher
 from sdft.templates import Message
 
-#: Told of each answer as soon as it is made: its number, its row, its text, and whether it is right, if that is known.
-Made = Callable[[int, Row, str, bool | None], None]
+#: Told of each answer as soon as it is made: its number, its row, its text, whether it is right, if that is known, and
+#: whether it is finished.
+Made = Callable[[int, Row, str, bool | None, bool], None]
 
 
 def prompts_for(
@@ -65,13 +67,13 @@ def complete(
     seed: int = 0,
     progress: str | None = None,
     share: bool = False,
-    made: Callable[[int, list[int]], None] | None = None,
+    made: Callable[[int, list[int], bool], None] | None = None,
 ) -> list[list[int]]:
     """The completion of each prompt, in the prompts' order; batches hold prompts of similar length.
 
     Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` and the prompt's
     place alone and leave the caller's as they were. With `share`, processes share the prompts; see `sdft.shares`.
-    `made` is told of each completion, by its prompt's number, as soon as its batch is done.
+    `made` is told of each completion, by its prompt's number, as soon as its batch is done, and whether it is finished.
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
     if temperature:
@@ -82,7 +84,7 @@ def complete(
         outputs = generate(model, [prompts[number] for number in numbers], seeds=seeds, **options)
         if made is not None:
             for number, output in zip(numbers, outputs, strict=True):
-                made(number, output)
+                made(number, output, is_finished(output, options["eos_ids"]))
         return outputs
 
     batches = _batches(prompts, batch_size, share)
@@ -92,9 +94,14 @@ def complete(
     return [completions[number] for number in range(len(prompts))]
 
 
+def is_finished(completion: list[int], eos_ids: frozenset[int]) -> bool:
+    """Whether an answer came to an end of its own: else the most tokens that it may have have cut it."""
+    return finished(completion, Sampling(len(completion), eos_ids))
+
+
 @dataclass(frozen=True)
 class Answers:
-    """Answers to a set of rows: as token ids, as text, and whether each is right (where rows have answers).
+    """Answers to a set of rows: as token ids, as text, whether each is right (where rows have answers) and finished.
 
     Where a row is answered several times, its answers follow one another.
     """
@@ -103,6 +110,7 @@ class Answers:
     completions: list[list[int]]
     texts: list[str]
     right: list[bool]
+    finished: list[bool]
 
     @property
     def accuracy(self) -> float | None:
@@ -132,9 +140,9 @@ def answer(
     rows = [row for row in rows for _ in range(samples)]
     prompts = prompts_for(model, tokenizer, rows, max_new_tokens, template)
 
-    def tell(made: Made, number: int, completion: list[int]) -> None:
+    def tell(made: Made, number: int, completion: list[int], finished: bool) -> None:
         text, expected = str(tokenizer.decode(completion, skip_special_tokens=True)), rows[number].get("answer")
-        made(number, rows[number], text, scorer(text, expected) if expected else None)
+        made(number, rows[number], text, scorer(text, expected) if expected else None, finished)
 
     completions = complete(
         model,
@@ -150,7 +158,9 @@ def answer(
     )
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     scored = [(text, row["answer"]) for text, row in zip(texts, rows, strict=True) if row.get("answer")]
-    return Answers(prompts, completions, texts, [scorer(text, expected) for text, expected in scored])
+    right = [scorer(text, expected) for text, expected in scored]
+    eos_ids = eos_token_ids(model, tokenizer)
+    return Answers(prompts, completions, texts, right, [is_finished(each, eos_ids) for each in completions])
 
 
 @torch.no_grad()
@@ -204,15 +214,8 @@ class Exam:
         silent: bool = False,
     ) -> None:
         self.settings, self.batch_size, self.seed, self.silent = settings, batch_size, seed, silent
-        self.eval_rows: list[Row] = []
-        self.general_rows: list[Row] = []
-        if held_out is not None:
-            self.eval_rows = load_rows(held_out, name="eval_dataset", need=("prompt", "answer"))
-        if general is not None:
-            self.general_rows = load_rows(general, name="general_dataset", need=("prompt",))
-        check_answers(self.eval_rows, settings.scorer)
-        check_answers(self.general_rows, settings.general_scorer)
-        self.has_demonstrations = bool(self.eval_rows) and all(row.get("demonstration") for row in self.eval_rows)
+        self.eval_rows, self.general_rows = exam_rows(held_out, general, settings)
+        self.has_demonstrations = have_demonstrations(self.eval_rows)
         self._starting_answers: Answers | None = None
 
     def check(

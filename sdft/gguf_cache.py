@@ -10,11 +10,13 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from pathlib import Path
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sdft.checkpoint import follow_umask
 
 VARIABLE = "SDFT_CACHE_DIR"
 
@@ -44,10 +46,12 @@ def keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder.parent).free < 2 * size:
             return
-        staged = tempfile.mkdtemp(dir=folder.parent, prefix=".saving-")
+        staged = folder.with_name(f".saving-{uuid.uuid4().hex}")
+        staged.mkdir()
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        os.rename(staged, folder)
+        follow_umask(staged)
+        staged.rename(folder)
         staged = None
     except Exception:  # each writer has its own errors for a disk that is full
         return

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from sdft.errors import UsageError
+from sdft.errors import SettingsError, UsageError
 from sdft.fields import NO, YES, Field
 
 Settings = TypeVar("Settings")
@@ -48,15 +48,21 @@ class Given:
             raise
         except (ValueError, TypeError, ImportError, OSError) as error:  # what TrainingArguments finds wrong
             message = " ".join(str(error).split())
-            raise UsageError(re.sub(r"--(?=[a-z])", "", message)) from error  # it names flags nobody has typed
+            raise SettingsError(re.sub(r"--(?=[a-z])", "", message)) from error  # it names flags nobody has typed
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
-        """Have a UsageError that begins with a field's name say where that was set."""
+        """Have a UsageError that begins with a field, or a SettingsError that has one, say where that was set."""
         try:
             yield
         except UsageError as error:
-            raise UsageError(_locate(str(error), self.places)) from error
+            message = _locate(str(error), self.places)
+            if isinstance(error, SettingsError) and message == str(error):
+                # Not by names that are ordinary words (model, seed): a sentence of transformers' may mean the word.
+                names = re.findall(r"[a-z]\w*[_\d]\w*", message)
+                place = next((self.places[name] for name in names if name in self.places), None)
+                message = f"{place}: {message}" if place else message
+            raise UsageError(message) from error
 
 
 def read(

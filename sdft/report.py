@@ -47,9 +47,9 @@ class Summary:
     accuracy_after: float | None = None
     accuracy_teacher: float | None = None
     held_out_prompts: int = 0
-    general_before: float | None = None
-    general_after: float | None = None
-    general_divergence: float | None = None
+    general_accuracy_before: float | None = None
+    general_accuracy_after: float | None = None
+    forgetting: float | None = None
     general_prompts: int = 0
     training_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -71,14 +71,14 @@ class Scores:
 
     model: str
     accuracy: float | None
-    accuracy_teacher: dict[str, float | None]
+    accuracy_by_template: dict[str, float | None]  # of the teacher
     held_out_prompts: int
     scorer: str
     general_accuracy: float | None
     general_prompts: int  # those that have an answer
     general_scorer: str
     base_model: str | None
-    general_divergence: float | None
+    forgetting: float | None
 
 
 def score_lines(scores: Scores) -> list[str]:
@@ -91,15 +91,15 @@ def score_lines(scores: Scores) -> list[str]:
     if scores.accuracy is not None:
         how = ANSWERED[scores.scorer]
         lines.append(f"held-out prompts {how} ({scores.held_out_prompts}): {percent(scores.accuracy)}")
-    if scores.accuracy_teacher:
+    if scores.accuracy_by_template:
         lines.append("the same, shown the demonstration under teacher_template")
-        width = max(map(len, scores.accuracy_teacher))
-        lines += [f"  {name.ljust(width)}  {percent(value):>6}" for name, value in scores.accuracy_teacher.items()]
+        width = max(map(len, scores.accuracy_by_template))
+        lines += [f"  {name.ljust(width)}  {percent(value):>6}" for name, value in scores.accuracy_by_template.items()]
     if scores.general_accuracy is not None:
         how = ANSWERED[scores.general_scorer]
         lines.append(f"general prompts {how} ({scores.general_prompts}): {percent(scores.general_accuracy)}")
-    if scores.general_divergence is not None:
-        lines.append(f"divergence from {scores.base_model}: {scores.general_divergence:.3f} nats a token")
+    if scores.forgetting is not None:
+        lines.append(f"forgetting: {scores.forgetting:.3f} nats a token from {scores.base_model}")
     return lines
 
 
@@ -130,14 +130,14 @@ def table(summary: Summary) -> str:
         ),
         (
             f"general prompts {ANSWERED[summary.general_scorer]} ({summary.general_prompts})",
-            percent(summary.general_before),
-            percent(summary.general_after),
+            percent(summary.general_accuracy_before),
+            percent(summary.general_accuracy_after),
             "",
         ),
         (
             "divergence from the base model (nats a token)",
-            number(None if summary.general_divergence is None else 0.0),
-            number(summary.general_divergence),
+            number(None if summary.forgetting is None else 0.0),
+            number(summary.forgetting),
             "",
         ),
         ("training loss (first and last tenth)", number(summary.loss_first), number(summary.loss_last), ""),
@@ -172,10 +172,19 @@ def wrong_answers(answered: Sequence[tuple[Row, str, bool]], count: int = 3, wid
     for row, text in wrong[:count]:
         asked = as_messages(row["prompt"])[-1]["content"]
         lines.append(f"  {row[WHERE]}")
-        for name, value in (("prompt", asked), ("expected", row["answer"]), ("answer", text)):
+        for name, value in (("prompt", asked), ("answer", row["answer"]), ("completion", text)):
             shown = value.replace("\n", "\\n")
-            lines.append(f"    {name:8}  {shown if len(shown) <= width else shown[: width - 3] + '...'}")
+            lines.append(f"    {name:10}  {shown if len(shown) <= width else shown[: width - 3] + '...'}")
     return lines
+
+
+def cut_answers(to: str, finished: Sequence[bool], field: str, length: int) -> list[str]:
+    """A line that says how many answers are not finished, where there are any."""
+    cut = len(finished) - sum(finished)
+    if not cut:
+        return []
+    which = " ".join(filter(None, (f"{cut} of {counted(len(finished), 'answer')}", to)))
+    return [f"{which} {'was' if cut == 1 else 'were'} cut at {field}={length}: raise it"]
 
 
 def _name(divergence: str | None) -> str:
@@ -197,10 +206,8 @@ def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summ
     blue, orange, grey = "#2a6fbb", "#e07b39", "#8a8f98"
     gained = [("before", summary.accuracy_before, grey), ("after", summary.accuracy_after, blue)]
     gained += [("shown the\ndemonstration", summary.accuracy_teacher, orange)]
-    kept = [("before", summary.general_before, grey), ("after", summary.general_after, blue)]
-    moved = (
-        "" if summary.general_divergence is None else f"\n{summary.general_divergence:.2f} nats a token from the base"
-    )
+    kept = [("before", summary.general_accuracy_before, grey), ("after", summary.general_accuracy_after, blue)]
+    moved = "" if summary.forgetting is None else f"\n{summary.forgetting:.2f} nats a token from the base"
     panels = []
     for title, bars in (
         (f"{summary.held_out_prompts} held-out prompts\n{ANSWERED[summary.scorer]}", gained),

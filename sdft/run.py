@@ -6,7 +6,9 @@ import contextlib
 import os
 import shlex
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,25 +22,24 @@ from sdft.answers import AnswersFile
 from sdft.checkpoint import failing_clearly, remove_checkpoints
 from sdft.claim import CHECKPOINTS, Claim, claimed
 from sdft.config import (
-    DataArguments,
-    EvalArguments,
     EvalCommand,
     GenerateCommand,
     LoraArguments,
     ModelArguments,
     SDFTConfig,
 )
-from sdft.data import WHERE, Row, load_rows
-from sdft.errors import UsageError, counted
+from sdft.data import WHERE, Row
+from sdft.errors import SettingsError, UsageError, counted
 from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
-from sdft.models import eos_token_ids, load_model
+from sdft.models import load_model
 from sdft.progress import Display
 from sdft.report import (
     SUMMARY_FILE,
     MetricsFile,
     Scores,
     Summary,
+    cut_answers,
     describe,
     draw_curves,
     loss_ends,
@@ -48,6 +49,7 @@ from sdft.report import (
     wrong_answers,
 )
 from sdft.resuming import steps_done
+from sdft.rows import Rows
 from sdft.signals import FinishOnSignal
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
@@ -57,8 +59,7 @@ from sdft.trainer import SDFTTrainer
 def train(
     of_model: ModelArguments,
     of_lora: LoraArguments,
-    of_data: DataArguments,
-    of_eval: EvalArguments,
+    rows: Rows,
     config: SDFTConfig,
     *,
     started: float,
@@ -78,24 +79,22 @@ def train(
         main=config.process_index == 0,
         allow_pickle=of_model.allow_pickle,
     ) as claim:
-        return _train(of_model, of_lora, of_data, of_eval, config, claim, started, command)
+        return _train(of_model, of_lora, rows, config, claim, started, command)
 
 
 def _train(
     of_model: ModelArguments,
     of_lora: LoraArguments,
-    of_data: DataArguments,
-    of_eval: EvalArguments,
+    rows: Rows,
     config: SDFTConfig,
     claim: Claim,
     started: float,
     command: Sequence[str],
 ) -> int:
-    rows = load_rows(of_data.train_file)
     template = parse_template(config.teacher_template)
     exam = Exam(
-        of_eval.eval_file or None,
-        of_eval.general_file or None,
+        rows.held_out or None,
+        rows.general or None,
         config,
         batch_size=config.per_device_eval_batch_size,
         seed=config.seed,
@@ -122,13 +121,15 @@ def _train(
         trainer = SDFTTrainer(
             add_lora(model, of_lora),
             config,
-            train_dataset=rows,
+            train_dataset=rows.train,
             eval_dataset=exam.eval_rows or None,
             processing_class=tokenizer,
             general_dataset=exam.general_rows if as_it_goes and exam.general_rows else None,
         )
+    except UsageError:
+        raise
     except ValueError as error:  # settings that the Trainer finds do not go together
-        raise UsageError(str(error)) from error
+        raise SettingsError(str(error)) from error
     resume, done = claim.resume, max(claim.steps, steps_done(claim.resume) if claim.resume else 0)
     if done and (folder / SUMMARY_FILE).is_file() and done >= trainer.total_steps():
         if trainer.is_world_process_zero():
@@ -140,6 +141,8 @@ def _train(
             f"of what are now {trainer.total_steps()} steps and left no checkpoint; save_steps of the first run must "
             "divide its max_steps for one to be left"
         )
+    if resume and trainer.is_world_process_zero():
+        print(f"going on from {resume}, after step {done} of {trainer.total_steps()}")
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsFile(folder))
@@ -196,9 +199,9 @@ def _train(
         accuracy_after=_accuracy(after),
         accuracy_teacher=_accuracy(teacher),
         held_out_prompts=len(exam.eval_rows),
-        general_before=_accuracy(general_before),
-        general_after=_accuracy(general_after),
-        general_divergence=moved,
+        general_accuracy_before=_accuracy(general_before),
+        general_accuracy_after=_accuracy(general_after),
+        forgetting=moved,
         general_prompts=0 if general_before is None else len(general_before.right),
         training_seconds=training_seconds,
         total_seconds=time.perf_counter() - started,
@@ -240,29 +243,17 @@ def left_in(folder: Path) -> str:
     return line
 
 
-def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> None:
+def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> None:
     """`sdft eval`: the accuracy of a model, of the model as a teacher, and its divergence from a base model."""
     _quiet()
     exam = Exam(
-        of_eval.eval_file or None,
-        of_eval.general_file or None,
+        rows.held_out or None,
+        rows.general or None,
         of_command,
         batch_size=of_command.per_device_eval_batch_size,
         seed=of_command.seed,
     )
-    if not exam.eval_rows and not exam.general_rows:
-        raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
     has_base = of_command.base_model not in (None, of_model.model)
-    if not exam.eval_rows and not has_base and not any(row.get("answer") for row in exam.general_rows):
-        raise UsageError(
-            f"general_file is {of_eval.general_file!r}, whose rows have no answer, and base_model is "
-            f"{of_command.base_model!r}; there must be answers to score, or another model to measure divergence from"
-        )
-    if of_command.teacher and not exam.has_demonstrations:
-        raise UsageError(
-            f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
-            "demonstration, for the teacher is shown it"
-        )
     templates = teacher_templates(of_command.teacher_template) if of_command.teacher else {}
     device = _device()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
@@ -294,19 +285,29 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
     scores = Scores(
         model=of_model.model,
         accuracy=_accuracy(held_out),
-        accuracy_teacher={name: _accuracy(answers) for name, answers in teachers.items()},
+        accuracy_by_template={name: _accuracy(answers) for name, answers in teachers.items()},
         held_out_prompts=len(exam.eval_rows),
         scorer=of_command.scorer,
         general_accuracy=_accuracy(general),
         general_prompts=0 if general is None else len(general.right),
         general_scorer=of_command.general_scorer,
         base_model=of_command.base_model if has_base else None,
-        general_divergence=moved,
+        forgetting=moved,
     )
     lines = score_lines(scores)
+    if general is not None and of_command.base_model is None:
+        lines.append("forgetting was not measured: base_model is not set, the model to measure it from")
     if held_out is not None:
         asked = [row for row in exam.eval_rows for _ in range(of_command.eval_samples)]
         lines += wrong_answers(list(zip(asked, held_out.texts, held_out.right, strict=True)))
+    lengths = (
+        ("held-out prompts", held_out, "eval_completion_length"),
+        *((f"held-out prompts as teacher ({name})", each, "eval_completion_length") for name, each in teachers.items()),
+        ("general prompts", general, "general_completion_length"),
+    )
+    for what, answers, field in lengths:
+        if answers is not None:
+            lines += cut_answers(f"to {what}", answers.finished, field, getattr(of_command, field))
     if of_command.summary_file:
         write_summary(of_command.summary_file, scores)
     print("\n".join(lines))
@@ -315,14 +316,15 @@ def evaluate(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalC
             print(f"{name} has {what}")
 
 
-def _record(name: str, row: Row, text: str, right: bool | None) -> dict[str, Any]:
+def _record(name: str, row: Row, text: str, right: bool | None, finished: bool) -> dict[str, Any]:
     """A line of the file of `sdft eval`."""
     return {
         "asked": name,
         "row": str(row[WHERE]),
         "prompt": row["prompt"],
-        "expected": row.get("answer"),
-        "answer": text,
+        "answer": row.get("answer"),
+        "completion": text,
+        "finished": finished,
         "right": right,
     }
 
@@ -335,26 +337,22 @@ def teacher_templates(wanted: list[Message] | str | None) -> dict[str, list[Mess
     return {**TEMPLATES, **own}
 
 
-def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
+def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateCommand) -> None:
     """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
     _quiet()
-    if of_command.prompt_file:
-        rows = load_rows(of_command.prompt_file, need=("prompt",))
-    else:
-        rows = load_rows([{"prompt": of_command.prompt}], name="prompt", need=("prompt",))
     model, tokenizer = load_model(of_model.model, of_model.dtype, _device(), **of_model.trust)
     prompts = prompts_for(model, tokenizer, rows, of_command.max_completion_length)
-    eos_ids = eos_token_ids(model, tokenizer)
     texts: list[str] = []
+    ended: list[bool] = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(AnswersFile(of_command.output_file)) if of_command.output_file else None
 
-        def made(number: int, completion: list[int]) -> None:
+        def made(number: int, completion: list[int], finished: bool) -> None:
             texts.append(str(tokenizer.decode(completion, skip_special_tokens=True)))
+            ended.append(finished)
             if file is None:
                 return
             given = {name: value for name, value in rows[number].items() if name != WHERE}
-            finished = bool(completion) and completion[-1] in eos_ids
             file.add(number, {**given, "completion": texts[-1], "finished": finished})
 
         complete(
@@ -370,10 +368,12 @@ def generate(of_model: ModelArguments, of_command: GenerateCommand) -> None:
             progress="answers",
             made=made,
         )
+    cut = cut_answers("", ended, "max_completion_length", of_command.max_completion_length)
     if of_command.output_file is None:
         print(texts[0])  # once the bar has gone
+        print(*cut, sep="\n", end="\n" if cut else "", file=sys.stderr)  # the answer stays alone on stdout
     else:
-        print(f"{of_command.output_file} has the answers to {counted(len(rows), 'prompt')}")
+        print(*cut, f"{of_command.output_file} has the answers to {counted(len(rows), 'prompt')}", sep="\n")
 
 
 def _stopped(trainer: SDFTTrainer, folder: Path, finish: FinishOnSignal, command: Sequence[str]) -> str:
@@ -405,3 +405,5 @@ def _quiet() -> None:
     """Leave the terminal to the run's own progress and table."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # peft asks every model that it wraps by the old name (PeftModel.__init__), and transformers warns of that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

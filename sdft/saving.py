@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from sdft import checkpoint
+from sdft.adapters import causal_lm, has_adapter
+from sdft.model_files import local_path
 
 
 class WholeSaves(Trainer):
@@ -80,6 +83,10 @@ class WholeSaves(Trainer):
         self.use_weights("eval")  # as they were saved
         super()._load_best_model()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with _asking_no_hub(cast(nn.Module, self.model)):
+            super()._save(output_dir, state_dict)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that `from_pretrained` loads it, each file in one move."""
         if _internal_call:
@@ -96,3 +103,35 @@ class WholeSaves(Trainer):
                 checkpoint.publish_files(staged, folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+@contextlib.contextmanager
+def _asking_no_hub(model: nn.Module) -> Iterator[None]:
+    """Tell peft whether an adapter's embeddings are to be saved: it would ask a hub about the model it is for."""
+    if not has_adapter(model):
+        yield
+        return
+    needed = _needs_embeddings(causal_lm(model))
+    vars(model)["save_pretrained"] = functools.partial(cast(Any, model).save_pretrained, save_embedding_layers=needed)
+    try:
+        yield
+    finally:
+        del vars(model)["save_pretrained"]
+
+
+def _needs_embeddings(model: PreTrainedModel) -> bool:
+    """Whether an adapter needs embeddings beside it, by peft's own rule: it is in them, or they were resized."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
+            return True
+    name = model.name_or_path
+    if not name or local_path(name).is_file():  # a GGUF file
+        return False
+    try:
+        origin = type(model.config).from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):  # a name of ours, or the folder of an adapter
+        return False
+    return origin.get_text_config().vocab_size != model.config.get_text_config().vocab_size

@@ -77,7 +77,7 @@ def test_a_run_leaves_the_model_the_metrics_the_summary_and_the_curves(recipe, m
     assert summary["steps"] == 4
     assert (summary["loss_first"], summary["loss_last"]) == (losses[0], losses[-1])
     assert summary["held_out_prompts"] == summary["general_prompts"] == 8
-    assert summary["general_divergence"] > 0
+    assert summary["forgetting"] > 0
     for name in ("accuracy_before", "accuracy_after", "accuracy_teacher"):
         assert 0 <= summary[name] <= 1
     for name in ("rollout", "score", "learn", "save", "eval"):
@@ -90,11 +90,13 @@ def test_a_run_leaves_the_model_the_metrics_the_summary_and_the_curves(recipe, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path):
+def test_a_resumed_command_ends_as_the_uninterrupted_one(recipe, tmp_path, capsys):
     assert main(["train", recipe(save_strategy="steps", save_steps=2), "--output_dir", "a"]) == 0
     os.rename("a/model.safetensors", "a/straight.safetensors")
     os.rename("a/checkpoint-4", "moved-away")
+    capsys.readouterr()
     assert main(["train", "recipe.yaml", "--output_dir", "a", "--resume_from_checkpoint", "last"]) == 0
+    assert capsys.readouterr().out.startswith(f"going on from {tmp_path}/a/checkpoint-2, after step 2 of 4\n")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "a/straight.safetensors").read_bytes()
     steps = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4]
@@ -129,7 +131,7 @@ def test_a_run_whose_last_step_was_done_is_brought_to_its_end(recipe):
     assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last"]) == 0
     assert model.read_bytes() == expected
     again = json.loads(summary.read_text())
-    for name in ("steps", "loss_first", "loss_last", "accuracy_after", "general_divergence"):
+    for name in ("steps", "loss_first", "loss_last", "accuracy_after", "forgetting"):
         assert again[name] == measured[name]
 
 
@@ -172,7 +174,7 @@ def test_evaluation_during_training_is_in_the_metrics(recipe, tmp_path):
     evaluated = [entry for entry in metrics if "eval_accuracy" in entry]
     assert [entry["step"] for entry in evaluated] == [2, 4]
     assert evaluated[-1]["eval_accuracy"] == summary["accuracy_after"]
-    assert evaluated[-1]["eval_forgetting"] == pytest.approx(summary["general_divergence"], rel=1e-6)
+    assert evaluated[-1]["eval_forgetting"] == pytest.approx(summary["forgetting"], rel=1e-6)
     assert summary["scorer"] == "contains"
 
 
@@ -190,7 +192,7 @@ def test_the_best_model_by_what_it_forgot_is_kept(recipe, tmp_path):
 @pytest.mark.parametrize("options", [["--method", "sft"], ["--teacher", "ema"]], ids=" ".join)
 def test_other_methods_run_too(options, recipe, tmp_path):
     assert main(["train", recipe(max_steps=1), *options]) == 0
-    assert json.loads((tmp_path / "out/summary.json").read_text())["general_divergence"] > 0
+    assert json.loads((tmp_path / "out/summary.json").read_text())["forgetting"] > 0
 
 
 def test_without_held_out_files_only_the_loss_is_reported(recipe, tmp_path, capsys):
@@ -212,7 +214,7 @@ def test_eval_scores_a_model_its_teachers_and_its_divergence(recipe, model_folde
         "the same, shown the demonstration under teacher_template",
         *(f"  {name.ljust(max(map(len, TEMPLATES)))}    0.0%" for name in TEMPLATES),
         "general prompts answered",
-        f"divergence from {model_folder}",
+        "forgetting",
     ]
     assert float(lines[-1].split(": ")[-1].split()[0]) > 0.1
 
@@ -231,7 +233,7 @@ def test_the_teacher_is_measured_under_the_templates_asked_for(options, expected
 
     def one_is_right(model, tokenizer, rows, *, template, **_):
         asked.append(template)
-        return Answers([], [], [""] * 8, [template == TEMPLATES["turn"], False] * 4)
+        return Answers([], [], [""] * 8, [template == TEMPLATES["turn"], False] * 4, [True] * 8)
 
     monkeypatch.setattr("sdft.evaluate.answer", one_is_right)
     assert main(["eval", recipe(general_file=None), "--teacher", *options]) == 0
@@ -260,7 +262,11 @@ def test_eval_of_prompts_without_answers_takes_a_base_model(recipe, model_folder
     tiny.tiny_model(1).save_pretrained(tmp_path / "other")
     tiny.tiny_tokenizer().save_pretrained(tmp_path / "other")
     assert main([*command, "--base_model", str(tmp_path / "other")]) == 0
-    assert capsys.readouterr().out.startswith("divergence from")
+    assert capsys.readouterr().out.startswith("forgetting: ")
+    scored = [*command, "--eval_file", "heldout.jsonl"]
+    assert "whose rows have no answer, and base_model is None" in fails(capsys, scored, 2)
+    assert main([*scored[:-2], "--general_file", "general.jsonl"]) == 0
+    assert "forgetting was not measured: base_model is not set" in capsys.readouterr().out
 
 
 def test_eval_scores_by_the_scorer_named_and_samples_where_told(recipe, model_folder, tmp_path, capsys):
@@ -276,7 +282,8 @@ def test_eval_scores_by_the_scorer_named_and_samples_where_told(recipe, model_fo
 
 def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, model_folder, tmp_path, capsys):
     rows = load_rows(tiny.rows(4))
-    right = answer(tiny.tiny_model(), tiny.tiny_tokenizer(), rows, max_new_tokens=5, batch_size=4).texts[0]
+    made = answer(tiny.tiny_model(), tiny.tiny_tokenizer(), rows, max_new_tokens=5, batch_size=4)
+    right, ended = made.texts[0], [completion[-1] == 1 for completion in made.completions]
     asked = [{**row, "answer": right.strip() if n == 0 else f"ö{n}"} for n, row in enumerate(tiny.rows(4))]
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     other = tmp_path / "other"
@@ -287,7 +294,9 @@ def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, mo
     assert main(["eval", recipe(), "--teacher", "--teacher_template", "turn", *sizes, *files]) == 0
     printed = capsys.readouterr().out
     assert "3 wrong answers:\n  heldout.jsonl, row 2\n" in printed
-    assert printed.count("    expected  ö") == 3
+    assert printed.count("    answer      ö") == 3
+    cut = ended.count(False)
+    assert f"{cut} of 4 answers to held-out prompts were cut at eval_completion_length=5: raise it\n" in printed
     assert printed.endswith("answers.jsonl has every answer\nscores.json has these numbers\n")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     names = [record["asked"] for record in records]
@@ -296,15 +305,17 @@ def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, mo
         "asked": "held-out",
         "row": "heldout.jsonl, row 1",
         "prompt": "say a",
-        "expected": right.strip(),
-        "answer": right,
+        "answer": right.strip(),
+        "completion": right,
+        "finished": ended[0],
         "right": True,
     }
+    assert [record["finished"] for record in records[:4]] == made.finished == ended
     assert [record["row"] for record in records[:4]] == [f"heldout.jsonl, row {n}" for n in range(1, 5)]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["accuracy"] == sum(record["right"] for record in records[:4]) / 4 == 0.25
-    assert scores["accuracy_teacher"] == {"turn": sum(record["right"] for record in records[4:8]) / 4}
-    assert scores["general_divergence"] > 0 and scores["base_model"] == str(other)
+    assert scores["accuracy_by_template"] == {"turn": sum(record["right"] for record in records[4:8]) / 4}
+    assert scores["forgetting"] > 0 and scores["base_model"] == str(other)
     for name in ("heldout.jsonl", "general.jsonl"):
         assert "which is read or written too" in fails(capsys, ["eval", "recipe.yaml", "--output_file", name], 2)
     both = ["eval", "recipe.yaml", "--output_file", "new.json", "--summary_file", "./new.json"]
@@ -339,8 +350,9 @@ def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_p
         assert len([json.loads(line) for line in lines]) == 4
 
 
-def test_a_row_with_half_a_character_is_named_before_a_model_is_loaded(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sdft.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+def test_a_row_with_half_a_character_is_named_before_torch_is_imported(recipe, tmp_path, capsys, monkeypatch):
+    for slow in ("torch", "sdft.arguments", "sdft.run"):
+        monkeypatch.setitem(sys.modules, slow, None)  # to import it is an error
     path = recipe()
     for name, field in (("train", "demonstration"), ("heldout", "answer"), ("general", "prompt"), ("train", "note")):
         good = (tmp_path / f"{name}.jsonl").read_text()
@@ -401,12 +413,14 @@ def test_generate_answers_a_file_of_prompts(kind, model_folder, tmp_path, capsys
         datasets.Dataset.from_list(rows).to_parquet("in.parquet")
     command = ["generate", "--model", str(model_folder), "--prompt_file", f"in.{kind}", "--output_file", "out.jsonl"]
     assert main([*command, "--max_completion_length", "4"]) == 0
-    assert capsys.readouterr().out == "out.jsonl has the answers to 2 prompts\n"
+    printed = capsys.readouterr().out
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = answer(
         tiny.tiny_model(), tiny.tiny_tokenizer(), load_rows(rows, need=("prompt",)), max_new_tokens=4, batch_size=2
     )
     ended = [completion[-1] == 1 for completion in answers.completions]
+    assert printed.endswith("out.jsonl has the answers to 2 prompts\n")
+    assert f"{ended.count(False)} of 2 answers were cut at max_completion_length=4: raise it\n" in printed
     assert written == [
         {**row, "completion": text, "finished": end} for row, text, end in zip(rows, answers.texts, ended, strict=True)
     ]
@@ -672,8 +686,9 @@ def test_a_sigterm_after_the_last_step_leaves_the_model_exit_code_0_and_a_line(r
     assert "model.safetensors" in os.listdir("out") and "summary.json" not in os.listdir("out")
 
 
-def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, capsys, monkeypatch):
+def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, capsys, monkeypatch, recwarn):
     assert main(["train", recipe(save_strategy="steps", save_steps=2, lora_rank=2, log_completions=1)]) == 0
+    assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
     before = contents("out")
     with monkeypatch.context() as patch:
         patch.setattr("sdft.run.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))

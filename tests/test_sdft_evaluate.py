@@ -33,7 +33,7 @@ def test_accuracy_counts_the_rows_with_an_answer():
     answers = ask(model, rows)
     assert answers.right == [False, True, True]
     assert answers.accuracy == pytest.approx(2 / 3)
-    assert Answers([], [], [], []).accuracy is None
+    assert Answers([], [], [], [], []).accuracy is None
 
 
 def test_the_teacher_is_asked_with_the_demonstration():

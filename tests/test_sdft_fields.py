@@ -79,6 +79,7 @@ def test_the_divergences_are_those_of_the_kernels() -> None:
         ('run_name: "\\ud800"', "recipe.yaml, line 3: run_name has half of a surrogate pair"),
         ("train_file: absent.jsonl", "recipe.yaml, line 3: train_file is 'absent.jsonl'; there is no such file"),
         ("output_dir: /proc/foo", "recipe.yaml, line 3: output_dir is '/proc/foo', which cannot be written"),
+        ("fp16: true\nbf16: true\nuse_cpu: true", "recipe.yaml, line 3: At most one of fp16 and bf16 can be True"),
         ("output_dir: " + "a" * 300, "which cannot be written: File name too long"),
     ],
     ids=lambda value: value[:40],
@@ -89,7 +90,7 @@ def test_a_mistake_in_a_recipe_is_named_by_file_line_and_field(
     monkeypatch.chdir(tmp_path)
     # Two lines before, so that a line is neither the first nor the only one.
     (tmp_path / "recipe.yaml").write_text(f"model: m/n\n\n{lines}\n" + ("" if "train_file" in lines else TRAINED))
-    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "demonstration": "b"}')
     assert main(["train", "recipe.yaml"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("sdft: ") and message.count("\n") == 1
@@ -115,6 +116,7 @@ TRAINED = "train_file: rows.jsonl\n"
         (["--model", "./absent"], "--model is './absent': no such folder"),
         (["--model", "~nosuchuser/x"], "--model is '~nosuchuser/x': no such folder"),
         (["--load_best_model_at_end", "--save_strategy", "steps"], "--load_best_model_at_end requires"),
+        (["--bf16", "--fp16", "--use_cpu"], "--fp16: At most one of fp16 and bf16 can be True"),
     ],
     ids=str,
 )
@@ -122,7 +124,7 @@ def test_a_mistake_on_the_command_line_is_named_as_it_was_typed(
     flags: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "demonstration": "b"}')
     (tmp_path / "recipe.yaml").write_text("model: m/n\nbeta: 0.5\n" + TRAINED)
     assert main(["train", "recipe.yaml", *flags]) == 2
     message = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """An adapter learns: its teachers need no second model, and what is saved loads again."""
 
 import json
+import warnings
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ from sdft.adapters import add_lora, causal_lm
 from sdft.config import LoraArguments
 from sdft.errors import TrainingError, UsageError
 from sdft.loss import check_head
-from sdft.model_files import check_apart
+from sdft.model_files import base_of, check_apart
 from sdft.models import load_model
 from sdft.teacher import make_teacher
 from tests import tiny
@@ -123,6 +124,17 @@ def test_a_saved_adapter_is_small_and_loads_by_its_folder(tmp_path):
     loaded, _ = load_model(str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(loaded), logits(run.model), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(loaded), logits(tiny.tiny_model()))
+
+
+def test_no_hub_is_asked_about_the_model_of_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked"))
+    base = tiny.tiny_model()
+    base.config._name_or_path = base.name_or_path = "smollm2-135m-instruct"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer(tmp_path, model=add_lora(base, LoraArguments(lora_rank=4))).save_model()
+    assert base_of(tmp_path / "adapter_config.json") == "smollm2-135m-instruct"
+    assert all("lora" in name for name in peft.load_peft_weights(str(tmp_path)))
 
 
 @pytest.fixture

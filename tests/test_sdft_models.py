@@ -70,6 +70,8 @@ def gguf(tmp_path, monkeypatch):
 def test_a_gguf_file_is_read_once(gguf, capsys, monkeypatch):
     file, cache, reads = gguf
     first, tokenizer = load_model(str(file))
+    made = [path for path in cache.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o666 for path in made} == {cache.stat().st_mode & 0o666}  # as the umask has it
     again, same = load_model(str(file))
     assert reads == ["float32"]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from sdft import cli, early_checks, run
+from sdft import cli, early_checks, rows, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
@@ -38,6 +39,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(
         early_checks, "check_readable", lambda field, name: None
     )  # a recipe names files that are the user's
+    monkeypatch.setattr(rows, "rows_of_train", lambda data, of_eval, _: SimpleNamespace(**vars(data), **vars(of_eval)))
 
     def read(name: str) -> dict[str, Any]:
         handed: list[Any] = []

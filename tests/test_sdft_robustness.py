@@ -214,6 +214,17 @@ def test_a_model_takes_the_place_of_one_of_another_kind_and_a_kill_leaves_either
     assert sorted(os.listdir(folder)) == sorted({"README.md", *new, *left})
 
 
+def test_others_may_read_what_a_run_leaves_where_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        trained(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1, teacher="ema").save_model()
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.name for path in files} > {"model.safetensors", "optimizer.pt", "run.json"}
+    assert {path: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys(files, "0o640")
+
+
 def test_a_file_written_through_a_link_leaves_the_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     checkpoint.write_text(tmp_path / "link", "text")

@@ -1,0 +1,80 @@
+"""The rows of a command's files, read and checked before torch and transformers, which take seconds, are imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdft.config import DataArguments, EvalArguments, EvalCommand, EvalSettings, MethodSettings, ModelArguments
+from sdft.data import Row, load_rows, teacher_chat
+from sdft.errors import UsageError
+from sdft.scorers import check_answers
+from sdft.templates import Message, parse_template
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is learned from, and the held-out and general prompts; none where there is no such file."""
+
+    train: list[Row] = field(default_factory=list)
+    held_out: list[Row] = field(default_factory=list)
+    general: list[Row] = field(default_factory=list)
+
+
+def rows_of_train(of_data: DataArguments, of_eval: EvalArguments, settings: MethodSettings) -> Rows:
+    """The rows of `sdft train`."""
+    train = load_rows(of_data.train_file)
+    held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, settings)
+    template = parse_template(settings.teacher_template)
+    if settings.method == "sdft":
+        _check_teacher(train, template)
+    if have_demonstrations(held_out):
+        _check_teacher(held_out, template)
+    return Rows(train, held_out, general)
+
+
+def rows_of_eval(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> Rows:
+    """The rows of `sdft eval`, which must have what is asked for."""
+    held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, of_command)
+    if not held_out and not general:
+        raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
+    to_score = any(row.get("answer") for row in general)
+    base = of_command.base_model
+    if general and not to_score and (base is None or (base == of_model.model and not held_out)):
+        raise UsageError(
+            f"general_file is {of_eval.general_file!r}, whose rows have no answer, and base_model is {base!r}; there "
+            "must be answers to score, or another model to measure forgetting from"
+        )
+    if of_command.teacher:
+        if not have_demonstrations(held_out):
+            raise UsageError(
+                f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
+                "demonstration, for the teacher is shown it"
+            )
+        _check_teacher(held_out, parse_template("turn"))
+    return Rows(held_out=held_out, general=general)
+
+
+def exam_rows(held_out: Any, general: Any, settings: EvalSettings) -> tuple[list[Row], list[Row]]:
+    """The held-out and the general prompts, each from what `load_rows` takes or None, with answers that can be found.
+
+    The scorers of `settings` could find each in some completion.
+    """
+    found = (
+        [] if held_out is None else load_rows(held_out, name="eval_dataset", need=("prompt", "answer")),
+        [] if general is None else load_rows(general, name="general_dataset", need=("prompt",)),
+    )
+    for rows, scorer in zip(found, (settings.scorer, settings.general_scorer), strict=True):
+        check_answers(rows, scorer)
+    return found
+
+
+def have_demonstrations(rows: Sequence[Row]) -> bool:
+    """Whether a teacher can be shown the demonstration of every row."""
+    return bool(rows) and all(row.get("demonstration") for row in rows)
+
+
+def _check_teacher(rows: Sequence[Row], template: list[Message]) -> None:
+    for row in rows:
+        teacher_chat(row, template)
