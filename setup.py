@@ -9,9 +9,9 @@ from setuptools.command.build_ext import build_ext
 # Where there is no C compiler, or one that does not know these, the loss is left to plain torch: `optional`. Nothing is
 # linked for OpenMP, whose functions come from the library that torch has loaded, so that both share their threads.
 kernels = Extension(
-    "sdft_kernels._cpu_kernels",
-    sources=["sdft_kernels/cpu_kernels.c"],
-    depends=["sdft_kernels/cpu_products.h"],
+    "sdft_kernels.backends.cpu._kernels",
+    sources=["sdft_kernels/backends/cpu/kernels.c"],
+    depends=["sdft_kernels/backends/cpu/products.h"],
     extra_compile_args=[
         *("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
         *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),

@@ -14,11 +14,14 @@ from benchmarks.compiled import TARGETS, Launch, compile_launch, record_launches
 from benchmarks.ledger import OURS, meta_inputs
 from benchmarks.methods import METHODS, PEER_BETA, Shape
 from benchmarks.recorder import passing_for_cuda
-from sdft_kernels import triton_divergence, triton_linear, triton_scaling, triton_scoring
-from sdft_kernels.chunk import Head
+from sdft_kernels.backends.gpu import divergence as triton_divergence
+from sdft_kernels.backends.gpu import linear as triton_linear
+from sdft_kernels.backends.gpu import scaling as triton_scaling
+from sdft_kernels.backends.gpu import scoring as triton_scoring
+from sdft_kernels.backends.gpu.backend import make_workspace
+from sdft_kernels.backends.interface import Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
-from sdft_kernels.triton_backend import make_workspace
 
 #: Vocabularies of both kinds that Triton compiles apart: odd, so that alignment has to come from the workspace, and a
 #: multiple of 16, which lets it assume more.

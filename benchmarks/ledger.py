@@ -30,14 +30,14 @@ _BIASES = ("student_bias_pointer", "teacher_bias_pointer")
 #: By module and kernel. Left out is the one logit a row that `partials_kernel` reads at a label. What every row reads
 #: again, a bias, is taken to be in the L2 cache.
 TRAFFIC = {
-    "triton_divergence.partials_kernel": Traffic(
+    "divergence.partials_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "labels_pointer"),
         ("partial_pointer", "student_logprob_pointer", "teacher_logprob_pointer"),
     ),
-    "triton_divergence.mixture_kernel": Traffic(
+    "divergence.mixture_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "partial_pointer"), ("mixture_pointer",)
     ),
-    "triton_divergence.combine_kernel": Traffic(
+    "divergence.combine_kernel": Traffic(
         (
             "partial_pointer",
             "mixture_pointer",
@@ -55,13 +55,13 @@ TRAFFIC = {
             "teacher_logprob_pointer",
         ),
     ),
-    "triton_divergence.gradient_kernel": Traffic(
+    "divergence.gradient_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "constants_pointer"), ("gradient_pointer",)
     ),
     # By an upstream gradient of 1, as `loss.backward()` has it: nothing else is read, and nothing written.
-    "triton_scaling.scale_kernel": Traffic(("factor_pointer",), ()),
+    "scaling.scale_kernel": Traffic(("factor_pointer",), ()),
     # What tiles of tokens and of the vocabulary read again is taken to be in the L2 cache.
-    "triton_linear.process_hidden_kernel": Traffic(
+    "linear.process_hidden_kernel": Traffic(
         (
             *("student_pointer", "student_weight_pointer", "teacher_pointer", "teacher_weight_pointer"),
             *(*_BIASES, "labels_pointer"),

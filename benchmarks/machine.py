@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sdft_kernels import cpu_backend
+from sdft_kernels.backends.cpu import library
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "sdft-kernels")
 
@@ -21,7 +21,7 @@ def describe(*, gpu: bool = True) -> dict[str, str]:
         "machine": f"{_processor()}, {torch.get_num_threads()} threads, {_memory()}",
         "device": torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else "CPU",
         "versions": f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items() if v),
-        "cpu_kernels": "compiled" if cpu_backend.library() else "not built",
+        "cpu_kernels": "compiled" if library.find() else "not built",
         "date": datetime.date.today().isoformat(),
     }
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_kernels import fused_linear_divergence, products
+from sdft_kernels import fused_linear_divergence
+from sdft_kernels.backends import products
 from sdft_kernels.chunking import BLOCK_TOKENS, plan_chunks
 from sdft_kernels.divergences import Objective
 from sdft_kernels.reference import divergence_per_token
@@ -238,7 +239,7 @@ class OurFloor:
     as ours has them. Its operands are random numbers: what they hold decides the clock of a GPU at its power limit."""
 
     def __init__(self, inputs: Inputs, *, whole: bool) -> None:
-        from sdft_kernels import triton_backend
+        from sdft_kernels.backends.gpu import backend as triton_backend
 
         (tokens, _), vocab = inputs.student_hidden.shape, len(inputs.student_weight)
         dtype, device, trainable = inputs.student_hidden.dtype, inputs.student_hidden.device, inputs.trainable_head

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 import sdft
-from sdft_kernels import cpu_backend, torch_backend
-from sdft_kernels.chunk_loop import backend_module
+from sdft_kernels.backends import torch as torch_backend
+from sdft_kernels.backends.cpu import backend as cpu_backend
+from sdft_kernels.backends.select import select
 
 #: The packages that a run may use, each with what it is for where it can do without.
 PACKAGES = {
@@ -64,7 +65,7 @@ def _devices() -> dict[str, torch.device]:
 
 def _backend(device: torch.device) -> str:
     """The back-end that "auto" takes for float32 logits, and why."""
-    module = backend_module("auto", device, torch.float32)
+    module = select("auto", device, torch.float32)
     if module is cpu_backend:
         return "kernels in C, built when the package was installed"
     if module is not torch_backend:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sdft_kernels.backends.cpu import library
+from sdft_kernels.backends.select import BACKENDS
 from sdft_kernels.divergences import DIVERGENCES, is_mixture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "torch", "triton")
 
 
 def check(
@@ -240,6 +241,17 @@ def workspace(max_chunk_bytes: Any) -> None:
 
 
 def supported_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    if backend == "compiled":
+        if device.type != "cpu" or dtype == torch.float64:
+            raise ValueError(
+                f"backend is 'compiled', which computes in float32 on a CPU, and the hidden states are {dtype} on "
+                f"{device}: ask for 'auto' or 'torch'"
+            )
+        if library.find() is None:
+            raise ValueError(
+                "backend is 'compiled', and the kernels were not built when sdft-kernels was installed, or cannot be "
+                "used: install it again where there is a C compiler, or ask for 'torch'"
+            )
     if backend != "triton":
         return
     try:

@@ -7,16 +7,16 @@ where a backend folds logits into sums as it makes them, nothing of size C×V.
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sdft_kernels import cpu_backend, pages, products, torch_backend
-from sdft_kernels.chunk import ROW_ALIGNMENT, ChunkGradients, Head
+from sdft_kernels.backends import products
+from sdft_kernels.backends.cpu import pages
+from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, Head
+from sdft_kernels.backends.select import select
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import MASKED, LogitOptions, Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
@@ -54,18 +54,6 @@ class Gradients:
     bias: Tensor
 
 
-def backend_module(name: str, device: torch.device, wide: torch.dtype) -> ModuleType:
-    """The row operations. Unless named otherwise, for float32 logits: Triton's on CUDA, where it is installed, and the
-    compiled ones on a CPU, where they were built."""
-    narrow = name == "auto" and wide == torch.float32
-    has_triton = importlib.util.find_spec("triton") is not None
-    if name == "triton" or (narrow and device.type == "cuda" and has_triton):
-        from sdft_kernels import triton_backend
-
-        return triton_backend
-    return cpu_backend if narrow and device.type == "cpu" and cpu_backend.library() else torch_backend
-
-
 def run_chunks(
     student: Side,
     teacher: Side,
@@ -84,7 +72,7 @@ def run_chunks(
     Products take their operands in `compute_dtype`; the first `vocab` entries of both heads are compared.
     """
     wide, device = products.accumulation_dtype(compute_dtype), student.hidden.device
-    work = backend_module(backend, device, wide)
+    work = select(backend, device, wide)
     student_head = make_head(student.weight, student.bias, vocab, compute_dtype, objective.student)
     if not student.weight.is_meta and student.weight.is_set_to(teacher.weight):
         # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.

@@ -95,8 +95,9 @@ def fused_linear_divergence(
             elsewhere what keeps the device busy, up to 3 GiB. Of no effect where nothing takes a gradient and Triton
             works on bfloat16 or float16: for reverse and forward KL its kernel multiplies a tile at a time, and no
             logit reaches memory.
-        backend: "torch", "triton", or "auto": Triton for CUDA tensors where it is installed, compiled kernels for
-            float32 logits on a CPU where they were built (with this package, by a C compiler), else torch.
+        backend: "torch", "compiled" (kernels in C, on a CPU), "triton", or "auto": for float32 logits Triton on CUDA
+            where it is installed and the compiled kernels on a CPU where they were built (with this package, by a C
+            compiler), else torch.
 
     Returns:
         A :class:`DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_kernels import products
-from sdft_kernels.chunk_loop import Side, Wanted, backend_module, check_labels, run_chunks, token_weights
+from sdft_kernels.backends import products
+from sdft_kernels.backends.select import select
+from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, on_its_device, reads_are_free
 
@@ -194,7 +195,7 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
 
 def _scale(values: Tensor, factor: Tensor, backend: str, wide: torch.dtype) -> None:
     with on_its_device(values):
-        backend_module(backend, values.device, wide).scale(values, factor)
+        select(backend, values.device, wide).scale(values, factor)
 
 
 #: An operator, so that who notes what happens to tensors sees a kernel's launch too.

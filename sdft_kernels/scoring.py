@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_kernels import arguments, products
-from sdft_kernels.chunk_loop import backend_module, check_labels, make_head
+from sdft_kernels import arguments
+from sdft_kernels.backends import products
+from sdft_kernels.backends.select import select
+from sdft_kernels.chunk_loop import check_labels, make_head
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import LogitOptions
 from sdft_kernels.tokens import TokenScores, on_its_device
@@ -53,7 +55,7 @@ def linear_token_stats(
         vocab_size: only the first `vocab_size` entries of the head take part; None means all.
         max_chunk_bytes: memory for logits; None chooses for the device. Of no effect where Triton works on bfloat16 or
             float16: its kernel multiplies a tile at a time, and no logit reaches memory.
-        backend: "torch", "triton" or "auto", as there.
+        backend: "torch", "compiled", "triton" or "auto", as there.
 
     Returns:
         A :class:`TokenStats`. Entropies and log-probabilities are right to a few last digits of float32, and to one of
@@ -117,7 +119,7 @@ def _score(
         check_labels(labels, vocab)
     wide = products.accumulation_dtype(compute_dtype)
     options = LogitOptions(scale=scale, softcap=softcap, temperature=temperature)
-    work = backend_module(backend, hidden.device, wide)
+    work = select(backend, hidden.device, wide)
     tokens = hidden.shape[0]
     entropy, logsumexp = (hidden.new_empty(tokens, dtype=wide) for _ in range(2))
     logprob = None if labels is None else hidden.new_empty(tokens, dtype=wide)

@@ -52,7 +52,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (ValueError, "importance_clip must be positive and finite, not 0.0", {"importance_clip": 0.0, "labels": torch.zeros(5).long(), "old_logprobs": torch.zeros(5)}),
         (ValueError, "divergence must be one of 'reverse_kl', .*, not 'kl'", {"divergence": "kl"}),
         (ValueError, "reduction must be one of 'mean', 'sum', 'none', not 'batchmean'", {"reduction": "batchmean"}),
-        (ValueError, "backend must be one of 'auto', 'torch', 'triton', not 'cuda'", {"backend": "cuda"}),
+        (ValueError, "backend must be one of 'auto', 'torch', 'compiled', 'triton', not 'cuda'", {"backend": "cuda"}),
         (ValueError, "beta must lie between 0.001 and 1 - 0.001 for jsd, not be 0", {"divergence": "jsd", "beta": 0}),
         (ValueError, "beta must lie between 0.001 and 1 - 0.001 for skew_forward_kl, not be nan", {"divergence": "skew_forward_kl", "beta": NAN}),
         (TypeError, "beta must be a number, not str", {"divergence": "jsd", "beta": "half"}),

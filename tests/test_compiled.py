@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_kernels.triton_linear import PROCESS_TILES, SCORE_TILES
+from sdft_kernels.backends.gpu.linear import PROCESS_TILES, SCORE_TILES
 
 #: Shared memory that a program may have, in bytes.
 TARGETS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

@@ -18,8 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdft_kernels import cpu_backend, fused_linear_divergence, linear_token_stats, pages, torch_backend
-from sdft_kernels.chunk_loop import backend_module
+from sdft_kernels import fused_linear_divergence, linear_token_stats
+from sdft_kernels.backends import torch as torch_backend
+from sdft_kernels.backends.cpu import backend as cpu_backend
+from sdft_kernels.backends.cpu import library, pages
+from sdft_kernels.backends.select import select
 from tests.cases import DIVERGENCES, assert_as_exact_as_products, assert_close, fused, random_case, reference
 
 CPU = torch.device("cpu")
@@ -32,25 +35,25 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_they_are_built_here_and_taken_for_float32_logits() -> None:
-    assert cpu_backend.library() is not None
-    assert backend_module("auto", CPU, torch.float32) is cpu_backend
-    assert backend_module("auto", CPU, torch.float64) is torch_backend
-    assert backend_module("torch", CPU, torch.float32) is torch_backend
+    assert library.find() is not None
+    assert select("auto", CPU, torch.float32) is cpu_backend
+    assert select("auto", CPU, torch.float64) is torch_backend
+    assert select("torch", CPU, torch.float32) is torch_backend
 
 
 #: What passed between Python and the library at each INTERFACE, as `interface` sums it up.
-INTERFACES = {1: "ae536a9a48ecb129"}
+INTERFACES = {1: "e35cbe8ee1c141af"}
 
 
 def interface() -> str:
-    """The structs, enumerations and signatures of cpu_kernels.c, and what Python takes them for."""
-    source = Path(cpu_backend.__file__).with_name("cpu_kernels.c").read_text("utf-8")
+    """The structs, enumerations and signatures of kernels.c, and what Python takes them for."""
+    source = Path(cpu_backend.__file__).with_name("kernels.c").read_text("utf-8")
     code = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
     declared = re.findall(
         r"^(?:struct|enum) \w+ \{.*?\};|^(?:void|long|int) \w+\([^)]*\)", code, re.DOTALL | re.MULTILINE
     )
-    structs = [cpu_backend._Options, cpu_backend._Model, cpu_backend._Carry]
-    found = cpu_backend.library()
+    structs = [library.Options, library.Model, library.Carry]
+    found = library.find()
     assert found is not None
     names = re.findall(r"^(?:void|long|int) (\w+)\(", code, re.MULTILINE)
     taken = [(struct.__name__, [(n, t.__name__) for n, t in struct._fields_]) for struct in structs]
@@ -59,8 +62,8 @@ def interface() -> str:
 
 
 def test_what_passes_between_python_and_the_library_changes_with_its_number() -> None:
-    """If this fails, raise INTERFACE in cpu_kernels.c and in cpu_backend.py, and name the new sum here."""
-    assert INTERFACES[cpu_backend.INTERFACE] == interface()
+    """If this fails, raise INTERFACE in kernels.c and in cpu_backend.py, and name the new sum here."""
+    assert INTERFACES[library.INTERFACE] == interface()
 
 
 FOREIGN = "int fold(void) { return 0; }"
@@ -80,7 +83,7 @@ OLDER = "int interface_version(void) { return 0; }"
 def test_a_library_that_does_not_do_is_named_once_and_not_used(
     kind: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = importlib.util.find_spec("sdft_kernels._cpu_kernels")
+    own = importlib.util.find_spec("sdft_kernels.backends.cpu._kernels")
     assert own is not None and own.origin is not None
     path, whole = tmp_path / "_cpu_kernels.so", Path(own.origin).read_bytes()
     if kind in ("foreign", "of another release"):
@@ -91,22 +94,46 @@ def test_a_library_that_does_not_do_is_named_once_and_not_used(
     else:
         path.write_bytes({"empty": b"", "text": b"no library " * 9, "cut off": whole[: len(whole) // 2]}[kind])
     spec = SimpleNamespace(origin=str(path))
-    monkeypatch.setattr("sdft_kernels.cpu_backend.importlib.util.find_spec", lambda name: spec)
-    cpu_backend.library.cache_clear()
+    monkeypatch.setattr("sdft_kernels.backends.cpu.library.importlib.util.find_spec", lambda name: spec)
+    library.find.cache_clear()
     try:
         with pytest.warns(UserWarning, match=f"the compiled CPU kernels in {path} are not used.*{reason}"):
-            assert cpu_backend.library() is None
+            assert library.find() is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert backend_module("auto", CPU, torch.float32) is torch_backend
+            assert select("auto", CPU, torch.float32) is torch_backend
     finally:
         monkeypatch.undo()
-        cpu_backend.library.cache_clear()
+        library.find.cache_clear()
+
+
+def test_that_they_were_not_built_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdft_kernels.backends.cpu.library.importlib.util.find_spec", lambda name: None)
+    library.find.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="the compiled CPU kernels were not built when sdft-kernels was installed"):
+            fused(random_case(3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fused(random_case(3))
+        with pytest.raises(ValueError, match="backend is 'compiled', and the kernels were not built"):
+            fused(random_case(3), backend="compiled")
+    finally:
+        monkeypatch.undo()
+        library.find.cache_clear()
+
+
+def test_they_can_be_asked_for_by_name() -> None:
+    case = random_case(37)
+    for found, expected in zip(fused(case, backend="compiled").output, fused(case).output, strict=True):
+        assert found is None or torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"backend is 'compiled', .* the hidden states are torch.float64 on cpu"):
+        fused(random_case(3, dtype=torch.float64), backend="compiled")
 
 
 def test_where_they_are_not_built_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_backend, "library", lambda: None)
-    assert backend_module("auto", CPU, torch.float32) is torch_backend
+    monkeypatch.setattr(library, "find", lambda: None)
+    assert select("auto", CPU, torch.float32) is torch_backend
     case = random_case()
     assert_close(fused(case), reference(case), 2e-6, 2e-6)
 
@@ -184,7 +211,7 @@ def test_each_set_of_instructions(
 ) -> None:
     """Hidden sizes that fill no panel, some, and more than a sum takes at once; tokens of every number of rows."""
     kernels = kernels_of(name)
-    monkeypatch.setattr(cpu_backend, "library", lambda: kernels)
+    monkeypatch.setattr(library, "find", lambda: kernels)
     labels = torch.arange(75)
     for divergence in DIVERGENCES:
         case = random_case(
@@ -210,12 +237,12 @@ def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctyp
             pytest.skip(f"this processor has no {name}")
         built = folder / f"{name}.so"
         if not built.exists():
-            source = Path(cpu_backend.__file__).with_name("cpu_kernels.c")
+            source = Path(cpu_backend.__file__).with_name("kernels.c")
             options = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
             kind = (f"-DPRODUCTS=products_{name}", f"-DROW_TARGET={ROW_TARGETS[name]}")
             command = [compiler, *options, *kind, str(source), "-o", str(built)]
             subprocess.run(command, check=True)
-        return cpu_backend.load(str(built))
+        return library.load(str(built))
 
     return build
 

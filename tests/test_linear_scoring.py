@@ -10,12 +10,22 @@ import pytest
 import torch
 import triton
 
-from sdft_kernels import chunk_loop, linear_token_stats, products, scoring, triton_backend, triton_linear
-from sdft_kernels.chunk import Head
+from sdft_kernels import chunk_loop, linear_token_stats, scoring
+from sdft_kernels.backends import products
+from sdft_kernels.backends.gpu import backend as triton_backend
+from sdft_kernels.backends.gpu import linear as triton_linear
+from sdft_kernels.backends.gpu.linear import (
+    LARGEST_TILE,
+    PROCESS_TILES,
+    SCORE_TILES,
+    Tile,
+    configurations,
+    split_vocabulary,
+)
+from sdft_kernels.backends.interface import Head
 from sdft_kernels.chunking import ChunkPlan
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
-from sdft_kernels.triton_linear import LARGEST_TILE, PROCESS_TILES, SCORE_TILES, Tile, configurations, split_vocabulary
 from tests.cases import LEAST_NATS, Case, Result, assert_close, fused, random_case, reference, relative_error
 from tests.test_scoring import expected_stats
 

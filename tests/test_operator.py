@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import ledger
 from benchmarks.recorder import passing_for_cuda, record
-from sdft_kernels import chunk_loop, fused_linear_divergence, operator, products, tokens
+from sdft_kernels import chunk_loop, fused_linear_divergence, operator, tokens
+from sdft_kernels.backends import products
 from sdft_kernels.operator import fused_linear_divergence_op
 from tests.cases import DIVERGENCES, fused, random_case, relative_error
 

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 SMOKE = """
 import sys, torch
-from sdft_kernels import cpu_backend, fused_linear_divergence
-print("kernels compiled:", cpu_backend.library() is not None)
+from sdft_kernels.backends.cpu import library
+from sdft_kernels import fused_linear_divergence
+print("kernels compiled:", library.find() is not None)
 h, w = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
 fused_linear_divergence(h, w, torch.randn(5, 8), w).loss.backward()
 assert h.grad.isfinite().all() and w.grad.isfinite().all()

@@ -819,13 +819,13 @@ def test_help_begins_with_ten_settings_and_has_every_field_when_asked(capsys):
 
 
 def test_env_says_what_is_installed_and_what_the_loss_runs_on(capsys, monkeypatch):
-    from sdft_kernels import cpu_backend
+    from sdft_kernels.backends.cpu import library
 
     assert main(["env"]) == 0
     printed = capsys.readouterr().out
     assert f"\n  torch         {torch.__version__}\n" in printed
-    assert "kernels in C, built when" in printed or not cpu_backend.library()
-    monkeypatch.setattr(cpu_backend, "library", lambda: None)
+    assert "kernels in C, built when" in printed or not library.find()
+    monkeypatch.setattr(library, "find", lambda: None)
     assert main(["env"]) == 0
     assert "plain torch, for the kernels in C were not built" in capsys.readouterr().out
     assert "one argument too many" in fails(capsys, ["env", "more"], 2)

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sdft_kernels import cpu_backend, fused_linear_divergence, linear_token_stats
+from sdft_kernels import fused_linear_divergence, linear_token_stats
+from sdft_kernels.backends.cpu import backend as cpu_backend
 from sdft_kernels.scoring import linear_token_stats_op
 from tests.cases import relative_error
 

@@ -5,18 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_kernels import (
-    chunk_loop,
-    chunking,
-    linear_token_stats,
-    products,
-    triton_backend,
-    triton_divergence,
-    triton_scaling,
-)
+from sdft_kernels import chunk_loop, chunking, linear_token_stats
+from sdft_kernels.backends import products
+from sdft_kernels.backends.gpu import backend as triton_backend
+from sdft_kernels.backends.gpu import divergence as triton_divergence
+from sdft_kernels.backends.gpu import scaling as triton_scaling
+from sdft_kernels.backends.gpu.divergence import BLOCK, split_rows
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import TokenRows
-from sdft_kernels.triton_divergence import BLOCK, split_rows
 from tests.cases import (
     DIVERGENCES,
     Case,
@@ -128,7 +124,9 @@ def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch)
         workspace.as_strided((tokens, workspace.stride(0)), (workspace.stride(0), 1)).fill_(float("nan"))
         return workspace
 
-    def poisoned_bias(bias: torch.Tensor | None, vocab: int, wide: torch.dtype) -> torch.Tensor | None:
+    def poisoned_bias(
+        bias: torch.Tensor | None, vocab: int, wide: torch.dtype, options: LogitOptions
+    ) -> torch.Tensor | None:
         if bias is None:
             return None
         return torch.nn.functional.pad(bias[:vocab].to(wide), (0, -vocab % 16), value=float("nan"))[:vocab]

@@ -18,7 +18,7 @@ from benchmarks.gpu import median_milliseconds
 from benchmarks.gpu_report.cases import guarded, models, notes, predicted_gpu
 from benchmarks.gpu_report.stage import Row, Settings, markdown
 from benchmarks.roofline import PRODUCT_EFFICIENCY, Model
-from sdft_kernels import products
+from sdft_kernels.backends import products
 
 TOKENS, TOY_TOKENS = (8192, 1024), (32, 16)
 COPIED_BYTES, TOY_COPIED_BYTES = 4 << 30, 1 << 20
@@ -98,7 +98,7 @@ def large_product(settings: Settings) -> Iterator[Row]:
 
 def loss_products(settings: Settings, case: str, model: Model, tokens: int) -> Iterator[Row]:
     """The three kinds of the loss's products, all of the tokens at once."""
-    from sdft_kernels.triton_backend import make_workspace
+    from sdft_kernels.backends.gpu.backend import make_workspace
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, device=settings.device, dtype=torch.bfloat16)

@@ -22,7 +22,7 @@ from benchmarks.ledger import MIXTURE, OURS, count
 from benchmarks.methods import make_inputs
 from benchmarks.recorder import Op
 from benchmarks.roofline import LAUNCH_SECONDS, PRODUCT_EFFICIENCY, Gpu, Model, memory_seconds, product_seconds
-from sdft_kernels import products
+from sdft_kernels.backends import products
 from sdft_kernels.chunking import Held, blocks, plan_chunks
 from sdft_kernels.divergences import LogitOptions, Objective
 
@@ -107,7 +107,7 @@ def chunk_of(model: Model, tokens: int, divergence: str) -> Chunk:
     chunks = [part.stop - part.start for part in plan.slices(tokens)]
     number = min(1, len(chunks) - 1)
     ledger = count(MIXTURE if divergence == "jsd" else OURS, model.at(tokens), trainable_head=True)
-    ops = [op for op in ledger.ops if op.flops or op.name.startswith("triton_divergence.")]
+    ops = [op for op in ledger.ops if op.flops or op.name.startswith("divergence.")]
     launches = 6 if divergence == "jsd" else 5  # of a block: two products, and the kernels
     of_each = [launches * len(list(blocks(chunk))) + 2 for chunk in chunks]
     if sum(of_each) != len(ops):
@@ -121,8 +121,8 @@ def chunk_of(model: Model, tokens: int, divergence: str) -> Chunk:
 def parts_of(model: Model, tokens: int, block: int, objective: Objective, device: str, *, alone: bool) -> list[Part]:
     """In the order that a chunk makes them in, one block of it; `alone` where there is no other chunk to add to."""
     from benchmarks.compiled import record_launches
-    from sdft_kernels import triton_backend
-    from sdft_kernels.triton_divergence import process_rows
+    from sdft_kernels.backends.gpu import backend as triton_backend
+    from sdft_kernels.backends.gpu.divergence import process_rows
 
     inputs = make_inputs(model.at(tokens), trainable_head=False, dtype=torch.bfloat16, device=device)
     hidden, weight, teacher_hidden = inputs.student_hidden.detach(), inputs.student_weight, inputs.teacher_hidden

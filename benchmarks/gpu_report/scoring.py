@@ -18,8 +18,9 @@ from benchmarks.gpu_report.cases import guarded, models, notes, token_rows, why_
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.methods import Inputs, make_inputs
 from benchmarks.roofline import Model
-from sdft_kernels import fused_linear_divergence, linear_token_stats, products
-from sdft_kernels.chunk import Head
+from sdft_kernels import fused_linear_divergence, linear_token_stats
+from sdft_kernels.backends import products
+from sdft_kernels.backends.interface import Head
 from sdft_kernels.chunking import Held, plan_chunks
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.reference import divergence_per_token
@@ -63,7 +64,7 @@ def measure(settings: Settings, case: str, model: Model, what: str) -> Iterator[
 
 
 def row_of(settings: Settings, case: str, model: Model, what: str, method: str, tokens: int, call: Call) -> Row:
-    from sdft_kernels import triton_linear
+    from sdft_kernels.backends.gpu import linear as triton_linear
 
     with torch.no_grad():
         first = wall_seconds(call, settings.device)
@@ -152,8 +153,8 @@ def empty_scores(inputs: Inputs) -> TokenScores:
 
 
 def logits_then_scores(inputs: Inputs) -> Call:
-    from sdft_kernels.triton_backend import make_workspace
-    from sdft_kernels.triton_scoring import score_rows
+    from sdft_kernels.backends.gpu.backend import make_workspace
+    from sdft_kernels.backends.gpu.scoring import score_rows
 
     tokens, vocab = len(inputs.labels), len(inputs.student_weight)
     plan = plan_chunks(tokens, vocab, Held(4), torch.device("cuda"))
@@ -171,8 +172,8 @@ def logits_then_scores(inputs: Inputs) -> Call:
 
 
 def logits_then_rows(inputs: Inputs) -> Call:
-    from sdft_kernels.triton_backend import make_workspace
-    from sdft_kernels.triton_divergence import process_rows
+    from sdft_kernels.backends.gpu.backend import make_workspace
+    from sdft_kernels.backends.gpu.divergence import process_rows
 
     tokens, vocab = len(inputs.labels), len(inputs.student_weight)
     plan = plan_chunks(tokens, vocab, Held(8), torch.device("cuda"))
@@ -193,7 +194,7 @@ def logits_then_rows(inputs: Inputs) -> Call:
 
 def by_chunk(settings: Settings, case: str, model: Model) -> Iterator[Row]:
     """The scoring kernel with more or fewer tokens at once than the loop over chunks gives it."""
-    from sdft_kernels.triton_linear import score_hidden
+    from sdft_kernels.backends.gpu.linear import score_hidden
 
     tokens = TOY_TOKENS if settings.toy else TOKENS
     inputs = make_inputs(model.at(tokens), trainable_head=False, dtype=torch.bfloat16, device=settings.device)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_kernels.triton_divergence import BLOCK, NARROW_BLOCK
+from sdft_kernels.backends.gpu.divergence import BLOCK, NARROW_BLOCK
 from tests.cases import (
     DIVERGENCES,
     Case,

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sdft_kernels import products
-from sdft_kernels.chunk import ChunkGradients, Head
+from sdft_kernels.backends import products
+from sdft_kernels.backends.interface import ChunkGradients, Head
 from sdft_kernels.chunking import TILE_TOKENS, Held
 from sdft_kernels.divergences import (
     MIXTURES,

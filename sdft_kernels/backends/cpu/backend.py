@@ -1,7 +1,7 @@
-"""The loss of a chunk of tokens by compiled kernels on a CPU, in float32: the same names as in `torch_backend`.
+"""The loss of a chunk of tokens by compiled kernels on a CPU, in float32: what `interface.Backend` asks for.
 
 Logits lie as there, (V, C) with the teacher's columns after the student's, in one array, which is written once and read
-once or twice. Products too are those of cpu_kernels.c: a few vocabulary entries at a time, so that what is made of
+once or twice. Products too are those of kernels.c: a few vocabulary entries at a time, so that what is made of
 their logits, and the gradient between them and its own products, stay in the cache. Tiles of the vocabulary are for
 heads that the kernels cannot read as they are, and for scoring, which keeps no more logits than a tile's.
 """
@@ -9,18 +9,17 @@ heads that the kernels cannot read as they are, and for scoring, which keeps no 
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
-import os
-import struct
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sdft_kernels import pages
-from sdft_kernels.chunk import ChunkGradients, Head
+from sdft_kernels.backends.cpu import library, pages
+from sdft_kernels.backends.cpu.library import Carry, Model, Options
+from sdft_kernels.backends.interface import ChunkGradients, Head
+from sdft_kernels.backends.torch import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
+from sdft_kernels.backends.torch import aligned, padded, padded_labels, store_rows, store_scores
+from sdft_kernels.backends.torch import scale as scale
 from sdft_kernels.chunking import Held
 from sdft_kernels.divergences import (
     DIVERGENCES,
@@ -32,12 +31,6 @@ from sdft_kernels.divergences import (
     mixture_shares,
 )
 from sdft_kernels.tokens import TokenRows, TokenScores, is_plain
-from sdft_kernels.torch_backend import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
-from sdft_kernels.torch_backend import aligned, padded, padded_labels, store_rows, store_scores
-from sdft_kernels.torch_backend import scale as scale
-
-#: Of what passes between this module and the library: `INTERFACE` in cpu_kernels.c.
-INTERFACE = 1
 
 #: Bytes of logits in a tile, where the vocabulary is worked through in tiles.
 TILE_BYTES = 12 << 20
@@ -45,89 +38,10 @@ TILE_BYTES = 12 << 20
 #: Floats in a cache line, and in what makes rows share a few sets of the cache where it divides their length.
 LINE, SETS = 16, 128
 
-#: As in cpu_kernels.c: float64s of a token's record, and places among its constants.
+#: As in kernels.c: float64s of a token's record, and places among its constants.
 FIELDS = 8
 P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO = 3, 4, 5, 6
 CONSTANTS = 10
-
-
-class _Options(ctypes.Structure):
-    """How logits come from products, u and `factor`, as the kernels read it: `struct options`."""
-
-    _fields_ = (
-        ("bias", ctypes.c_void_p),
-        ("factor", ctypes.c_float),
-        ("inner", ctypes.c_float),
-        ("capped", ctypes.c_int32),
-    )
-
-
-class _Model(ctypes.Structure):
-    """What makes some columns of a tile's logits: `struct model`."""
-
-    _fields_ = (
-        ("hidden", ctypes.c_void_p),
-        ("head", ctypes.c_void_p),
-        ("first", ctypes.c_long),
-        ("tokens", ctypes.c_long),
-        ("hidden_size", ctypes.c_long),
-        ("head_stride", ctypes.c_long),
-    )
-
-
-class _Carry(ctypes.Structure):
-    """What a tile's gradient is multiplied with, and where that goes: `struct carry`."""
-
-    _fields_ = (
-        ("hidden", ctypes.c_void_p),
-        ("head", ctypes.c_void_p),
-        ("head_gradient", ctypes.c_void_p),
-        ("bias_gradient", ctypes.c_void_p),
-        ("hidden_gradient", ctypes.c_void_p),
-        ("hidden_size", ctypes.c_long),
-        ("head_stride", ctypes.c_long),
-        ("head_gradient_stride", ctypes.c_long),
-        ("add", ctypes.c_int32),
-        ("first_tile", ctypes.c_int32),
-    )
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built or have no OpenMP to run on."""
-    spec = importlib.util.find_spec("sdft_kernels._cpu_kernels")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        return load(spec.origin)
-    except OSError as error:
-        warnings.warn(
-            f"the compiled CPU kernels in {spec.origin} are not used, and the loss is slower: {error}; to mend it, "
-            "install sdft-kernels again (pip install --force-reinstall --no-deps)",
-            stacklevel=2,
-        )
-        return None
-
-
-def load(path: str) -> ctypes.CDLL:
-    """A library of the compiled kernels; OSError where it is none, was cut off or is for another release."""
-    _check_whole(path)
-    found = ctypes.CDLL(path)
-    version = getattr(found, "interface_version", None)
-    if version is None or (built_for := version()) != INTERFACE:
-        raise OSError("it has no interface_version" if version is None else f"it is of interface {built_for}")
-    pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    logits, options = (pointer, size, size, size), ctypes.POINTER(_Options)
-    pair = (*logits, options, options, number, ctypes.c_double)
-    models = ctypes.POINTER(_Model)
-    found.fold.argtypes = (*logits, options, models, pointer, number)
-    found.fold_pair.argtypes = (*pair, models, number, pointer, number)
-    found.fold_mixture.argtypes = (*pair, pointer, pointer, number)
-    found.carry_back.argtypes = (*pair, pointer, ctypes.POINTER(_Carry), pointer, number)
-    for kernel in (found.fold, found.fold_pair, found.fold_mixture, found.carry_back):
-        kernel.restype = None
-    found.carry_back_scratch.argtypes, found.carry_back_scratch.restype = (size,), size
-    return found
 
 
 def address(tensor: Tensor) -> int:
@@ -135,22 +49,6 @@ def address(tensor: Tensor) -> int:
     if tensor.device.type != "cpu" or not is_plain(tensor):
         raise TypeError(f"a plain tensor on the CPU was expected, not a {type(tensor).__name__} on {tensor.device}")
     return tensor.data_ptr()
-
-
-def _check_whole(path: str) -> None:
-    """OSError for a file that ends before it should: to map it would end the process, not raise.
-
-    An ELF file's header says where its table of sections lies, which linkers write last.
-    """
-    with open(path, "rb") as file:
-        header, size = file.read(64), os.fstat(file.fileno()).st_size
-    if header[:4] != b"\x7fELF" or len(header) < 64:
-        raise OSError("it is no library" if size else "it is empty")
-    is_64_bit = header[4] == 2
-    (table,) = struct.unpack_from("<Q" if is_64_bit else "<I", header, 40 if is_64_bit else 32)
-    entry, count = struct.unpack_from("<HH", header, 58 if is_64_bit else 46)
-    if table + entry * count > size:
-        raise OSError(f"it has {size} bytes of {table + entry * count}")
 
 
 class Workspace:
@@ -208,7 +106,7 @@ def process_chunk(
     label_logits = hidden.new_zeros(2 * chunk.width)
     records = _new_records(label_logits, chunk.width)
     for part, logits in chunk.tiles():
-        models = (_Model * len(columns))(*(some.model(part) for some in columns))
+        models = (Model * len(columns))(*(some.model(part) for some in columns))
         chunk.run("fold_pair", part, logits, models, len(models), address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
@@ -235,10 +133,10 @@ class _Columns:
         self._panels = whole.view(-1, columns, self._size).transpose(1, 2).contiguous()
         self._weight, self._first, self._tokens = weight, first, tokens
 
-    def model(self, part: slice) -> _Model:
+    def model(self, part: slice) -> Model:
         """For a tile of the vocabulary, until the next one is asked for."""
         self._head = rows_of(self._weight, part)
-        return _Model(
+        return Model(
             address(self._panels),
             address(self._head),
             self._first,
@@ -316,7 +214,7 @@ def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: Chu
     for number, (part, logits) in enumerate(chunk.tiles()):
         head = rows_of(chunk.head.weight, part)
         weight = None if gradients.weight is None else gradients.weight[part]
-        carry = _Carry(
+        carry = Carry(
             address(panels),
             address(head),
             None if weight is None else address(weight),
@@ -371,7 +269,7 @@ def call(kernel: str, *arguments: object) -> None:
 
 def kernels() -> ctypes.CDLL:
     """The compiled kernels, where they were built."""
-    found = library()
+    found = library.find()
     assert found is not None, "the compiled kernels were not built"
     return found
 
@@ -452,9 +350,9 @@ def _look_up(labels: Tensor, logits: Tensor, part: slice, found: Tensor) -> None
     found.copy_(torch.where(here, logits.gather(0, rows.unsqueeze(0)).squeeze(0), found))
 
 
-def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> _Options:
+def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> Options:
     """For a tile of the vocabulary; `bias` is the whole head's."""
-    return _Options(
+    return Options(
         None if bias is None else address(bias[part]),
         options.factor,
         options.inner,

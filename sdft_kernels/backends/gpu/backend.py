@@ -1,4 +1,4 @@
-"""The loss of a chunk of tokens by Triton kernels: the same names as in `torch_backend`.
+"""The loss of a chunk of tokens by Triton kernels: what `interface.Backend` asks for.
 
 Two ways. Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs'
 dtype where products of that accumulate in float32, else in place of the student's logits. Where it lies apart, logits
@@ -15,15 +15,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sdft_kernels import products
-from sdft_kernels.chunk import ROW_ALIGNMENT, ChunkGradients, Head
+from sdft_kernels.backends import products
+from sdft_kernels.backends.gpu.divergence import process_rows
+from sdft_kernels.backends.gpu.linear import Operands, multiplies, process_hidden, score_hidden
+from sdft_kernels.backends.gpu.scaling import scale as scale
+from sdft_kernels.backends.gpu.scoring import score_rows
+from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, Head
 from sdft_kernels.chunking import BLOCK_TOKENS, Held, blocks
 from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
-from sdft_kernels.triton_divergence import process_rows
-from sdft_kernels.triton_linear import Operands, multiplies, process_hidden, score_hidden
-from sdft_kernels.triton_scaling import scale as scale
-from sdft_kernels.triton_scoring import score_rows
 
 #: Whether the teacher's hidden state of a token of weight 0 may hold anything: the kernel of the gradient makes that 0.
 TEACHER_MAY_BE_ANYTHING = True

@@ -1,4 +1,4 @@
-/* The loss on a CPU, in float32: row operations with the same passes, records and formulas as triton_divergence.py, and
+/* The loss on a CPU, in float32: row operations with the same passes, records and formulas as ../gpu/divergence.py, and
  * the matrix products around them (cpu_products.h).
  *
  * Logits are (rows, tokens): a row for each vocabulary entry of a tile, with `width` columns of the student's and as
@@ -527,7 +527,7 @@ enum { DEPTH = 192 };
 #define LANES 4
 #define TILE_ROWS 6
 #define SET(name) name##_default
-#include "cpu_products.h"
+#include "products.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
@@ -536,7 +536,7 @@ enum { DEPTH = 192 };
 #define LANES 8
 #define TILE_ROWS 6
 #define SET(name) name##_avx2
-#include "cpu_products.h"
+#include "products.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -544,7 +544,7 @@ enum { DEPTH = 192 };
 #define LANES 16
 #define TILE_ROWS 14
 #define SET(name) name##_avx512
-#include "cpu_products.h"
+#include "products.h"
 #pragma GCC pop_options
 
 static const struct products *products(void) {

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdft_kernels.backends.gpu.math import form, load_logit, load_logits
+from sdft_kernels.backends.gpu.sums import fold
 from sdft_kernels.divergences import LogitOptions
 from sdft_kernels.tokens import TokenScores
-from sdft_kernels.triton_math import form, load_logit, load_logits
-from sdft_kernels.triton_sums import fold
 
 BLOCK = 2048
 WARPS = 4

@@ -19,9 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdft_kernels.divergences import Objective, is_mixture
-from sdft_kernels.tokens import TokenRows
-from sdft_kernels.triton_math import (
+from sdft_kernels.backends.gpu.math import (
     bounded,
     form,
     load_logit,
@@ -32,7 +30,9 @@ from sdft_kernels.triton_math import (
     mixture_shares,
     split_columns,
 )
-from sdft_kernels.triton_sums import RECORD, fold_pair, merge, merge_softmax, moved, store_pair, teacher_at_peak
+from sdft_kernels.backends.gpu.sums import RECORD, fold_pair, merge, merge_softmax, moved, store_pair, teacher_at_peak
+from sdft_kernels.divergences import Objective, is_mixture
+from sdft_kernels.tokens import TokenRows
 
 #: Vocabulary entries a program handles at once; 16 bytes a thread and load, four times.
 BLOCK = 2048

@@ -21,13 +21,13 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sdft_kernels.chunk import Head
+from sdft_kernels.backends.gpu.divergence import combine, kernel_settings
+from sdft_kernels.backends.gpu.math import FAR_BELOW, add_bias, form, split_columns, transform
+from sdft_kernels.backends.gpu.scoring import store_scores
+from sdft_kernels.backends.gpu.sums import RECORD, fold, fold_pair, merge, store_pair
+from sdft_kernels.backends.interface import Head
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
-from sdft_kernels.triton_divergence import combine, kernel_settings
-from sdft_kernels.triton_math import FAR_BELOW, add_bias, form, split_columns, transform
-from sdft_kernels.triton_scoring import store_scores
-from sdft_kernels.triton_sums import RECORD, fold, fold_pair, merge, store_pair
 
 Tile = tuple[int, int, int, int]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdft_kernels.triton_math import exp
+from sdft_kernels.backends.gpu.math import exp
 
 #: Floats of a split's running sums and of a row's constants for two models: 32 bytes each.
 RECORD = tl.constexpr(8)
