@@ -811,6 +811,9 @@ def test_help_begins_with_ten_settings_and_has_every_field_when_asked(capsys):
     ]
     assert main(["train", "--help-all"]) == 0
     full = capsys.readouterr().out
+    said = " ".join(full.split())
+    assert "--metric_for_best_model VALUE What the best model is the best by: accuracy (on eval_file;" in said
+    assert "--torch_compile [true|false] Must be left as it is: the loss is no forward pass of the model's." in said
     described = [line.split()[0] for line in full.splitlines() if line.startswith("  --")]
     assert len(set(described)) == len(described)
     assert {f"--{name}" for name in training_fields()} < set(described)
