@@ -53,8 +53,8 @@ class Given:
         except UsageError:
             raise
         except (ValueError, TypeError, ImportError, OSError) as error:  # what TrainingArguments finds wrong
-            message = " ".join(str(error).split())
-            raise SettingsError(re.sub(r"--(?=[a-z])", "", message)) from error  # it names flags nobody has typed
+            message = re.sub(r"--(?=[a-z])", "", " ".join(str(error).split()))  # it names flags nobody has typed
+            raise SettingsError(re.sub(r"\w+Strategy\.(\w+)", lambda found: found[1].lower(), message)) from error
 
     def resolved(self, *settings: type) -> str:
         """A recipe that gives the same: every field of these dataclasses, by default where nothing was said."""
@@ -74,8 +74,8 @@ class Given:
         except UsageError as error:
             message = _locate(str(error), self.places)
             if isinstance(error, SettingsError) and message == str(error):
-                # Not by names that are ordinary words (model, seed): a sentence of transformers' may mean the word.
-                names = re.findall(r"[a-z]\w*[_\d]\w*", message)
+                # Without backticks an ordinary word (model, seed) is taken for the word, not for the field.
+                names = re.findall(r"(?<=`)[a-z]\w*(?=`)|[a-z]\w*[_\d]\w*", message)
                 place = next((self.places[name] for name in names if name in self.places), None)
                 message = f"{place}: {message}" if place else message
             raise UsageError(message) from error
