@@ -14,7 +14,7 @@ from sdft_kernels import (
     triton_divergence,
     triton_scaling,
 )
-from sdft_kernels.divergences import Objective
+from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows
 from sdft_kernels.triton_divergence import BLOCK, split_rows
 from tests.cases import (
@@ -128,7 +128,9 @@ def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch)
         workspace.as_strided((tokens, workspace.stride(0)), (workspace.stride(0), 1)).fill_(float("nan"))
         return workspace
 
-    def poisoned_bias(bias: torch.Tensor | None, vocab: int, wide: torch.dtype) -> torch.Tensor | None:
+    def poisoned_bias(
+        bias: torch.Tensor | None, vocab: int, wide: torch.dtype, options: LogitOptions
+    ) -> torch.Tensor | None:
         if bias is None:
             return None
         return torch.nn.functional.pad(bias[:vocab].to(wide), (0, -vocab % 16), value=float("nan"))[:vocab]
