@@ -62,6 +62,10 @@ class SDFTConfig(MethodSettings, Arguments):
         # The teacher is a copy of the model, so each process must load it, not only the first.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What the Trainer pickles into training_args.bin, which others may read: without the secret."""
+        return vars(self) | {"hub_token": None}
+
     def _choose_metric(self) -> None:
         """What the best model is the best by: one of the metrics that evaluation during training has."""
         if self.metric_for_best_model is None:

@@ -23,13 +23,14 @@ from sdft import checkpoint
 from sdft.completions import COMPLETIONS_FILE
 from sdft.early_checks import check_writable
 from sdft.errors import UsageError
+from sdft.recipe import RESOLVED_FILE
 from sdft.report import CURVES_FILE, METRICS_FILE, SUMMARY_FILE
 from sdft.resuming import RECORD, checkpoint_to_resume, last_checkpoint, read_record, run_of
 
 logger = logging.getLogger(__name__)
 
 #: What a run leaves besides its checkpoints and its model.
-REPORTS = (METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, CURVES_FILE)
+REPORTS = (METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, CURVES_FILE, RESOLVED_FILE)
 CHECKPOINTS = "checkpoint-*"
 
 _held: dict[Path, Claim] = {}

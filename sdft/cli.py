@@ -125,7 +125,8 @@ def _train(argv: list[str], started: float) -> int:
 
         from sdft.run import train
 
-        return train(model, lora, rows, config, started=started, command=["sdft", "train", *argv])
+        recipe = given.resolved(ModelArguments, LoraArguments, DataArguments, EvalArguments, MethodSettings, SDFTConfig)
+        return train(model, lora, rows, config, started=started, command=["sdft", "train", *argv], recipe=recipe)
 
 
 def _eval(argv: list[str], started: float) -> None:

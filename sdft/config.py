@@ -174,8 +174,8 @@ class EvalCommand(EvalSettings):
     )
     output_file: str | None = setting(
         None,
-        "Where to write every answer as it is made: JSONL, each with its prompt, what was expected and whether it is "
-        "right.",
+        "Where to write every answer as it is made: JSONL, each with the row's prompt and answer, the completion, and "
+        "whether that is finished (or was cut) and right.",
     )
     summary_file: str | None = setting(None, "Where to write the numbers: JSON.")
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")

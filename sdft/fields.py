@@ -18,6 +18,7 @@ from typing import Any
 
 from sdft.config import MethodSettings, chosen
 from sdft.errors import UsageError
+from sdft.inherited import help_here
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -125,7 +126,7 @@ def training_fields() -> dict[str, Field]:
         enums = [classes[kind] for kind in kinds if kind in classes]
         choices = tuple(ast.literal_eval(value) for enum in enums for value in _values(enum))
         default, text = _default_and_help(value)
-        found.setdefault(name, Field(name, kinds, choices, default, text, inherited=True))
+        found.setdefault(name, Field(name, kinds, choices, default, help_here(name, text), inherited=True))
     # transformers 5.17 has it by an older name alone; see sdft._compat.
     found.setdefault(
         "activation_checkpointing",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING
 
 from sdft.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 #: Settings that do here what transformers says that they do.
 WORKS = frozenset(
@@ -59,6 +61,20 @@ NO_BEARING = frozenset(
     """.split()  # noqa: SIM905
 )
 
+#: What settings that work do here, where transformers' words name other things.
+SAID_HERE = {
+    "eval_strategy": "When to evaluate on eval_file and general_file during training.",
+    "load_best_model_at_end": "Load the best checkpoint at the end, by metric_for_best_model. Takes eval_strategy, and "
+    "save_strategy the same or best.",
+    "metric_for_best_model": "What the best model is the best by: accuracy (on eval_file; what is taken if not set) or "
+    "forgetting (on general_file).",
+    "greater_is_better": "Whether more of metric_for_best_model is better; if not set, of accuracy it is and of "
+    "forgetting not.",
+    "max_steps": "How many optimizer steps the run has, instead of num_train_epochs; -1: as those have it.",
+    "use_liger_kernel": "Use Liger's kernels in the layers of the model (package liger-kernel).",
+    "train_sampling_strategy": "The order of the rows: random or sequential.",
+}
+
 #: The same, where they are arguments of the Trainer's.
 REFUSED_ARGUMENTS = {
     "data_collator": "rows become batches after the rollouts",
@@ -69,6 +85,13 @@ REFUSED_ARGUMENTS = {
 }
 
 SAMPLING_STRATEGIES = ("random", "sequential")
+
+
+def help_here(name: str, text: str) -> str:
+    """What --help-all says of a setting, of which transformers says `text`."""
+    if name in REFUSED:
+        return f"Must be left as it is: {REFUSED[name]}."
+    return "Has no bearing here." if name in NO_BEARING else SAID_HERE.get(name, text)
 
 
 def check_settings(config: TrainingArguments) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import enum
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,11 @@ from sdft.errors import SettingsError, UsageError
 from sdft.fields import NO, YES, Field
 
 Settings = TypeVar("Settings")
+
+#: What `sdft train` calls the recipe of everything that a run was told, by default too.
+RESOLVED_FILE = "resolved_recipe.yaml"
+#: What is not in it: a secret, and how the run was begun.
+UNRESOLVED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,18 @@ class Given:
         except UsageError:
             raise
         except (ValueError, TypeError, ImportError, OSError) as error:  # what TrainingArguments finds wrong
-            message = " ".join(str(error).split())
-            raise SettingsError(re.sub(r"--(?=[a-z])", "", message)) from error  # it names flags nobody has typed
+            message = re.sub(r"--(?=[a-z])", "", " ".join(str(error).split()))  # it names flags nobody has typed
+            raise SettingsError(re.sub(r"\w+Strategy\.(\w+)", lambda found: found[1].lower(), message)) from error
+
+    def resolved(self, *settings: type) -> str:
+        """A recipe that gives the same: every field of these dataclasses, by default where nothing was said."""
+        values: dict[str, Any] = {}
+        for field in (field for each in settings for field in dataclasses.fields(each) if field.init):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            value = self.values.get(field.name, default)
+            values[field.name] = value.value if isinstance(value, enum.Enum) else value
+        kept = {name: value for name, value in values.items() if name not in UNRESOLVED}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
@@ -58,8 +74,8 @@ class Given:
         except UsageError as error:
             message = _locate(str(error), self.places)
             if isinstance(error, SettingsError) and message == str(error):
-                # Not by names that are ordinary words (model, seed): a sentence of transformers' may mean the word.
-                names = re.findall(r"[a-z]\w*[_\d]\w*", message)
+                # Without backticks an ordinary word (model, seed) is taken for the word, not for the field.
+                names = re.findall(r"(?<=`)[a-z]\w*(?=`)|[a-z]\w*[_\d]\w*", message)
                 place = next((self.places[name] for name in names if name in self.places), None)
                 message = f"{place}: {message}" if place else message
             raise UsageError(message) from error

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from sdft.adapters import add_lora
 from sdft.answers import AnswersFile
-from sdft.checkpoint import failing_clearly, remove_checkpoints
+from sdft.checkpoint import failing_clearly, remove_checkpoints, write_text
 from sdft.claim import CHECKPOINTS, Claim, claimed
 from sdft.config import (
     EvalCommand,
@@ -34,6 +34,7 @@ from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
 from sdft.model_files import check_apart
 from sdft.models import load_model
 from sdft.progress import Display
+from sdft.recipe import RESOLVED_FILE
 from sdft.report import (
     SUMMARY_FILE,
     MetricsFile,
@@ -64,10 +65,12 @@ def train(
     *,
     started: float,
     command: Sequence[str] = (),
+    recipe: str = "",
 ) -> int:
     """`sdft train`: check everything, measure, train, measure again, and leave the model and the report.
 
-    The exit code: that of Ctrl-C where it ended the run, and 0. `command` is what was asked for, to say how to go on.
+    The exit code: that of Ctrl-C where it ended the run, and 0. `command` is what was asked for, to say how to go on,
+    and `recipe` all of the settings, to be left beside the model.
     """
     _quiet()
     if of_lora.lora_rank:
@@ -79,7 +82,7 @@ def train(
         main=config.process_index == 0,
         allow_pickle=of_model.allow_pickle,
     ) as claim:
-        return _train(of_model, of_lora, rows, config, claim, started, command)
+        return _train(of_model, of_lora, rows, config, claim, started, command, recipe)
 
 
 def _train(
@@ -90,6 +93,7 @@ def _train(
     claim: Claim,
     started: float,
     command: Sequence[str],
+    recipe: str,
 ) -> int:
     template = parse_template(config.teacher_template)
     exam = Exam(
@@ -168,6 +172,9 @@ def _train(
         training_seconds = time.perf_counter() - train_started
         if not finish.stopped:
             trainer.save_model()
+            if trainer.is_world_process_zero():
+                with failing_clearly(RESOLVED_FILE, str(folder)):
+                    write_text(folder / RESOLVED_FILE, recipe)
     if finish.stopped or finish.late:
         if trainer.is_world_process_zero():
             print(_stopped(trainer, folder, finish, command))
@@ -234,7 +241,7 @@ def left_in(folder: Path) -> str:
     sizes = {path: path.stat().st_size / 2**20 for path in kept}
     of_checkpoints = sum(size for path, size in sizes.items() if any(each in path.parents for each in checkpoints))
     line = (
-        f"{folder}/ has the trained model, metrics.jsonl, summary.json and curves.png "
+        f"{folder}/ has the trained model, {RESOLVED_FILE}, metrics.jsonl, summary.json and curves.png "
         f"({sum(sizes.values()) - of_checkpoints:.0f} MiB)"
     )
     if checkpoints:

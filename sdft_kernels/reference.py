@@ -28,6 +28,7 @@ def logits(
     """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); scale · b is at least -1e30 · |scale| where b is -inf."""
     y = scale * (hidden @ weight.T)
     if bias is not None:
+        bias = bias.to(y)
         y = y + torch.where(bias > MASKED, scale * bias, abs(scale) * MASKED)
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)

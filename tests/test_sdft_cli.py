@@ -84,6 +84,7 @@ def test_a_run_leaves_the_model_the_metrics_the_summary_and_the_curves(recipe, m
         assert 0 < summary[f"{name}_seconds"] < summary["total_seconds"]
     for name in ("tokens_per_second", "rollout_tokens_per_second", "peak_memory_mib"):
         assert summary[name] > 0
+    assert yaml.safe_load((out / "resolved_recipe.yaml").read_text())["output_dir"] == "elsewhere"
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     trained, base = (AutoModelForCausalLM.from_pretrained(f) for f in (out, str(model_folder)))
     assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
@@ -142,7 +143,7 @@ def test_the_last_checkpoint_goes_once_the_model_is_there_unless_it_was_asked_fo
     sizes = {path: len(data) / 2**20 for path, data in contents("out").items()}
     kept = sum(size for path, size in sizes.items() if path.parent.name == "checkpoint-3")
     assert printed == (
-        "out/ has the trained model, metrics.jsonl, summary.json and curves.png "
+        "out/ has the trained model, resolved_recipe.yaml, metrics.jsonl, summary.json and curves.png "
         f"({sum(sizes.values()) - kept:.0f} MiB), and to go on from checkpoint-3 ({kept:.0f} MiB)"
     )
     before = contents("out")
@@ -697,7 +698,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, 
         assert "overwrite_output_dir is true" in message
     assert contents("out") == before
     assert main(["train", "recipe.yaml", "--overwrite_output_dir", "true", "--save_strategy", "steps"]) == 0
-    names = ["config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"]
+    names = ["config.json", "curves.png", "metrics.jsonl", "model.safetensors", "resolved_recipe.yaml", "run.json"]
     assert [name for name in sorted(os.listdir("out")) if name in names or "check" in name] == names
     assert "completions.jsonl" not in os.listdir("out") and "adapter_config.json" not in os.listdir("out")
     assert [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
@@ -810,6 +811,9 @@ def test_help_begins_with_ten_settings_and_has_every_field_when_asked(capsys):
     ]
     assert main(["train", "--help-all"]) == 0
     full = capsys.readouterr().out
+    said = " ".join(full.split())
+    assert "--metric_for_best_model VALUE What the best model is the best by: accuracy (on eval_file;" in said
+    assert "--torch_compile [true|false] Must be left as it is: the loss is no forward pass of the model's." in said
     described = [line.split()[0] for line in full.splitlines() if line.startswith("  --")]
     assert len(set(described)) == len(described)
     assert {f"--{name}" for name in training_fields()} < set(described)

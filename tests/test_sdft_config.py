@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import pytest
 
@@ -65,6 +66,12 @@ def test_defaults_are_valid_and_quiet(tmp_path):
     assert config.logging_nan_inf_filter is False
     assert config.rollout_top_p == 1.0  # on-policy: the distribution that the loss sees
     assert config.rollout_top_k == 0
+
+
+def test_a_pickled_configuration_has_no_secret(tmp_path):
+    config = SDFTConfig(output_dir=str(tmp_path), use_cpu=True, hub_token="hf_secret")
+    assert b"hf_secret" not in pickle.dumps(config) and config.hub_token == "hf_secret"
+    assert pickle.loads(pickle.dumps(config)).learning_rate == config.learning_rate
 
 
 def test_model_and_evaluation_settings_are_checked():

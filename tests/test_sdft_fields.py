@@ -80,6 +80,12 @@ def test_the_divergences_are_those_of_the_kernels() -> None:
         ("train_file: absent.jsonl", "recipe.yaml, line 3: train_file is 'absent.jsonl'; there is no such file"),
         ("output_dir: /proc/foo", "recipe.yaml, line 3: output_dir is '/proc/foo', which cannot be written"),
         ("fp16: true\nbf16: true\nuse_cpu: true", "recipe.yaml, line 3: At most one of fp16 and bf16 can be True"),
+        ("use_cpu: true\nfsdp: sideways", "recipe.yaml, line 4: Unknown `fsdp` option: sideways"),
+        (
+            "use_cpu: true\nload_best_model_at_end: true",
+            "line 4: load_best_model_at_end requires the save and eval strategy to match, except when "
+            'save_strategy="best", but found - Evaluation strategy: no - Save strategy: steps',
+        ),
         ("output_dir: " + "a" * 300, "which cannot be written: File name too long"),
     ],
     ids=lambda value: value[:40],

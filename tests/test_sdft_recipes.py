@@ -43,10 +43,12 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def read(name: str) -> dict[str, Any]:
         handed: list[Any] = []
-        monkeypatch.setattr(run, "train", lambda *settings, **_: handed.extend(settings))
+        resolved: dict[str, str] = {}
+        monkeypatch.setattr(run, "train", lambda *settings, **rest: handed.extend(settings) or resolved.update(rest))
         assert cli.main(["train", str(EXAMPLES / name)]) == 0
         assert os.listdir(tmp_path) == [], "a recipe is read without a trace"
-        return {field: value for dataclass in handed for field, value in vars(dataclass).items()}
+        found = {field: value for dataclass in handed for field, value in vars(dataclass).items()}
+        return found | {"resolved": resolved["recipe"]}
 
     return read
 
@@ -65,6 +67,28 @@ def test_every_field_arrives_as_written(name: str, settings: Any) -> None:
     found = settings(name)
     written = yaml.safe_load((EXAMPLES / name).read_text(encoding="utf-8"))
     assert {field: plain(found[field]) for field in written} == {field: plain(v) for field, v in written.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_resolved_recipe_gives_the_same_settings(
+    name: str, settings: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    found = settings(name)
+    resolved = tmp_path_factory.mktemp("resolved") / "recipe.yaml"
+    resolved.write_text(found["resolved"], encoding="utf-8")
+    again = settings(str(resolved))
+    differ = {field for field in found if again[field] != found[field] and repr(again[field]) != repr(found[field])}
+    assert differ <= {"resolved"}
+    assert yaml.safe_load(again["resolved"]) == yaml.safe_load(found["resolved"])
+    assert {"learning_rate", "weight_decay", "lora_rank"} < yaml.safe_load(found["resolved"]).keys()
+
+
+def test_the_resolved_recipe_has_no_secret(settings: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    lines = ("model: m", "train_file: f", "use_cpu: true", "hub_token: hf_secret", "overwrite_output_dir: true")
+    recipe.write_text("\n".join(lines))
+    written = settings(str(recipe))["resolved"]
+    assert "secret" not in written and not {"hub_token", "overwrite_output_dir"} & yaml.safe_load(written).keys()
 
 
 @pytest.mark.parametrize("name", FOR_GPU)

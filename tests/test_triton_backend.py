@@ -11,7 +11,7 @@ from sdft_kernels.backends.gpu import backend as triton_backend
 from sdft_kernels.backends.gpu import divergence as triton_divergence
 from sdft_kernels.backends.gpu import scaling as triton_scaling
 from sdft_kernels.backends.gpu.divergence import BLOCK, split_rows
-from sdft_kernels.divergences import Objective
+from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows
 from tests.cases import (
     DIVERGENCES,

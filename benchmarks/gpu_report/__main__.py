@@ -1,8 +1,9 @@
 """Prove the kernels on a GPU and measure what was predicted: `python -m benchmarks.gpu_report --out DIR`.
 
 Runs the tests of tests/gpu, then every measurement, each stage in a process and a time of its own, and writes
-report.json (every row; whole at any moment), report.md (tables) and plots to DIR. Needs no network, and what docs/gpu.md
-says to install. With --from it measures nothing: it makes report.md and the plots of a report.json that is there.
+report.json (every row; whole at any moment), report.md (tables) and plots to DIR. Needs no network, and what
+docs/gpu.md says to install. With --from it measures nothing: it makes report.md and the plots of a report.json that is
+there.
 
 Exits with 0 where every stage ended and every test passed, 1 where not, and 2 where it cannot run at all: no GPU, or no
 folder to write to. Ctrl-C ends it with 130 and SIGTERM with 143, once what there is has been written.
