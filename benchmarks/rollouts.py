@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdft.batch import Sample, lay_out
 from sdft.data import encode_rows, load_rows
-from sdft.layout import Sample, lay_out
 from sdft.loss import find_head, hidden_states
-from sdft.models import eos_token_ids, limits, load_model
-from sdft.rollout import generate, seeded
+from sdft.models.load import eos_token_ids, limits, load_model
+from sdft.rollouts.generate import generate, seeded
 from sdft.templates import parse_template
 
 TRAIN_FILE = Path(__file__).parent.parent / "examples" / "tool_calls_train.jsonl"

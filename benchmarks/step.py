@@ -35,8 +35,8 @@ from benchmarks.ledger import OURS
 from benchmarks.memory import resident
 from benchmarks.trainers import TRAINERS, Case, Measured, Taken
 from sdft.data import encode_prompt, load_rows
-from sdft.models import load_model
-from sdft.rollout import generate, seeded
+from sdft.models.load import load_model
+from sdft.rollouts.generate import generate, seeded
 
 ROWS = Path(__file__).parent.parent / "examples" / "tool_calls_train.jsonl"
 GIBIBYTE = 2**30

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from benchmarks.bare_products import BareProducts
 from benchmarks.ledger import OURS
-from sdft.config import SDFTConfig
-from sdft.layout import Sample
+from sdft.batch import Sample
+from sdft.settings.config import SDFTConfig
 from sdft.templates import TEMPLATES
 from sdft.trainer import SDFTTrainer
 

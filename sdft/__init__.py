@@ -1,11 +1,14 @@
 """Self-distillation fine-tuning (arXiv 2601.19897) on the fused losses of `sdft_kernels`.
 
-`SDFTTrainer` and `SDFTConfig` are here once asked for, so that `import sdft` stays quick.
+What is named here is imported once it is asked for, so that `import sdft` stays quick.
 """
 
+import importlib
 from typing import Any
 
-__all__ = ["SDFTConfig", "SDFTTrainer"]
+__all__ = ["SDFTConfig", "SDFTTrainer", "load_model"]
+
+WHERE = {"SDFTConfig": "sdft.settings.arguments", "SDFTTrainer": "sdft.trainer", "load_model": "sdft.models.load"}
 
 
 def __dir__() -> list[str]:
@@ -13,12 +16,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SDFTConfig":
-        from sdft.arguments import SDFTConfig
-
-        return SDFTConfig
-    if name == "SDFTTrainer":
-        from sdft.trainer import SDFTTrainer
-
-        return SDFTTrainer
+    if name in WHERE:
+        return getattr(importlib.import_module(WHERE[name]), name)
     raise AttributeError(f"module 'sdft' has no attribute {name!r}")

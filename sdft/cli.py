@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from sdft.errors import Terminated
 
 if TYPE_CHECKING:
-    from sdft.fields import Field
-    from sdft.recipe import Written
+    from sdft.settings.fields import Field
+    from sdft.settings.recipe import Written
 
 HELP_FLAGS = ("-h", "--help", "--help-all")
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in HELP_FLAGS:
-        from sdft.help import MAIN
+        from sdft.settings.help import MAIN
 
         print(MAIN, end="")
         return 0 if arguments else 2
@@ -93,13 +93,13 @@ def _run(command: str, rest: list[str], started: float) -> int:
 
 
 def _train(argv: list[str], started: float) -> int:
-    from sdft import help
-    from sdft.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
     from sdft.early_checks import check_package, check_readable, check_writable
-    from sdft.fields import own_fields, training_fields
-    from sdft.model_files import check_model
-    from sdft.recipe import read
+    from sdft.models.files import check_model
     from sdft.rows import rows_of_train
+    from sdft.settings import help
+    from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
+    from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.recipe import read
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
     if _helped("sdft train", help.TRAIN, fields, argv):
@@ -119,24 +119,24 @@ def _train(argv: list[str], started: float) -> int:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
         rows = rows_of_train(data, evaluation, method)
 
-        from sdft.arguments import SDFTConfig
+        from sdft.settings.arguments import SDFTConfig
 
         config = given.make(SDFTConfig)
 
-        from sdft.run import train
+        from sdft.commands import train
 
         recipe = given.resolved(ModelArguments, LoraArguments, DataArguments, EvalArguments, MethodSettings, SDFTConfig)
         return train(model, lora, rows, config, started=started, command=["sdft", "train", *argv], recipe=recipe)
 
 
 def _eval(argv: list[str], started: float) -> None:
-    from sdft import help
-    from sdft.config import EvalArguments, EvalCommand, ModelArguments, matching
     from sdft.early_checks import check_output_file, check_readable
-    from sdft.fields import own_fields
-    from sdft.model_files import check_model
-    from sdft.recipe import read
+    from sdft.models.files import check_model
     from sdft.rows import rows_of_eval
+    from sdft.settings import help
+    from sdft.settings.config import EvalArguments, EvalCommand, ModelArguments, matching
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
     from sdft.templates import TEMPLATES
 
     def adapt(recipe: dict[str, Written]) -> None:
@@ -163,19 +163,19 @@ def _eval(argv: list[str], started: float) -> None:
             check_model(name)
         rows = rows_of_eval(model, evaluation, command)
 
-        from sdft.run import evaluate
+        from sdft.commands import evaluate
 
         evaluate(model, rows, command)
 
 
 def _generate(argv: list[str], started: float) -> None:
-    from sdft import help
-    from sdft.config import GenerateCommand, ModelArguments
     from sdft.data import load_rows
     from sdft.early_checks import check_output_file, check_readable
-    from sdft.fields import own_fields
-    from sdft.model_files import check_model
-    from sdft.recipe import read
+    from sdft.models.files import check_model
+    from sdft.settings import help
+    from sdft.settings.config import GenerateCommand, ModelArguments
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
 
     fields = own_fields(ModelArguments, GenerateCommand)
     if _helped("sdft generate", help.GENERATE, fields, argv):
@@ -189,7 +189,7 @@ def _generate(argv: list[str], started: float) -> None:
         source = command.prompt_file or [{"prompt": command.prompt}]
         rows = load_rows(source, name="prompt", need=("prompt",))
 
-        from sdft.run import generate
+        from sdft.commands import generate
 
         generate(model, rows, command)
 
@@ -217,7 +217,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
 
 def _helped(command: str, description: str, fields: dict[str, Field], argv: list[str]) -> bool:
     """Whether help was asked for, and printed."""
-    from sdft import help
+    from sdft.settings import help
 
     if not set(argv) & set(HELP_FLAGS):
         return False
@@ -229,8 +229,8 @@ def _every_field() -> set[str]:
     """The names of all fields of all commands: a recipe may have them, whichever command it is given to."""
     from dataclasses import fields, is_dataclass
 
-    from sdft import config
-    from sdft.fields import training_fields
+    from sdft.settings import config
+    from sdft.settings.fields import training_fields
 
     own = {field.name for kind in vars(config).values() if is_dataclass(kind) for field in fields(kind)}
     return own | training_fields().keys()

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.training_args import OptimizerNames
 
-from sdft.adapters import causal_lm, has_adapter
-from sdft.config import SDFTConfig
 from sdft.errors import UsageError
-from sdft.inherited import REFUSED
+from sdft.models.adapters import causal_lm, has_adapter
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inherited import REFUSED
 
 
 def check_launch(trainer: Trainer) -> None:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sdft.adapters import is_adapted
-from sdft.config import SDFTConfig
+from sdft.batch import Batch
 from sdft.errors import TrainingError
 from sdft.forward import Result, as_forward_of, evaluating
 from sdft.launch import is_noise
-from sdft.layout import Batch
+from sdft.models.adapters import is_adapted
 from sdft.prompt_cache import PromptCache
+from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher
 from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
 

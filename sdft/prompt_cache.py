@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from sdft.batch import Sample
 from sdft.errors import TrainingError
 from sdft.forward import evaluating
-from sdft.layout import Sample
 
 Tokens = tuple[int, ...]
 KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer, (heads, tokens, head dim)
@@ -47,7 +47,7 @@ class PromptCache:
 
     @torch.no_grad()
     def hidden_states(self, backbone: nn.Module, samples: Sequence[Sample], skip_tokens: int) -> Tensor:
-        """The hidden states (N, H) at the teacher positions that `sdft.layout.lay_out` gives for these samples.
+        """The hidden states (N, H) at the teacher positions that `sdft.batch.lay_out` gives for these samples.
 
         `backbone` is always the same, with the same weights.
         """

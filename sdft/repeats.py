@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Sampler
 
-from sdft.checkpoint import write_text
-from sdft.layout import Sample
+from sdft.batch import Sample
+from sdft.checkpoints.files import write_text
 
 
 class RepeatedRows(Sampler[int]):

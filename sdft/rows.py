@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdft.config import DataArguments, EvalArguments, EvalCommand, EvalSettings, MethodSettings, ModelArguments
 from sdft.data import Row, load_rows, teacher_chat
 from sdft.errors import UsageError
-from sdft.scorers import check_answers
+from sdft.evaluation.scorers import check_answers
+from sdft.settings.config import DataArguments, EvalArguments, EvalCommand, EvalSettings, MethodSettings, ModelArguments
 from sdft.templates import Message, parse_template
 
 

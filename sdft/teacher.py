@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from sdft.adapters import causal_lm, has_adapter
 from sdft.errors import UsageError
 from sdft.forward import evaluating
+from sdft.models.adapters import causal_lm, has_adapter
 
 AVERAGE_FILE = "teacher_average.safetensors"
 

@@ -3,8 +3,8 @@
 Each optimizer step: the student answers the step's prompts, the teacher, who sees the demonstrations, scores the
 answers token by token, and the student moves towards the teacher. Only what is particular to that is here: the
 rollouts where the Trainer collects a step's micro-batches (`get_batch_samples`), the loss (`compute_loss`), the
-teacher beside the student, and what checkpoints carry of both (`sdft.saving` keeps them whole). The loss is the mean
-over the step's tokens, whatever the accumulation and the number of processes.
+teacher beside the student, and what checkpoints carry of both (`sdft.checkpoints` keeps them whole). The loss is the
+mean over the step's tokens, whatever the accumulation and the number of processes.
 
 The teacher is made from the model that the trainer is given. A resumed run therefore takes the original model again,
 not the checkpoint, and loads the checkpoint into the student.
@@ -25,17 +25,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
-from sdft.completions import CompletionsFile
-from sdft.config import SDFTConfig
+from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
+from sdft.checkpoints.runs import Runs
 from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
 from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
-from sdft.evaluate import Exam
+from sdft.evaluation.completion_log import CompletionsFile
+from sdft.evaluation.exam import Exam
 from sdft.forward import Result, as_forward_of
-from sdft.inherited import check_arguments
 from sdft.launch import check_launch, installed, prepare_packages, switch_off_dropout
-from sdft.layout import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
 from sdft.loss import (
     StepLoss,
     backbone,
@@ -45,17 +43,19 @@ from sdft.loss import (
     demonstration_loss,
     distillation_loss,
 )
-from sdft.models import eos_token_ids, limits, load_model
-from sdft.phases import PHASES, peak_memory_mib
-from sdft.progress import Progress
+from sdft.models.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
+from sdft.models.load import eos_token_ids, limits, load_model
+from sdft.progress.counts import Count
+from sdft.progress.display import Progress
+from sdft.progress.phases import PHASES, peak_memory_mib
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import RepeatedRows, load_samples, save_samples
-from sdft.rollout import Sampling, finished, sample
-from sdft.running import Runs
-from sdft.sampling import seed_of
+from sdft.rollouts.generate import Sampling, finished, sample
+from sdft.rollouts.row_sampler import seed_of
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inherited import check_arguments
 from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, make_teacher, trains_beside_adapter
 from sdft.templates import parse_template
-from sdft.watching import Count
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut
 class SDFTTrainer(Runs):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
-    `model` is a transformers model, with a peft adapter or without, or a name for `sdft.models.load_model`;
+    `model` is a transformers model, with a peft adapter or without, or a name for `sdft.load_model`;
     `peft_config` gives it an adapter. What trains is the adapter where there is one. `processing_class` is the
     tokenizer (found with a name);
     `train_dataset` a `datasets.Dataset`, a list of rows, or a JSONL or Parquet file; `eval_dataset` the same with

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from sdft import SDFTConfig, SDFTTrainer
-from sdft.signals import FinishOnSignal
+from sdft.checkpoints.signals import FinishOnSignal
 from tests import tiny
 
 GLOBAL_BATCH = 4

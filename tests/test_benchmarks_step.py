@@ -11,7 +11,7 @@ import pytest
 from benchmarks import step
 from benchmarks.bare_products import ATTENTION, ATTENTION_BACKWARD, BareProducts
 from benchmarks.trainers import TRAINERS, OurTrainer
-from sdft.layout import Batch
+from sdft.batch import Batch
 from tests import tiny
 from tests.test_bare_products import flops
 

@@ -18,7 +18,7 @@ from benchmarks.gpu_report import rollouts, training
 from benchmarks.gpu_report.models import SIZES, random_model
 from benchmarks.gpu_report.stage import Row, Settings
 from benchmarks.ledger import OURS
-from sdft.rollout import BACKENDS
+from sdft.rollouts.generate import BACKENDS
 
 GPU = Settings("cuda", False, 0)
 

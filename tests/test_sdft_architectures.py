@@ -16,12 +16,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from sdft.batch import Sample, lay_out
 from sdft.errors import TrainingError
 from sdft.launch import switch_off_dropout
-from sdft.layout import Sample, lay_out
 from sdft.loss import check_head, check_same_in_training, divergence, find_head
-from sdft.models import load_model
-from sdft.rollout import Sampling, sample
+from sdft.models.load import load_model
+from sdft.rollouts.generate import Sampling, sample
 from tests import tiny
 from tests.test_sdft_trainer import trainer
 

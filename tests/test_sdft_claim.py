@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from sdft.claim import claimed
+from sdft.checkpoints.claim import claimed
+from sdft.checkpoints.resume import last_checkpoint, run_of
 from sdft.errors import UsageError
-from sdft.resuming import last_checkpoint, run_of
 from tests import tiny
 from tests.test_sdft_trainer import trained, trainer
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from sdft.cli import main
 from sdft.data import load_rows
-from sdft.evaluate import Answers, answer
-from sdft.report import Summary, describe, loss_ends, table
+from sdft.evaluation.exam import Answers, answer
+from sdft.evaluation.report import Summary, describe, loss_ends, table
 from sdft.templates import TEMPLATES
 from sdft.trainer import SDFTTrainer
 from tests import tiny
@@ -113,7 +113,9 @@ def test_resuming_a_complete_run_leaves_everything_as_it_is(steps, recipe, capsy
     before = contents("out")
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("sdft.evaluate.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
+        patch.setattr(
+            "sdft.evaluation.exam.answer", lambda *args, **kwargs: pytest.fail("the model was asked something")
+        )
         assert main(["train", "recipe.yaml", "--resume_from_checkpoint", "last"]) == 0
     assert contents("out") == before
     count = 3 if steps["max_steps"] == 3 else 4
@@ -236,7 +238,7 @@ def test_the_teacher_is_measured_under_the_templates_asked_for(options, expected
         asked.append(template)
         return Answers([], [], [""] * 8, [template == TEMPLATES["turn"], False] * 4, [True] * 8)
 
-    monkeypatch.setattr("sdft.evaluate.answer", one_is_right)
+    monkeypatch.setattr("sdft.evaluation.exam.answer", one_is_right)
     assert main(["eval", recipe(general_file=None), "--teacher", *options]) == 0
     printed = capsys.readouterr().out.split("8 wrong answers")[0]
     rows = [line.split() for line in printed.splitlines() if line.startswith("  ")]
@@ -331,7 +333,7 @@ def test_a_folder_that_is_not_there_is_no_name_for_the_hub(recipe, tmp_path, cap
 
 
 def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_path, capsys, monkeypatch):
-    from sdft import evaluate
+    from sdft.evaluation import exam as evaluate
 
     made = []
 
@@ -352,7 +354,7 @@ def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_p
 
 
 def test_a_row_with_half_a_character_is_named_before_torch_is_imported(recipe, tmp_path, capsys, monkeypatch):
-    for slow in ("torch", "sdft.arguments", "sdft.run"):
+    for slow in ("torch", "sdft.settings.arguments", "sdft.commands"):
         monkeypatch.setitem(sys.modules, slow, None)  # to import it is an error
     path = recipe()
     for name, field in (("train", "demonstration"), ("heldout", "answer"), ("general", "prompt"), ("train", "note")):
@@ -390,13 +392,13 @@ def test_generate_prints_the_answer_to_a_prompt(recipe, model_folder, capsys):
 
 def test_a_package_that_is_missing_is_named(recipe, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "sdft.recipe", raising=False)
+    monkeypatch.delitem(sys.modules, "sdft.settings.recipe", raising=False)
     assert "yaml is not installed; pip install 'sdft-kernels[train]'" in fails(capsys, ["train", recipe()], 2)
 
 
 def test_an_answer_that_the_terminal_cannot_show_is_no_error(recipe, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr("sdft.evaluate.generate", lambda model, prompts, **_: [[5, 1] for _ in prompts])
+    monkeypatch.setattr("sdft.evaluation.exam.generate", lambda model, prompts, **_: [[5, 1] for _ in prompts])
     monkeypatch.setattr(tiny.tiny_tokenizer().__class__, "decode", lambda *_, **__: "ö")
     monkeypatch.setattr(sys, "stdout", shown)
     assert main(["generate", recipe(), "--prompt", "a"]) == 0
@@ -597,7 +599,9 @@ def test_a_student_that_broke_is_one_line_and_exit_code_1(recipe, tmp_path, caps
 def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     recipe, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("sdft.evaluate.answer", lambda *args, **kwargs: pytest.fail("the model was asked something"))
+    monkeypatch.setattr(
+        "sdft.evaluation.exam.answer", lambda *args, **kwargs: pytest.fail("the model was asked something")
+    )
     (tmp_path / "file").write_text("")
     message = fails(capsys, ["train", recipe(output_dir="file/out")], 2)
     assert "output_dir is 'file/out', which cannot be made" in message
@@ -612,7 +616,7 @@ def test_interruption_is_clean(recipe, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sdft.run.load_model", interrupt)
+    monkeypatch.setattr("sdft.commands.load_model", interrupt)
     assert fails(capsys, ["train", recipe()], 130) == "sdft: interrupted"
 
 
@@ -658,7 +662,7 @@ def test_a_second_signal_ends_the_command_at_once(number, code, line, recipe, ca
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(SDFTTrainer, "save_beside", told_twice)
-    monkeypatch.setattr("sdft.signals.ECHO", 0.0)
+    monkeypatch.setattr("sdft.checkpoints.signals.ECHO", 0.0)
     try:
         assert fails(capsys, ["train", recipe(save_strategy="steps", save_steps=2)], code) == f"sdft: {line}"
     finally:
@@ -668,7 +672,7 @@ def test_a_second_signal_ends_the_command_at_once(number, code, line, recipe, ca
 
 
 def test_sigterm_outside_of_training_ends_the_command_with_a_line(recipe, capsys, monkeypatch):
-    monkeypatch.setattr("sdft.run.load_model", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("sdft.commands.load_model", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
     assert fails(capsys, ["train", recipe()], 143) == "sdft: terminated"
     assert not os.path.exists("out")
 
@@ -692,7 +696,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, 
     assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
     before = contents("out")
     with monkeypatch.context() as patch:
-        patch.setattr("sdft.run.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+        patch.setattr("sdft.commands.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
         message = fails(capsys, ["train", recipe(max_steps=2)], 2)
         assert "output_dir is 'out', which holds another run (adapter_config.json, adapter_model.safetensors" in message
         assert "overwrite_output_dir is true" in message
@@ -782,9 +786,9 @@ def test_every_name_in_the_reports_is_in_their_documentation(recipe, tmp_path):
 
 
 def test_the_demo_recipe_is_valid():
-    from sdft.config import DataArguments, EvalArguments, ModelArguments, SDFTConfig
-    from sdft.fields import own_fields, training_fields
-    from sdft.recipe import read
+    from sdft.settings.config import DataArguments, EvalArguments, ModelArguments, SDFTConfig
+    from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.recipe import read
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     parts = (ModelArguments, DataArguments, EvalArguments)
@@ -800,8 +804,8 @@ def test_the_demo_recipe_is_valid():
 
 
 def test_help_begins_with_ten_settings_and_has_every_field_when_asked(capsys):
-    from sdft.fields import training_fields
-    from sdft.help import FIRST, GROUPS
+    from sdft.settings.fields import training_fields
+    from sdft.settings.help import FIRST, GROUPS
 
     assert main(["train", "--help"]) == 0
     short = capsys.readouterr().out

@@ -3,8 +3,8 @@ import pickle
 
 import pytest
 
-from sdft.config import EvalSettings, ModelArguments, SDFTConfig
 from sdft.errors import UsageError
+from sdft.settings.config import EvalSettings, ModelArguments, SDFTConfig
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import torch
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.data import load_rows
 from sdft.errors import UsageError
-from sdft.evaluate import Answers, answer, complete, forgetting, prompts_for
-from sdft.scorers import SCORERS
+from sdft.evaluation.exam import Answers, answer, complete, forgetting, prompts_for
+from sdft.evaluation.scorers import SCORERS
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES
 from tests import tiny

@@ -14,10 +14,10 @@ import pytest
 
 from sdft import SDFTConfig
 from sdft.cli import main
-from sdft.config import DIVERGENCES, MethodSettings, ModelArguments, matching
 from sdft.errors import UsageError
-from sdft.fields import own_fields, training_fields
-from sdft.recipe import read, read_flags, read_recipe
+from sdft.settings.config import DIVERGENCES, MethodSettings, ModelArguments, matching
+from sdft.settings.fields import own_fields, training_fields
+from sdft.settings.recipe import read, read_flags, read_recipe
 from sdft_kernels import divergences
 
 ROOT = Path(__file__).parent.parent
@@ -171,7 +171,7 @@ def test_flags_and_recipes_are_read_as_they_are_meant(tmp_path: Path) -> None:
 
 
 def _lora() -> type:
-    from sdft.config import LoraArguments
+    from sdft.settings.config import LoraArguments
 
     return LoraArguments
 

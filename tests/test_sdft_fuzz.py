@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from sdft.cli import main
-from sdft.fields import Field, training_fields
+from sdft.settings.fields import Field, training_fields
 from tests import tiny
 
 #: A command line, and the names of which the error has to have one.

@@ -9,10 +9,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import TrainingArguments
 
 from sdft import SDFTConfig
-from sdft.adapters import ADAPTERS, LORA_OPTIONS, REFUSED_ADAPTERS, REFUSED_LORA, check_adapter
 from sdft.errors import TrainingError, UsageError
-from sdft.inherited import NO_BEARING, REFUSED, REFUSED_ARGUMENTS, WORKS
-from sdft.models import load_model
+from sdft.models.adapters import ADAPTERS, LORA_OPTIONS, REFUSED_ADAPTERS, REFUSED_LORA, check_adapter
+from sdft.models.load import load_model
+from sdft.settings.inherited import NO_BEARING, REFUSED, REFUSED_ARGUMENTS, WORKS
 from tests import tiny
 from tests.test_sdft_trainer import trainer
 
@@ -138,7 +138,7 @@ def test_an_option_of_lora_that_does_something_else_here_is_refused(name):
 
 def test_an_option_of_lora_that_is_not_known_is_refused(monkeypatch):
     check_adapter(adapter_config("LORA", alpha_pattern={"q_proj": 2}))
-    monkeypatch.setattr("sdft.adapters.LORA_OPTIONS", LORA_OPTIONS - {"use_dora", "alpha_pattern"})
+    monkeypatch.setattr("sdft.models.adapters.LORA_OPTIONS", LORA_OPTIONS - {"use_dora", "alpha_pattern"})
     check_adapter(adapter_config("LORA"))
     for name, value in {"use_dora": True, "alpha_pattern": {"q_proj": 2}}.items():
         with pytest.raises(UsageError, match=f"{name} is {value!r}; it must not be set: it is not known to work here"):
@@ -147,9 +147,9 @@ def test_an_option_of_lora_that_is_not_known_is_refused(monkeypatch):
 
 def without_lists(monkeypatch, kind):
     """What there is beside the lists finds it, too."""
-    monkeypatch.setattr("sdft.adapters.ADAPTERS", ADAPTERS | {kind})
-    monkeypatch.setattr("sdft.adapters.REFUSED_STARTS", ("none",))
-    monkeypatch.setattr("sdft.adapters.LORA_OPTIONS", LORA_OPTIONS | {*REFUSED_LORA})
+    monkeypatch.setattr("sdft.models.adapters.ADAPTERS", ADAPTERS | {kind})
+    monkeypatch.setattr("sdft.models.adapters.REFUSED_STARTS", ("none",))
+    monkeypatch.setattr("sdft.models.adapters.LORA_OPTIONS", LORA_OPTIONS | {*REFUSED_LORA})
 
 
 RANDOM = {"PVERA": lambda: {"r": 4}, "LORA": lambda: {"monteclora_config": peft.tuners.lora.MontecloraConfig()}}

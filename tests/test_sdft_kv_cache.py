@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from sdft.kv_cache import RoomyLayer, roomy_cache
-from sdft.rollout import Sampling, generation_settings, sample
+from sdft.rollouts.generate import Sampling, generation_settings, sample
+from sdft.rollouts.kv_cache import RoomyLayer, roomy_cache
 from tests import tiny
 from tests.test_sdft_architectures import FAMILIES
 

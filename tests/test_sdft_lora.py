@@ -9,12 +9,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sdft import SDFTTrainer
-from sdft.adapters import add_lora, causal_lm
-from sdft.config import LoraArguments
 from sdft.errors import TrainingError, UsageError
 from sdft.loss import check_head
-from sdft.model_files import base_of, check_apart
-from sdft.models import load_model
+from sdft.models.adapters import add_lora, causal_lm
+from sdft.models.files import base_of, check_apart
+from sdft.models.load import load_model
+from sdft.settings.config import LoraArguments
 from sdft.teacher import make_teacher
 from tests import tiny
 from tests.test_sdft_trainer import Gradients, assert_equal_weights, full_logits, trained, trainer, weights
@@ -399,7 +399,7 @@ def test_an_adapter_of_a_quantised_model_is_merged_into_its_weights_as_numbers(t
     run = trainer(tmp_path / "run", model=named(with_adapter(), tmp_path), max_steps=2)
     run.train()
     run.save_model()
-    monkeypatch.setattr("sdft.models._from_pretrained", lambda name, **_: QuantisedLlama.from_pretrained(name))
+    monkeypatch.setattr("sdft.models.load._from_pretrained", lambda name, **_: QuantisedLlama.from_pretrained(name))
     loaded, _ = load_model(str(tmp_path / "run"))
     torch.testing.assert_close(logits(loaded), logits(run.learner.eval()), rtol=1e-4, atol=1e-4)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
@@ -412,7 +412,7 @@ def test_a_quantised_model_that_cannot_be_had_as_numbers_is_refused(tmp_path, mo
     run = trainer(tmp_path / "run", model=named(with_adapter(), tmp_path), max_steps=2)
     run.train()
     run.save_model()
-    monkeypatch.setattr("sdft.models._from_pretrained", lambda name, **_: QuantisedLlama.from_pretrained(name))
+    monkeypatch.setattr("sdft.models.load._from_pretrained", lambda name, **_: QuantisedLlama.from_pretrained(name))
     monkeypatch.setattr(QuantisedLlama, "dequantize", no_numbers)
     with pytest.raises(UsageError, match="an adapter of a quantised model whose weights cannot be had as numbers"):
         load_model(str(tmp_path / "run"))

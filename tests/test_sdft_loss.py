@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GPTJConfig, GraniteConfig
 
-from sdft.config import SDFTConfig
+from sdft.batch import Sample, count_items, group, lay_out, parts_within
 from sdft.errors import TrainingError
-from sdft.layout import Sample, count_items, group, lay_out, parts_within
 from sdft.loss import check_head, completion_logprobs, demonstration_loss, distillation_loss, find_head
+from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
 

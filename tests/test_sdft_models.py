@@ -9,16 +9,16 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdft import models
-from sdft.adapters import add_lora
-from sdft.config import LoraArguments, SDFTConfig
+from sdft.batch import Sample, lay_out
 from sdft.data import encode_prompt
 from sdft.errors import UsageError
-from sdft.gguf_cache import cache_folder
-from sdft.layout import Sample, lay_out
 from sdft.loss import check_head, distillation_loss
-from sdft.models import BUILT_IN, eos_token_ids, limits, load_model, resolve
-from sdft.rollout import generate
+from sdft.models.adapters import add_lora
+from sdft.models.gguf_cache import cache_folder
+from sdft.models.load import BUILT_IN, eos_token_ids, limits, load_model, resolve
+from sdft.models.load import load as models
+from sdft.rollouts.generate import generate
+from sdft.settings.config import LoraArguments, SDFTConfig
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
 
@@ -42,8 +42,8 @@ def test_a_gguf_file_is_a_folder_and_a_name(tmp_path):
 def test_a_gguf_file_is_saved_under_the_name_that_loads_it(tmp_path, monkeypatch):
     """So that an adapter, which names its model, finds it again."""
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("sdft.models.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny.tiny_model())
-    monkeypatch.setattr("sdft.models.AutoTokenizer.from_pretrained", lambda *_, **__: tiny.tiny_tokenizer())
+    monkeypatch.setattr("sdft.models.load.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny.tiny_model())
+    monkeypatch.setattr("sdft.models.load.AutoTokenizer.from_pretrained", lambda *_, **__: tiny.tiny_tokenizer())
     name = str(tmp_path / "weights.gguf")
     model, _ = load_model(name)
     assert model.config._name_or_path == model.name_or_path == name

@@ -2,8 +2,8 @@
 
 import torch
 
-from sdft import phases
-from sdft.phases import Phases
+from sdft.progress.display import phases
+from sdft.progress.phases import Phases
 
 
 def test_time_within_a_phase_of_a_phase_is_the_inner_ones(monkeypatch):

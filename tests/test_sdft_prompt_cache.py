@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sdft.batch import Sample, lay_out
 from sdft.errors import TrainingError
-from sdft.layout import Sample, lay_out
 from sdft.loss import backbone, hidden_states
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from tests import tiny

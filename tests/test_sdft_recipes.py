@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sdft import cli, early_checks, rows, run
+from sdft import cli, early_checks, rows
+from sdft import commands as run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))

@@ -17,13 +17,14 @@ import pytest
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from sdft import checkpoint, early_checks
-from sdft.claim import claimed
+from sdft import early_checks
+from sdft.checkpoints import files as checkpoint
+from sdft.checkpoints.claim import claimed
+from sdft.checkpoints.resume import Resuming, checkpoint_to_resume, last_checkpoint
+from sdft.checkpoints.signals import FinishOnSignal
 from sdft.errors import TrainingError, UsageError
-from sdft.report import MetricsFile
-from sdft.resuming import Resuming, checkpoint_to_resume, last_checkpoint
-from sdft.sampling import RowSampler
-from sdft.signals import FinishOnSignal
+from sdft.evaluation.report import MetricsFile
+from sdft.rollouts.row_sampler import RowSampler
 from tests import tiny
 from tests.test_sdft_trainer import assert_equal_weights, trained, trainer, weights
 from tests.waiting import patience
@@ -371,7 +372,7 @@ def test_a_launcher_that_passes_ctrl_c_on_does_not_make_two_of_one(tmp_path):
 
 
 def test_a_second_sigterm_and_one_that_finds_no_step_act_as_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr("sdft.signals.ECHO", 0.0)
+    monkeypatch.setattr("sdft.checkpoints.signals.ECHO", 0.0)
 
     class Ended(Exception):
         pass

@@ -3,10 +3,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from sdft.continuous import PAGE, STEP_TOKENS
 from sdft.errors import TrainingError, UsageError
-from sdft.models import eos_token_ids
-from sdft.rollout import (
+from sdft.models.load import eos_token_ids
+from sdft.rollouts.continuous import PAGE, STEP_TOKENS
+from sdft.rollouts.generate import (
     BACKENDS,
     Sampling,
     batches_by_length,
@@ -17,7 +17,7 @@ from sdft.rollout import (
     sample,
     seeded,
 )
-from sdft.stopping import stopped_length
+from sdft.rollouts.stop_strings import stopped_length
 from tests import tiny
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34, 35]]
@@ -336,7 +336,7 @@ def test_batches_hold_prompts_of_similar_length_and_results_keep_their_order(mon
 
 
 def test_a_backend_of_ones_own_can_be_named_and_is_held_to_its_contract(monkeypatch):
-    monkeypatch.setattr("sdft.rollout.BACKENDS", dict(BACKENDS))
+    monkeypatch.setattr("sdft.rollouts.generate.BACKENDS", dict(BACKENDS))
     model = tiny.tiny_model()
     register_backend("own", lambda model, prompts, sampling, tokenizer, seeds: [[5, 6, 7, 8] for _ in prompts])
     assert sample(model, PROMPTS, Sampling(3, frozenset({6})), backend="own") == [[5, 6]] * 3

@@ -3,8 +3,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from sdft.errors import TrainingError
-from sdft.rollout import generate
-from sdft.sampling import RowSampler, sample_rows, seed_of
+from sdft.rollouts.generate import generate
+from sdft.rollouts.row_sampler import RowSampler, sample_rows, seed_of
 from tests import tiny
 
 CPU = torch.device("cpu")

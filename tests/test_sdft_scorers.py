@@ -4,7 +4,7 @@ import pytest
 
 from sdft.data import load_rows
 from sdft.errors import UsageError
-from sdft.scorers import SCORERS, check_answers, find_choice
+from sdft.evaluation.scorers import SCORERS, check_answers, find_choice
 
 
 def test_exact_and_contains():

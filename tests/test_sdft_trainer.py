@@ -21,7 +21,7 @@ from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import as_forward_of
 from sdft.repeats import RepeatedRows
-from sdft.rollout import BACKENDS, Sampling, sample
+from sdft.rollouts.generate import BACKENDS, Sampling, sample
 from tests import tiny
 
 

@@ -12,7 +12,7 @@ from transformers import Qwen2ForCausalLM
 from benchmarks.gpu_report.cases import described
 from benchmarks.gpu_report.models import random_model
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
-from sdft.rollout import BACKENDS, Sampling, sample
+from sdft.rollouts.generate import BACKENDS, Sampling, sample
 
 PROMPT_TOKENS, NEW_TOKENS, TOY_TOKENS = 64, 128, 8
 

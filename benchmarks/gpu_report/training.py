@@ -31,7 +31,7 @@ from benchmarks.gpu_report.cases import why_not
 from benchmarks.gpu_report.models import SIZES, character_tokenizer, random_model
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.ledger import OURS
-from sdft.config import SDFTConfig
+from sdft.settings.config import SDFTConfig
 from sdft.trainer import SDFTTrainer
 
 GIBIBYTE = 2**30

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sdft.config import SDFTConfig
-from sdft.layout import lay_out
+from sdft.batch import lay_out
 from sdft.loss import completion_logprobs, distillation_loss
+from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher
 from sdft.trainer import SDFTTrainer
 from tests import tiny

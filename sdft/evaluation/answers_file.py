@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from sdft.checkpoint import write_text
+from sdft.checkpoints.files import write_text
 from sdft.errors import TrainingError
 
 

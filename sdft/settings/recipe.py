@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sdft.errors import SettingsError, UsageError
-from sdft.fields import NO, YES, Field
+from sdft.settings.fields import NO, YES, Field
 
 Settings = TypeVar("Settings")
 

@@ -19,14 +19,14 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from sdft._compat import load_best_model
-from sdft.checkpoint import write_text
-from sdft.claim import claimed
-from sdft.config import SDFTConfig
+from sdft.checkpoints.claim import claimed
+from sdft.checkpoints.files import write_text
+from sdft.checkpoints.resume import RECORD, Resuming, steps_done
+from sdft.checkpoints.signals import FinishOnSignal
+from sdft.checkpoints.whole_saves import WholeSaves
 from sdft.errors import UsageError
-from sdft.phases import Phases
-from sdft.resuming import RECORD, Resuming, steps_done
-from sdft.saving import WholeSaves
-from sdft.signals import FinishOnSignal
+from sdft.progress.phases import Phases
+from sdft.settings.config import SDFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class Left(Exception):
 class Runs(WholeSaves):
     """Trains from the start or from a checkpoint, and does nothing where nothing is left to do.
 
-    While it trains output_dir is its own; see `sdft.claim`. Among its callbacks there may be a `FinishOnSignal`.
+    While it trains output_dir is its own; see `sdft.checkpoints.claim`. Among its callbacks there may be a
+    `FinishOnSignal`.
     """
 
     args: SDFTConfig

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.checkpoint import failing_clearly
-from sdft.layout import Sample
+from sdft.batch import Sample
+from sdft.checkpoints.files import failing_clearly
 
 COMPLETIONS_FILE = "completions.jsonl"
 

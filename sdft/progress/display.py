@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.phases import peak_memory_mib
-from sdft.watching import Count
+from sdft.progress.counts import Count
+from sdft.progress.phases import peak_memory_mib
 
 EVERY = 0.2  # seconds between two looks at the rollouts, which on a GPU have to be waited for
 
@@ -20,7 +20,7 @@ class Progress:
     """What a trainer tells of the step that it is at; nobody listens to this one."""
 
     def phase(self, name: str | None) -> None:
-        """Another phase of those in `sdft.phases` has begun, or none."""
+        """Another phase of those in `sdft.progress.phases` has begun, or none."""
 
     def rollouts(self, count: Count, rollouts: int, most: int) -> None:
         """A token of so many rollouts has been written, which have so many tokens at most."""

@@ -16,10 +16,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.checkpoint import failing_clearly, in_one_move, write_text
-from sdft.completions import forget_after
+from sdft.checkpoints.files import failing_clearly, in_one_move, write_text
 from sdft.data import WHERE, Row
 from sdft.errors import counted
+from sdft.evaluation.completion_log import forget_after
 from sdft.templates import as_messages
 
 METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping
 
-from sdft.fields import Field
+from sdft.settings.fields import Field
 
 WIDTH = 100
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sdft.checkpoint import follow_umask
+from sdft.checkpoints.files import follow_umask
 
 VARIABLE = "SDFT_CACHE_DIR"
 

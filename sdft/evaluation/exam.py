@@ -1,8 +1,8 @@
 """What the model can do, and what it has forgotten.
 
-- Accuracy: answers to held-out prompts, greedy or sampled, right where a scorer (see `sdft.scorers`) says so of them
-  and the row's `answer`. Given a template, the same for the demonstration-conditioned teacher: what it cannot do, the
-  student cannot learn from it.
+- Accuracy: answers to held-out prompts, greedy or sampled, right where a scorer (see `sdft.evaluation.scorers`) says
+  so of them and the row's `answer`. Given a template, the same for the demonstration-conditioned teacher: what it
+  cannot do, the student cannot learn from it.
 - Forgetting: the mean over tokens of KL(start || model) on the greedy answers to general prompts of the model that
   training started from, in nats: how far the distribution has moved, at each token, where that model would have been.
 """
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sdft.config import EvalSettings
+from sdft.batch import Sample, lay_out
 from sdft.data import WHERE, Row, check_ids, encode_prompt, teacher_chat
+from sdft.evaluation.scorers import SCORERS, Scorer, exact
 from sdft.forward import evaluating
-from sdft.layout import Sample, lay_out
 from sdft.loss import divergence, teacher_view
-from sdft.models import eos_token_ids, limits
-from sdft.rollout import Sampling, batches_by_length, finished, generate
+from sdft.models.load import eos_token_ids, limits
+from sdft.processes import each_batch, processes
+from sdft.rollouts.generate import Sampling, batches_by_length, finished, generate
+from sdft.rollouts.row_sampler import seed_of
 from sdft.rows import exam_rows, have_demonstrations
-from sdft.sampling import seed_of
-from sdft.scorers import SCORERS, Scorer, exact
-from sdft.shares import each_batch, processes
+from sdft.settings.config import EvalSettings
 from sdft.teacher import Teacher
 from sdft.templates import Message
 
@@ -72,7 +72,7 @@ def complete(
     """The completion of each prompt, in the prompts' order; batches hold prompts of similar length.
 
     Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` and the prompt's
-    place alone and leave the caller's as they were. With `share`, processes share the prompts; see `sdft.shares`.
+    place alone and leave the caller's as they were. With `share`, processes share the prompts; see `sdft.processes`.
     `made` is told of each completion, by its prompt's number, as soon as its batch is done, and whether it is finished.
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}

@@ -17,7 +17,7 @@ from sdft._compat import dequantized
 from sdft.errors import UsageError, counted
 
 if TYPE_CHECKING:
-    from sdft.config import LoraArguments
+    from sdft.settings.config import LoraArguments
 
 #: Types of adapters that lie in layers, so that the loss finds the backbone's hidden states and the adapter merges.
 ADAPTERS = frozenset(

@@ -12,10 +12,10 @@ from typing import Any, cast
 from transformers.integrations import get_available_reporting_integrations
 
 from sdft._compat import Arguments
-from sdft.config import MethodSettings, check_at_least, chosen
 from sdft.errors import SettingsError, UsageError
-from sdft.inherited import SAMPLING_STRATEGIES, check_settings
-from sdft.rollout import BACKENDS
+from sdft.rollouts.generate import BACKENDS
+from sdft.settings.config import MethodSettings, check_at_least, chosen
+from sdft.settings.inherited import SAMPLING_STRATEGIES, check_settings
 from sdft_kernels.arguments import LEAST_SHARE
 
 METRICS = ("accuracy", "forgetting")

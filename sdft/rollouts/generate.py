@@ -24,13 +24,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sdft.continuous import generate_continuously
 from sdft.errors import TrainingError, UsageError, counted
 from sdft.forward import evaluating
-from sdft.kv_cache import roomy_cache
-from sdft.sampling import RowSampler, sample_rows, seed_of
-from sdft.stopping import AtStopString, just_stopped, stopped_length
-from sdft.watching import InBatches, Watch, Watched
+from sdft.progress.counts import InBatches, Watch, Watched
+from sdft.rollouts.continuous import generate_continuously
+from sdft.rollouts.kv_cache import roomy_cache
+from sdft.rollouts.row_sampler import RowSampler, sample_rows, seed_of
+from sdft.rollouts.stop_strings import AtStopString, just_stopped, stopped_length
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The field's help texts are what `sdft train --help-all` prints. Nothing here imports torch or transformers, so that the
 command checks what it is told before it loads them. `SDFTConfig`, which is also a `transformers.TrainingArguments`, is
-in `sdft.arguments` and here once asked for.
+in `sdft.settings.arguments` and here once asked for.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sdft.errors import UsageError
-from sdft.scorers import SCORERS
+from sdft.evaluation.scorers import SCORERS
 from sdft.templates import TEMPLATES, parse_template
 
 if TYPE_CHECKING:
-    from sdft.arguments import SDFTConfig as SDFTConfig
+    from sdft.settings.arguments import SDFTConfig as SDFTConfig
 
 METHODS = ("sdft", "sft")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
@@ -34,10 +34,10 @@ def setting(default: Any, help: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     if name == "SDFTConfig":
-        from sdft.arguments import SDFTConfig
+        from sdft.settings.arguments import SDFTConfig
 
         return SDFTConfig
-    raise AttributeError(f"module 'sdft.config' has no attribute {name!r}")
+    raise AttributeError(f"module 'sdft.settings.config' has no attribute {name!r}")
 
 
 class Trust(TypedDict):
@@ -326,7 +326,7 @@ class MethodSettings(EvalSettings):
         "generate",
         "What samples the rollouts: generate (transformers, one padded batch), continuous (transformers' continuous "
         "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
-        "sdft.rollout.register_backend.",
+        "sdft.rollouts.generate.register_backend.",
     )
     log_completions: int | bool = setting(
         0,

@@ -19,13 +19,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-from sdft import checkpoint
-from sdft.completions import COMPLETIONS_FILE
+from sdft.checkpoints import files as checkpoint
+from sdft.checkpoints.resume import RECORD, checkpoint_to_resume, last_checkpoint, read_record, run_of
 from sdft.early_checks import check_writable
 from sdft.errors import UsageError
-from sdft.recipe import RESOLVED_FILE
-from sdft.report import CURVES_FILE, METRICS_FILE, SUMMARY_FILE
-from sdft.resuming import RECORD, checkpoint_to_resume, last_checkpoint, read_record, run_of
+from sdft.evaluation.completion_log import COMPLETIONS_FILE
+from sdft.evaluation.report import CURVES_FILE, METRICS_FILE, SUMMARY_FILE
+from sdft.settings.recipe import RESOLVED_FILE
 
 logger = logging.getLogger(__name__)
 

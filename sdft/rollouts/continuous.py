@@ -26,8 +26,8 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from sdft._compat import batching_config
 from sdft.errors import TrainingError
-from sdft.sampling import RowSampler
-from sdft.watching import Watch
+from sdft.progress.counts import Watch
+from sdft.rollouts.row_sampler import RowSampler
 
 PAGE = {"cpu": 32, "cuda": 256}  # tokens in a page of the cache; flash attention takes multiples of 256
 STEP_TOKENS = 512  # the most tokens in a step; without flash attention, rows of a mask as wide as the cache

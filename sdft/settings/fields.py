@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdft.config import MethodSettings, chosen
 from sdft.errors import UsageError
-from sdft.inherited import help_here
+from sdft.settings.config import MethodSettings, chosen
+from sdft.settings.inherited import help_here
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -100,7 +100,7 @@ def shown(value: Any, width: int = 60) -> str:
 
 
 def own_fields(*settings: Any) -> dict[str, Field]:
-    """The fields of dataclasses of `sdft.config` by name."""
+    """The fields of dataclasses of `sdft.settings.config` by name."""
     found = {}
     for field in (field for each in settings for field in dataclasses.fields(each)):
         default = None if field.default is dataclasses.MISSING else field.default

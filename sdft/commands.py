@@ -17,25 +17,15 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from sdft.adapters import add_lora
-from sdft.answers import AnswersFile
-from sdft.checkpoint import failing_clearly, remove_checkpoints, write_text
-from sdft.claim import CHECKPOINTS, Claim, claimed
-from sdft.config import (
-    EvalCommand,
-    GenerateCommand,
-    LoraArguments,
-    ModelArguments,
-    SDFTConfig,
-)
+from sdft.checkpoints.claim import CHECKPOINTS, Claim, claimed
+from sdft.checkpoints.files import failing_clearly, remove_checkpoints, write_text
+from sdft.checkpoints.resume import steps_done
+from sdft.checkpoints.signals import FinishOnSignal
 from sdft.data import WHERE, Row
 from sdft.errors import SettingsError, UsageError, counted
-from sdft.evaluate import Answers, Exam, Made, complete, prompts_for
-from sdft.model_files import check_apart
-from sdft.models import load_model
-from sdft.progress import Display
-from sdft.recipe import RESOLVED_FILE
-from sdft.report import (
+from sdft.evaluation.answers_file import AnswersFile
+from sdft.evaluation.exam import Answers, Exam, Made, complete, prompts_for
+from sdft.evaluation.report import (
     SUMMARY_FILE,
     MetricsFile,
     Scores,
@@ -49,9 +39,19 @@ from sdft.report import (
     write_summary,
     wrong_answers,
 )
-from sdft.resuming import steps_done
+from sdft.models.adapters import add_lora
+from sdft.models.files import check_apart
+from sdft.models.load import load_model
+from sdft.progress.display import Display
 from sdft.rows import Rows
-from sdft.signals import FinishOnSignal
+from sdft.settings.config import (
+    EvalCommand,
+    GenerateCommand,
+    LoraArguments,
+    ModelArguments,
+    SDFTConfig,
+)
+from sdft.settings.recipe import RESOLVED_FILE
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
 from sdft.trainer import SDFTTrainer
