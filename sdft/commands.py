@@ -188,7 +188,7 @@ def _train(
         )
         with trainer.phases("eval"):
             moved = trainer.with_student(lambda: trainer.moved(exam, start))
-    spent = trainer.spent()
+    spent = trainer.step_log.spent()
     if not trainer.is_world_process_zero():
         return 0
 

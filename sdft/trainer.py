@@ -13,11 +13,9 @@ not the checkpoint, and loads the checkpoint into the student.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -25,33 +23,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out, parts_within
-from sdft.checkpoints.runs import Runs
+from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
 from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
 from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluation.completion_log import CompletionsFile
 from sdft.evaluation.exam import Exam
-from sdft.forward import Result, as_forward_of
+from sdft.forward import as_forward_of
 from sdft.launch import check_launch, installed, prepare_packages, switch_off_dropout
 from sdft.loss import (
     StepLoss,
     backbone,
     check_head,
     check_same_in_training,
-    completion_logprobs,
     demonstration_loss,
     distillation_loss,
 )
 from sdft.models.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
 from sdft.models.load import eos_token_ids, limits, load_model
-from sdft.progress.counts import Count
-from sdft.progress.display import Progress
-from sdft.progress.phases import PHASES, peak_memory_mib
+from sdft.progress.step_log import StepLog
 from sdft.prompt_cache import PromptCache, check_prompt_cache
-from sdft.repeats import RepeatedRows, load_samples, save_samples
-from sdft.rollouts.generate import Sampling, finished, sample
-from sdft.rollouts.row_sampler import seed_of
+from sdft.repeats import load_samples, save_samples
+from sdft.rollouts.generate import Sampling
+from sdft.samples import SamplingTrainer
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import check_arguments
 from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, make_teacher, trains_beside_adapter
@@ -59,10 +53,8 @@ from sdft.templates import parse_template
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut
 
-
-class SDFTTrainer(Runs):
+class SDFTTrainer(SamplingTrainer):
     """Trains a causal language model on rows of `prompt` and `demonstration`.
 
     `model` is a transformers model, with a peft adapter or without, or a name for `sdft.load_model`;
@@ -76,7 +68,6 @@ class SDFTTrainer(Runs):
     """
 
     args: SDFTConfig
-    progress = Progress()
 
     def __init__(
         self,
@@ -142,9 +133,10 @@ class SDFTTrainer(Runs):
             nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
         if tokens := self._some_tokens(rows):
-            check_head(self.student, tokens, self._autocast)
-            check_same_in_training(self.student, tokens, self._autocast)
-        self.teacher: Teacher | None = None
+            check_head(self.student, tokens, self.autocast_type)
+            check_same_in_training(self.student, tokens, self.autocast_type)
+        self.step_log = StepLog(self.accelerator, self.phases, args.max_completion_length)
+        self.teacher = None
         if args.method == "sdft":
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
@@ -156,15 +148,7 @@ class SDFTTrainer(Runs):
                 str(args.output_dir), args.log_completions, processing_class, args.skip_tokens
             )
             self.add_callback(self.completions)
-        self._reused: list[Sample] | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._totals: dict[str, float] = {}
         self._pieces = (0, 0)
-        self._judged, self._warned_of_cuts = (0, 0), False
-
-    def show(self, progress: Progress) -> None:
-        """Have `progress` told how far the step is that is under way."""
-        self.progress, self.phases.told = progress, progress.phase
 
     def _some_tokens(self, rows: list[Row] | None) -> list[int]:
         """A few tokens to find out with what the model is, where there is any text to have them from."""
@@ -174,16 +158,6 @@ class SDFTTrainer(Runs):
             tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
             return encode_prompt(self.exam.general_rows[0]["prompt"], tokenizer)[:16]
         return []
-
-    @property
-    def learner(self) -> nn.Module:
-        """The model that learns, with its adapter where there is one."""
-        return cast(nn.Module, self.model)
-
-    @property
-    def student(self) -> PreTrainedModel:
-        """The transformers model that learns, without what distributed training and peft wrap around it."""
-        return causal_lm(self.learner)
 
     def _starting_model(self) -> Teacher | None:
         """What lends the model that training starts from, at the price of a copy only where forgetting is measured."""
@@ -198,7 +172,7 @@ class SDFTTrainer(Runs):
         if self.teacher is None or not rows or not self.args.teacher_cache_gib:
             return None
         with self.teacher.scoring() as model:
-            check_prompt_cache(model, backbone(model), rows[0]["teacher_prompt_ids"][:16], self._autocast)
+            check_prompt_cache(model, backbone(model), rows[0]["teacher_prompt_ids"][:16], self.autocast_type)
         return PromptCache(int(self.args.teacher_cache_gib * 2**30))
 
     @staticmethod
@@ -218,14 +192,6 @@ class SDFTTrainer(Runs):
         )
 
     # One optimizer step: rollouts, layout, loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.num_iterations == 1:
-            return super()._get_train_sampler(train_dataset)
-        args = self.args
-        group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return RepeatedRows(len(rows), group, args.num_iterations, args.data_seed or args.seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -257,19 +223,11 @@ class SDFTTrainer(Runs):
 
     def _in_pieces(self, samples: list[Sample]) -> list[Batch]:
         """A micro-batch, laid out in pieces that keep to `max_forward_tokens`."""
-        parts = self._parts(samples, len(samples))
+        parts = self.parts(samples, len(samples))
         return [
             lay_out(members, self.args.skip_tokens, self.args.loss_normalisation) | {"samples": members}
             for members in group(samples, parts)
         ]
-
-    def _parts(self, samples: list[Sample], most: int) -> int:
-        """In how many groups of at most `most` samples each keeps to `max_forward_tokens`; as many in every process."""
-        parts = -(-len(samples) // most)
-        if self.args.max_forward_tokens is not None:
-            parts = max(parts, parts_within(samples, self.args.max_forward_tokens))
-            parts = int(self.accelerator.gather(torch.tensor([parts], device=self.args.device)).max())
-        return parts
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """A micro-batch's loss and gradients, piece by piece; processes exchange whole gradients after the last."""
@@ -289,110 +247,6 @@ class SDFTTrainer(Runs):
         for piece in inputs:
             super()._track_num_input_tokens(piece)
 
-    def step_samples(self, rows: list[Row]) -> list[Sample]:
-        """A completion for each row: new ones, or those of the last step while they serve several."""
-        iterations = self.args.num_iterations
-        if iterations == 1 or self.args.method == "sft":
-            return self.samples(rows)
-        if self._reused is None or self.state.global_step % iterations == 0:
-            samples = self.samples(rows)
-            with self.phases("score"):
-                self._reused = self._with_old_logprobs(samples)
-        return self._reused
-
-    def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
-        """The samples with the log-probabilities that their tokens have now."""
-        skip = self.args.skip_tokens
-        scored: dict[int, Sample] = {}
-        for members in group(samples, self._parts(samples, self.args.per_device_train_batch_size)):
-            batch = self._prepare_inputs(lay_out(members, skip))
-            score = functools.partial(completion_logprobs, self.student, batch, self.args, self._autocast)
-            logprobs = as_forward_of(self.model_wrapped, self.learner, score)
-            lengths = [len(sample.completion[skip:]) for sample in members]
-            for one, values in zip(members, logprobs.split(lengths), strict=True):
-                scored[id(one)] = dataclasses.replace(one, old_logprobs=values.tolist())
-        return [scored[id(one)] for one in samples]
-
-    @property
-    def _autocast(self) -> torch.dtype | None:
-        """The type of mixed-precision products, None where there are none; `accelerate launch` may have set it."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-
-    def samples(self, rows: list[Row]) -> list[Sample]:
-        """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
-        if self.args.method == "sft":
-            return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
-        each = self.args.rollouts_per_prompt
-        places = [place * each + number for place in self._places(len(rows)) for number in range(each)]
-        rows = [row for row in rows for _ in range(each)]
-        return [
-            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
-            for row, completion in zip(rows, self.rollouts(rows, places), strict=True)
-        ]
-
-    def rollouts(self, rows: list[Row], places: list[int]) -> list[list[int]]:
-        """A completion for each row, by the student or by the teacher who sees the row's demonstration.
-
-        A row's random numbers depend on the seed, the step and its place in the step's batch.
-        """
-        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-
-        def watch(count: Count) -> bool:
-            self.progress.rollouts(count, len(rows), len(rows) * self.sampling.max_new_tokens)
-            return self.asked_to_stop
-
-        watched = dataclasses.replace(self.sampling, watch=watch)
-
-        def write() -> list[list[int]]:
-            with self._writer() as (model, prompt_ids):
-                return sample(
-                    model,
-                    [row[prompt_ids] for row in rows],
-                    watched,
-                    tokenizer=tokenizer,
-                    seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
-                    backend=self.args.rollout_backend,
-                    batch_size=self.args.rollout_batch_size,
-                )
-
-        with self.phases("rollout"):
-            completions = self.with_student(write)
-        self.leave_if_asked()
-        self._count(
-            completions=len(rows),
-            completion_length=sum(map(len, completions)),
-            finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
-        )
-        return completions
-
-    def with_student(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives, in which the student may be called, in the run's precision.
-
-        Where a sharded model has peft's wrapped around it, weights outside its layers are whole only in the forward
-        pass of that.
-        """
-        with self.accelerator.autocast():
-            if self.is_fsdp_enabled and self.learner is not self.student:
-                return as_forward_of(self.model_wrapped, self.learner, function)
-            return function()
-
-    @contextlib.contextmanager
-    def _writer(self) -> Iterator[tuple[PreTrainedModel, str]]:
-        """The model that writes the rollouts, and the name of the prompt that it sees."""
-        if self.teacher is not None and self.args.rollout_from == "teacher":
-            with self.teacher.scoring() as model:
-                yield model, "teacher_prompt_ids"
-        else:
-            yield self.student, "prompt_ids"
-
-    def _places(self, count: int) -> list[int]:
-        """The place in the step's batch, over all processes, of each of this process's rows.
-
-        The sampler's batches go to the processes in turn.
-        """
-        size, processes, process = self.args.train_batch_size, self.args.world_size, self.args.process_index
-        return [(n // size * processes + process) * size + n % size for n in range(count)]
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -408,7 +262,7 @@ class SDFTTrainer(Runs):
         def forward() -> StepLoss:
             student = causal_lm(module)
             if self.teacher is None:
-                out = demonstration_loss(student, inputs, self.args, self._autocast)
+                out = demonstration_loss(student, inputs, self.args, self.autocast_type)
                 return StepLoss(out.total / items, out.sums)
             logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
             out = distillation_loss(
@@ -416,14 +270,14 @@ class SDFTTrainer(Runs):
                 self.teacher,
                 inputs,
                 self.args,
-                self._autocast,
+                self.autocast_type,
                 per_token=logged,
                 prompts=self.prompts,
                 timed=self.phases("score"),
             )
             loss = out.total / items
             if share:
-                shown = demonstration_loss(student, demonstrations_of(inputs), self.args, self._autocast)
+                shown = demonstration_loss(student, demonstrations_of(inputs), self.args, self.autocast_type)
                 loss = (1 - share) * loss + share * shown.total / inputs["demonstration_items"]
             return StepLoss(loss, out.sums, out.tokens)
 
@@ -432,7 +286,7 @@ class SDFTTrainer(Runs):
         self.progress.learned(*self._pieces)
         if self.completions is not None and step_loss.tokens is not None:
             self.completions.add(inputs["samples"], step_loss.tokens)
-        self._count(tokens=inputs["labels"].numel(), **step_loss.sums)
+        self.step_log.add(tokens=inputs["labels"].numel(), **step_loss.sums)
         loss = step_loss.total
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -445,7 +299,7 @@ class SDFTTrainer(Runs):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        scaled = self._autocast == torch.float16  # then the scaler skips such steps
+        scaled = self.autocast_type == torch.float16  # then the scaler skips such steps
         if not scaled and not torch.isfinite(torch.as_tensor(norm)):
             raise TrainingError(
                 f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}: training stopped before "
@@ -453,73 +307,10 @@ class SDFTTrainer(Runs):
             )
         return norm
 
-    # What is logged
-
-    def _count(self, **sums: Tensor | float) -> None:
-        """Add to the sums whose means the next log shows."""
-        for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.args.device).detach()
-            self._sums[name] = self._sums.get(name, 0) + value
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._sums:
-            sums = self._take_sums()
-            for name in ("student_entropy", "teacher_entropy"):
-                if name in sums:
-                    logs[name] = sums[name] / max(sums["tokens"], 1)
-            if sums.get("completions"):
-                logs["completion_length"] = sums["completion_length"] / sums["completions"]
-                logs["finished"] = sums["finished"] / sums["completions"]
-                self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
-            logs.update(self._spent(sums))
+        if "loss" in logs and self.step_log:
+            logs.update(self.step_log.line())
         super().log(logs, start_time)
-
-    def spent(self) -> dict[str, float]:
-        """What the run has taken so far of time and memory, as a line of the log says it of its steps."""
-        self._take_sums()
-        return self._spent(self._totals)
-
-    def _take_sums(self) -> dict[str, float]:
-        """The sums over all processes since they were last taken."""
-        self._count(**{f"{name}_seconds": seconds for name, seconds in self.phases.take().items()})
-        names = sorted(self._sums)
-        values = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
-        sums = dict(zip(names, values, strict=True))
-        self._sums = {}
-        for name, value in sums.items():
-            self._totals[name] = self._totals.get(name, 0.0) + value
-        return sums
-
-    def _spent(self, sums: dict[str, float]) -> dict[str, float]:
-        """Seconds by phase, of a process, and tokens a second and peak memory, of all of them."""
-        seconds = {name: sums[f"{name}_seconds"] / self.accelerator.num_processes for name in PHASES}
-        spent = {f"{name}_seconds": value for name, value in seconds.items() if value}
-        of_step = seconds["rollout"] + seconds["score"] + seconds["learn"]
-        if of_step and sums.get("tokens"):
-            spent["tokens_per_second"] = sums["tokens"] / of_step
-        if seconds["rollout"] and sums.get("completion_length"):
-            spent["rollout_tokens_per_second"] = sums["completion_length"] / seconds["rollout"]
-        peak = torch.tensor([peak_memory_mib(self.args.device)], device=self.args.device)
-        spent["peak_memory_mib"] = float(self.accelerator.gather(peak).max())
-        return spent
-
-    def _warn_of_cuts(self, completions: int, finished: int) -> None:
-        """Say it once if most completions do not come to an end; too few to judge by are judged with the next."""
-        self._judged = (self._judged[0] + completions, self._judged[1] + finished)
-        completions, finished = self._judged
-        if completions < ENOUGH_TO_JUDGE or self._warned_of_cuts:
-            return
-        self._judged = (0, 0)
-        if finished < completions / 2:
-            self._warned_of_cuts = True
-            if self.is_world_process_zero():
-                logger.warning(
-                    "%d of the last %d completions were cut at max_completion_length=%d: raise it, or name in "
-                    "rollout_stop what ends an answer",
-                    completions - finished,
-                    completions,
-                    self.args.max_completion_length,
-                )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -553,7 +344,7 @@ class SDFTTrainer(Runs):
     def moved(self, exam: Exam, start: Teacher) -> float | None:
         """How far the student is from the model that training started from, on the general prompts of `exam`."""
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        return exam.forgetting(self.student, tokenizer, start, self._autocast)
+        return exam.forgetting(self.student, tokenizer, start, self.autocast_type)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError(
@@ -564,15 +355,15 @@ class SDFTTrainer(Runs):
 
     def save_beside(self, folder: str) -> None:
         super().save_beside(folder)
-        if self._reused is not None:
-            save_samples(folder, self.args.process_index, self._reused)
+        if self.reused is not None:
+            save_samples(folder, self.args.process_index, self.reused)
         if self.args.should_save and self.teacher is not None:
             self.teacher.save(folder)
 
     def load_beside(self, folder: str) -> None:
         if self.teacher is not None:
             self.teacher.load(folder)
-        self._reused = load_samples(folder, self.args.process_index)
+        self.reused = load_samples(folder, self.args.process_index)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:  # gathered from all processes: tied weights have come as two

@@ -598,7 +598,7 @@ def test_logs_say_what_time_went_to_and_how_much_memory_was_taken(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     run = trained(tmp_path, max_steps=2, **options, eval_dataset=tiny.rows(2), num_iterations=2)
     run.save_model()
-    whole, spent = time.perf_counter() - started, run.spent()
+    whole, spent = time.perf_counter() - started, run.step_log.spent()
     first, second = (log for log in run.state.log_history if "loss" in log)
     phases = ["rollout_seconds", "score_seconds", "learn_seconds", "save_seconds", "eval_seconds"]
     assert [name for name in phases if name in first] == phases[:3]
@@ -752,7 +752,7 @@ def test_repeated_rows_cover_the_epoch_a_step_at_a_time():
 def test_precision_is_what_accelerate_launch_sets(launched_with, dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
     run = trainer(tmp_path, max_steps=1)
-    assert run._autocast == dtype
+    assert run.autocast_type == dtype
     seen = []
     run.student.model.layers[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     run.train()

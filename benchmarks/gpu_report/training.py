@@ -232,7 +232,7 @@ class OurTrainer(SDFTTrainer):
     given: list[list[int]]
 
     def rollouts(self, rows: list[dict[str, Any]], places: list[int]) -> list[list[int]]:
-        self._count(completions=len(rows), completion_length=0, finished=len(rows))
+        self.step_log.add(completions=len(rows), completion_length=0, finished=len(rows))
         return self.given[: len(rows)]
 
 

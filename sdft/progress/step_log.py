@@ -1,0 +1,96 @@
+"""What the log says of the steps since it last spoke: means over tokens and completions, time, memory."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sdft.progress.phases import PHASES, Phases, peak_memory_mib
+
+logger = logging.getLogger(__name__)
+
+ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut
+
+
+class StepLog:
+    """Sums over micro-batches, which stay on the device, and over processes, once a line is asked for."""
+
+    def __init__(self, accelerator: Accelerator, phases: Phases, max_completion_length: int) -> None:
+        self.accelerator, self.phases, self.max_completion_length = accelerator, phases, max_completion_length
+        self._sums: dict[str, Tensor] = {}
+        self._totals: dict[str, float] = {}
+        self._judged, self._warned_of_cuts = (0, 0), False
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to say."""
+        return bool(self._sums)
+
+    def add(self, **sums: Tensor | float) -> None:
+        """Add to the sums whose means the next line shows."""
+        for name, value in sums.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
+            self._sums[name] = self._sums.get(name, 0) + value
+
+    def line(self) -> dict[str, float]:
+        """What there is to say of the steps since the last line; every process must ask."""
+        sums = self._take()
+        line: dict[str, float] = {}
+        for name in ("student_entropy", "teacher_entropy"):
+            if name in sums:
+                line[name] = sums[name] / max(sums["tokens"], 1)
+        if sums.get("completions"):
+            line["completion_length"] = sums["completion_length"] / sums["completions"]
+            line["finished"] = sums["finished"] / sums["completions"]
+            self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
+        return line | self._spent(sums)
+
+    def spent(self) -> dict[str, float]:
+        """What the run has taken so far of time and memory, as a line says it of its steps."""
+        self._take()
+        return self._spent(self._totals)
+
+    def _take(self) -> dict[str, float]:
+        """The sums over all processes since they were last taken."""
+        self.add(**{f"{name}_seconds": seconds for name, seconds in self.phases.take().items()})
+        names = sorted(self._sums)
+        values = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+        sums = dict(zip(names, values, strict=True))
+        self._sums = {}
+        for name, value in sums.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value
+        return sums
+
+    def _spent(self, sums: dict[str, float]) -> dict[str, float]:
+        """Seconds by phase, of a process, and tokens a second and peak memory, of all of them."""
+        seconds = {name: sums[f"{name}_seconds"] / self.accelerator.num_processes for name in PHASES}
+        spent = {f"{name}_seconds": value for name, value in seconds.items() if value}
+        of_step = seconds["rollout"] + seconds["score"] + seconds["learn"]
+        if of_step and sums.get("tokens"):
+            spent["tokens_per_second"] = sums["tokens"] / of_step
+        if seconds["rollout"] and sums.get("completion_length"):
+            spent["rollout_tokens_per_second"] = sums["completion_length"] / seconds["rollout"]
+        device = self.accelerator.device
+        peak = torch.tensor([peak_memory_mib(device)], device=device)
+        spent["peak_memory_mib"] = float(self.accelerator.gather(peak).max())
+        return spent
+
+    def _warn_of_cuts(self, completions: int, finished: int) -> None:
+        """Say it once if most completions do not come to an end; too few to judge by are judged with the next."""
+        self._judged = (self._judged[0] + completions, self._judged[1] + finished)
+        completions, finished = self._judged
+        if completions < ENOUGH_TO_JUDGE or self._warned_of_cuts:
+            return
+        self._judged = (0, 0)
+        if finished < completions / 2:
+            self._warned_of_cuts = True
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "%d of the last %d completions were cut at max_completion_length=%d: raise it, or name in "
+                    "rollout_stop what ends an answer",
+                    completions - finished,
+                    completions,
+                    self.max_completion_length,
+                )

@@ -1,0 +1,171 @@
+"""The samples of a step: who writes them, from which random numbers, and how many steps they serve."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sdft.batch import Sample, group, lay_out, parts_within
+from sdft.checkpoints.runs import Runs
+from sdft.data import Row
+from sdft.forward import Result, as_forward_of
+from sdft.loss import completion_logprobs
+from sdft.models.adapters import causal_lm
+from sdft.progress.counts import Count
+from sdft.progress.display import Progress
+from sdft.progress.step_log import StepLog
+from sdft.repeats import RepeatedRows
+from sdft.rollouts.generate import Sampling, finished, sample
+from sdft.rollouts.row_sampler import seed_of
+from sdft.teacher import Teacher
+
+
+class SamplingTrainer(Runs):
+    """A `transformers.Trainer` whose model answers its own prompts."""
+
+    progress = Progress()
+    sampling: Sampling
+    teacher: Teacher | None
+    step_log: StepLog
+    reused: list[Sample] | None = None  # by the steps that the same samples serve
+
+    def show(self, progress: Progress) -> None:
+        """Have `progress` told how far the step is that is under way."""
+        self.progress, self.phases.told = progress, progress.phase
+
+    @property
+    def learner(self) -> nn.Module:
+        """The model that learns, with its adapter where there is one."""
+        return cast(nn.Module, self.model)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The transformers model that learns, without what distributed training and peft wrap around it."""
+        return causal_lm(self.learner)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return RepeatedRows(len(rows), group, args.num_iterations, args.data_seed or args.seed)
+
+    def step_samples(self, rows: list[Row]) -> list[Sample]:
+        """A completion for each row: new ones, or those of the last step while they serve several."""
+        iterations = self.args.num_iterations
+        if iterations == 1 or self.args.method == "sft":
+            return self.samples(rows)
+        if self.reused is None or self.state.global_step % iterations == 0:
+            samples = self.samples(rows)
+            with self.phases("score"):
+                self.reused = self._with_old_logprobs(samples)
+        return self.reused
+
+    def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with the log-probabilities that their tokens have now."""
+        skip = self.args.skip_tokens
+        scored: dict[int, Sample] = {}
+        for members in group(samples, self.parts(samples, self.args.per_device_train_batch_size)):
+            batch = self._prepare_inputs(lay_out(members, skip))
+            score = functools.partial(completion_logprobs, self.student, batch, self.args, self.autocast_type)
+            logprobs = as_forward_of(self.model_wrapped, self.learner, score)
+            lengths = [len(sample.completion[skip:]) for sample in members]
+            for one, values in zip(members, logprobs.split(lengths), strict=True):
+                scored[id(one)] = dataclasses.replace(one, old_logprobs=values.tolist())
+        return [scored[id(one)] for one in samples]
+
+    @property
+    def autocast_type(self) -> torch.dtype | None:
+        """The type of mixed-precision products, None where there are none; `accelerate launch` may have set it."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    def samples(self, rows: list[Row]) -> list[Sample]:
+        """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
+        if self.args.method == "sft":
+            return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
+        each = self.args.rollouts_per_prompt
+        places = [place * each + number for place in self._places(len(rows)) for number in range(each)]
+        rows = [row for row in rows for _ in range(each)]
+        return [
+            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
+            for row, completion in zip(rows, self.rollouts(rows, places), strict=True)
+        ]
+
+    def rollouts(self, rows: list[Row], places: list[int]) -> list[list[int]]:
+        """A completion for each row, by the student or by the teacher who sees the row's demonstration.
+
+        A row's random numbers depend on the seed, the step and its place in the step's batch.
+        """
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+
+        def watch(count: Count) -> bool:
+            self.progress.rollouts(count, len(rows), len(rows) * self.sampling.max_new_tokens)
+            return self.asked_to_stop
+
+        watched = dataclasses.replace(self.sampling, watch=watch)
+
+        def write() -> list[list[int]]:
+            with self._writer() as (model, prompt_ids):
+                return sample(
+                    model,
+                    [row[prompt_ids] for row in rows],
+                    watched,
+                    tokenizer=tokenizer,
+                    seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
+                    backend=self.args.rollout_backend,
+                    batch_size=self.args.rollout_batch_size,
+                )
+
+        with self.phases("rollout"):
+            completions = self.with_student(write)
+        self.leave_if_asked()
+        self.step_log.add(
+            completions=len(rows),
+            completion_length=sum(map(len, completions)),
+            finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
+        )
+        return completions
+
+    def with_student(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives, in which the student may be called, in the run's precision.
+
+        Where a sharded model has peft's wrapped around it, weights outside its layers are whole only in the forward
+        pass of that.
+        """
+        with self.accelerator.autocast():
+            if self.is_fsdp_enabled and self.learner is not self.student:
+                return as_forward_of(self.model_wrapped, self.learner, function)
+            return function()
+
+    @contextlib.contextmanager
+    def _writer(self) -> Iterator[tuple[PreTrainedModel, str]]:
+        """The model that writes the rollouts, and the name of the prompt that it sees."""
+        if self.teacher is not None and self.args.rollout_from == "teacher":
+            with self.teacher.scoring() as model:
+                yield model, "teacher_prompt_ids"
+        else:
+            yield self.student, "prompt_ids"
+
+    def _places(self, count: int) -> list[int]:
+        """The place in the step's batch, over all processes, of each of this process's rows.
+
+        The sampler's batches go to the processes in turn.
+        """
+        size, processes, process = self.args.train_batch_size, self.args.world_size, self.args.process_index
+        return [(n // size * processes + process) * size + n % size for n in range(count)]
+
+    def parts(self, samples: list[Sample], most: int) -> int:
+        """In how many groups of at most `most` samples each keeps to `max_forward_tokens`; as many in every process."""
+        parts = -(-len(samples) // most)
+        if self.args.max_forward_tokens is not None:
+            parts = max(parts, parts_within(samples, self.args.max_forward_tokens))
+            parts = int(self.accelerator.gather(torch.tensor([parts], device=self.args.device)).max())
+        return parts
