@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdft.batch import Sample, lay_out
 from sdft.data import encode_rows, load_rows
-from sdft.loss import find_head, hidden_states
+from sdft.head import find_head, hidden_states
 from sdft.models.load import eos_token_ids, limits, load_model
 from sdft.rollouts.generate import generate, seeded
 from sdft.templates import parse_template

@@ -134,7 +134,9 @@ def _eval(argv: list[str], started: float) -> None:
     from sdft.models.files import check_model
     from sdft.rows import rows_of_eval
     from sdft.settings import help
-    from sdft.settings.config import EvalArguments, EvalCommand, ModelArguments, matching
+    from sdft.settings.checks import matching
+    from sdft.settings.commands import EvalCommand
+    from sdft.settings.config import EvalArguments, ModelArguments
     from sdft.settings.fields import own_fields
     from sdft.settings.recipe import read
     from sdft.templates import TEMPLATES
@@ -173,7 +175,8 @@ def _generate(argv: list[str], started: float) -> None:
     from sdft.early_checks import check_output_file, check_readable
     from sdft.models.files import check_model
     from sdft.settings import help
-    from sdft.settings.config import GenerateCommand, ModelArguments
+    from sdft.settings.commands import GenerateCommand
+    from sdft.settings.config import ModelArguments
     from sdft.settings.fields import own_fields
     from sdft.settings.recipe import read
 

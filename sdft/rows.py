@@ -9,7 +9,8 @@ from typing import Any
 from sdft.data import Row, load_rows, teacher_chat
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
-from sdft.settings.config import DataArguments, EvalArguments, EvalCommand, EvalSettings, MethodSettings, ModelArguments
+from sdft.settings.commands import EvalCommand
+from sdft.settings.config import DataArguments, EvalArguments, EvalSettings, MethodSettings, ModelArguments
 from sdft.templates import Message, parse_template
 
 

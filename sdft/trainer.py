@@ -30,15 +30,9 @@ from sdft.errors import TrainingError, UsageError
 from sdft.evaluation.completion_log import CompletionsFile
 from sdft.evaluation.exam import Exam
 from sdft.forward import as_forward_of
+from sdft.head import backbone, check_head, check_same_in_training
 from sdft.launch import check_launch, installed, prepare_packages, switch_off_dropout
-from sdft.loss import (
-    StepLoss,
-    backbone,
-    check_head,
-    check_same_in_training,
-    demonstration_loss,
-    distillation_loss,
-)
+from sdft.loss import StepLoss, demonstration_loss, distillation_loss
 from sdft.models.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
 from sdft.models.load import eos_token_ids, limits, load_model
 from sdft.progress.step_log import StepLog

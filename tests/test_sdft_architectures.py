@@ -18,8 +18,9 @@ from transformers import (
 
 from sdft.batch import Sample, lay_out
 from sdft.errors import TrainingError
+from sdft.head import check_head, check_same_in_training, find_head
 from sdft.launch import switch_off_dropout
-from sdft.loss import check_head, check_same_in_training, divergence, find_head
+from sdft.loss import divergence
 from sdft.models.load import load_model
 from sdft.rollouts.generate import Sampling, sample
 from tests import tiny

@@ -15,7 +15,8 @@ import pytest
 from sdft import SDFTConfig
 from sdft.cli import main
 from sdft.errors import UsageError
-from sdft.settings.config import DIVERGENCES, MethodSettings, ModelArguments, matching
+from sdft.settings.checks import matching
+from sdft.settings.config import DIVERGENCES, MethodSettings, ModelArguments
 from sdft.settings.fields import own_fields, training_fields
 from sdft.settings.recipe import read, read_flags, read_recipe
 from sdft_kernels import divergences

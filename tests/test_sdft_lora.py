@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from sdft import SDFTTrainer
 from sdft.errors import TrainingError, UsageError
-from sdft.loss import check_head
+from sdft.head import check_head
 from sdft.models.adapters import add_lora, causal_lm
 from sdft.models.files import base_of, check_apart
 from sdft.models.load import load_model

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from sdft.batch import Sample, count_items, group, lay_out, parts_within
 from sdft.errors import TrainingError
-from sdft.loss import check_head, completion_logprobs, demonstration_loss, distillation_loss, find_head
+from sdft.head import check_head, find_head
+from sdft.loss import completion_logprobs, demonstration_loss, distillation_loss
 from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny

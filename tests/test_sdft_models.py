@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdft.batch import Sample, lay_out
 from sdft.data import encode_prompt
 from sdft.errors import UsageError
-from sdft.loss import check_head, distillation_loss
+from sdft.head import check_head
+from sdft.loss import distillation_loss
 from sdft.models.adapters import add_lora
 from sdft.models.gguf_cache import cache_folder
 from sdft.models.load import BUILT_IN, eos_token_ids, limits, load_model, resolve

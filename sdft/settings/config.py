@@ -8,12 +8,20 @@ in `sdft.settings.arguments` and here once asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import SCORERS
+from sdft.settings.checks import (
+    check_at_least,
+    check_between,
+    check_share,
+    check_temperature,
+    check_texts,
+    chosen,
+    matching,
+)
 from sdft.templates import TEMPLATES, parse_template
 
 if TYPE_CHECKING:
@@ -148,82 +156,6 @@ class EvalSettings:
             raise UsageError(
                 f"eval_samples is {self.eval_samples} and eval_temperature is {self.eval_temperature!r}; greedy "
                 "answers are all the same, so it must be 1 or eval_temperature above 0"
-            )
-
-
-@dataclass
-class EvalCommand(EvalSettings):
-    """What `sdft eval` alone is told."""
-
-    base_model: str | None = setting(
-        None,
-        "The model to measure forgetting from, on the general prompts, which without it are only scored; with a "
-        "recipe, the recipe's model.",
-    )
-    teacher: bool = setting(
-        False,
-        "Score the model as the teacher too: with each held-out prompt's demonstration shown to it, in each of the "
-        "built-in forms.",
-    )
-    teacher_template: list[dict[str, str]] | str | None = field(
-        default=None,
-        metadata={
-            "help": f"With teacher: only this built-in form ({', '.join(TEMPLATES)}), or your own text or messages to "
-            "try beside them."
-        },
-    )
-    output_file: str | None = setting(
-        None,
-        "Where to write every answer as it is made: JSONL, each with the row's prompt and answer, the completion, and "
-        "whether that is finished (or was cut) and right.",
-    )
-    summary_file: str | None = setting(None, "Where to write the numbers: JSON.")
-    per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
-    seed: int = setting(42, "Seed of sampled answers.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
-        check_at_least("seed", self.seed, 0)
-        if self.teacher_template is not None:
-            self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
-            parse_template(self.teacher_template)
-
-
-@dataclass
-class GenerateCommand:
-    """What `sdft generate` alone is told."""
-
-    prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
-    prompt_file: str | None = setting(
-        None, "JSONL or Parquet with prompt, a text or a list of chat messages, instead; needs output_file."
-    )
-    output_file: str | None = setting(
-        None, "Where to write the answers: JSONL, each row of prompt_file with completion and finished added."
-    )
-    max_completion_length: int = setting(256, "The most tokens in an answer.")
-    temperature: float | None = setting(None, "Sampling temperature; not set or 0 is greedy decoding.")
-    top_p: float = setting(1.0, "Sample from the smallest set of tokens with this much probability.")
-    top_k: int = setting(0, "Sample from this many of the likeliest tokens; 0 is all of them.")
-    seed: int = setting(42, "Seed of sampled answers.")
-    per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
-
-    def __post_init__(self) -> None:
-        if bool(self.prompt) == bool(self.prompt_file):
-            what = "both set" if self.prompt else "not set"
-            raise UsageError(f"prompt and prompt_file are {what}; exactly one must be, the text or the file to answer")
-        if self.prompt_file and not self.output_file:
-            raise UsageError("output_file is not set; with prompt_file it must be the JSONL file to write")
-        check_temperature("temperature", self.temperature)
-        check_between("top_p", self.top_p, 0, 1, closed_above=True)
-        for name in ("top_k", "seed"):
-            check_at_least(name, getattr(self, name), 0)
-        for name in ("max_completion_length", "per_device_eval_batch_size"):
-            check_at_least(name, getattr(self, name), 1)
-        if not self.temperature and (self.top_p, self.top_k) != (1.0, 0):
-            raise UsageError(
-                f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is not set; they are for sampling, "
-                "which takes a temperature above 0"
             )
 
 
@@ -405,52 +337,3 @@ class MethodSettings(EvalSettings):
                 f"teacher_cache_gib is {self.teacher_cache_gib}, method {self.method!r}, teacher {self.teacher!r} and "
                 f"teacher_offload {self.teacher_offload}; it must be 0 but for sdft, base and False"
             )
-
-
-def chosen(name: str, value: Any, choices: Iterable[str]) -> str:
-    """The choice that `value` names, in which case, hyphens and underscores do not count."""
-    found = matching(value, choices)
-    if found is None:
-        *others, last = choices
-        raise UsageError(f"{name} is {value!r}; it may be {', '.join(others)} or {last}")
-    return found
-
-
-def matching(value: Any, choices: Iterable[str]) -> str | None:
-    """The one of `choices` that is `value` but for case, hyphens and underscores; None where there is none."""
-
-    def plain(text: str) -> str:
-        return text.strip().lower().replace("-", "_")
-
-    return next((choice for choice in choices if isinstance(value, str) and plain(choice) == plain(value)), None)
-
-
-def check_between(name: str, value: Any, low: float, high: float, *, closed_above: bool = False) -> None:
-    """Refuse a number that is not above `low` and below `high` (or equal to it); NaN is neither."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (low < value < high or (closed_above and value == high)):
-        above = "" if high == math.inf else f" and {'at most' if closed_above else 'below'} {high}"
-        raise UsageError(f"{name} is {value!r}; it must be a number above {low}{above}")
-
-
-def check_temperature(name: str, value: Any) -> None:
-    """Refuse what is neither a sampling temperature nor, None or 0, greedy decoding."""
-    if value is not None and value != 0:
-        check_between(name, value, 0, math.inf)
-
-
-def check_share(name: str, value: Any) -> None:
-    """Refuse a number that is not from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 1")
-
-
-def check_texts(name: str, value: Any) -> None:
-    """Refuse what is neither None nor a list of texts with something in them."""
-    if value is not None and not (isinstance(value, list) and all(isinstance(text, str) and text for text in value)):
-        raise UsageError(f"{name} is {value!r}; it must be a list of texts, none of them empty")
-
-
-def check_at_least(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {low}")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sdft.errors import UsageError
-from sdft.settings.config import MethodSettings, chosen
+from sdft.settings.checks import chosen
+from sdft.settings.config import MethodSettings
 from sdft.settings.inherited import help_here
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")

@@ -1,0 +1,95 @@
+"""What `sdft eval` and `sdft generate` are told, beside the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sdft.errors import UsageError
+from sdft.settings.checks import (
+    check_at_least,
+    check_between,
+    check_temperature,
+    matching,
+)
+from sdft.settings.config import EvalSettings, setting
+from sdft.templates import TEMPLATES, parse_template
+
+if TYPE_CHECKING:
+    from sdft.settings.arguments import SDFTConfig as SDFTConfig
+
+
+@dataclass
+class EvalCommand(EvalSettings):
+    """What `sdft eval` alone is told."""
+
+    base_model: str | None = setting(
+        None,
+        "The model to measure forgetting from, on the general prompts, which without it are only scored; with a "
+        "recipe, the recipe's model.",
+    )
+    teacher: bool = setting(
+        False,
+        "Score the model as the teacher too: with each held-out prompt's demonstration shown to it, in each of the "
+        "built-in forms.",
+    )
+    teacher_template: list[dict[str, str]] | str | None = field(
+        default=None,
+        metadata={
+            "help": f"With teacher: only this built-in form ({', '.join(TEMPLATES)}), or your own text or messages to "
+            "try beside them."
+        },
+    )
+    output_file: str | None = setting(
+        None,
+        "Where to write every answer as it is made: JSONL, each with the row's prompt and answer, the completion, and "
+        "whether that is finished (or was cut) and right.",
+    )
+    summary_file: str | None = setting(None, "Where to write the numbers: JSON.")
+    per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
+    seed: int = setting(42, "Seed of sampled answers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
+        check_at_least("seed", self.seed, 0)
+        if self.teacher_template is not None:
+            self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
+            parse_template(self.teacher_template)
+
+
+@dataclass
+class GenerateCommand:
+    """What `sdft generate` alone is told."""
+
+    prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
+    prompt_file: str | None = setting(
+        None, "JSONL or Parquet with prompt, a text or a list of chat messages, instead; needs output_file."
+    )
+    output_file: str | None = setting(
+        None, "Where to write the answers: JSONL, each row of prompt_file with completion and finished added."
+    )
+    max_completion_length: int = setting(256, "The most tokens in an answer.")
+    temperature: float | None = setting(None, "Sampling temperature; not set or 0 is greedy decoding.")
+    top_p: float = setting(1.0, "Sample from the smallest set of tokens with this much probability.")
+    top_k: int = setting(0, "Sample from this many of the likeliest tokens; 0 is all of them.")
+    seed: int = setting(42, "Seed of sampled answers.")
+    per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt) == bool(self.prompt_file):
+            what = "both set" if self.prompt else "not set"
+            raise UsageError(f"prompt and prompt_file are {what}; exactly one must be, the text or the file to answer")
+        if self.prompt_file and not self.output_file:
+            raise UsageError("output_file is not set; with prompt_file it must be the JSONL file to write")
+        check_temperature("temperature", self.temperature)
+        check_between("top_p", self.top_p, 0, 1, closed_above=True)
+        for name in ("top_k", "seed"):
+            check_at_least(name, getattr(self, name), 0)
+        for name in ("max_completion_length", "per_device_eval_batch_size"):
+            check_at_least(name, getattr(self, name), 1)
+        if not self.temperature and (self.top_p, self.top_k) != (1.0, 0):
+            raise UsageError(
+                f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is not set; they are for sampling, "
+                "which takes a temperature above 0"
+            )
