@@ -19,6 +19,7 @@ from sdft_kernels.backends.gpu import linear as triton_linear
 from sdft_kernels.backends.gpu import scaling as triton_scaling
 from sdft_kernels.backends.gpu import scoring as triton_scoring
 from sdft_kernels.backends.gpu.backend import make_workspace
+from sdft_kernels.backends.gpu.operands import configurations
 from sdft_kernels.backends.interface import Head
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
@@ -210,7 +211,7 @@ def _tuned(variant: LinearVariant, kind: str) -> list[Launch]:
     if kind == "hopper" and variant.bias:
         kind = "cuda"
     copies = mock.patch.object(triton_linear, "copies_tiles", return_value=kind == "hopper")
-    for config in triton_linear.configurations(tiles, kind):
+    for config in configurations(tiles, kind):
         with mock.patch.object(kernel, "configs", [config]), copies:
             noted += record_launches(lambda: multiply(variant))
     return noted

@@ -30,11 +30,11 @@ _BIASES = ("student_bias_pointer", "teacher_bias_pointer")
 #: By module and kernel. Left out is the one logit a row that `partials_kernel` reads at a label. What every row reads
 #: again, a bias, is taken to be in the L2 cache.
 TRAFFIC = {
-    "divergence.partials_kernel": Traffic(
+    "statistics.partials_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "labels_pointer"),
         ("partial_pointer", "student_logprob_pointer", "teacher_logprob_pointer"),
     ),
-    "divergence.mixture_kernel": Traffic(
+    "statistics.mixture_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "partial_pointer"), ("mixture_pointer",)
     ),
     "divergence.combine_kernel": Traffic(

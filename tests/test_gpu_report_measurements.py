@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, plots
-from benchmarks.gpu_report import card, loss, parts, report, scoring
+from benchmarks.gpu_report import card, loss, loss_cases, loss_errors, parts, report, scoring
 from benchmarks.gpu_report.cases import TOYS, guarded, notes
 from benchmarks.gpu_report.plan import STAGES, Stage
 from benchmarks.gpu_report.process import Outcome
@@ -24,6 +24,7 @@ from benchmarks.ledger import EVERY_OPTION, OURS, chunk_size, meta_inputs
 from benchmarks.methods import DEVICE_METHODS, OurFloor, every_option, make_inputs
 from benchmarks.recorder import Op, Touch, record
 from benchmarks.roofline import GPUS, MODELS, PRODUCT_EFFICIENCY
+from sdft_kernels.divergences import DIVERGENCES
 from sdft_kernels.reference import reference_divergence
 from tests.cases import relative_error
 
@@ -122,9 +123,9 @@ def test_without_ours_and_a_floor_the_rest_is_measured(monkeypatch: pytest.Monke
     monkeypatch.setitem(DEVICE_METHODS, OURS, breaks)
     monkeypatch.setattr(loss, "ours", breaks)
     monkeypatch.setattr(OurFloor, "__call__", breaks)
-    first_case(monkeypatch, blocks=(loss.FLOORS, (OURS, "plain torch")))
+    first_case(monkeypatch, blocks=(loss_cases.FLOORS, (OURS, "plain torch")))
     rows = {row.get("method"): row for row in loss.run(toy()) if row["case"].startswith("toy")}
-    assert all(rows[name]["skipped"] == "OutOfMemoryError: no room" for name in loss.FLOORS)
+    assert all(rows[name]["skipped"] == "OutOfMemoryError: no room" for name in loss_cases.FLOORS)
     assert rows[OURS]["error"] == "OutOfMemoryError: no room", "its ledger says that it fits"
     assert rows["plain torch"]["ms"] > 0 and rows["plain torch"]["ours_over_this"] is None
 
@@ -191,7 +192,7 @@ def test_a_case_measured_again_has_rows_and_bars_of_its_own(tmp_path: Path, monk
     """Beside other methods: the first row is not lost under the last."""
     case: Row = {"case": "a", "model": "m", "tokens": 16, "head": "trainable", "divergence": "reverse_kl"}
     frozen = {**case, "case": "b", "head": "frozen"}
-    methods = [*loss.FLOORS, OURS, "TRL", OURS, EVERY_OPTION, OURS, "Liger compiled"]
+    methods = [*loss_cases.FLOORS, OURS, "TRL", OURS, EVERY_OPTION, OURS, "Liger compiled"]
     rows = [{**case, "method": method, "ms": 1.0 + n} for n, method in enumerate(methods)]
     rows += [{**frozen, "method": OURS, "ms": 1.0}]
     assert [number for number, _ in loss.comparisons(rows)] == [1, 1, 1, 1, 2, 2, 3, 3, 1]
@@ -207,8 +208,8 @@ def test_a_case_measured_again_has_rows_and_bars_of_its_own(tmp_path: Path, monk
 def test_the_errors_name_the_tokens_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     case = first_case(monkeypatch, OURS)
     rows = [row for row in loss.run(toy()) if row["case"] == case.name]
-    assert f"against float64, with {loss.TOY_FEW} tokens" in loss.table(rows)
-    assert "with 1024 tokens" in loss.table([{**rows[0], "errors_tokens": loss.FEW}])
+    assert f"against float64, with {loss_cases.TOY_FEW} tokens" in loss.table(rows)
+    assert "with 1024 tokens" in loss.table([{**rows[0], "errors_tokens": loss_cases.FEW}])
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -236,10 +237,10 @@ def test_errors_are_those_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("with_options", [False, True])
 def test_the_reference_is_the_same_in_parts(with_options: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "ERROR_ROWS", 5)
+    monkeypatch.setattr(loss_errors, "ERROR_ROWS", 5)
     inputs = make_inputs(TOYS[0].at(12), trainable_head=True, dtype=torch.bfloat16)
     options = every_option(inputs) if with_options else {}
-    found = loss.reference(inputs, "jsd", options)
+    found = loss_errors.reference(inputs, "jsd", options)
     hidden = inputs.student_hidden.detach().double().requires_grad_()
     weight = inputs.student_weight.detach().double().requires_grad_()
     teacher = inputs.teacher_hidden.double()
@@ -275,16 +276,16 @@ def test_peers_take_turns_at_what_they_offer() -> None:
     assert all(case.guess(case.blocks[-1]) < 15 for case in found[2:4]), (
         "what is compiled later keeps none from running"
     )
-    assert {case.divergence for case in found} == set(loss.DIVERGENCES)
+    assert {case.divergence for case in found} == set(DIVERGENCES)
     for case in found:
         methods = [name for block in case.blocks for name in block]
         assert OURS in methods and len(set(methods)) == len(methods)
         if case.divergence.startswith("skew"):
             assert methods == [OURS]
-        assert (loss.SOFTCAP in methods) == (case.model.name == "Gemma-2-9B")
-    compiled = [any(name in loss.COMPILED for block in case.blocks for name in block) for case in found]
+        assert (loss_cases.SOFTCAP in methods) == (case.model.name == "Gemma-2-9B")
+    compiled = [any(name in loss_cases.COMPILED for block in case.blocks for name in block) for case in found]
     assert compiled == sorted(compiled) and sum(compiled) == 3
-    assert all(case.guess(case.blocks[-1]) >= loss.COMPILE_SECONDS for case in found[-3:])
+    assert all(case.guess(case.blocks[-1]) >= loss_cases.COMPILE_SECONDS for case in found[-3:])
 
 
 def test_a_peer_that_is_not_here_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +306,7 @@ def test_a_peer_that_is_not_here_is_skipped_once(monkeypatch: pytest.MonkeyPatch
     assert [row["case"] for row in rows if "skipped" in row] == ["TRL", "Liger", "Liger CuTe"]
     assert not [row for row in rows if "error" in row]
     methods = {name for case in found for block in case.blocks for name in block}
-    assert methods == {OURS, EVERY_OPTION, loss.SOFTCAP, loss.PLAIN, *loss.FLOORS}
+    assert methods == {OURS, EVERY_OPTION, loss_cases.SOFTCAP, loss_cases.PLAIN, *loss_cases.FLOORS}
     assert len(found) == len(list(loss.cases(real))) - 3, "no case is only about a compiled peer"
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 
 from benchmarks import ledger, roofline
 from benchmarks.ledger import COMPARED, OURS, TRAFFIC, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
 from sdft_kernels import fused_linear_divergence
-from sdft_kernels.backends.gpu import linear as triton_linear
 from sdft_kernels.backends.gpu.backend import make_workspace
 from sdft_kernels.backends.gpu.divergence import process_rows, split_rows
 from sdft_kernels.chunking import BLOCK_TOKENS, ENOUGH_TOKENS
@@ -233,7 +233,7 @@ def test_a_bias_that_trains_takes_a_launch_that_reads_the_gradient() -> None:
 
 def test_without_a_gradient_no_logit_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two products and, beside their operands, a few sums for each token and split of the vocabulary."""
-    monkeypatch.setattr(triton_linear.knobs.runtime, "interpret", False)  # which widens the operands
+    monkeypatch.setattr(knobs.runtime, "interpret", False)  # which widens the operands
     shape = roofline.MODELS["Llama-3.1-8B"].at(4096)
     entry = ledger.entry(ledger.NO_GRADIENT, shape, trainable_head=False)
     assert entry.units == 2
@@ -289,7 +289,7 @@ def test_a_launch_takes_its_operations_or_its_bytes() -> None:
 def test_traffic_names_pointers_that_kernels_have() -> None:
     for name, traffic in TRAFFIC.items():
         module, _, kernel = name.partition(".")
-        if module in ("divergence", "linear"):
+        if module in ("divergence", "linear", "statistics"):
             assert isinstance(traffic, Traffic)
             ours = importlib.import_module(f"sdft_kernels.backends.gpu.{module}")
             assert {*traffic.reads, *traffic.writes} <= set(getattr(ours, kernel).arg_names)

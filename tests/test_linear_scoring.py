@@ -14,14 +14,8 @@ from sdft_kernels import chunk_loop, linear_token_stats, scoring
 from sdft_kernels.backends import products
 from sdft_kernels.backends.gpu import backend as triton_backend
 from sdft_kernels.backends.gpu import linear as triton_linear
-from sdft_kernels.backends.gpu.linear import (
-    LARGEST_TILE,
-    PROCESS_TILES,
-    SCORE_TILES,
-    Tile,
-    configurations,
-    split_vocabulary,
-)
+from sdft_kernels.backends.gpu.linear import LARGEST_TILE, PROCESS_TILES, SCORE_TILES, split_vocabulary
+from sdft_kernels.backends.gpu.operands import Operands, Tile, configurations
 from sdft_kernels.backends.interface import Head
 from sdft_kernels.chunking import ChunkPlan
 from sdft_kernels.divergences import LogitOptions, Objective
@@ -301,7 +295,7 @@ def test_rows_past_two_to_the_31st_element() -> None:
 
 def test_a_head_is_laid_out_once_for_all_chunks() -> None:
     """Copies of a whole head, where its rows have to be padded, stay out of the loop over chunks."""
-    operands, weight = triton_linear.Operands(), torch.randn(40, 75).bfloat16()
+    operands, weight = Operands(), torch.randn(40, 75).bfloat16()
     first = operands.head(Head(weight, None))
     again = operands.head(Head(weight, torch.zeros(40)))
     assert first.weight is again.weight and first.weight.shape == (40, 80)

@@ -9,26 +9,38 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import plots
 from benchmarks.gpu import Call, free_bytes, mebibytes, milliseconds, most_memory, release, wall_seconds
 from benchmarks.gpu_report import peers
-from benchmarks.gpu_report.cases import DoesNotFit, described, guarded, models, notes, predicted_gpu, why_not
+from benchmarks.gpu_report.cases import DoesNotFit, described, guarded, notes, predicted_gpu, why_not
+from benchmarks.gpu_report.loss_cases import (
+    COMPILED,
+    FEW,
+    FEW_ROUNDS,
+    FLOOR_WHOLE,
+    FLOORS,
+    LONG_SECONDS,
+    PLAIN,
+    ROUNDS,
+    SOFTCAP,
+    Case,
+    cases,
+    few_tokens,
+)
+from benchmarks.gpu_report.loss_errors import ERROR_SEED, reference, relative_error
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.ledger import COMPARED, EVERY_OPTION, OURS, Ledger, count
 from benchmarks.methods import (
     DEVICE_METHODS,
     LIGER_HALF_HARD,
-    LIGER_HALF_HARD_COMPILED,
-    PEER_BETA,
     Inputs,
     Method,
     OurFloor,
@@ -37,30 +49,11 @@ from benchmarks.methods import (
     ours,
 )
 from benchmarks.roofline import Gpu, Model, seconds
-from sdft_kernels.divergences import DIVERGENCES
-from sdft_kernels.reference import reference_divergence
 
-TOKENS, FEW, MANY = 8192, 1024, 16_384
-TOY_TOKENS, TOY_FEW, TOY_MANY = 24, 16, 32
-
-SOFTCAP = "ours, softcap"
-PLAIN = "plain torch"
-FLOOR_WHOLE, FLOOR_CHUNKS = "bare products", "bare products, chunks"
-FLOORS = (FLOOR_WHOLE, FLOOR_CHUNKS)
-CUTE = "Liger CuTe"
-PEERS = ("TRL", "Liger Triton", CUTE, "Liger eager")
-COMPILED = ("Liger compiled", LIGER_HALF_HARD_COMPILED)
 IS_OURS = (OURS, SOFTCAP, EVERY_OPTION)
 
-#: Seconds that compiling Liger's loss takes on a card, which long cases leave for it.
-COMPILE_SECONDS = 15.0
-#: Rounds of a method of which one call takes longer are fewer.
-LONG_SECONDS, ROUNDS, FEW_ROUNDS = 0.3, 5, 3
 #: Of the free memory, what plain torch may take by its ledger, which has none of its temporary results.
 PLAIN_SHARE = 0.6
-#: A rate that products surely reach here, for guesses of a case's time.
-SLOW_FLOPS = 4e14
-ERROR_ROWS, ERROR_SEED = 256, 7
 
 
 @dataclass
@@ -70,83 +63,6 @@ class Known:
 
     errors: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     floors: dict[tuple[str, int, str], float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison: the methods of each block take turns; the next block begins with memory given back."""
-
-    model: Model
-    tokens: int
-    trainable_head: bool
-    divergence: str
-    blocks: tuple[tuple[str, ...], ...]
-    rounds: int = ROUNDS
-    reserve: float = 0.0  # seconds that are to be left afterwards
-
-    @property
-    def head(self) -> str:
-        return "trainable" if self.trainable_head else "frozen"
-
-    @property
-    def name(self) -> str:
-        return f"{self.model.name}, {self.tokens} tokens, {self.head} head, {self.divergence}"
-
-    @property
-    def flops(self) -> int:
-        """Of the products that any exact method needs."""
-        return (4 if self.trainable_head else 3) * 2 * self.tokens * self.model.hidden * self.model.vocab
-
-    def without(self, absent: Container[str]) -> Case | None:
-        """The case with the peers that are there; None where those that it is about are not."""
-        blocks = [tuple(name for name in block if peers.of(name) not in absent) for block in self.blocks]
-        if any(name in COMPILED for block in self.blocks for name in block) and blocks == [(OURS,)]:
-            return None
-        return replace(self, blocks=tuple(block for block in blocks if block))
-
-    def guess(self, methods: tuple[str, ...]) -> float:
-        """Seconds that a block takes, at about twice the floor's time for each call."""
-        calls = len(methods) * (self.rounds + 2)
-        compiling = COMPILE_SECONDS if any(name in COMPILED for name in methods) else 0
-        return max(compiling, self.reserve + 1 + calls * 2 * self.flops / SLOW_FLOPS)
-
-
-def few_tokens(settings: Settings) -> int:
-    return TOY_FEW if settings.toy else FEW
-
-
-def cases(settings: Settings) -> Iterator[Case]:
-    """The most important first, of the first model also that with many tokens. What is compiled comes last."""
-    few = few_tokens(settings)
-    tokens, many = (TOY_TOKENS, TOY_MANY) if settings.toy else (TOKENS, MANY)
-    heads = [(model, trainable) for model in models(settings) for trainable in (True, False)]
-    first = models(settings)[0]
-
-    def own(model: Model) -> tuple[str, ...]:
-        return (OURS, SOFTCAP) if model.softcap else (OURS,)
-
-    def usual(size: int, of: list[tuple[Model, bool]]) -> Iterator[Case]:
-        for model, trainable in of:
-            yield Case(model, size, trainable, "reverse_kl", (FLOORS, (*own(model), *PEERS), (PLAIN,)))
-
-    def long(of: list[tuple[Model, bool]], reserve: float) -> Iterator[Case]:
-        for model, trainable in of:
-            blocks = ((FLOOR_CHUNKS,), (*own(model), *PEERS))
-            yield Case(model, many, trainable, "reverse_kl", blocks, FEW_ROUNDS, reserve)
-
-    yield from usual(tokens, heads[:2])
-    yield from long(heads[: 1 if settings.toy else 2], 0)
-    yield from usual(tokens, heads[2:])
-    yield from usual(few, heads[: 1 if settings.toy else None])
-    for divergence in ("jsd", *(name for name in DIVERGENCES if name not in ("reverse_kl", "jsd"))):
-        offered = (*PEERS, LIGER_HALF_HARD) if divergence == "jsd" else PEERS if divergence in PEER_BETA else ()
-        yield Case(first, tokens, True, divergence, ((OURS, *offered),))
-    yield Case(first, tokens, True, "reverse_kl", ((OURS, EVERY_OPTION),))
-    if not settings.toy:
-        yield from long(heads[2:], COMPILE_SECONDS)
-        for trainable in (True, False):
-            yield Case(first, tokens, trainable, "reverse_kl", ((OURS, "Liger compiled"),))
-        yield Case(first, tokens, True, "jsd", ((OURS, LIGER_HALF_HARD_COMPILED),))
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -394,38 +310,6 @@ def errors_of(case: Case, methods: list[str], device: str) -> dict[str, dict[str
         if "broken" in found[name]:
             release(device, thorough=True)
     return found
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖."""
-    return ((actual.detach().double() - expected).norm() / expected.norm()).item()
-
-
-def reference(inputs: Inputs, divergence: str, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, hidden gradient and weight gradient in float64, of some tokens' logits at a time."""
-    hidden = inputs.student_hidden.detach().double().requires_grad_()
-    weight = inputs.student_weight.detach().double().requires_grad_()
-    tokens = len(hidden)
-    of_each_token = {name: options[name] for name in ("token_weight", "labels", "old_logprobs") if name in options}
-    others = {name: value for name, value in options.items() if name not in of_each_token}
-    total = options["token_weight"].double().sum() if "token_weight" in options else tokens
-    loss = hidden.new_zeros(())
-    for start in range(0, tokens, ERROR_ROWS):
-        rows = slice(start, start + ERROR_ROWS)
-        part = reference_divergence(
-            hidden[rows],
-            weight,
-            inputs.teacher_hidden[rows].double(),
-            weight.detach(),
-            divergence=divergence,
-            reduction="sum",
-            **{name: vector[rows] for name, vector in of_each_token.items()},
-            **others,
-        ).loss
-        (part / total).backward()
-        loss += part.detach() / total
-    assert hidden.grad is not None and weight.grad is not None
-    return loss, hidden.grad, weight.grad
 
 
 def comparisons(rows: list[Row]) -> Iterator[tuple[int, Row]]:

@@ -107,7 +107,7 @@ def chunk_of(model: Model, tokens: int, divergence: str) -> Chunk:
     chunks = [part.stop - part.start for part in plan.slices(tokens)]
     number = min(1, len(chunks) - 1)
     ledger = count(MIXTURE if divergence == "jsd" else OURS, model.at(tokens), trainable_head=True)
-    ops = [op for op in ledger.ops if op.flops or op.name.startswith("divergence.")]
+    ops = [op for op in ledger.ops if op.flops or op.name.startswith(("statistics.", "divergence."))]
     launches = 6 if divergence == "jsd" else 5  # of a block: two products, and the kernels
     of_each = [launches * len(list(blocks(chunk))) + 2 for chunk in chunks]
     if sum(of_each) != len(ops):

@@ -10,7 +10,8 @@ import torch
 from sdft_kernels import linear_token_stats
 from sdft_kernels.backends import products
 from sdft_kernels.backends.gpu import linear as triton_linear
-from sdft_kernels.backends.gpu.linear import PROCESS_TILES, SCORE_TILES, Tile, configurations
+from sdft_kernels.backends.gpu.linear import PROCESS_TILES, SCORE_TILES
+from sdft_kernels.backends.gpu.operands import Tile, configurations
 from tests.cases import (
     Float32Products,
     assert_as_exact_as_products,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdft_kernels.backends import products
 from sdft_kernels.backends.gpu.divergence import process_rows
-from sdft_kernels.backends.gpu.linear import Operands, multiplies, process_hidden, score_hidden
+from sdft_kernels.backends.gpu.linear import process_hidden, score_hidden
+from sdft_kernels.backends.gpu.operands import Operands, multiplies
 from sdft_kernels.backends.gpu.scaling import scale as scale
 from sdft_kernels.backends.gpu.scoring import score_rows
 from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, Head

@@ -18,18 +18,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sdft_kernels.backends.gpu.divergence import combine, kernel_settings
-from sdft_kernels.backends.gpu.math import FAR_BELOW, add_bias, form, split_columns, transform
+from sdft_kernels.backends.gpu.math import form, split_columns
+from sdft_kernels.backends.gpu.operands import Tile, choices, copies_tiles, operand, source
 from sdft_kernels.backends.gpu.scoring import store_scores
 from sdft_kernels.backends.gpu.sums import RECORD, fold, fold_pair, merge, store_pair
+from sdft_kernels.backends.gpu.tiles import biases, finish_logits, has_label, logit_at, masked_logits, product, tile
 from sdft_kernels.backends.interface import Head
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
-
-Tile = tuple[int, int, int, int]
 
 #: Tiles to choose from for one model and for two: tokens, vocabulary entries, hidden entries, and warps. Larger ones
 #: have no registers left for a soft cap and a bias, or for the second model; AMD's are those that have with triton 3.6
@@ -47,14 +45,6 @@ PROCESS_TILES: dict[str, tuple[Tile, ...]] = {
 }
 LARGEST_TILE = (128, 256)
 LARGEST_BLOCK_K = 64
-#: Beside the tile. Stages are tiles of hidden entries in flight: an AMD multiprocessor has 64 KiB of shared memory, not
-#: NVIDIA's 164 to 228. The limit on registers lets NVIDIA's assembler take all; left to itself it spills a few, so that
-#: another program may run beside this one.
-DEVICE_OPTIONS = {
-    "hopper": {"num_stages": 4, "maxnreg": 255},
-    "cuda": {"num_stages": 3, "maxnreg": 255},
-    "hip": {"num_stages": 2},
-}
 
 #: Programs that keep a large device busy: 132 multiprocessors, two programs or two turns each.
 ENOUGH_PROGRAMS = 264
@@ -62,11 +52,6 @@ MOST_SPLITS = 256
 
 #: Floats of a split's record for one model: 16 bytes.
 SCORE_RECORD = tl.constexpr(4)
-
-
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the kernels here take operands of this dtype: tensor cores would round float32 ones to TF32."""
-    return dtype in (torch.bfloat16, torch.float16)
 
 
 def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions) -> None:
@@ -140,179 +125,11 @@ def split_vocabulary(tokens: int, vocab: int) -> int:
     return splits
 
 
-class Operands:
-    """Heads as the kernels take them, made for the first chunk of tokens that needs them and kept for the others."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, Tensor] = {}
-
-    def head(self, head: Head) -> Head:
-        """The same head; of two with one weight, both have one weight again."""
-        if id(head.weight) not in self._made:
-            self._made[id(head.weight)] = operand(head.weight)
-        return Head(self._made[id(head.weight)], head.bias)
-
-
-def operand(matrix: Tensor) -> Tensor:
-    """The same in rows that load 16 bytes at a time: contiguous, aligned, zeros up to a multiple of 16 entries."""
-    rows, size = matrix.shape
-    if matrix.stride(1) != 1 or size % 16 or matrix.stride(0) % 16 or matrix.data_ptr() % 16:
-        aligned = matrix.new_zeros(rows, -(-size // 16) * 16)
-        aligned[:, :size] = matrix
-        matrix = aligned
-    # Triton's interpreter would multiply the bit patterns of bfloat16; in float32 the products are the same.
-    return matrix.float() if knobs.runtime.interpret else matrix
-
-
-def copies_tiles(matrix: Tensor) -> bool:
-    """Whether this matrix's device has an engine that copies tiles, for which the kernels have larger ones: Hopper's.
-    Later GPUs have one too, but nobody has measured there."""
-    real = matrix.is_cuda and not matrix.is_meta and torch.version.hip is None
-    return real and torch.cuda.get_device_capability(matrix.device)[0] == 9
-
-
-def source(matrix: Tensor, copied: bool) -> Tensor | TensorDescriptor:
-    """A matrix as a kernel reads it: itself, or for the engine that copies tiles what it is told of it."""
-    if not copied:
-        return matrix
-    shape_of_a_tile = [1, 1]  # for `_shape_tiles` to say
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], shape_of_a_tile)
-
-
-def _shape_tiles(arguments: dict[str, Any]) -> None:
-    """Tells the engine how large a configuration's tiles are, before each launch."""
-    for name, given in arguments.items():
-        if isinstance(given, TensorDescriptor):
-            rows = "BLOCK_N" if name.endswith("weight_pointer") else "BLOCK_M"
-            given.block_shape = [arguments[rows], arguments["BLOCK_K"]]
-
-
 def _grid(tokens: int, splits: int) -> Callable[[dict[str, Any]], tuple[int, int]]:
     return lambda meta: (triton.cdiv(tokens, meta["BLOCK_M"]), splits)
 
 
-def configurations(tiles: dict[str, tuple[Tile, ...]], kind: str) -> list[triton.Config]:
-    """What the tuner tries on a device of this kind; the interpreter, which cannot tell which is faster, the first."""
-    return [
-        triton.Config(
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, pre_hook=_shape_tiles, **DEVICE_OPTIONS[kind]
-        )
-        for m, n, k, warps in tiles[kind][: 1 if knobs.runtime.interpret else None]
-    ]
-
-
-#: Of the devices that this torch is built for.
-_BACKEND = "cuda" if torch.version.hip is None else "hip"
-
-
-def _choices(tiles: dict[str, tuple[Tile, ...]]) -> dict[str, Any]:
-    """For `triton.autotune`: the configurations of every device that there may be, and which of them are this one's."""
-    copied, others = configurations(tiles, "hopper"), configurations(tiles, _BACKEND)
-
-    def of_this_device(configs: list[triton.Config], *_: Any, COPIED: bool, **__: Any) -> list[triton.Config]:
-        ours = copied if COPIED else others
-        return [config for config in configs if config in ours]
-
-    configs = others if knobs.runtime.interpret else copied + others
-    return {"configs": configs, "prune_configs_by": {"early_config_prune": of_this_device}}
-
-
-@triton.jit
-def tile(
-    source,
-    stride,
-    first,
-    rows,
-    start,
-    size,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    COPIED: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """(BLOCK, BLOCK_K) of a matrix of (rows, size) from row `first` and entry `start` on, entries past the end 0.
-
-    What rows past the end hold does not matter: where no engine copies tiles, the last one again, which needs no mask.
-    WHOLE where the entries end with a block.
-    """
-    if COPIED:
-        return source.load([first, start])
-    else:
-        pointers = source + tl.minimum(first + tl.arange(0, BLOCK), rows - 1).to(tl.int64)[:, None] * stride
-        columns = start + tl.arange(0, BLOCK_K)[None, :]
-        if WHOLE:
-            return tl.load(pointers + columns)
-        else:
-            return tl.load(pointers + columns, mask=columns < size, other=0.0)
-
-
-@triton.jit
-def product(
-    hidden,
-    hidden_stride,
-    first_row,
-    tokens,
-    weight,
-    weight_stride,
-    first_entry,
-    vocab,
-    size,
-    total,
-    BLOCK_K: tl.constexpr,
-    COPIED: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """`total` and the (M, N) products of hidden states and rows of a head."""
-    BLOCK_M: tl.constexpr = total.shape[0]
-    BLOCK_N: tl.constexpr = total.shape[1]
-    for start in range(0, size, BLOCK_K):
-        h = tile(hidden, hidden_stride, first_row, tokens, start, size, BLOCK_M, BLOCK_K, COPIED, WHOLE)
-        w = tile(weight, weight_stride, first_entry, vocab, start, size, BLOCK_N, BLOCK_K, COPIED, WHOLE)
-        total = tl.dot(h, tl.trans(w), total)
-    return total
-
-
-@triton.jit
-def biases(bias_pointer, columns, vocab, BLOCK_M: tl.constexpr):
-    """What products are added to: (BLOCK_M, N) of the head's bias at `columns`, (1, N), or 0 where it has none.
-
-    Added to products that are there already, it would need registers of its own.
-    """
-    total = tl.zeros([BLOCK_M, columns.shape[1]], tl.float32)
-    if bias_pointer is not None:
-        total += tl.load(bias_pointer + columns, mask=columns < vocab, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
-def finish_logits(y, bias_pointer, columns, vocab, inner, FORM: tl.constexpr):
-    """u of (M, N) products at `columns`, (1, N); far below all others past the vocabulary."""
-    y = add_bias(y, bias_pointer, columns, vocab)
-    return tl.where(columns < vocab, transform(y, inner, FORM), FAR_BELOW)
-
-
-@triton.jit
-def masked_logits(y, start, columns, vocab, inner, FORM: tl.constexpr):
-    """The same of products that lack no bias; only the vocabulary's last block takes a mask."""
-    u = transform(y, inner, FORM)
-    if start + columns.shape[1] > vocab:
-        u = tl.where(columns < vocab, u, FAR_BELOW)
-    return u
-
-
-@triton.jit
-def has_label(labels, start, BLOCK_N: tl.constexpr):
-    """Whether a label of these is in the block from `start` on: few blocks have one."""
-    return tl.max(((labels >= start) & (labels < start + BLOCK_N)).to(tl.int32)) > 0
-
-
-@triton.jit
-def logit_at(u, columns, labels):
-    """(M, 1) of u at labels, (M, 1), that are among the columns, else 0."""
-    return tl.sum(tl.where(columns == labels, u, 0.0), 1, keep_dims=True)
-
-
-@triton.autotune(**_choices(SCORE_TILES), key=["vocab", "size", "splits", "COPIED"])
+@triton.autotune(**choices(SCORE_TILES), key=["vocab", "size", "splits", "COPIED"])
 @triton.jit
 def score_hidden_kernel(
     hidden_pointer,
@@ -395,7 +212,7 @@ def combine_scores_kernel(
 
 
 @triton.autotune(
-    **_choices(PROCESS_TILES), key=["vocab", "student_size", "teacher_size", "splits", "SHARED_HEAD", "COPIED"]
+    **choices(PROCESS_TILES), key=["vocab", "student_size", "teacher_size", "splits", "SHARED_HEAD", "COPIED"]
 )
 @triton.jit
 def process_hidden_kernel(

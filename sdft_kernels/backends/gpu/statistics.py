@@ -1,0 +1,189 @@
+"""The kernels that read logits once and leave sums: each model's softmax, the divergence's own sum, a mixture's."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sdft_kernels.backends.gpu.math import (
+    bounded,
+    load_logit,
+    load_logits,
+    log_over_mixture,
+    mixture_peak,
+    mixture_score,
+    mixture_shares,
+    split_columns,
+)
+from sdft_kernels.backends.gpu.sums import RECORD, fold_pair, merge_softmax, store_pair
+
+
+@triton.jit
+def partials_kernel(
+    student_pointer,
+    teacher_pointer,
+    student_bias_pointer,
+    teacher_bias_pointer,
+    student_stride,
+    teacher_stride,
+    vocab,
+    partial_pointer,
+    labels_pointer,
+    student_logprob_pointer,
+    teacher_logprob_pointer,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
+    DIVERGENCE: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One pass over a split of a row of both models' logits: writes the split's record (see `fold_pair`), and a row's
+    first split u at its label, where `combine_kernel` expects them."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    student_pointer += row * student_stride
+    teacher_pointer += row * teacher_stride
+    if labels_pointer is not None:
+        label = tl.load(labels_pointer + row)
+        student_label = load_logit(
+            student_pointer,
+            student_bias_pointer,
+            label,
+            vocab,
+            student_inner,
+            STUDENT_FORM,
+        )
+        teacher_label = load_logit(
+            teacher_pointer,
+            teacher_bias_pointer,
+            label,
+            vocab,
+            teacher_inner,
+            TEACHER_FORM,
+        )
+        tl.store(student_logprob_pointer + row, student_label, mask=split == 0)
+        tl.store(teacher_logprob_pointer + row, teacher_label, mask=split == 0)
+    a = tl.full([1, 1], float("-inf"), tl.float32)
+    b = tl.full([1, 1], float("-inf"), tl.float32)
+    at_peak = tl.zeros([1, 1], tl.float32)
+    student_sum = tl.zeros([1, BLOCK], tl.float32)
+    student_dot = tl.zeros([1, BLOCK], tl.float32)
+    teacher_sum = tl.zeros([1, BLOCK], tl.float32)
+    teacher_dot = tl.zeros([1, BLOCK], tl.float32)
+    cross = tl.zeros([1, BLOCK], tl.float32)
+    first_column, past_column = split_columns(split, tl.num_programs(1), vocab, BLOCK)
+    for start in range(first_column, past_column, BLOCK):
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        s = load_logits(
+            student_pointer,
+            student_bias_pointer,
+            student_stride,
+            columns,
+            vocab,
+            student_inner,
+            STUDENT_FORM,
+        )
+        t = load_logits(
+            teacher_pointer,
+            teacher_bias_pointer,
+            teacher_stride,
+            columns,
+            vocab,
+            teacher_inner,
+            TEACHER_FORM,
+        )
+        a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
+            s,
+            t,
+            a,
+            student_sum,
+            student_dot,
+            b,
+            teacher_sum,
+            teacher_dot,
+            cross,
+            at_peak,
+            student_factor,
+            teacher_factor,
+            DIVERGENCE,
+        )
+    record = partial_pointer + (row * tl.num_programs(1) + split + tl.arange(0, 1)[:, None]) * RECORD
+    store_pair(record, None, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
+
+
+@triton.jit
+def mixture_kernel(
+    student_pointer,
+    teacher_pointer,
+    student_bias_pointer,
+    teacher_bias_pointer,
+    student_stride,
+    teacher_stride,
+    vocab,
+    partial_pointer,
+    mixture_pointer,
+    beta,
+    rest_of_beta,
+    student_inner,
+    teacher_inner,
+    student_factor,
+    teacher_factor,
+    DIVERGENCE: tl.constexpr,
+    STUDENT_FORM: tl.constexpr,
+    TEACHER_FORM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The second pass of a mixture, over a split of a row: writes Σ p (g - g at the peak), and the loss's own sum,
+    Σ p log(p/m) for the skewed reverse KL and Σ q log(q/m) for the other two."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    a, student_sum, b, teacher_sum, at_peak = merge_softmax(
+        partial_pointer, row, student_factor, teacher_factor, SPLITS
+    )
+    student_log_sum = tl.log(student_sum)
+    teacher_log_sum = tl.log(teacher_sum)
+    at_peak = mixture_peak(at_peak, b, teacher_factor)
+    peak_ratio = ((b - at_peak) * teacher_factor + teacher_log_sum) - student_log_sum
+    share, rest, log_share = mixture_shares(peak_ratio, beta, rest_of_beta)
+    student_pointer += row * student_stride
+    teacher_pointer += row * teacher_stride
+    scores = tl.zeros([BLOCK], tl.float32)
+    losses = tl.zeros([BLOCK], tl.float32)
+    first_column, past_column = split_columns(split, tl.num_programs(1), vocab, BLOCK)
+    for start in range(first_column, past_column, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        s = load_logits(
+            student_pointer,
+            student_bias_pointer,
+            student_stride,
+            columns,
+            vocab,
+            student_inner,
+            STUDENT_FORM,
+        )
+        t = load_logits(
+            teacher_pointer,
+            teacher_bias_pointer,
+            teacher_stride,
+            columns,
+            vocab,
+            teacher_inner,
+            TEACHER_FORM,
+        )
+        z = (s - a) * student_factor
+        p = tl.exp(z - student_log_sum)
+        ratio = z - (t - at_peak) * teacher_factor
+        log_ratio = bounded(ratio + peak_ratio)
+        if DIVERGENCE == "skew_reverse_kl":
+            losses += p * log_over_mixture(-log_ratio, beta, rest_of_beta)
+        else:
+            q = tl.exp((t - b) * teacher_factor - teacher_log_sum)
+            losses += q * log_over_mixture(log_ratio, rest_of_beta, beta)
+        scores += p * mixture_score(-ratio, share, rest, log_share, beta, rest_of_beta, DIVERGENCE)
+    record = mixture_pointer + (row * tl.num_programs(1) + split) * 2
+    tl.store(record, tl.sum(scores, 0))
+    tl.store(record + 1, tl.sum(losses, 0))
