@@ -123,7 +123,7 @@ def _train(argv: list[str], started: float) -> int:
 
         config = given.make(SDFTConfig)
 
-        from sdft.commands import train
+        from sdft.commands.train import train
 
         recipe = given.resolved(ModelArguments, LoraArguments, DataArguments, EvalArguments, MethodSettings, SDFTConfig)
         return train(model, lora, rows, config, started=started, command=["sdft", "train", *argv], recipe=recipe)
@@ -165,7 +165,7 @@ def _eval(argv: list[str], started: float) -> None:
             check_model(name)
         rows = rows_of_eval(model, evaluation, command)
 
-        from sdft.commands import evaluate
+        from sdft.commands.evaluate import evaluate
 
         evaluate(model, rows, command)
 
@@ -192,7 +192,7 @@ def _generate(argv: list[str], started: float) -> None:
         source = command.prompt_file or [{"prompt": command.prompt}]
         rows = load_rows(source, name="prompt", need=("prompt",))
 
-        from sdft.commands import generate
+        from sdft.commands.generate import generate
 
         generate(model, rows, command)
 

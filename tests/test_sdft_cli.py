@@ -354,7 +354,7 @@ def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_p
 
 
 def test_a_row_with_half_a_character_is_named_before_torch_is_imported(recipe, tmp_path, capsys, monkeypatch):
-    for slow in ("torch", "sdft.settings.arguments", "sdft.commands"):
+    for slow in ("torch", "sdft.settings.arguments", "sdft.commands.train"):
         monkeypatch.setitem(sys.modules, slow, None)  # to import it is an error
     path = recipe()
     for name, field in (("train", "demonstration"), ("heldout", "answer"), ("general", "prompt"), ("train", "note")):
@@ -616,7 +616,7 @@ def test_interruption_is_clean(recipe, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sdft.commands.load_model", interrupt)
+    monkeypatch.setattr("sdft.commands.train.load_model", interrupt)
     assert fails(capsys, ["train", recipe()], 130) == "sdft: interrupted"
 
 
@@ -672,7 +672,7 @@ def test_a_second_signal_ends_the_command_at_once(number, code, line, recipe, ca
 
 
 def test_sigterm_outside_of_training_ends_the_command_with_a_line(recipe, capsys, monkeypatch):
-    monkeypatch.setattr("sdft.commands.load_model", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("sdft.commands.train.load_model", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
     assert fails(capsys, ["train", recipe()], 143) == "sdft: terminated"
     assert not os.path.exists("out")
 
@@ -696,7 +696,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_loaded(recipe, 
     assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
     before = contents("out")
     with monkeypatch.context() as patch:
-        patch.setattr("sdft.commands.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+        patch.setattr("sdft.commands.train.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
         message = fails(capsys, ["train", recipe(max_steps=2)], 2)
         assert "output_dir is 'out', which holds another run (adapter_config.json, adapter_model.safetensors" in message
         assert "overwrite_output_dir is true" in message

@@ -1,0 +1,118 @@
+"""`sdft eval`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from sdft.commands.shared import accuracy_of, device_here, quiet
+from sdft.data import WHERE, Row
+from sdft.evaluation.answers_file import AnswersFile
+from sdft.evaluation.exam import Exam, Made
+from sdft.evaluation.report import (
+    Scores,
+    cut_answers,
+    score_lines,
+    write_summary,
+    wrong_answers,
+)
+from sdft.models.load import load_model
+from sdft.rows import Rows
+from sdft.settings.commands import EvalCommand
+from sdft.settings.config import ModelArguments
+from sdft.teacher import Teacher
+from sdft.templates import TEMPLATES, Message, parse_template
+
+
+def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> None:
+    """`sdft eval`: the accuracy of a model, of the model as a teacher, and its divergence from a base model."""
+    quiet()
+    exam = Exam(
+        rows.held_out or None,
+        rows.general or None,
+        of_command,
+        batch_size=of_command.per_device_eval_batch_size,
+        seed=of_command.seed,
+    )
+    has_base = of_command.base_model not in (None, of_model.model)
+    templates = teacher_templates(of_command.teacher_template) if of_command.teacher else {}
+    device = device_here()
+    model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
+    exam.check(model, tokenizer, list(templates.values()))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(AnswersFile(of_command.output_file)) if of_command.output_file else None
+
+        def into_file(order: int, name: str) -> Made | None:
+            if file is None:
+                return None
+            return lambda number, row, *answer: file.add((order, number), _record(name, row, *answer))
+
+        held_out = exam.held_out(model, tokenizer, "held-out prompts", made=into_file(0, "held-out"))
+        teachers = {
+            name: exam.held_out(
+                model,
+                tokenizer,
+                f"teacher ({name}), held-out prompts",
+                template,
+                made=into_file(1 + order, f"teacher ({name})"),
+            )
+            for order, (name, template) in enumerate(templates.items())
+        }
+        general = exam.general(model, tokenizer, "general prompts", made=into_file(1 + len(templates), "general"))
+    moved = None
+    if general is not None and has_base:
+        base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
+        moved = exam.forgetting(model, tokenizer, Teacher(base))
+    scores = Scores(
+        model=of_model.model,
+        accuracy=accuracy_of(held_out),
+        accuracy_by_template={name: accuracy_of(answers) for name, answers in teachers.items()},
+        held_out_prompts=len(exam.eval_rows),
+        scorer=of_command.scorer,
+        general_accuracy=accuracy_of(general),
+        general_prompts=0 if general is None else len(general.right),
+        general_scorer=of_command.general_scorer,
+        base_model=of_command.base_model if has_base else None,
+        forgetting=moved,
+    )
+    lines = score_lines(scores)
+    if general is not None and of_command.base_model is None:
+        lines.append("forgetting was not measured: base_model is not set, the model to measure it from")
+    if held_out is not None:
+        asked = [row for row in exam.eval_rows for _ in range(of_command.eval_samples)]
+        lines += wrong_answers(list(zip(asked, held_out.texts, held_out.right, strict=True)))
+    lengths = (
+        ("held-out prompts", held_out, "eval_completion_length"),
+        *((f"held-out prompts as teacher ({name})", each, "eval_completion_length") for name, each in teachers.items()),
+        ("general prompts", general, "general_completion_length"),
+    )
+    for what, answers, field in lengths:
+        if answers is not None:
+            lines += cut_answers(f"to {what}", answers.finished, field, getattr(of_command, field))
+    if of_command.summary_file:
+        write_summary(of_command.summary_file, scores)
+    print("\n".join(lines))
+    for name, what in ((of_command.output_file, "every answer"), (of_command.summary_file, "these numbers")):
+        if name:
+            print(f"{name} has {what}")
+
+
+def _record(name: str, row: Row, text: str, right: bool | None, finished: bool) -> dict[str, Any]:
+    """A line of the file of `sdft eval`."""
+    return {
+        "asked": name,
+        "row": str(row[WHERE]),
+        "prompt": row["prompt"],
+        "answer": row.get("answer"),
+        "completion": text,
+        "finished": finished,
+        "right": right,
+    }
+
+
+def teacher_templates(wanted: list[Message] | str | None) -> dict[str, list[Message]]:
+    """The templates to measure the teacher under: the built-in one called `wanted`, or all of them and one's own."""
+    if isinstance(wanted, str) and wanted in TEMPLATES:
+        return {wanted: TEMPLATES[wanted]}
+    own = {} if wanted is None else {"your own": parse_template(wanted)}
+    return {**TEMPLATES, **own}
