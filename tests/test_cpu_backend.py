@@ -22,6 +22,7 @@ from sdft_kernels import fused_linear_divergence, linear_token_stats
 from sdft_kernels.backends import torch as torch_backend
 from sdft_kernels.backends.cpu import backend as cpu_backend
 from sdft_kernels.backends.cpu import library, pages
+from sdft_kernels.backends.records import Field
 from sdft_kernels.backends.select import select
 from tests.cases import DIVERGENCES, assert_as_exact_as_products, assert_close, fused, random_case, reference
 
@@ -42,7 +43,7 @@ def test_they_are_built_here_and_taken_for_float32_logits() -> None:
 
 
 #: What passed between Python and the library at each INTERFACE, as `interface` sums it up.
-INTERFACES = {1: "e35cbe8ee1c141af"}
+INTERFACES = {1: "e35cbe8ee1c141af", 2: "e35cbe8ee1c141af"}
 
 
 def interface() -> str:
@@ -64,6 +65,18 @@ def interface() -> str:
 def test_what_passes_between_python_and_the_library_changes_with_its_number() -> None:
     """If this fails, raise INTERFACE in kernels.c and in cpu_backend.py, and name the new sum here."""
     assert INTERFACES[library.INTERFACE] == interface()
+
+
+def test_places_and_codes_have_the_same_names_in_c_and_in_python() -> None:
+    source = Path(cpu_backend.__file__).with_name("kernels.c").read_text("utf-8")
+    for name, places, last in (("field", Field, "FIELDS"), ("constant", library.Constant, "CONSTANTS")):
+        declared = re.search(rf"enum {name} \{{(.*?)\}}", source, re.DOTALL)
+        assert declared is not None
+        assert [each.strip() for each in declared[1].split(",")] == [*places.__members__, last]
+    declared = re.search(r"enum divergence \{(.*?)\}", source)
+    assert declared is not None
+    codes = {each.strip().lower(): code for code, each in enumerate(declared[1].split(","))}
+    assert library.divergence_codes() == codes and set(codes) == set(DIVERGENCES)
 
 
 FOREIGN = "int fold(void) { return 0; }"

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from sdft_kernels.backends.cpu import library, pages
-from sdft_kernels.backends.cpu.library import Carry, Model, Options
+from sdft_kernels.backends.cpu.library import Carry, Constant, Model, Options
 from sdft_kernels.backends.interface import ChunkGradients, Head
+from sdft_kernels.backends.records import FIELDS, Field
 from sdft_kernels.backends.torch import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
 from sdft_kernels.backends.torch import aligned, padded, padded_labels, store_rows, store_scores
 from sdft_kernels.backends.torch import scale as scale
 from sdft_kernels.chunking import Held
 from sdft_kernels.divergences import (
-    DIVERGENCES,
     LARGEST_PEAK_RATIO,
     LogitOptions,
     Objective,
@@ -38,10 +38,8 @@ TILE_BYTES = 12 << 20
 #: Floats in a cache line, and in what makes rows share a few sets of the cache where it divides their length.
 LINE, SETS = 16, 128
 
-#: As in kernels.c: float64s of a token's record, and places among its constants.
-FIELDS = 8
-P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO = 3, 4, 5, 6
-CONSTANTS = 10
+#: Of a record's places, those of each model's softmax.
+STUDENT, TEACHER = slice(Field.PEAK, Field.DOT + 1), slice(Field.TEACHER_PEAK, Field.TEACHER_DOT + 1)
 
 
 def address(tensor: Tensor) -> int:
@@ -110,9 +108,9 @@ def process_chunk(
         chunk.run("fold_pair", part, logits, models, len(models), address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    p = _Softmax(records[:, :3], objective.student)
-    q = _Softmax(records[:, 3:6], objective.teacher)
-    loss, constants = _combine(chunk, p, q, *records[:, [0, 6, 7]].unbind(1))
+    p = _Softmax(records[:, STUDENT], objective.student)
+    q = _Softmax(records[:, TEACHER], objective.teacher)
+    loss, constants = _combine(chunk, p, q, *records[:, [Field.PEAK, Field.CROSS, Field.TEACHER_AT_PEAK]].unbind(1))
     logprob = None
     if labels is not None:
         logprob = torch.cat([of.logprob(labelled) for of, labelled in zip((p, q), label_logits.chunk(2), strict=True)])
@@ -120,7 +118,7 @@ def process_chunk(
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, chunk.width - len(rows.weight)))
         factor *= objective.student.scale / objective.student.temperature
-        constants[P_FACTOR], constants[Q_FACTOR] = factor / p.total, factor / q.total
+        constants[Constant.P_FACTOR], constants[Constant.Q_FACTOR] = factor / p.total, factor / q.total
         _carry_back(hidden, chunk, constants, gradients)
 
 
@@ -168,7 +166,7 @@ def rows_of(weight: Tensor, part: slice) -> Tensor:
 def _combine(
     chunk: _Chunk, p: _Softmax, q: _Softmax, peaks: Tensor, own: Tensor, teacher_at_peaks: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The tokens' divergence, (width,), and what their gradient needs but for factors, (CONSTANTS, width).
+    """The tokens' divergence, (width,), and what their gradient needs but for factors, (constants, width).
 
     From the models' softmax, and each thread's largest student's logit, the divergence's own sum, and the teacher's
     logit where the student's is largest, (threads, width).
@@ -180,24 +178,24 @@ def _combine(
         at_peak = at_peak.maximum(q.peak - LARGEST_PEAK_RATIO / teacher_factor)
     # log p - log q where p is largest
     peak_ratio = teacher_factor * (q.peak - at_peak) + q.log_sum - p.log_sum
-    constants = peak_ratio.new_zeros(CONSTANTS, chunk.width, dtype=torch.float32)
+    constants = peak_ratio.new_zeros(len(Constant), chunk.width, dtype=torch.float32)
     for row, values in zip(constants, (p.peak, q.peak, at_peak), strict=False):
         row.copy_(values)
     if objective.divergence == "reverse_kl":
         centre = p.mean_of(own, p.shift - teacher_factor * (teacher_at_peaks - at_peak))
-        constants[CENTRE] = centre
+        constants[Constant.CENTRE] = centre
         return centre + peak_ratio, constants
     if objective.divergence == "forward_kl":
         return q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum, constants
     at_peak_values = (peak_ratio, *mixture_shares(peak_ratio, objective.beta))
-    for row, values in zip(constants[PEAK_RATIO:], at_peak_values, strict=True):
+    for row, values in zip(constants[Constant.PEAK_RATIO :], at_peak_values, strict=True):
         row.copy_(values)
     sums = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width)
     for part, logits in chunk.tiles():
         chunk.run("fold_mixture", part, logits, address(constants), address(sums))
     scores, losses = sums.sum(0)
     centre = scores / p.total
-    constants[CENTRE] = centre
+    constants[Constant.CENTRE] = centre
     loss = losses / (p.total if objective.divergence == "skew_reverse_kl" else q.total)
     if objective.divergence == "jsd":
         at_peak_score = (1 - objective.beta) * log_over_mixture(-peak_ratio, objective.beta)
@@ -256,7 +254,7 @@ class _Chunk:
             *(address(logits), len(logits), logits.stride(0), self.width),
             _options(self.objective.student, self.head.bias, part),
             _options(self.objective.teacher, self._teacher.bias, part),
-            DIVERGENCES.index(self.objective.divergence),
+            library.divergence_codes()[self.objective.divergence],
             self.objective.beta,
             *arguments,
         )
@@ -277,7 +275,7 @@ def kernels() -> ctypes.CDLL:
 def _new_records(like: Tensor, width: int) -> Tensor:
     """Before any logits: (threads, FIELDS, width) in float64."""
     records = like.new_zeros((torch.get_num_threads(), FIELDS, width), dtype=torch.float64)
-    records[:, [0, 3]] = -torch.inf
+    records[:, [Field.PEAK, Field.TEACHER_PEAK]] = -torch.inf
     return records
 
 
@@ -336,7 +334,7 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
         )
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    softmax = _Softmax(records[:, :3], options)
+    softmax = _Softmax(records[:, STUDENT], options)
     logprob, top1 = None, None
     if labels is not None:
         logprob, top1 = softmax.logprob(label_logits), label_logits >= softmax.peak

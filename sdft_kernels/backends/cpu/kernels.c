@@ -638,13 +638,16 @@ void fold_mixture(float *logits, long rows, long stride, long width, const struc
 /* How many columns a panel has: tokens in `model`, hidden entries in `carry`. */
 int panel_columns(void) { return products()->columns; }
 
-/* Floats that each thread of `carry_back` works in. */
 /* Which Python this library is for: a number that is raised with each change of what passes between them, as
  * tests/test_cpu_backend.py makes sure. */
-enum { INTERFACE = 1 };
+enum { INTERFACE = 2 };
 
 int interface_version(void) { return INTERFACE; }
 
+/* The divergences in the order of their codes. */
+const char divergence_names[] = "reverse_kl forward_kl jsd skew_reverse_kl skew_forward_kl";
+
+/* Floats that each thread of `carry_back` works in. */
 long carry_back_scratch(long width) { return block_rows() * (gradient_stride(width) + products()->columns); }
 
 void carry_back(float *logits, long rows, long stride, long width, const struct options *student,

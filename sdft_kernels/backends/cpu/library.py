@@ -11,9 +11,25 @@ import importlib.util
 import os
 import struct
 import warnings
+from enum import IntEnum
 
 #: Of what passes between this module and the library: `INTERFACE` in kernels.c.
-INTERFACE = 1
+INTERFACE = 2
+
+
+class Constant(IntEnum):
+    """Places among a token's constants, which its gradient needs: `enum constant`."""
+
+    A = 0
+    B = 1
+    C = 2
+    P_FACTOR = 3
+    Q_FACTOR = 4
+    CENTRE = 5
+    PEAK_RATIO = 6
+    SHARE = 7
+    REST = 8
+    LOG_SHARE = 9
 
 
 class Options(ctypes.Structure):
@@ -98,6 +114,15 @@ def load(path: str) -> ctypes.CDLL:
         kernel.restype = None
     found.carry_back_scratch.argtypes, found.carry_back_scratch.restype = (size,), size
     return found
+
+
+@functools.cache
+def divergence_codes() -> dict[str, int]:
+    """The number by which the kernels know each divergence."""
+    found = find()
+    assert found is not None, "the compiled kernels were not built"
+    names = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(found, "divergence_names"))).decode()
+    return {name: code for code, name in enumerate(names.split())}
 
 
 def _check_whole(path: str) -> None:

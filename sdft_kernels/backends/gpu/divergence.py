@@ -28,7 +28,20 @@ from sdft_kernels.backends.gpu.math import (
     mixture_shares,
 )
 from sdft_kernels.backends.gpu.statistics import mixture_kernel, partials_kernel
-from sdft_kernels.backends.gpu.sums import RECORD, merge, moved, teacher_at_peak
+from sdft_kernels.backends.gpu.sums import (
+    CROSS,
+    DOT,
+    PEAK,
+    RECORD,
+    SUM,
+    TEACHER_AT_PEAK,
+    TEACHER_DOT,
+    TEACHER_PEAK,
+    TEACHER_SUM,
+    merge,
+    moved,
+    teacher_at_peak,
+)
 from sdft_kernels.divergences import Objective, is_mixture
 from sdft_kernels.tokens import TokenRows
 
@@ -41,6 +54,17 @@ WARPS = 4
 #: Programs that keep a large device busy: 132 multiprocessors, several programs each.
 ENOUGH_PROGRAMS = 1056
 MOST_SPLITS = 16
+
+
+#: Floats of a row's constants for the gradient, 32 bytes, and the places of those that there are.
+ROW = tl.constexpr(8)
+ROW_PEAK = tl.constexpr(0)
+ROW_LOG_SUM = tl.constexpr(1)
+ROW_TEACHER_PEAK = tl.constexpr(2)
+ROW_TEACHER_LOG_SUM = tl.constexpr(3)
+ROW_TEACHER_AT_PEAK = tl.constexpr(4)
+ROW_CENTRE = tl.constexpr(5)
+ROW_FACTOR = tl.constexpr(6)
 
 
 def process_rows(
@@ -64,7 +88,7 @@ def process_rows(
     block = BLOCK if student_bias is None and teacher_bias is None else NARROW_BLOCK
     partial = student.new_empty((tokens, splits, RECORD.value))
     mixture = student.new_empty((tokens, splits, 2)) if mixes else None
-    constants = None if gradient is None else student.new_empty((tokens, RECORD.value))
+    constants = None if gradient is None else student.new_empty((tokens, ROW.value))
     logits = (student, teacher, student_bias, teacher_bias, student.stride(0), teacher.stride(0), vocab)
     settings = kernel_settings(objective)
     grid = (tokens, splits)
@@ -176,12 +200,12 @@ def combine_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
-    student_max = tl.load(record)
-    student_sums = tl.load(record + 1)
-    teacher_sums = tl.load(record + 4)
-    a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + 2), student_factor)
+    student_max = tl.load(record + PEAK)
+    student_sums = tl.load(record + SUM)
+    teacher_sums = tl.load(record + TEACHER_SUM)
+    a, student_sum, student_dot, student_shift = merge(student_max, student_sums, tl.load(record + DOT), student_factor)
     b, teacher_sum, teacher_dot, teacher_shift = merge(
-        tl.load(record + 3), teacher_sums, tl.load(record + 5), teacher_factor
+        tl.load(record + TEACHER_PEAK), teacher_sums, tl.load(record + TEACHER_DOT), teacher_factor
     )
     at_peak = teacher_at_peak(record, student_max, a)
     student_log_sum = tl.log(student_sum)
@@ -189,10 +213,10 @@ def combine_kernel(
     tl.store(student_entropy_pointer + row, student_log_sum - student_dot / student_sum)
     tl.store(teacher_entropy_pointer + row, teacher_log_sum - teacher_dot / teacher_sum)
 
-    cross = tl.load(record + 6)
+    cross = tl.load(record + CROSS)
     centre = 0.0
     if DIVERGENCE == "reverse_kl":
-        offset = student_shift - (tl.load(record + 7) - at_peak) * teacher_factor
+        offset = student_shift - (tl.load(record + TEACHER_AT_PEAK) - at_peak) * teacher_factor
         centre = tl.sum(moved(student_sums, cross, student_shift, offset), 0) / student_sum
         loss = centre - student_log_sum + ((b - at_peak) * teacher_factor + teacher_log_sum)
     elif DIVERGENCE == "forward_kl":
@@ -219,14 +243,14 @@ def combine_kernel(
             weight *= tl.minimum(tl.exp(student_logprob - tl.load(old_logprobs_pointer + row)), importance_clip)
             tl.store(weight_pointer + row, weight)
     if constants_pointer is not None:
-        constants = constants_pointer + row * RECORD
-        tl.store(constants, a)
-        tl.store(constants + 1, student_log_sum)
-        tl.store(constants + 2, b)
-        tl.store(constants + 3, teacher_log_sum)
-        tl.store(constants + 4, at_peak)
-        tl.store(constants + 5, centre)
-        tl.store(constants + 6, weight * slope)
+        constants = constants_pointer + row * ROW
+        tl.store(constants + ROW_PEAK, a)
+        tl.store(constants + ROW_LOG_SUM, student_log_sum)
+        tl.store(constants + ROW_TEACHER_PEAK, b)
+        tl.store(constants + ROW_TEACHER_LOG_SUM, teacher_log_sum)
+        tl.store(constants + ROW_TEACHER_AT_PEAK, at_peak)
+        tl.store(constants + ROW_CENTRE, centre)
+        tl.store(constants + ROW_FACTOR, weight * slope)
 
 
 @triton.jit
@@ -257,14 +281,14 @@ def gradient_kernel(
     Where the factor is 0 so is the gradient, also of a token whose logits are no numbers.
     """
     row = tl.program_id(0).to(tl.int64)
-    constants = constants_pointer + row * RECORD
-    a = tl.load(constants)
-    student_log_sum = tl.load(constants + 1)
-    b = tl.load(constants + 2)
-    teacher_log_sum = tl.load(constants + 3)
-    at_peak = tl.load(constants + 4)
-    centre = tl.load(constants + 5)
-    factor = tl.load(constants + 6)
+    constants = constants_pointer + row * ROW
+    a = tl.load(constants + ROW_PEAK)
+    student_log_sum = tl.load(constants + ROW_LOG_SUM)
+    b = tl.load(constants + ROW_TEACHER_PEAK)
+    teacher_log_sum = tl.load(constants + ROW_TEACHER_LOG_SUM)
+    at_peak = tl.load(constants + ROW_TEACHER_AT_PEAK)
+    centre = tl.load(constants + ROW_CENTRE)
+    factor = tl.load(constants + ROW_FACTOR)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s = load_logits(
         student_pointer + row * student_stride,

@@ -23,7 +23,7 @@ from sdft_kernels.backends.gpu.divergence import combine, kernel_settings
 from sdft_kernels.backends.gpu.math import form, split_columns
 from sdft_kernels.backends.gpu.operands import Tile, choices, copies_tiles, operand, source
 from sdft_kernels.backends.gpu.scoring import store_scores
-from sdft_kernels.backends.gpu.sums import RECORD, fold, fold_pair, merge, store_pair
+from sdft_kernels.backends.gpu.sums import DOT, PEAK, RECORD, SUM, fold, fold_pair, merge, store_pair
 from sdft_kernels.backends.gpu.tiles import biases, finish_logits, has_label, logit_at, masked_logits, product, tile
 from sdft_kernels.backends.interface import Head
 from sdft_kernels.divergences import LogitOptions, Objective
@@ -50,7 +50,7 @@ LARGEST_BLOCK_K = 64
 ENOUGH_PROGRAMS = 264
 MOST_SPLITS = 256
 
-#: Floats of a split's record for one model: 16 bytes.
+#: Floats of a split's record for one model, 16 bytes, of which the first three are those of a pair's.
 SCORE_RECORD = tl.constexpr(4)
 
 
@@ -189,9 +189,9 @@ def score_hidden_kernel(
                 label_u += logit_at(u, columns, labels)
         a, total, dot, _, _, _ = fold(u, a, total, dot, factor)
     record = partial_pointer + (rows * splits + split) * SCORE_RECORD
-    tl.store(record, a, mask=inside)
-    tl.store(record + 1, total, mask=inside)
-    tl.store(record + 2, dot, mask=inside)
+    tl.store(record + PEAK, a, mask=inside)
+    tl.store(record + SUM, total, mask=inside)
+    tl.store(record + DOT, dot, mask=inside)
     if labels_pointer is not None:
         here = (labels >= first_column) & (labels < past_column)
         tl.store(logprob_pointer + rows, label_u, mask=here)
@@ -204,7 +204,7 @@ def combine_scores_kernel(
     """One program a row: its values from its splits' records; the log-probability is written over the label's u."""
     row = tl.program_id(0).to(tl.int64)
     record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * SCORE_RECORD
-    a, total, dot, _ = merge(tl.load(record), tl.load(record + 1), tl.load(record + 2), factor)
+    a, total, dot, _ = merge(tl.load(record + PEAK), tl.load(record + SUM), tl.load(record + DOT), factor)
     label_u = 0.0
     if logprob_pointer is not None:
         label_u = tl.load(logprob_pointer + row)

@@ -11,9 +11,18 @@ import triton
 import triton.language as tl
 
 from sdft_kernels.backends.gpu.math import exp
+from sdft_kernels.backends.records import FIELDS, Field
 
-#: Floats of a split's running sums and of a row's constants for two models: 32 bytes each.
-RECORD = tl.constexpr(8)
+#: Floats of a split's record for two models, 32 bytes, and the places in it: `backends.records.Field`.
+RECORD = tl.constexpr(FIELDS)
+PEAK = tl.constexpr(int(Field.PEAK))
+SUM = tl.constexpr(int(Field.SUM))
+DOT = tl.constexpr(int(Field.DOT))
+TEACHER_PEAK = tl.constexpr(int(Field.TEACHER_PEAK))
+TEACHER_SUM = tl.constexpr(int(Field.TEACHER_SUM))
+TEACHER_DOT = tl.constexpr(int(Field.TEACHER_DOT))
+CROSS = tl.constexpr(int(Field.CROSS))
+TEACHER_AT_PEAK = tl.constexpr(int(Field.TEACHER_AT_PEAK))
 
 
 @triton.jit
@@ -100,14 +109,14 @@ def fold_pair(
 @triton.jit
 def store_pair(record, mask, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak):
     """Writes what `fold_pair` returned last to the records of M rows, (M, 1) pointers."""
-    tl.store(record, a, mask)
-    tl.store(record + 1, tl.sum(student_sum, 1, keep_dims=True), mask)
-    tl.store(record + 2, tl.sum(student_dot, 1, keep_dims=True), mask)
-    tl.store(record + 3, b, mask)
-    tl.store(record + 4, tl.sum(teacher_sum, 1, keep_dims=True), mask)
-    tl.store(record + 5, tl.sum(teacher_dot, 1, keep_dims=True), mask)
-    tl.store(record + 6, tl.sum(cross, 1, keep_dims=True), mask)
-    tl.store(record + 7, at_peak, mask)
+    tl.store(record + PEAK, a, mask)
+    tl.store(record + SUM, tl.sum(student_sum, 1, keep_dims=True), mask)
+    tl.store(record + DOT, tl.sum(student_dot, 1, keep_dims=True), mask)
+    tl.store(record + TEACHER_PEAK, b, mask)
+    tl.store(record + TEACHER_SUM, tl.sum(teacher_sum, 1, keep_dims=True), mask)
+    tl.store(record + TEACHER_DOT, tl.sum(teacher_dot, 1, keep_dims=True), mask)
+    tl.store(record + CROSS, tl.sum(cross, 1, keep_dims=True), mask)
+    tl.store(record + TEACHER_AT_PEAK, at_peak, mask)
 
 
 @triton.jit
@@ -122,13 +131,15 @@ def merge(largest, total, dot, factor):
 def merge_softmax(partial_pointer, row, student_factor, teacher_factor, SPLITS: tl.constexpr):
     """A row's (student max, Σ e), (teacher max, Σ f) and the teacher's u at the student's max, from its splits."""
     record = partial_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * RECORD
-    student_max = tl.load(record)
-    a, student_sum, _, _ = merge(student_max, tl.load(record + 1), tl.load(record + 2), student_factor)
-    b, teacher_sum, _, _ = merge(tl.load(record + 3), tl.load(record + 4), tl.load(record + 5), teacher_factor)
+    student_max = tl.load(record + PEAK)
+    a, student_sum, _, _ = merge(student_max, tl.load(record + SUM), tl.load(record + DOT), student_factor)
+    b, teacher_sum, _, _ = merge(
+        tl.load(record + TEACHER_PEAK), tl.load(record + TEACHER_SUM), tl.load(record + TEACHER_DOT), teacher_factor
+    )
     return a, student_sum, b, teacher_sum, teacher_at_peak(record, student_max, a)
 
 
 @triton.jit
 def teacher_at_peak(record, student_max, a):
     """The teacher's u at the student's maximum a, from the splits' records and maxima."""
-    return tl.max(tl.where(student_max == a, tl.load(record + 7), float("-inf")), 0)
+    return tl.max(tl.where(student_max == a, tl.load(record + TEACHER_AT_PEAK), float("-inf")), 0)
