@@ -14,10 +14,10 @@ from sdft.data import encode_prompt
 from sdft.errors import UsageError
 from sdft.head import check_head
 from sdft.loss import distillation_loss
+from sdft.models import load as models
 from sdft.models.adapters import add_lora
 from sdft.models.gguf_cache import cache_folder
 from sdft.models.load import BUILT_IN, eos_token_ids, limits, load_model, resolve
-from sdft.models.load import load as models
 from sdft.rollouts.generate import generate
 from sdft.settings.config import LoraArguments, SDFTConfig
 from sdft.teacher import Teacher, frozen_copy

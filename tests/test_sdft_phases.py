@@ -2,7 +2,7 @@
 
 import torch
 
-from sdft.progress.display import phases
+from sdft.progress import phases
 from sdft.progress.phases import Phases
 
 

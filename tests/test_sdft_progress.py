@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from sdft.progress import display as progress
 from sdft.progress.display import Display
-from sdft.progress.display import display as progress
 from tests.test_sdft_trainer import trainer
 
 
