@@ -1,5 +1,6 @@
 """What a user installs: the wheel alone, in an empty environment, with torch and nothing of the training stack."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,9 +46,31 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("sdft_kernels-0.1.0-*.whl")
     venv.create(folder / "empty", with_pip=True)
     python = folder / "empty" / "bin" / "python"
-    for wanted in ("torch", str(wheel)):
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wanted], check=True)
+    (packages,) = (folder / "empty").glob("lib/python*/site-packages")
+    for name in required("sdft-kernels"):
+        lend(name, packages, set())
+    install = [python, "-m", "pip", "install", "--quiet", "--no-index", "-c", ROOT / "constraints.txt", str(wheel)]
+    subprocess.run(install, check=True)
     return python
+
+
+def required(name: str) -> list[str]:
+    """The packages that one asks for, without its extras."""
+    wanted = [Requirement(text) for text in importlib.metadata.distribution(name).requires or ()]
+    return [each.name for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def lend(name: str, packages: Path, lent: set[str]) -> None:
+    """Put links to a package of this environment, and to all that it asks for, into another's folder of packages."""
+    distribution = importlib.metadata.distribution(name)
+    if canonicalize_name(distribution.name) in lent:
+        return
+    lent.add(canonicalize_name(distribution.name))
+    for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+        if not (packages / top).exists():
+            (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
+    for wanted in required(name):
+        lend(wanted, packages, lent)
 
 
 @pytest.mark.slow

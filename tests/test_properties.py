@@ -85,7 +85,7 @@ def test_torch_backend(case: Case, chunk: int | None) -> None:
     assert_as_exact_as_float32_allows(case, fused(case, upstream, max_chunk_bytes=budget))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(case=cases())
 def test_triton_backend(case: Case) -> None:
     upstream = torch.ones(case.student_hidden.shape[0]) if case.options["reduction"] == "none" else None
