@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
 
 #: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
@@ -30,6 +31,11 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(model, mark):
             setattr(model, mark, False)
     return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether this is what `torch.compile` returns for a model; the class itself takes a second to import."""
+    return hasattr(model, "_orig_mod")
 
 
 def load_best_model(trainer: Trainer) -> None:

@@ -36,6 +36,10 @@ def check_writable(folder: str | Path) -> None:
     path = Path(folder).absolute()
     refused = f"output_dir is {str(folder)!r}, which cannot be"
     try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{refused} written: its name is no text in UTF-8, or the locale has none") from error
+    try:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         if not existing.is_dir():
             raise UsageError(f"{refused} made: {existing} is a file")

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -36,6 +37,13 @@ def check_launch(trainer: Trainer) -> None:
         raise UsageError(
             "accelerate is set to split layers or sequences over processes; it must not be: several GPUs take DDP or "
             "FSDP2"
+        )
+    model = cast(nn.Module, trainer.model)
+    half = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), None)
+    if half is not None:
+        raise UsageError(
+            f"{half} trains in float16, which is too coarse for optimizers; its type must be float32 or bfloat16, and "
+            "fp16 may be set for the products"
         )
     quantised = getattr(causal_lm(cast(nn.Module, trainer.model)).config, "quantization_config", None)
     if trainer.args.device.type == "cpu" and getattr(quantised, "quant_method", None) == "bitsandbytes":
@@ -74,6 +82,8 @@ def prepare_packages(trainer: Trainer) -> None:
     and after all that is measured before.
     """
     args = trainer.args
+    if args.use_liger_kernel and args.device.type == "cpu":
+        raise UsageError("use_liger_kernel is True; on a CPU it must be False, for Liger's kernels are for GPUs")
     with installed(f"use_liger_kernel is {args.use_liger_kernel}"):
         if args.use_liger_kernel:
             apply_liger_kernel(trainer.model, args.liger_kernel_config)

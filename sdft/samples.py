@@ -76,7 +76,8 @@ class SamplingTrainer(Runs):
         for members in group(samples, self.parts(samples, self.args.per_device_train_batch_size)):
             batch = self._prepare_inputs(lay_out(members, skip))
             score = functools.partial(completion_logprobs, self.student, batch, self.args, self.autocast_type)
-            logprobs = as_forward_of(self.model_wrapped, self.learner, score)
+            with torch.no_grad():  # around the wrapper, too: DDP would wait for gradients
+                logprobs = as_forward_of(self.model_wrapped, self.learner, score)
             lengths = [len(sample.completion[skip:]) for sample in members]
             for one, values in zip(members, logprobs.split(lengths), strict=True):
                 scored[id(one)] = dataclasses.replace(one, old_logprobs=values.tolist())

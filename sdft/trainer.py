@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from sdft._compat import is_compiled
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
 from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
 from sdft.early_checks import check_writable
@@ -84,6 +85,11 @@ class SDFTTrainer(SamplingTrainer):
             processing_class = processing_class or tokenizer
         else:
             learner = model
+        if is_compiled(learner):
+            raise UsageError(
+                "model is what torch.compile returns; it must be the model itself, which model.compile() or "
+                "model.model.compile() compile in place"
+            )
         if processing_class is None:
             raise UsageError("processing_class is not set; it must be the model's tokenizer")
         check_adapters(learner)

@@ -25,7 +25,22 @@ CASES = {
     "average": {"teacher": "ema", "ema_rate": 0.2, "save_strategy": "steps", "save_steps": 2},
     "sft": {"method": "sft", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2},
     "live": {"teacher": "live", "loss_normalisation": "sequence", "demonstration_weight": 0.3, "eval_temperature": 1.0},
-    "repeats": {"num_iterations": 2, "divergence": "forward_kl", "save_strategy": "steps", "save_steps": 1},
+    "repeats": {
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+        "divergence": "forward_kl",
+        "save_strategy": "steps",
+        "save_steps": 1,
+    },
+    "best": {  # which is the first that is measured
+        "method": "sft",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "forgetting",
+    },
     "frozen embeddings": {"freeze_embeddings": True, "tied": True, "teacher": "ema"},
     "pieces": {"max_forward_tokens": 24, "demonstration_weight": 0.2},
     "adapter": {"lora": True, "learning_rate": 1e-2},
@@ -92,7 +107,7 @@ def trainer(folder, processes, **options):
         train_dataset=rows,
         eval_dataset=rows[:5],
         general_dataset=[{"prompt": "x" * length} for length in (1, 7, 3)]
-        if config.teacher == "live" or lora
+        if config.teacher == "live" or lora or config.load_best_model_at_end
         else None,
         processing_class=tiny.tiny_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,

@@ -112,6 +112,16 @@ def test_two_processes_that_resume_end_with_the_weights_of_those_that_did_not(ca
 
 
 @pytest.mark.slow
+def test_the_best_model_is_saved_and_measured_by_every_process(two_processes):
+    """Not the last one, also where checkpoints are in pieces."""
+    measured = json.loads((two_processes / "best" / "history.json").read_text())["measured"]
+    states = [json.loads(path.read_text()) for path in sorted((two_processes / "best").glob("*/trainer_state.json"))]
+    assert [state["best_global_step"] for state in states] == [2, 2]
+    assert {Path(state["best_model_checkpoint"]).name for state in states} == {"checkpoint-2"}
+    assert states[-1]["best_metric"] in [pytest.approx(value, rel=1e-5) for value in measured]
+
+
+@pytest.mark.slow
 def test_processes_had_unequal_numbers_of_tokens_and_sometimes_none(two_processes):
     """What makes the comparison above one: a mean of the processes' own means would not pass it."""
 

@@ -56,6 +56,10 @@ class Runs(WholeSaves):
 
         From a checkpoint of the last step the trained model is loaded, and nothing else is done.
         """
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise UsageError("train is called where torch keeps no gradients (no_grad, inference_mode); it must not be")
+        if torch.is_autocast_enabled(self.args.device.type):
+            raise UsageError("train is called within torch.autocast; it must not be, but bf16 or fp16 may be set")
         with contextlib.ExitStack() as stack:
             claim = stack.enter_context(
                 claimed(

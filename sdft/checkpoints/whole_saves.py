@@ -53,9 +53,10 @@ class WholeSaves(Trainer):
             finally:
                 self._saving_in = None
             self.save_beside(staged)
-            if self.args.should_save and self.state.best_model_checkpoint == staged:
-                self.state.best_model_checkpoint = final
-                self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
+            if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = final  # in every process: each loads it at the end
+                if self.args.should_save:
+                    self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.publish_folder(staged, final)

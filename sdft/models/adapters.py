@@ -149,8 +149,13 @@ def check_new_tokens(model: nn.Module) -> None:
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head's weight is that of the embeddings."""
-    return bool(model.config.get_text_config().tie_word_embeddings)
+    """Whether the head's own weight is that of the embeddings."""
+    return _own(model.get_output_embeddings()).weight is _own(model.get_input_embeddings()).weight
+
+
+def _own(layer: Any) -> Any:
+    """A layer without what peft has put around it."""
+    return getattr(layer, "base_layer", getattr(layer, "original_module", layer))
 
 
 def _sample(parameter: Tensor) -> Tensor:
@@ -268,4 +273,6 @@ def untie(model: PreTrainedModel) -> None:
     """Give the head weights of its own, and have the configuration say so."""
     head = cast(nn.Module, model.get_output_embeddings())
     head.weight = nn.Parameter(cast(Tensor, head.weight).detach().clone())
-    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = False

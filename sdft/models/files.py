@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 from sdft.early_checks import check_package
@@ -20,9 +21,21 @@ def check_model(name: str) -> None:
     path = local_path(name)
     if (path / ADAPTER).is_file():
         check_package(f"model is {name!r}, an adapter", "peft")
-        base_of(path / ADAPTER)
+        base = base_of(path / ADAPTER)
+        try:
+            check_model(base)
+        except UsageError as error:
+            raise UsageError(
+                f"model is {name!r}, an adapter of {base!r}, which is named in its {ADAPTER}: {error}"
+            ) from error
     elif resolve(name)[1]:
         check_package(f"model is {name!r}, a GGUF file", "gguf")
+
+
+def lasting(name: str) -> str:
+    """The name by which a model is found from any folder."""
+    path = local_path(name)
+    return os.path.abspath(path) if path.exists() and not matching(name, (BUILT_IN,)) else name
 
 
 def local_path(name: str) -> Path:
@@ -90,6 +103,8 @@ def base_of(adapter: Path) -> str:
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"model is {str(adapter.parent)!r}, whose {ADAPTER} names no model: {error!r}") from error
+    if isinstance(base, str) and local_path(base).resolve() == adapter.parent.resolve():
+        raise UsageError(f"model is {str(adapter.parent)!r}, whose {ADAPTER} names itself for its model")
     if not isinstance(base, str):
         raise UsageError(f"model is {str(adapter.parent)!r}, whose {ADAPTER} names {base!r} for its model")
     return base

@@ -26,7 +26,7 @@ from transformers import (
 from sdft.data import Limits
 from sdft.errors import UsageError
 from sdft.models.adapters import merged
-from sdft.models.files import ADAPTER, BUILT_IN, base_of, damaged, local_path, refuse_pickled, resolve
+from sdft.models.files import ADAPTER, BUILT_IN, base_of, damaged, lasting, local_path, refuse_pickled, resolve
 from sdft.models.gguf_cache import keep, kept_model, say
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def load_model(
     if not allow_pickle and not files:
         refuse_pickled(name, Path(source), "model")
     model, tokenizer = (_load_gguf if files else _load_files)(name, source, files, dtype, trust)
+    _call(model, lasting(name))
     nn.Module.to(model, device)
     return model, tokenizer
 
@@ -114,7 +115,6 @@ def _load_gguf(
         loaded = _load_files(name, source, files, dtype, trust)
         if kept is not None:
             keep(kept, *loaded)
-    _call(loaded[0], name)  # the file's own title would stand in the saved configuration
     return loaded
 
 
@@ -129,7 +129,12 @@ def _load_adapter(
     if not trust["allow_pickle"]:
         refuse_pickled(str(adapter.parent), adapter.parent, "adapter_model")
     base, folder = base_of(adapter), str(adapter.parent)
-    model, tokenizer = load_model(base, dtype, device, **trust)
+    try:
+        model, tokenizer = load_model(base, dtype, device, **trust)
+    except UsageError as error:
+        raise UsageError(
+            f"model is {folder!r}, an adapter of {base!r}, which is named in its {ADAPTER}: {error}"
+        ) from error
     try:
         model = merged(PeftModel, model, folder).requires_grad_(True)
     except UsageError:
@@ -139,7 +144,7 @@ def _load_adapter(
         if broken := damaged(adapter.parent):
             reason = f"{broken} in it is damaged or cut off: {reason}"
         raise UsageError(f"model is {folder!r}, an adapter that cannot be loaded: {reason}") from error
-    _call(model, folder)  # what an adapter on top of this one is an adapter of
+    _call(model, lasting(folder))  # what an adapter on top of this one is an adapter of
     if (adapter.parent / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust["trust_remote_code"])

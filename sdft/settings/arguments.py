@@ -5,6 +5,7 @@ Learning rate, scheduler, accumulation, mixed precision, checkpoints, logging: e
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,8 +43,8 @@ class SDFTConfig(MethodSettings, Arguments):
             check_at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
             value = getattr(self, name)
-            if isinstance(value, int | float) and not value >= 0:  # NaN is refused too
-                raise UsageError(f"{name} is {value!r}; it must be a number of at least 0")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:  # NaN is refused too
+                raise UsageError(f"{name} is {value!r}; it must be a finite number of at least 0")
         check_settings(self)
         order = chosen("train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING_STRATEGIES)
         if order == "sequential" and self.num_iterations > 1:
@@ -51,6 +52,8 @@ class SDFTConfig(MethodSettings, Arguments):
                 f"train_sampling_strategy is 'sequential' and num_iterations {self.num_iterations}; rows that serve "
                 "several steps come in random order"
             )
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise UsageError("save_strategy is 'best', and eval_strategy is 'no', which says of no model that it is")
         self._choose_metric()
         try:
             Arguments.__post_init__(self)
