@@ -82,14 +82,19 @@ def prepare_packages(trainer: Trainer) -> None:
     and after all that is measured before.
     """
     args = trainer.args
-    if args.use_liger_kernel and args.device.type == "cpu":
-        raise UsageError("use_liger_kernel is True; on a CPU it must be False, for Liger's kernels are for GPUs")
     with installed(f"use_liger_kernel is {args.use_liger_kernel}"):
         if args.use_liger_kernel:
+            check_for_liger(args.device)
             apply_liger_kernel(trainer.model, args.liger_kernel_config)
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         with installed(f"optim is '{OptimizerNames(args.optim).value}'"):
             trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, trainer.model))
+
+
+def check_for_liger(device: torch.device) -> None:
+    """UsageError for a device that Liger's kernels do not run on."""
+    if device.type == "cpu":
+        raise UsageError("use_liger_kernel is True; on a CPU it must be False, for Liger's kernels are for GPUs")
 
 
 @contextlib.contextmanager

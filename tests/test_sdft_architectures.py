@@ -6,6 +6,7 @@ padded on the right and without a mask. Windows of attention are shorter than th
 
 import math
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -253,6 +254,25 @@ def test_models_that_see_train_on_text_and_load_again(family, tmp_path):
     ids = torch.tensor([[*range(5, 20)]])
     assert torch.equal(loaded(ids).logits, run.student.eval()(ids).logits)
     assert not torch.equal(loaded(ids).logits, made.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", SEEING)
+def test_adapters_of_models_that_see_load_as_they_were_trained(family, tied, tmp_path):
+    """Around the embeddings too, of which the head may be one: which configuration says so differs."""
+    torch.manual_seed(0)
+    settings = {**SEEING[family], "tie_word_embeddings": tied}
+    name = tiny.saved(
+        tmp_path / "base", AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **settings))
+    )
+    model, _ = load_model(name)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    run = trainer(tmp_path / "run", model=model, max_steps=2, learning_rate=1e-2, arguments={"peft_config": config})
+    run.train()
+    run.save_model()
+    ids = torch.tensor([[*range(5, 20)]])
+    learned = run.learner.eval()(input_ids=ids).logits
+    torch.testing.assert_close(load_model(str(tmp_path / "run"))[0](ids).logits, learned, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", SEEING)

@@ -12,7 +12,7 @@ from sdft import SDFTTrainer
 from sdft.errors import TrainingError, UsageError
 from sdft.head import check_head
 from sdft.models.adapters import add_lora, causal_lm
-from sdft.models.files import base_of, check_apart
+from sdft.models.files import base_of, check_apart, check_model
 from sdft.models.load import load_model
 from sdft.settings.config import LoraArguments
 from sdft.teacher import make_teacher
@@ -150,6 +150,26 @@ def saved_adapter(name, folder):
     move(model)
     model.save_pretrained(folder)
     return logits(model)
+
+
+def test_an_adapter_of_a_folder_loads_from_anywhere(base_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = saved_adapter("base", tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    torch.testing.assert_close(logits(load_model("../adapter")[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_whose_model_is_gone_says_so(base_folder, tmp_path):
+    saved_adapter(base_folder, tmp_path / "adapter")
+    base_folder.rename(tmp_path / "moved")
+    for find in (load_model, check_model):
+        with pytest.raises(UsageError, match=r"an adapter of '.*/base', as its adapter_config.json says: .* no such"):
+            find(str(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(base_folder), str(tmp_path / "adapter")))
+    with pytest.raises(UsageError, match="names itself for its model"):
+        check_model(str(tmp_path / "adapter"))
 
 
 def test_an_adapter_of_an_adapter_loads_with_both(base_folder, tmp_path):

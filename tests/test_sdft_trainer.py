@@ -279,12 +279,41 @@ def test_a_step_never_holds_logits(tmp_path):
     assert len(run.train_dataset) * run.args.max_completion_length * 101 > head.numel() == max(largest)
 
 
+def test_what_would_not_train_as_it_should_is_refused_before_it_begins(tmp_path):
+    pytest.importorskip("liger_kernel")
+    for options, words in (
+        ({"use_liger_kernel": True}, "use_liger_kernel is True; on a CPU it must be False"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a finite number"),
+        ({"save_strategy": "best"}, "save_strategy is 'best', and eval_strategy is 'no'"),
+        ({"model": torch.compile(tiny.tiny_model())}, r"model is what torch.compile returns; .* model\.compile\(\)"),
+        ({"model": tiny.tiny_model().half()}, "embed_tokens.weight trains in float16, .* float32 or bfloat16"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            trainer(tmp_path, **options)
+    with pytest.raises(UsageError, match="its name is no text in UTF-8"):
+        trainer(tmp_path / "o\udcff")
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_is_refused_within_what_would_change_it(tmp_path):
+    run = trainer(tmp_path)
+    for context, words in (
+        (torch.no_grad(), "where torch keeps no gradients"),
+        (torch.inference_mode(), "where torch keeps no gradients"),
+        (torch.autocast("cpu", dtype=torch.bfloat16), r"train is called within torch\.autocast"),
+    ):
+        with context, pytest.raises(UsageError, match=words):
+            run.train()
+    assert not list(tmp_path.iterdir())
+
+
 def test_liger_kernels_are_in_the_student_and_in_its_teacher(tmp_path, monkeypatch):
     rms_norm = pytest.importorskip("liger_kernel.transformers.rms_norm").LigerRMSNorm
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
         monkeypatch.setattr(
             modeling_llama, name, getattr(modeling_llama, name)
         )  # put back afterwards: liger replaces it
+    monkeypatch.setattr("sdft.launch.check_for_liger", lambda device: None)
     for check in ("check_head", "check_same_in_training"):  # Triton's interpreter does not run their kernels
         monkeypatch.setattr(f"sdft.trainer.{check}", lambda *_: None)
     run = trainer(tmp_path, use_liger_kernel=True)

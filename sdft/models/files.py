@@ -25,9 +25,7 @@ def check_model(name: str) -> None:
         try:
             check_model(base)
         except UsageError as error:
-            raise UsageError(
-                f"model is {name!r}, an adapter of {base!r}, which is named in its {ADAPTER}: {error}"
-            ) from error
+            raise UsageError(f"model is {name!r}, an adapter of {base!r}, as its {ADAPTER} says: {error}") from error
     elif resolve(name)[1]:
         check_package(f"model is {name!r}, a GGUF file", "gguf")
 

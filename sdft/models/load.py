@@ -132,9 +132,7 @@ def _load_adapter(
     try:
         model, tokenizer = load_model(base, dtype, device, **trust)
     except UsageError as error:
-        raise UsageError(
-            f"model is {folder!r}, an adapter of {base!r}, which is named in its {ADAPTER}: {error}"
-        ) from error
+        raise UsageError(f"model is {folder!r}, an adapter of {base!r}, as its {ADAPTER} says: {error}") from error
     try:
         model = merged(PeftModel, model, folder).requires_grad_(True)
     except UsageError:
