@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.errors import UsageError
 from sdft.forward import evaluating
@@ -258,3 +259,16 @@ def make_teacher(kind: str, student: nn.Module, ema_rate: float, *, offload: boo
     if kind == "ema":
         return AverageTeacher(student, ema_rate, offload=offload)
     return BaseTeacher(student, offload=offload)
+
+
+class TeacherFollows(TrainerCallback):
+    """Lets the teacher follow the student, every `interval` optimizer steps."""
+
+    def __init__(self, teacher: Teacher, interval: int) -> None:
+        self.teacher, self.interval = teacher, interval
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if (state.global_step + 1) % self.interval == 0:  # the step is counted only after this
+            self.teacher.update(kwargs["model"])

@@ -20,8 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft._compat import is_compiled
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
@@ -43,7 +42,7 @@ from sdft.rollouts.generate import Sampling
 from sdft.samples import SamplingTrainer
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import check_arguments
-from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, make_teacher, trains_beside_adapter
+from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, TeacherFollows, make_teacher, trains_beside_adapter
 from sdft.templates import parse_template
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,8 @@ class SDFTTrainer(SamplingTrainer):
     tokenizer (found with a name);
     `train_dataset` a `datasets.Dataset`, a list of rows, or a JSONL or Parquet file; `eval_dataset` the same with
     `prompt` and `answer`, for the accuracy that `evaluate` reports; `general_dataset` the same with `prompt`, of other
-    kinds, for how far the model has moved from where it started. Other arguments are the Trainer's.
+    kinds, for how far the model has moved from where it started. An `exam` has the two in one, read and checked
+    before; the starting model is then kept only where `eval_strategy` asks for it. Other arguments are the Trainer's.
 
     >>> SDFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", SDFTConfig(), train_dataset=rows).train()
     """
@@ -74,38 +74,22 @@ class SDFTTrainer(SamplingTrainer):
         *,
         peft_config: Any = None,
         general_dataset: Any = None,
+        exam: Exam | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
         check_arguments(kwargs)
         check_writable(str(args.output_dir))
-        learner: nn.Module
-        if isinstance(model, str):
-            learner, tokenizer = load_model(model)
-            processing_class = processing_class or tokenizer
-        else:
-            learner = model
-        if is_compiled(learner):
-            raise UsageError(
-                "model is what torch.compile returns; it must be the model itself, which model.compile() or "
-                "model.model.compile() compile in place"
-            )
-        if processing_class is None:
-            raise UsageError("processing_class is not set; it must be the model's tokenizer")
+        learner, processing_class = model_and_tokenizer(model, processing_class)
         check_adapters(learner)
         bare = causal_lm(learner)
-        self.sampling = Sampling(
-            max_new_tokens=args.max_completion_length,
-            eos_ids=eos_token_ids(bare, processing_class),
-            temperature=args.rollout_temperature,
-            top_p=args.rollout_top_p,
-            top_k=args.rollout_top_k,
-            min_p=args.rollout_min_p,
-            stop=tuple(args.rollout_stop or ()),
-        )
+        self.sampling = sampling_by(args, bare, processing_class)
         rows = None if train_dataset is None else self._encode(train_dataset, bare, args, processing_class)
-        self.exam = exam_by(args, eval_dataset, general_dataset)
-        self.exam.check(bare, processing_class)
+        keeps_start = exam is None or args.eval_strategy != "no"
+        if exam is None:
+            exam = exam_by(args, eval_dataset, general_dataset)
+            exam.check(bare, processing_class)
+        self.exam = exam
         if args.freeze_embeddings:
             bare.get_input_embeddings().requires_grad_(False)
         if peft_config is not None:
@@ -140,8 +124,8 @@ class SDFTTrainer(SamplingTrainer):
         if args.method == "sdft":
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
-        self.start = self._starting_model()
-        self.prompts = self._prompt_cache(rows)
+        self.starting_model = self._starting_model(keeps_start and bool(exam.general_rows))
+        self.prompt_cache = self._prompt_cache(rows)
         self.completions: CompletionsFile | None = None
         if args.method == "sdft" and args.log_completions:
             self.completions = CompletionsFile(
@@ -159,13 +143,13 @@ class SDFTTrainer(SamplingTrainer):
             return encode_prompt(self.exam.general_rows[0]["prompt"], tokenizer)[:16]
         return []
 
-    def _starting_model(self) -> Teacher | None:
-        """What lends the model that training starts from, at the price of a copy only where forgetting is measured."""
+    def _starting_model(self, kept: bool) -> Teacher | None:
+        """What lends the model that training starts from; where that takes a copy, only if it is to be kept."""
         if self.teacher is not None and self.args.teacher == "base":
             return self.teacher
         if has_adapter(self.learner) and trains_beside_adapter(self.learner) is None:
             return AdapterOffTeacher(self.learner)
-        return BaseTeacher(self.learner, offload=self.args.teacher_offload) if self.exam.general_rows else None
+        return BaseTeacher(self.learner, offload=self.args.teacher_offload) if kept else None
 
     def _prompt_cache(self, rows: list[Row] | None) -> PromptCache | None:
         """Where the teacher finds prompts that it has read before, if any are to be kept."""
@@ -272,7 +256,7 @@ class SDFTTrainer(SamplingTrainer):
                 self.args,
                 self.autocast_type,
                 per_token=logged,
-                prompts=self.prompts,
+                prompts=self.prompt_cache,
                 timed=self.phases("score"),
             )
             loss = out.total / items
@@ -327,10 +311,10 @@ class SDFTTrainer(SamplingTrainer):
             exam.check(self.student, tokenizer)
 
         def measure() -> dict[str, float | None]:
-            held_out = exam.held_out(self.student, tokenizer, "held-out prompts")
+            held_out = exam.held_out(self.student, tokenizer)
             return {
                 "accuracy": None if held_out is None else held_out.accuracy,
-                "forgetting": None if self.start is None else self.moved(self.exam, self.start),
+                "forgetting": None if self.starting_model is None else self.forgetting(self.starting_model),
             }
 
         self.use_weights("eval")
@@ -341,10 +325,10 @@ class SDFTTrainer(SamplingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def moved(self, exam: Exam, start: Teacher) -> float | None:
-        """How far the student is from the model that training started from, on the general prompts of `exam`."""
+    def forgetting(self, start: Teacher, *, shown: bool = False) -> float | None:
+        """How far the student is from the model that training started from, on the general prompts."""
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        return exam.forgetting(self.student, tokenizer, start, self.autocast_type)
+        return self.exam.forgetting(self.student, tokenizer, start, self.autocast_type, shown=shown)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError(
@@ -372,17 +356,33 @@ class SDFTTrainer(SamplingTrainer):
         super()._save(output_dir, state_dict)
 
 
-class TeacherFollows(TrainerCallback):
-    """Lets the teacher follow the student, every `interval` optimizer steps."""
+def model_and_tokenizer(
+    model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model that learns, loaded if it is given by name, and its tokenizer. UsageError for what cannot learn."""
+    learner, own = load_model(model) if isinstance(model, str) else (model, None)
+    tokenizer = tokenizer or own
+    if is_compiled(learner):
+        raise UsageError(
+            "model is what torch.compile returns; it must be the model itself, which model.compile() or "
+            "model.model.compile() compile in place"
+        )
+    if tokenizer is None:
+        raise UsageError("processing_class is not set; it must be the model's tokenizer")
+    return learner, tokenizer
 
-    def __init__(self, teacher: Teacher, interval: int) -> None:
-        self.teacher, self.interval = teacher, interval
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if (state.global_step + 1) % self.interval == 0:  # the step is counted only after this
-            self.teacher.update(kwargs["model"])
+def sampling_by(args: SDFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """How rollouts are sampled under the run's settings."""
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
+        eos_ids=eos_token_ids(model, tokenizer),
+        temperature=args.rollout_temperature,
+        top_p=args.rollout_top_p,
+        top_k=args.rollout_top_k,
+        min_p=args.rollout_min_p,
+        stop=tuple(args.rollout_stop or ()),
+    )
 
 
 def exam_by(args: SDFTConfig, held_out: Any, general: Any = None) -> Exam:

@@ -201,12 +201,12 @@ def test_general_prompts_alone_can_be_evaluated_on(tmp_path):
 def test_the_starting_model_is_copied_only_where_it_must_be(tmp_path):
     run = trainer(tmp_path, adapter=True)
     own = {id(parameter) for parameter in run.model.parameters()}
-    with run.start.scoring() as base:
+    with run.starting_model.scoring() as base:
         assert {id(p) for p in base.parameters()} <= own
     run = trainer(tmp_path)
-    assert run.start is run.teacher
-    assert trainer(tmp_path, teacher="ema", general_dataset=None).start is None
-    assert trainer(tmp_path, teacher="ema").start is not None
+    assert run.starting_model is run.teacher
+    assert trainer(tmp_path, teacher="ema", general_dataset=None).starting_model is None
+    assert trainer(tmp_path, teacher="ema").starting_model is not None
 
 
 def test_prompts_that_cannot_be_evaluated_on_are_refused_before_training(tmp_path):

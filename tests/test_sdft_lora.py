@@ -361,7 +361,7 @@ def test_biases_train_beside_an_adapter_whose_teacher_is_not_the_base(teacher, t
     run = trainer(tmp_path / "run", model=model, teacher=teacher, max_steps=2, arguments=arguments)
     start = logits(load_model(base)[0])
     run.train()
-    with run.start.scoring() as lent:
+    with run.starting_model.scoring() as lent:
         assert torch.equal(logits(lent), start)
     run.save_model()
     torch.testing.assert_close(logits(load_model(str(tmp_path / "run"))[0]), logits(run.learner), rtol=1e-4, atol=1e-4)

@@ -62,7 +62,7 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
     moved = None
     if general is not None and has_base:
         base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
-        moved = exam.forgetting(model, tokenizer, Teacher(base))
+        moved = exam.forgetting(model, tokenizer, Teacher(base), shown=True)
     scores = Scores(
         model=of_model.model,
         accuracy=accuracy_of(held_out),

@@ -97,6 +97,7 @@ def _train(
 
     teacher = measure.held_out("teacher", template) if exam.has_demonstrations else None
     before, general_before = measure.held_out("before"), measure.general("before")
+    exam.starting_answers = general_before
     train_started = time.perf_counter()
     with contextlib.closing(display), FinishOnSignal(silent=not trainer.is_world_process_zero()) as finish:
         trainer.add_callback(finish)
@@ -153,7 +154,7 @@ def _train(
 
 
 def exam_of(rows: Rows, config: SDFTConfig) -> Exam:
-    """The prompts to measure on before and after; UsageError where evaluation in between asks for others."""
+    """The prompts to measure on before, after and in between; UsageError where what is asked for needs others."""
     exam = Exam(
         rows.held_out or None,
         rows.general or None,
@@ -183,15 +184,13 @@ def trainer_of(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, exam: Exam, config: SDFTConfig
 ) -> SDFTTrainer:
     """The trainer, which leaves the terminal to the command and writes metrics.jsonl."""
-    as_it_goes = config.eval_strategy != "no"
     try:
         trainer = SDFTTrainer(
             model,
             config,
             train_dataset=rows.train,
-            eval_dataset=exam.eval_rows or None,
             processing_class=tokenizer,
-            general_dataset=exam.general_rows if as_it_goes and exam.general_rows else None,
+            exam=exam,
         )
     except UsageError:
         raise
@@ -241,10 +240,10 @@ class Measure:
 
     def forgetting(self, of_model: ModelArguments) -> float | None:
         """Nats a token from the model that training started from, which is loaded again where nobody kept it."""
-        start = self.trainer.start or Teacher(
+        start = self.trainer.starting_model or Teacher(
             load_model(of_model.model, of_model.dtype, self.trainer.student.device, **of_model.trust)[0]
         )
-        return self._run(lambda: self.trainer.moved(self.exam, start))
+        return self._run(lambda: self.trainer.forgetting(start, shown=True))
 
     def _run(self, measure: Callable[[], Result]) -> Result:
         with self.trainer.phases("eval"):

@@ -201,6 +201,7 @@ class Exam:
 
     Where there are several processes all must ask: each does its share, and all have the answers.
     `held_out` and `general` are what `load_rows` takes, or None; `settings` say how they are answered and scored.
+    A bar shows the progress of what is given a name for it, unless `silent`.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class Exam:
         self.settings, self.batch_size, self.seed, self.silent = settings, batch_size, seed, silent
         self.eval_rows, self.general_rows = exam_rows(held_out, general, settings)
         self.has_demonstrations = have_demonstrations(self.eval_rows)
-        self._starting_answers: Answers | None = None
+        self.starting_answers: Answers | None = None
 
     def check(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]] = ()
@@ -230,7 +231,7 @@ class Exam:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        progress: str,
+        progress: str | None = None,
         template: list[Message] | None = None,
         made: Made | None = None,
     ) -> Answers | None:
@@ -257,7 +258,7 @@ class Exam:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        progress: str,
+        progress: str | None = None,
         made: Made | None = None,
     ) -> Answers | None:
         """The model's greedy answers to the general prompts; None without prompts."""
@@ -281,27 +282,31 @@ class Exam:
         tokenizer: PreTrainedTokenizerBase,
         start: Teacher,
         autocast: torch.dtype | None = None,
+        *,
+        shown: bool = False,
     ) -> float | None:
         """How far the model has moved from the starting one on the general prompts; None without prompts.
 
-        The starting model, which `start` lends, answers them the first time that this is asked.
+        The starting model, which `start` lends, answers them the first time that this is asked, unless its
+        `starting_answers` are there. `shown`: with bars.
         """
-        if self._starting_answers is None:
+        if self.starting_answers is None:
             with start.scoring() as base:
-                self._starting_answers = self.general(base, tokenizer, "starting model, general prompts")
-        if self._starting_answers is None:
+                name = "starting model, general prompts" if shown else None
+                self.starting_answers = self.general(base, tokenizer, name)
+        if self.starting_answers is None:
             return None
         return forgetting(
             model,
             start,
-            self._starting_answers,
+            self.starting_answers,
             batch_size=self.batch_size,
-            progress=self._progress("divergence from the starting model"),
+            progress=self._progress("divergence from the starting model" if shown else None),
             share=True,
             autocast=autocast,
         )
 
-    def _progress(self, description: str) -> str | None:
+    def _progress(self, description: str | None) -> str | None:
         """The description of a progress bar, or None for no bar."""
         return None if self.silent else description
 
