@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import Cache, ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
 
 #: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
 #: have that measure rollouts too (docs/gpu.md).
@@ -31,6 +32,17 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(model, mark):
             setattr(model, mark, False)
     return model
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """What the module's forward pass calls the cache of keys and values, where it takes one: renamed in 5.24."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
+
+
+def with_cache(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """The argument by which the module's forward pass, or `generate`, takes the cache."""
+    return {} if cache is None else {cache_argument(module) or "past_key_values": cache}
 
 
 def is_compiled(model: nn.Module) -> bool:

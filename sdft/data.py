@@ -88,7 +88,7 @@ def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
+        raise UsageError(f"{where} is not JSON: {error} (a file is JSONL, with a row a line, or Parquet)") from error
     except RecursionError as error:
         raise UsageError(f"{where} is not a row: it is nested too deeply") from error
     except ValueError as error:  # Python reads no number of more than 4,300 digits
@@ -105,8 +105,12 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
                 f"{where} has {field}, which this loop does not read; it must be taken out, or the row left out"
             )
     for field in need:
-        if row.get(field) in (None, "", []) or _is_blank(row[field]):
-            raise UsageError(f"{where} has no {field}")
+        if row.get(field) is None:
+            raise UsageError(
+                f"{where} has no {field}; it has {', '.join(str(name) for name in row if name != WHERE) or 'nothing'}"
+            )
+        if row[field] in ("", []) or _is_blank(row[field]):
+            raise UsageError(f"{where} has an empty {field}")
     for field in ("prompt", "demonstration"):
         value = row.get(field)
         if value is not None and not isinstance(value, str) and not is_messages(value):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from sdft._compat import with_cache
 from sdft.batch import Sample
 from sdft.errors import TrainingError
 from sdft.forward import evaluating
@@ -80,8 +81,8 @@ class PromptCache:
             input_ids=ids.to(device),
             attention_mask=seen.long().to(device),
             position_ids=positions.to(device),
-            past_key_values=self._past(backbone, [prompt[:-1] for prompt in prompts], past),
             use_cache=True,
+            **with_cache(backbone, self._past(backbone, [prompt[:-1] for prompt in prompts], past)),
         ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, torch.tensor(scored, dtype=torch.long, device=device))
 
@@ -117,7 +118,7 @@ class PromptCache:
 def _read(backbone: nn.Module, tokens: Tokens) -> KeysAndValues:
     ids = torch.tensor([tokens], device=next(backbone.parameters()).device)
     cache = DynamicCache()
-    backbone(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **with_cache(backbone, cache))
     layers = cast(list[DynamicLayer], cache.layers)
     return [(cast(Tensor, layer.keys)[0], cast(Tensor, layer.values)[0]) for layer in layers]
 

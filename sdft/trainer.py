@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sdft._compat import is_compiled
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
@@ -78,6 +78,10 @@ class SDFTTrainer(SamplingTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
+        if not isinstance(args, SDFTConfig):
+            raise UsageError(
+                f"args is a {type(args).__name__}; it must be an SDFTConfig, which has its fields and more"
+            )
         check_arguments(kwargs)
         check_writable(str(args.output_dir))
         learner, processing_class = model_and_tokenizer(model, processing_class)
@@ -93,6 +97,7 @@ class SDFTTrainer(SamplingTrainer):
         if args.freeze_embeddings:
             bare.get_input_embeddings().requires_grad_(False)
         if peft_config is not None:
+            set_seed(args.seed)  # of which the adapter begins
             learner = adapted(bare, peft_config)
         check_new_tokens(learner)
         switch_off_dropout(learner)

@@ -6,9 +6,11 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from sdft import SDFTTrainer
+from sdft.cli import main
 from sdft.errors import TrainingError, UsageError
 from sdft.head import check_head
 from sdft.models.adapters import add_lora, causal_lm
@@ -103,6 +105,28 @@ def test_a_resumed_adapter_ends_with_the_weights_of_the_uninterrupted_run(teache
     assert_equal_weights(weights(resumed.model), weights(straight.model))
     if teacher == "ema":
         assert_equal_weights(resumed.teacher.average, straight.teacher.average)
+
+
+@pytest.mark.parametrize("how", ["command", "trainer"])
+def test_the_seed_covers_an_adapters_first_weights(how, tmp_path, monkeypatch):
+    """Whatever random numbers were drawn before it is made."""
+    monkeypatch.chdir(tmp_path)
+    name = tiny.saved(tmp_path / "base", tiny.tiny_model(max_position_embeddings=512))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows()))
+    made = {}
+    for run, (before, seed) in enumerate([(1, 5), (2, 5), (1, 6)]):
+        torch.manual_seed(before)
+        if how == "trainer":
+            config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+            options = {"model": load_model(name)[0], "seed": seed, "arguments": {"peft_config": config}}
+            made[run] = adapter(trainer(tmp_path / str(run), **options).learner)
+        else:
+            flags = {"model": name, "lora_rank": 4, "seed": seed, "output_dir": str(run), "max_steps": 1}
+            flags |= {"train_file": "rows.jsonl", "learning_rate": 0, "max_completion_length": 4, "use_cpu": "true"}
+            assert main(["train", *(f"--{flag}={value}" for flag, value in flags.items())]) == 0
+            made[run] = load_file(str(tmp_path / str(run) / "adapter_model.safetensors"))
+    assert_equal_weights(made[0], made[1])
+    assert any(not torch.equal(tensor, made[2][name]) for name, tensor in made[0].items())
 
 
 def test_a_saved_adapter_is_small_and_loads_by_its_folder(tmp_path):

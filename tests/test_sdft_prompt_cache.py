@@ -125,8 +125,8 @@ def test_a_run_is_the_same_as_without(settings, tmp_path):
         trained(tmp_path / str(gib), model=model(), rows=tiny.rows(4), teacher_cache_gib=gib, **settings)
         for gib in (0, 0.5)
     )
-    assert plain.prompts is None
-    assert all(row["teacher_prompt_ids"] in cached.prompts for row in cached.train_dataset)
+    assert plain.prompt_cache is None
+    assert all(row["teacher_prompt_ids"] in cached.prompt_cache for row in cached.train_dataset)
     losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in (plain, cached)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     expected = weights(plain.model)

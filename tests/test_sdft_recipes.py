@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sdft import cli, early_checks, rows
-from sdft import commands as run
+from sdft.commands import train as run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))

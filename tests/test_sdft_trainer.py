@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.models.llama import modeling_llama
 
 from sdft import SDFTConfig, SDFTTrainer
@@ -293,6 +293,11 @@ def test_what_would_not_train_as_it_should_is_refused_before_it_begins(tmp_path)
     with pytest.raises(UsageError, match="its name is no text in UTF-8"):
         trainer(tmp_path / "o\udcff")
     assert not list(tmp_path.iterdir())
+
+
+def test_arguments_of_another_class_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="args is a TrainingArguments; it must be an SDFTConfig"):
+        SDFTTrainer(tiny.tiny_model(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
 def test_training_is_refused_within_what_would_change_it(tmp_path):

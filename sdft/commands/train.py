@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sdft.checkpoints.claim import CHECKPOINTS, Claim, claimed
@@ -88,6 +88,7 @@ def _train(
     folder = Path(str(config.output_dir))
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     exam.check(model, tokenizer, [template] if exam.has_demonstrations else [])
+    set_seed(config.seed)  # of which an adapter begins
     trainer = trainer_of(add_lora(model, of_lora), tokenizer, rows, exam, config)
     if nothing_is_left(trainer, claim, folder):
         return 0

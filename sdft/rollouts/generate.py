@@ -24,6 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from sdft._compat import with_cache
 from sdft.errors import TrainingError, UsageError, counted
 from sdft.forward import evaluating
 from sdft.progress.counts import InBatches, Watch, Watched
@@ -172,8 +173,8 @@ def by_generate(
             generation_config=settings,
             logits_processor=processors,
             stopping_criteria=stopping,
-            past_key_values=roomy_cache(model),
             synced_gpus=is_sharded(model),
+            **with_cache(model, roomy_cache(model)),
         )
     return cast(list[list[int]], output[:, longest:].tolist())
 

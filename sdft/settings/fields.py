@@ -48,7 +48,7 @@ class Field:
     def read(self, value: Any) -> Any:
         """What a text, a list, a mapping or None stands for; UsageError where the field cannot have it."""
         kinds = self.kinds
-        if value is None:
+        if value is None or (value == "null" and "None" in kinds):  # as a recipe says it, in a flag too
             if "None" not in kinds:
                 raise UsageError(f"{self.name} is not set; it must have a value, or be left out for the default")
             return None

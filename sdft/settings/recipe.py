@@ -147,6 +147,8 @@ def read_flags(argv: Sequence[str], fields: Mapping[str, Field], command: str) -
 def read_recipe(path: str) -> dict[str, Written]:
     """What a recipe says by name: scalars as the text that stands there, so that a flag's value is read as they are."""
     if not Path(path).is_file():
+        if Path(path).is_dir():
+            raise UsageError(f"{path} is a folder; it must be a recipe, and a model is named by --model {path}")
         raise UsageError(f"{path} is not there: no such recipe")
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
