@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sdft_kernels._compat import interpreted, stands_for_others
 from sdft_kernels.backends.cpu import library
 from sdft_kernels.backends.select import BACKENDS
 from sdft_kernels.divergences import DIVERGENCES, is_mixture
@@ -174,12 +175,6 @@ def readable(name: str, tensor: Tensor) -> None:
         )
 
 
-def stands_for_others(kind: type[Tensor]) -> bool:
-    """Whether these tensors wrap others, as a DTensor does its shard, which is how torch too knows them; but for one
-    that a collective is still to fill: each operator waits for that itself."""
-    return hasattr(kind, "__tensor_flatten__") and not hasattr(kind, "trigger_wait")
-
-
 def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.device, *, floating: bool) -> None:
     """A vector over the tokens, or None."""
     if tensor is None:
@@ -255,17 +250,17 @@ def supported_backend(backend: str, device: torch.device, dtype: torch.dtype) ->
     if backend != "triton":
         return
     try:
-        from triton import knobs
+        by_interpreter = interpreted()
     except ImportError:
         raise ValueError(
             "backend is 'triton', which is not installed: `pip install triton`, or ask for 'torch'"
         ) from None
-    if device.type != "cuda" and not knobs.runtime.interpret:
+    if device.type != "cuda" and not by_interpreter:
         raise ValueError(
             f"backend is 'triton', which needs CUDA tensors (or TRITON_INTERPRET=1), and the hidden states are on "
             f"{device}: ask for 'auto' or 'torch'"
         )
-    if dtype == torch.float64 and not knobs.runtime.interpret:
+    if dtype == torch.float64 and not by_interpreter:
         raise ValueError("backend is 'triton', whose kernels compute in float32, and the products are in float64")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdft_kernels._compat import assert_on_device
 from sdft_kernels.backends import products
 from sdft_kernels.backends.cpu import pages
 from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, Head
@@ -183,7 +184,7 @@ def check_labels(labels: Tensor, vocab: int) -> None:
     """Labels of live tokens lie in the compared vocabulary: told at once on the CPU, asserted on a device."""
     inside = ((labels >= 0) & (labels < vocab)).all()
     if not reads_are_free(labels):
-        torch._assert_async(inside, f"labels must lie in [0, {vocab})")
+        assert_on_device(inside, f"labels must lie in [0, {vocab})")
     elif not inside:
         low, high = labels.min().item(), labels.max().item()
         raise ValueError(f"labels run from {low} to {high}, but must lie in [0, {vocab})")

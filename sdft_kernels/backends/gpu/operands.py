@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sdft_kernels._compat import interpreted
 from sdft_kernels.backends.interface import Head
 
 Tile = tuple[int, int, int, int]
@@ -50,7 +50,7 @@ def operand(matrix: Tensor) -> Tensor:
         aligned[:, :size] = matrix
         matrix = aligned
     # Triton's interpreter would multiply the bit patterns of bfloat16; in float32 the products are the same.
-    return matrix.float() if knobs.runtime.interpret else matrix
+    return matrix.float() if interpreted() else matrix
 
 
 def copies_tiles(matrix: Tensor) -> bool:
@@ -82,7 +82,7 @@ def configurations(tiles: dict[str, tuple[Tile, ...]], kind: str) -> list[triton
         triton.Config(
             {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, pre_hook=_shape_tiles, **DEVICE_OPTIONS[kind]
         )
-        for m, n, k, warps in tiles[kind][: 1 if knobs.runtime.interpret else None]
+        for m, n, k, warps in tiles[kind][: 1 if interpreted() else None]
     ]
 
 
@@ -98,5 +98,5 @@ def choices(tiles: dict[str, tuple[Tile, ...]]) -> dict[str, Any]:
         ours = copied if COPIED else others
         return [config for config in configs if config in ours]
 
-    configs = others if knobs.runtime.interpret else copied + others
+    configs = others if interpreted() else copied + others
     return {"configs": configs, "prune_configs_by": {"early_config_prune": of_this_device}}
