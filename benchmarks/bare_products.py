@@ -13,16 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
+from benchmarks._compat import ATTENTION, ATTENTION_BACKWARD, TorchDispatchMode, tree_map
 from benchmarks.recorder import PRODUCTS
 from sdft_kernels.operator import ARGUMENTS, forward, fused_linear_divergence_op
-
-aten = torch.ops.aten
-
-ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
-ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
-"""What the kernels and the benchmarks use of torch and triton that is private or unstable: still there, and the same.
-
-And the borders between our own modules, by their source: who imports whom, and which names.
-"""
+"""What the kernels and the benchmarks use of torch and triton that is private: still there, and the same."""
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 
@@ -112,3 +110,49 @@ def test_tensors_that_stand_for_others_are_known() -> None:
     assert _compat.waits_for_itself(AsyncCollectiveTensor), "a collective's result has no trigger_wait any more"
     assert not _compat.stands_for_others(AsyncCollectiveTensor)
     assert not _compat.stands_for_others(Tensor) and not _compat.stands_for_others(torch.nn.Parameter)
+
+
+def test_the_benchmarks_find_what_they_follow() -> None:
+    from benchmarks import _compat as ours
+
+    storage = torch.empty(3, device="meta").untyped_storage()
+    assert ours.storage_number(storage) == ours.storage_number(storage)
+    assert ours.storage_number(storage) != ours.storage_number(torch.empty(3, device="meta").untyped_storage())
+    written = [argument.alias_info is not None for argument in ours.arguments_of(torch.ops.aten.copy_.default)]
+    assert written[:2] == [True, False], f"torch {torch.__version__} has another form of an operator's schema"
+    queries = torch.randn(1, 1, 4, 8, requires_grad=True)
+    assert ours.tree_map(lambda leaf: leaf + 1, (1, [2])) == (2, [3]) and ours.tree_leaves((1, [2])) == [1, 2]
+    seen = []
+
+    class Seeing(ours.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Seeing():
+        torch.nn.functional.scaled_dot_product_attention(queries, queries, queries).sum().backward()
+        torch.ones(1).item()
+    for operator_, use in ((ours.ATTENTION, "attention"), (ours.ATTENTION_BACKWARD, "its backward pass")):
+        assert operator_ in seen, f"torch {torch.__version__} runs {use} on the CPU by another operator: see {seen}"
+    assert ours.READ_NUMBER.default in seen, f"torch {torch.__version__} reads numbers by another operator"
+
+
+def test_triton_tells_what_it_would_compile() -> None:
+    jit = pytest.importorskip("triton.runtime.jit")
+    for owner, name in ((jit, "create_function_from_signature"), (jit.JITFunction, "_pack_args")):
+        assert hasattr(owner, name), f"triton has moved {name}: see benchmarks._compat.specialised"
+
+
+@pytest.mark.peers
+def test_peers_have_what_the_benchmarks_take_from_them() -> None:
+    pytest.importorskip("liger_kernel")
+    from trl.experimental.sdft import SDFTTrainer
+
+    from benchmarks import _compat as ours
+
+    assert callable(ours.liger_jsd())
+    for name, parameters in ours.TRL_OVERRIDES.items():
+        method = getattr(SDFTTrainer, name, None)
+        assert method is not None, f"TRL has no SDFTTrainer.{name} any more"
+        found = tuple(inspect.signature(method).parameters)[1:]
+        assert found == parameters, f"TRL calls SDFTTrainer.{name} with other arguments: {found}"

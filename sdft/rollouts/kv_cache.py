@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from sdft._compat import takes_dynamic_cache
+
 #: Room is made for this share of the tokens more, and for at least so many: all copies together are then at most nine
 #: times what there is in the end, however long that is.
 SPARE, LEAST_SPARE = 1 / 8, 32
@@ -52,8 +54,7 @@ def roomy_cache(model: PreTrainedModel) -> DynamicCache | None:
 
     None, for `generate` to do what it does, where there is no such layer or the model remembers in another way.
     """
-    dynamic = getattr(model, "_supports_default_dynamic_cache", lambda: False)
-    if not dynamic() or "past_key_values" not in inspect.signature(model.forward).parameters:
+    if not takes_dynamic_cache(model) or "past_key_values" not in inspect.signature(model.forward).parameters:
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
