@@ -51,7 +51,8 @@ def forward(
     want_weight: bool,
     want_bias: bool,
 ) -> OpResult:
-    """Loss; five per-token vectors; gradients of hidden states, head and bias; a factor these still lack.
+    """Returns the loss, five vectors over tokens, the gradients of hidden states, head and bias, and the factor that
+    these gradients are still to be multiplied with.
 
     What is not wanted comes back empty. Scales, soft caps and temperature: see `LogitOptions`.
     """
@@ -200,12 +201,12 @@ def scale(values: Tensor, factor: Tensor, backend: str, wide: torch.dtype) -> No
         select(backend, values.device, wide).scale(values, factor)
 
 
-#: An operator, so that who notes what happens to tensors sees a kernel's launch too.
+#: It is an operator so that a dispatch mode, which sees operators alone, sees a kernel's launch too.
 scale_op = registration.operator("scale_", scale, mutates_args=("values",))
 
 
 def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · factor in `dtype`, in the gradient's own memory where that will do and nobody asks for it again."""
+    """gradient · factor in `dtype`, in the gradient's own memory where it fits and no backward pass comes again."""
     asked_again = backward_runs_again()
     of_each_token = factor.dim() > 0
     if not of_each_token:
@@ -226,10 +227,10 @@ def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> T
 
 
 def _not_twice(gradient: Tensor, *sources: Tensor) -> Tensor:
-    """The same, with torch's own error where somebody differentiates it: there is no second derivative here.
+    """The same gradient, which raises torch's own error when it is differentiated: there is no second derivative here.
 
-    The error hangs on what the gradient is made of: else `torch.autograd.functional` would find no way there, and take
-    the derivative for 0.
+    The error is attached to everything that the gradient depends on. Otherwise `torch.autograd.functional` would find
+    no path from there to the gradient, and take the derivative to be 0.
     """
     message = "trying to differentiate twice a function that was marked with @once_differentiable"
     return failing_when_differentiated(message, gradient.detach().requires_grad_(), *sources)
