@@ -255,7 +255,7 @@ class _Whole:
             self.logprob = NATS * unit * label.double() - self.logsumexp
 
     def shares(self, at_peaks: list[Tensor]) -> Shares:
-        """The shares of both models, where the first half of the columns are the student's and the second the teacher's.
+        """The shares of both models: the first half of the columns is the student's, the second the teacher's.
 
         A mixture also needs what `_at_peak` returned for each tile.
         """
