@@ -36,8 +36,8 @@ ENOUGH_TOKENS = {
     False: {"trainable": 1152, "frozen": 512},
 }
 
-#: A chunk is a multiple of this many tokens where it can be. A device's matrix product works on so many rows at once,
-#: and wastes part of them where a chunk ends within a tile; the CPU's kernels load so many columns as a vector.
+#: A chunk is a multiple of this many tokens where it can be. A device's matrix product works on this many rows at once,
+#: and wastes part of them where a chunk ends within a tile; the CPU's kernels load this many columns as a vector.
 TILE_TOKENS = {"cpu": 16, "cuda": 128}
 #: As ENOUGH_TOKENS, where a back-end holds no logits: a chunk's hidden states should then stay in a device's cache.
 ENOUGH_WITHOUT_LOGITS = 1024

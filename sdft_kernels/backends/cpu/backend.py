@@ -70,7 +70,7 @@ class Workspace:
             yield part, self._rows[first : first + part.stop - part.start, :width]
 
     def scratch(self, sizes: list[int]) -> list[Tensor]:
-        """Arrays of so many uninitialised float32 beside the logits, the same memory at every call."""
+        """Uninitialised float32 arrays of the given lengths beside the logits, the same memory at every call."""
         if len(self._scratch) < sum(sizes):
             self._scratch = self._scratch.new_empty(sum(sizes))
         return list(self._scratch[: sum(sizes)].split(sizes))
