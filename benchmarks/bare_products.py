@@ -13,16 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
+from benchmarks._compat import ATTENTION, ATTENTION_BACKWARD, TorchDispatchMode, tree_map
 from benchmarks.recorder import PRODUCTS
-from sdft_kernels.operator import ARGUMENTS, _forward, fused_linear_divergence_op
-
-aten = torch.ops.aten
-
-ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
-ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from sdft_kernels.operator import ARGUMENTS, forward, fused_linear_divergence_op
 
 
 @dataclass(frozen=True)
@@ -52,10 +46,10 @@ class BareProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Our operator would hide what it does, as the compiled kernels do.
-        if func is fused_linear_divergence_op._opoverload:
+        if func is fused_linear_divergence_op:
             given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs, "backend": "torch"}
             with self:
-                return _forward(**given)
+                return forward(**given)
         if func.overloadpacket in PRODUCTS or func in (ATTENTION, ATTENTION_BACKWARD):
             arguments, keywords = tree_map(_form, (tuple(args), tuple(kwargs.items())))
             self.calls[func, arguments, keywords] += 1

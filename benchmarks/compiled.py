@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction
 
+from benchmarks._compat import specialised
 from benchmarks.inner_loop import Loop, kernel_loops
 
 TARGETS = {
@@ -80,11 +81,7 @@ def record_launches(call: Callable[[], object]) -> list[Launch]:
 def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
     """The binary that this launch would compile to on the target."""
     backend = make_backend(target)
-    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    bound, specialization, _ = bind(*launch.arguments, **launch.options)
-    options, signature, constexprs, attributes = launch.kernel._pack_args(
-        backend, launch.options, bound, specialization, None
-    )
+    options, signature, constexprs, attributes = specialised(launch.kernel, launch.arguments, launch.options, backend)
     source = ASTSource(launch.kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
 

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks._compat import liger_jsd
 from benchmarks.compiled import TARGETS, Launch, compile_launch, record_launches, resources
 from benchmarks.ledger import OURS, meta_inputs
 from benchmarks.methods import METHODS, PEER_BETA, Shape
@@ -243,10 +244,8 @@ def _trl_logprob_entropy(variant: PeerVariant) -> None:
 
 def _liger(variant: PeerVariant) -> None:
     """Liger's JSD kernel, which takes finished log-probabilities. Its chunked loss is plain torch."""
-    from liger_kernel.ops.backends._triton.jsd import jsd_loss_and_grad_triton
-
     logits = torch.zeros(4, variant.vocab)
-    jsd_loss_and_grad_triton(logits, logits, None, PEER_BETA[variant.divergence], -100, 4.0)
+    liger_jsd()(logits, logits, None, PEER_BETA[variant.divergence], -100, 4.0)
 
 
 PEERS: dict[str, Callable[[PeerVariant], None]] = {

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks._compat import READ_NUMBER, TorchDispatchMode, arguments_of, storage_number, tree_leaves
 from benchmarks.compiled import Launch, launches_noted
 
 aten = torch.ops.aten
@@ -29,7 +28,7 @@ PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm)
 OVERWRITES = (aten.copy_, aten.fill_, aten.zero_)
 ALLOCATES = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
 #: The host waits for the device to know the result, or its size.
-WAITS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
+WAITS = (READ_NUMBER, aten.nonzero, aten.masked_select, aten.equal)
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ class _Recorder(TorchDispatchMode):
         if made_of_others is not NotImplemented:
             return made_of_others
         packet = func.overloadpacket
-        if packet is aten._local_scalar_dense:
+        if packet is READ_NUMBER:
             self._note(Op(str(packet), waits=True))
             return 0  # the comparisons that ask whether there is anything left to do: there is not
         # On tensors without values torch 2.11 takes a product's `out_dtype` for its `beta`.
@@ -158,8 +157,8 @@ class _Recorder(TorchDispatchMode):
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         reads, writes = _accesses(func, args, kwargs)
-        before = {value.untyped_storage()._cdata for value in given}
-        made = [value for value in results if value.untyped_storage()._cdata not in before]
+        before = {storage_number(value.untyped_storage()) for value in given}
+        made = [value for value in results if storage_number(value.untyped_storage()) not in before]
         for value in made:
             self._number(value, nbytes=value.untyped_storage().nbytes())
         if packet not in ALLOCATES and (writes or made):
@@ -185,10 +184,11 @@ class _Recorder(TorchDispatchMode):
     def _number(self, tensor: Tensor, nbytes: int = 0) -> int:
         """The storage's number; what is seen before it is made was there before the call, and weighs nothing."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
+        key = storage_number(storage)
+        if key not in self._storages:
             self._numbers += 1
-            self._storages[storage._cdata] = (self._numbers, StorageWeakRef(storage), nbytes)
-        return self._storages[storage._cdata][0]
+            self._storages[key] = (self._numbers, StorageWeakRef(storage), nbytes)
+        return self._storages[key][0]
 
     def _weigh(self) -> None:
         self._storages = {key: known for key, known in self._storages.items() if not known[1].expired()}
@@ -203,7 +203,7 @@ def _accesses(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Ten
     takes_its_form = name.startswith("new_") or name.endswith("_like")
     overwrites = kwargs.get("beta") == 0 or func.overloadpacket in OVERWRITES
     unread = [args[0]] if overwrites or takes_its_form else []
-    for argument, value in _bound(func._schema.arguments, args, kwargs):
+    for argument, value in _bound(arguments_of(func), args, kwargs):
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written:

@@ -1,37 +1,55 @@
-"""Interfaces of transformers that are private or have other names in other releases, each with its reason."""
+"""Every interface of transformers, accelerate and torch that is private or has another name in another release.
+
+Each has its reason here. tests/test_sdft_compat.py says in a sentence which of them a new release has moved.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
 
-#: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
-#: have that measure rollouts too (docs/gpu.md).
-_PAGES_ARE_BLOCKS = "page_size" not in {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+# Continuous batching has no public class for a processor of logits that knows the requests, nor for its hints.
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.utils import WorkloadHints as WorkloadHints
+
+# The Trainer
 
 
-def batching_config(*, page_size: int, auto_switch_to_flash: bool, **options: Any) -> ContinuousBatchingConfig:
-    """transformers' ContinuousBatchingConfig by its newest names."""
-    if _PAGES_ARE_BLOCKS:
-        return ContinuousBatchingConfig(block_size=page_size, **options)
-    return ContinuousBatchingConfig(page_size=page_size, auto_switch_to_flash=auto_switch_to_flash, **options)
+class Override(NamedTuple):
+    """A method of the Trainer's that a subclass here replaces: the parameters that it relies on, and what for."""
+
+    parameters: tuple[str, ...]
+    reason: str
 
 
-def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The quantised model with plain weights, in its type: what transformers' `dequantize` gives, and leaves undone.
+#: The Trainer calls these between its own steps, and no callback or argument reaches the same places.
+OVERRIDES = {
+    "_get_output_dir": Override(("trial",), "a checkpoint is written into a folder aside until it is whole"),
+    "_save_checkpoint": Override(("model", "trial"), "a checkpoint is published in one move, and has files of ours"),
+    "_push_from_checkpoint": Override(("checkpoint_folder",), "a checkpoint is pushed once it has its name"),
+    "_load_from_checkpoint": Override(("resume_from_checkpoint", "model"), "a checkpoint has files of ours"),
+    "_load_best_model": Override((), "a schedule-free optimizer keeps two sets of weights"),
+    "_save": Override(("output_dir", "state_dict"), "tied weights are saved once, and peft asks no hub"),
+    "save_model": Override(("output_dir", "_internal_call"), "a model is published in one move"),
+    "_get_train_sampler": Override(("train_dataset",), "rows come again for each step that their samples serve"),
+    "_get_grad_norm": Override(("model", "grad_norm"), "training stops before weights take in what is not finite"),
+    "_track_num_input_tokens": Override(("inputs",), "a micro-batch is a list of batches"),
+}
 
-    It keeps the quantised weights' conversions, with which the model could not be saved, and the marks of their types.
-    """
-    model = model.dequantize()
-    setattr(model, "_weight_conversions", [])  # noqa: B010  # a name that the class does not declare
-    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(model, mark):
-            setattr(model, mark, False)
-    return model
+
+def on_device(trainer: Trainer, inputs: Any) -> Any:
+    """Inputs of a model where it computes. The Trainer's public methods do the same only on the way to a loss."""
+    return trainer._prepare_inputs(inputs)
+
+
+def optimizer_steps(trainer: Trainer) -> int:
+    """The optimizer steps of a whole run, as the Trainer will count them: it stores their number only in `train`."""
+    return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
 
 
 def cache_argument(module: nn.Module) -> str | None:
@@ -56,6 +74,11 @@ def load_best_model(trainer: Trainer) -> None:
         trainer._load_best_model()
 
 
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Have the Trainer leave all GPUs but the first alone: it would wrap the model in DataParallel, and asks nobody."""
+    args._n_gpu = min(args.n_gpu, 1)
+
+
 if TYPE_CHECKING or hasattr(TrainingArguments, "activation_checkpointing"):
     Arguments = TrainingArguments
 else:
@@ -71,3 +94,90 @@ else:
         def __post_init__(self) -> None:
             self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
             super().__post_init__()
+
+
+# Models
+
+#: FSDP's own activation checkpointing puts this before the names of a layer's parameters; torch has a constant for it,
+#: in a private module.
+CHECKPOINTED = "_checkpoint_wrapped_module."
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The quantised model with plain weights, in its type: what transformers' `dequantize` gives, and leaves undone.
+
+    It keeps the quantised weights' conversions, with which the model could not be saved, and the marks of their types.
+    """
+    model = model.dequantize()
+    setattr(model, "_weight_conversions", [])  # noqa: B010  # a name that the class does not declare
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, mark):
+            setattr(model, mark, False)
+    return model
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the model's attention implementation: `set_attn_implementation` is public, and asking is not."""
+    return model.config._attn_implementation
+
+
+def takes_dynamic_cache(model: PreTrainedModel) -> bool:
+    """Whether `generate` would make a DynamicCache for the model, which no public name says."""
+    return getattr(model, "_supports_default_dynamic_cache", lambda: False)()
+
+
+def forward_without_autocast(model: PreTrainedModel) -> Callable[..., Any] | None:
+    """The forward pass that accelerate has wrapped, if it has. Its `extract_model_from_parallel` gives that too, and
+    takes the wrapper off for good."""
+    return vars(model).get("_original_forward")
+
+
+# Continuous batching
+
+#: In 5.17 a page of the cache is called a block, and flash attention is looked for in any case. GPU machines that only
+#: have that measure rollouts too (docs/gpu.md).
+_PAGES_ARE_BLOCKS = "page_size" not in {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+
+#: Where the manager reports, as a warning or an error, what is expected or raised here.
+BATCHING_LOGGER = "ContinuousBatchingLogger"
+
+
+def batching_config(*, page_size: int, auto_switch_to_flash: bool, **options: Any) -> ContinuousBatchingConfig:
+    """transformers' ContinuousBatchingConfig by its newest names."""
+    if _PAGES_ARE_BLOCKS:
+        return ContinuousBatchingConfig(block_size=page_size, **options)
+    return ContinuousBatchingConfig(page_size=page_size, auto_switch_to_flash=auto_switch_to_flash, **options)
+
+
+class RequestProcessor(ContinuousBatchingLogitsProcessor):
+    """A processor that learns which requests a step writes a token of. A subclass makes a tensor of them in
+    `prepare_tensor_args`, and is called with it."""
+
+    def __init__(self) -> None:
+        self.supported_kwargs, self.ignored_kwargs = {}, ()
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+
+def add_processor(manager: Any, processor: Any) -> None:
+    """Have the manager, which only knows the processors of its settings, use this one too."""
+    own = manager.logit_processor
+    own.logits_processor.append(processor)
+    own.tensors_required += isinstance(processor, RequestProcessor)
+    own.do_processing = True
+
+
+def request_name(request: Any) -> str:
+    """By which name `add_requests` knows what a RequestProcessor is given: there it has no public one."""
+    return request.state.request_id
+
+
+def tokens_written(request: Any) -> list[int]:
+    """The tokens of the completion so far of what a RequestProcessor is given."""
+    return request.state.generated_tokens
+
+
+def fatal_error(manager: Any) -> Exception | None:
+    """The error that has ended the manager's thread, which its results do not tell."""
+    return manager.background_thread_status.fatal_error

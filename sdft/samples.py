@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sdft._compat import on_device
 from sdft.batch import Sample, group, lay_out, parts_within
 from sdft.checkpoints.runs import Runs
 from sdft.data import Row
@@ -74,7 +75,7 @@ class SamplingTrainer(Runs):
         skip = self.args.skip_tokens
         scored: dict[int, Sample] = {}
         for members in group(samples, self.parts(samples, self.args.per_device_train_batch_size)):
-            batch = self._prepare_inputs(lay_out(members, skip))
+            batch = on_device(self, lay_out(members, skip))
             score = functools.partial(completion_logprobs, self.student, batch, self.args, self.autocast_type)
             with torch.no_grad():  # around the wrapper, too: DDP would wait for gradients
                 logprobs = as_forward_of(self.model_wrapped, self.learner, score)

@@ -27,14 +27,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from sdft._compat import CHECKPOINTED
 from sdft.errors import UsageError
 from sdft.forward import evaluating
 from sdft.models.adapters import causal_lm, has_adapter
 
 AVERAGE_FILE = "teacher_average.safetensors"
-
-#: What FSDP's own activation checkpointing puts before the names of a layer's parameters.
-CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 class Teacher:
@@ -179,12 +177,14 @@ class AdapterAverageTeacher(Teacher):
         trained = {name: parameter.detach() for name, parameter in self._average.followed(self.student).items()}
         weights = [part(parameter, parameter) for parameter in trained.values()]
         own = [weight.clone() for weight in weights]
-        torch._foreach_copy_(weights, [part(self.average[name], parameter) for name, parameter in trained.items()])
+        for weight, (name, parameter) in zip(weights, trained.items(), strict=True):
+            weight.copy_(part(self.average[name], parameter))
         try:
             with super().scoring() as model:
                 yield model
         finally:
-            torch._foreach_copy_(weights, own)
+            for weight, before in zip(weights, own, strict=True):
+                weight.copy_(before)
 
     def update(self, student: nn.Module) -> None:
         self._average.follow(student)

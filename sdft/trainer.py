@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from sdft._compat import is_compiled
+from sdft._compat import is_compiled, use_one_gpu
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
 from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
 from sdft.early_checks import check_writable
@@ -101,7 +101,7 @@ class SDFTTrainer(SamplingTrainer):
             learner = adapted(bare, peft_config)
         check_new_tokens(learner)
         switch_off_dropout(learner)
-        args._n_gpu = min(args.n_gpu, 1)  # several GPUs take `accelerate launch`: DataParallel cannot split our batches
+        use_one_gpu(args)  # several GPUs take `accelerate launch`: DataParallel cannot split our batches
         # Our forwards say what they want, and the saved model should generate as fast as before.
         args.use_cache = getattr(bare.config.get_text_config(), "use_cache", True)
         with installed("the settings ask for something"):

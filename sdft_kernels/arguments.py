@@ -1,4 +1,4 @@
-"""Every argument check of the public functions: one clear sentence that names the argument, what it was and
+"""Every check of the public functions' arguments. An error is one sentence that names the argument, what it was and
 what it may be."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sdft_kernels._compat import interpreted, stands_for_others
 from sdft_kernels.backends.cpu import library
 from sdft_kernels.backends.select import BACKENDS
 from sdft_kernels.divergences import DIVERGENCES, is_mixture
@@ -43,7 +44,8 @@ def check(
     max_chunk_bytes: int | None,
     backend: str,
 ) -> tuple[int, torch.dtype]:
-    """Refuses what `fused_linear_divergence` cannot take; the compared vocabulary and the products' dtype."""
+    """Refuses what `fused_linear_divergence` cannot take. Returns the size of the compared vocabulary and the dtype of
+    the products."""
     head("student", student_hidden, student_weight, student_bias)
     head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     tokens, device = student_hidden.shape[0], student_hidden.device
@@ -174,12 +176,6 @@ def readable(name: str, tensor: Tensor) -> None:
         )
 
 
-def stands_for_others(kind: type[Tensor]) -> bool:
-    """Whether these tensors wrap others, as a DTensor does its shard, which is how torch too knows them; but for one
-    that a collective is still to fill: each operator waits for that itself."""
-    return hasattr(kind, "__tensor_flatten__") and not hasattr(kind, "trigger_wait")
-
-
 def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.device, *, floating: bool) -> None:
     """A vector over the tokens, or None."""
     if tensor is None:
@@ -223,7 +219,7 @@ def nonzero(name: str, value: Any) -> None:
 
 
 def slope(name: str, scale: float, temperature: float) -> None:
-    """What logits are multiplied with, which float32 has to hold, as well as its product with a masked logit."""
+    """Checks the factor of the logits: float32 must hold it, and its product with a masked logit."""
     if not LEAST_SLOPE <= abs(scale) / temperature <= LARGEST_SLOPE:
         raise ValueError(
             f"{name} / temperature must lie between {LEAST_SLOPE:g} and {LARGEST_SLOPE:g} but for its sign, not be "
@@ -255,22 +251,22 @@ def supported_backend(backend: str, device: torch.device, dtype: torch.dtype) ->
     if backend != "triton":
         return
     try:
-        from triton import knobs
+        by_interpreter = interpreted()
     except ImportError:
         raise ValueError(
             "backend is 'triton', which is not installed: `pip install triton`, or ask for 'torch'"
         ) from None
-    if device.type != "cuda" and not knobs.runtime.interpret:
+    if device.type != "cuda" and not by_interpreter:
         raise ValueError(
             f"backend is 'triton', which needs CUDA tensors (or TRITON_INTERPRET=1), and the hidden states are on "
             f"{device}: ask for 'auto' or 'torch'"
         )
-    if dtype == torch.float64 and not knobs.runtime.interpret:
+    if dtype == torch.float64 and not by_interpreter:
         raise ValueError("backend is 'triton', whose kernels compute in float32, and the products are in float64")
 
 
 def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
-    """How many entries of both heads are compared."""
+    """The number of vocabulary entries that are compared: the first ones of both heads."""
     smaller = min(student, teacher)
     if vocab_size is not None:
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
@@ -319,9 +315,9 @@ def dtype_name(tensor: Tensor) -> str:
 PADDING_TOKENS = 1024
 PADDING_SHARE = 0.01
 
-#: A model's part of a mixture, at least. Some divergences are of its square and sums of terms of its own size, of which
-#: float32 knows 6e-8: 1e-3 of it leaves their values an error of 3e-6.
+#: The least share of a model in a mixture. Some divergences are as small as the square of this share, and are sums of
+#: terms as large as the share, which float32 rounds by 6e-8 of their size: a share of 1e-3 leaves an error of 3e-6.
 LEAST_SHARE = 1e-3
 
-#: A logit's scale over the temperature.
+#: The bounds of a logit's scale over the temperature.
 LEAST_SLOPE, LARGEST_SLOPE = 1e-30, 1e6

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdft_kernels._compat import assert_on_device
 from sdft_kernels.backends import products
 from sdft_kernels.backends.cpu import pages
 from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, Head
@@ -46,8 +47,11 @@ class Wanted:
 
 @dataclass
 class Gradients:
-    """Of Σ w·L: (N, H) in the hidden states' dtype, (V, H) and (V,) in the accumulation dtype; else empty. The head's
-    may also be in the dtype that it is returned in, where there is nothing to add up."""
+    """The gradients of Σ w·L: (N, H) in the hidden states' dtype, (V, H) and (V,) in the accumulation dtype.
+
+    A gradient that is not wanted is empty. Where there is a single chunk, and so nothing to add up, the head's gradient
+    may have the dtype that it is returned in.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -119,7 +123,10 @@ def make_head(
 
 
 def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype, options: LogitOptions) -> Tensor | None:
-    """Its first `vocab` entries side by side and finite, as kernels read them; what masks does so under any scale."""
+    """The bias's first `vocab` entries as kernels read them: contiguous and finite.
+
+    An entry of -inf masks its token under a negative scale too.
+    """
     if bias is None:
         return None
     bias = bias[:vocab].to(wide).clamp(min=MASKED)
@@ -131,7 +138,10 @@ def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype, options: Logi
 def _allocate(
     student: Side, wanted: Wanted, wide: torch.dtype, head_dtype: torch.dtype, live: LiveTokens, vocab: int
 ) -> Gradients:
-    """Zero only what no chunk will overwrite: other tokens' rows, the head's padding, and all where there are none."""
+    """Allocates the gradients, and zeros only what no chunk will overwrite.
+
+    That is the rows of tokens that are left out, the head's padding, and everything where there are no tokens.
+    """
     hidden, weight = student.hidden, student.weight
     shape = weight.shape if wanted.weight else (0,)
     gradients = Gradients(
@@ -147,8 +157,9 @@ def _allocate(
     return gradients
 
 
-#: Of float16's range: it has all its digits down to 6e-5, and an even distribution over a vocabulary of 256k gives each
-#: entry a gradient of 4e-6; while a log-ratio of hundreds of nats still stays under its largest number, 65,504.
+#: The largest weight of a token in float16. That type has all its digits down to 6e-5, and an even distribution over a
+#: vocabulary of 256k gives each entry a gradient of 4e-6, which this lifts to 2.5e-4; while a log-ratio of hundreds of
+#: nats times this stays under the type's largest number, 65,504.
 FLOAT16_WEIGHT = 64.0
 
 
@@ -180,10 +191,10 @@ def token_weights(
 
 
 def check_labels(labels: Tensor, vocab: int) -> None:
-    """Labels of live tokens lie in the compared vocabulary: told at once on the CPU, asserted on a device."""
+    """Checks that labels of live tokens lie in the compared vocabulary: at once on the CPU, else by the device."""
     inside = ((labels >= 0) & (labels < vocab)).all()
     if not reads_are_free(labels):
-        torch._assert_async(inside, f"labels must lie in [0, {vocab})")
+        assert_on_device(inside, f"labels must lie in [0, {vocab})")
     elif not inside:
         low, high = labels.min().item(), labels.max().item()
         raise ValueError(f"labels run from {low} to {high}, but must lie in [0, {vocab})")

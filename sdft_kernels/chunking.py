@@ -15,50 +15,54 @@ import torch
 #: Workspace for logits where the caller names none: small beside what a model on that device takes.
 DEFAULT_BUDGET = {"cpu": 160 << 20, "cuda": 3 << 30}
 
-#: On the CPU, where the caller names no budget, the tokens of a chunk lie between these whatever they take: products of
-#: fewer are slow (a head of 640 × 262,144 on two cores took 1.19 × the bare products with chunks of 80 tokens, 1.11 ×
-#: with 96, 1.04 × with 128), and of more than 256 no faster (576 × 49,152: 1.14 × with 256 tokens and with 352).
+#: On the CPU, where the caller names no budget, a chunk has at least the first and at most the second number of tokens,
+#: whatever memory they need. Products of fewer are slow (a head of 640 × 262,144 on two cores took 1.19 × the bare
+#: products with chunks of 80 tokens, 1.11 × with 96, 1.04 × with 128), and of more than 256 no faster (576 × 49,152:
+#: 1.14 × with 256 tokens and with 352).
 CPU_TOKENS = (112, 256)
 
-#: On a device, tokens whose float32 logits are there at once, a block, where the gradient that is made of them has
-#: memory of its own: that, of which a logit takes 2 bytes instead of 10, is kept for a whole chunk of blocks. A head's
-#: gradient is read and written once a chunk, and its matrix product is of as many tokens as that. On an H200 the loss
-#: of 8,192 tokens took 63.6 ms with chunks of 1,280 tokens and no blocks, and 60.5 with blocks of 512 in chunks of
-#: 4,096, in the same memory (Llama-3.1-8B's head, docs/gpu.md).
+#: On a device, a chunk is worked through in blocks of this many tokens where the gradient has memory of its own. Then
+#: float32 logits exist for one block at a time; the gradient, which takes 2 bytes a logit instead of 10, is kept for
+#: the whole chunk. The head's gradient is read and written once a chunk, by one matrix product over all its tokens. On
+#: an H200 the loss of 8,192 tokens took 63.6 ms with chunks of 1,280 tokens and no blocks, and 60.5 with blocks of 512
+#: in chunks of 4,096, in the same memory (Llama-3.1-8B's head, docs/gpu.md).
 BLOCK_TOKENS = 512
 
-#: On a device, tokens of a chunk beyond which little is gained, so that no more of the default budget is taken. Each
-#: chunk reads and writes the whole float32 gradient of a trainable head, and with fewer tokens would wait for that;
-#: with a frozen head it only reads the head. By whether chunks are of blocks.
+#: On a device, larger chunks than these gain little, so they take no more of the default budget. Each chunk reads and
+#: writes the whole float32 gradient of a trainable head, and a chunk of fewer tokens would wait for that memory; with a
+#: frozen head it only reads the head. The key says whether chunks are made of blocks.
 ENOUGH_TOKENS = {
     True: {"trainable": 4096, "frozen": 1024},
     False: {"trainable": 1152, "frozen": 512},
 }
 
-#: A chunk is a multiple of this many tokens where it can be: rows that a device's matrix product works on at once,
-#: the rest of which a chunk that ends within a tile would waste; on the CPU, vectors that columns are loaded in.
+#: A chunk is a multiple of this many tokens where it can be. A device's matrix product works on this many rows at once,
+#: and wastes part of them where a chunk ends within a tile; the CPU's kernels load this many columns as a vector.
 TILE_TOKENS = {"cpu": 16, "cuda": 128}
-#: The same where no logits are held, and a chunk's hidden states are to stay in a device's cache.
+#: As ENOUGH_TOKENS, where a back-end holds no logits: a chunk's hidden states should then stay in a device's cache.
 ENOUGH_WITHOUT_LOGITS = 1024
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of workspace that a token takes for each entry of the vocabulary: while its chunk is worked on, and beside
-    that while its block is, which is all of the chunk where it is 0."""
+    """Bytes of workspace that a token needs for each entry of the vocabulary.
+
+    `chunk` bytes are needed while the token's chunk is worked on, and `block` more while its block is. Where `block` is
+    0, chunks are not divided into blocks.
+    """
 
     chunk: int
     block: int = 0
 
     def most_tokens(self, nbytes: int) -> int:
-        """Of a chunk that keeps to so many bytes for each entry."""
+        """The most tokens of a chunk that needs at most `nbytes` for each entry of the vocabulary."""
         tokens = nbytes // (self.chunk + self.block)
         return tokens if tokens <= BLOCK_TOKENS else (nbytes - BLOCK_TOKENS * self.block) // self.chunk
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Tokens in a chunk at the most, and how many chunks there are."""
+    """The most tokens in a chunk, the number of chunks, and the tile that chunks are multiples of."""
 
     chunk: int
     chunks: int
@@ -86,13 +90,15 @@ def plan_chunks(
     trainable_head: bool = False,
     added_up: int = 0,
 ) -> ChunkPlan:
-    """Splits `tokens` evenly into as few chunks as `budget` bytes of logits allow, or are any use on a device.
+    """Splits `tokens` evenly into as few chunks as `budget` bytes allow; on a device into more, where larger ones
+    would be no faster.
 
-    `held` counts all that is held for a token and vocabulary entry: both models' logits, and the gradient where it has
-    a buffer of its own. A budget too small for one token still gives chunks of one. Where nothing is held, 0, the
-    budget has no say; chunks small enough for their hidden states to stay in a device's cache are still of use.
-    `added_up` are bytes for each vocabulary entry that several chunks need to add up the head's gradient, and one does
-    not: where the caller names no budget, one is made if it takes no more memory.
+    `held` counts everything that is held for a token and vocabulary entry: both models' logits, and the gradient where
+    it has a buffer of its own. A budget too small for one token still gives chunks of one token. Where nothing is held
+    the budget does not matter, and chunks are small enough for their hidden states to stay in a device's cache.
+    `added_up` is the number of bytes for each vocabulary entry that several chunks need to add up the head's gradient.
+    A single chunk does not need them, so where the caller names no budget, there is one chunk if that takes no more
+    memory than several.
     """
     on_device, any_size = device.type != "cpu", budget is None or held.chunk == 0
     useful = ENOUGH_TOKENS[held.block > 0]["trainable" if trainable_head else "frozen"]

@@ -9,25 +9,25 @@ With z the student's logits, p = softmax(z), q = softmax(teacher logits), m = (1
     skew_reverse_kl     KL(p‖m)                          p (g - Σ p g),  g = log(p/m) - (1-β) p/m
     skew_forward_kl     KL(q‖m)                          p (g - Σ p g),  g = -(1-β) q/m
 
-A mixture's g is taken less its value at one place, the student's likeliest token. With w = β q / m there, d by how much
-log q - log p lies above its value there, y = w expm1(d) and u = 1 + y = (1 - w) + w exp(d):
+For a mixture, the value of g at one place, the student's likeliest token, is subtracted from g. Let w = β q / m at that
+place, let d be log q - log p less its value at that place, and let y = w expm1(d) and u = 1 + y = (1 - w) + w exp(d):
 
     jsd                 g = -(1-β) log u
     skew_reverse_kl     g = (1-w) y / u - log u
     skew_forward_kl     g = -(1-w) (1-β) / β · y / u
 
-What is the same for all tokens is left out before anything is rounded, so that g keeps its digits where p is far above
-q and all g are nearly the same, as well as where p and q are.
+A constant that all vocabulary entries share is so left out before anything is rounded. Then g keeps its digits where p
+is far above q and all g are nearly the same, and also where p and q are nearly the same.
 
 Sources: reverse KL is what the SDFT paper writes and forward KL what its authors' published runs used
 (arXiv 2601.19897); the generalised JSD is GKD's (arXiv 2306.13649); the skewed divergences are DistiLLM's
 (arXiv 2402.03898).
 
-The functions here work on a tile, a slab of the vocabulary for a chunk of tokens, in place. They take exponentials
-as they come, relative to each token's maximum in the tile and not yet divided by their sum: what is the same for
-all of a token's entries in a tile stays outside the passes over them, in float64. So does the unit: logits come in
-bits, since torch's exp2 takes half the time of its exp on a CPU. Whatever the divergence, the functions leave two
-arrays A and B where p and q were, from which the gradient is w · (x A + y B), with w, x and y for each token and tile
+The functions here work in place on a tile, which is a slab of the vocabulary for a chunk of tokens. They take
+exponentials that are relative to each token's maximum in the tile and not yet divided by their sum: a constant that all
+of a token's entries in a tile share stays outside the passes over them, in float64. So does the unit: logits come in
+bits, since torch's exp2 takes half the time of its exp on a CPU. For every divergence, the functions leave two arrays A
+and B where p and q were. The gradient is w · (x A + y B), where w, x and y are numbers for each token and tile that are
 known once all tiles have been seen.
 """
 
@@ -43,18 +43,19 @@ from torch import Tensor
 #: Nats in a bit: z in bits is z / NATS, and 2 to the power of that is exp(z).
 NATS = math.log(2)
 
-#: What a bias is taken for below this, -inf among it, as which people write entries that no token may have: its
-#: probability is 0 whatever the temperature, and the difference of two such logits is a number.
+#: A bias below this, such as the -inf that excludes a vocabulary entry, is replaced by it: the entry's probability is 0
+#: at every temperature all the same, and the difference of two such logits is a number.
 MASKED = -1e30
 
 #: Log-ratios of p and q are bounded by this, near the end of float32's exponents: one of the two is then under
 #: 1e-34 of the other, and adds nothing.
 LARGEST_LOG_RATIO = 80.0
 
-#: And the odds β q / ((1-β) p).
+#: The odds β q / ((1-β) p) are bounded by this.
 LARGEST_ODDS = 1e38
 
-#: What a mixture's scores are relative to is bounded by this: a place where p is that far above q, or an imagined one.
+#: The log-ratio at the place that a mixture's scores are relative to is bounded by this. Where log p - log q is larger
+#: at the student's likeliest token, scores are relative to an imagined place.
 LARGEST_PEAK_RATIO = 100.0
 
 
@@ -75,13 +76,13 @@ class LogitOptions:
 
     @property
     def inner(self) -> float:
-        """But for a soft cap only a sign."""
+        """Only a sign, except under a soft cap."""
         return self.scale / self.softcap if self.softcap else math.copysign(1.0, self.scale)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is computed for each token."""
+    """The divergence that is computed for each token, and its options."""
 
     divergence: str = "reverse_kl"
     beta: float = 0.5
@@ -94,8 +95,8 @@ class Objective:
 class Tile:
     """A slab of v vocabulary entries for C tokens: (v, C) each.
 
-    `student` and `teacher` are logits in bits, less each token's maximum in the tile, and scratch from then on; `p` and
-    `q` are two to their power, where A and B are left; `p_sum`, (C,), is Σ p.
+    `student` and `teacher` are logits in bits minus each token's maximum in the tile; functions use their memory as
+    scratch. `p` and `q` are two to the power of these, and A and B are left there. `p_sum`, (C,), is Σ p.
     """
 
     student: Tensor
@@ -107,10 +108,10 @@ class Tile:
 
 @dataclass
 class Sums:
-    """What tiles say of a chunk's tokens: (C,) for one tile, (tiles, C) in float64 for all of them.
+    """Sums over a tile for each of a chunk's tokens: (C,) for one tile, (tiles, C) in float64 for all of them.
 
     With `p` and `q` as in the tile: `loss` is the divergence's own sum over the tile, under q or p as the formula
-    says; `mean` + `remainder` is the mean of the score g under p. In bits, of a mixture in nats.
+    says; `mean` + `remainder` is the mean of the score g under p. Sums are in bits, those of a mixture in nats.
     """
 
     loss: Tensor | None = None
@@ -120,10 +121,10 @@ class Sums:
 
 @dataclass
 class Shares:
-    """Of a chunk's tokens in each tile, (tiles, C) in float64: `p` and `q` times these are probabilities.
+    """Factors for each tile and token, (tiles, C) in float64, that turn a tile's `p` and `q` into probabilities.
 
-    `p_mass` and `q_mass` are the tile's whole probabilities; log p - log q = student - teacher + `log_ratio`, in nats,
-    and `peak_ratio`, (C,), where the student's logit is largest, bounded; only mixtures have it.
+    `p_mass` and `q_mass` are the probabilities of the whole tile. log p - log q = student - teacher + `log_ratio`, in
+    nats. `peak_ratio`, (C,), is log p - log q where the student's logit is largest, bounded; only mixtures have it.
     """
 
     p: Tensor
@@ -151,12 +152,12 @@ def centre_under_p(tile: Tile, g: Tensor, loss: Tensor | None = None) -> Sums:
 
 
 def reverse_kl(tile: Tile) -> Sums:
-    """g = log p - log q, but for what is constant in the tile."""
+    """g = log p - log q, up to a constant of the tile."""
     return centre_under_p(tile, torch.sub(tile.student, tile.teacher, out=tile.teacher))
 
 
 def forward_kl(tile: Tile) -> Sums:
-    """Leaves A = p and B = q; the loss is Σ q (log q - log p), but for what is constant in the tile."""
+    """Leaves A = p and B = q; the loss is Σ q (log q - log p), up to a constant of the tile."""
     return Sums(column_dot(tile.q, tile.teacher.sub_(tile.student), tile.student))
 
 
@@ -218,7 +219,7 @@ def log_ratio_of(student: Tensor, teacher: Tensor, constant: Tensor, out: Tensor
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
-    """In place, so that its exponentials are finite."""
+    """Bounds log-ratios in place, so that their exponentials are finite."""
     return log_ratio.clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
@@ -239,7 +240,8 @@ def mixture_shares(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor, Tens
 #: The first pass over a tile; the divergences from a mixture need every tile's sums before they can start.
 PLAIN: dict[str, Callable[[Tile], Sums]] = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}
 
-#: The second pass, with the tile's log p - log q, which lies where the teacher's logits were, that at the peak, and β.
+#: The second pass. It takes the tile, its log p - log q (in the memory of the teacher's logits), log p - log q at the
+#: student's likeliest token, and β.
 MIXTURES: dict[str, Callable[[Tile, Tensor, Tensor, float], Sums]] = {
     "jsd": jsd,
     "skew_reverse_kl": skew_reverse_kl,

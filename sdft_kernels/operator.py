@@ -7,11 +7,14 @@ own upstream gradient there.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdft_kernels import registration
+from sdft_kernels._compat import backward_runs_again, failing_when_differentiated
 from sdft_kernels.backends import products
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
@@ -21,7 +24,7 @@ from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, on_its_device, 
 OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _forward(
+def forward(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
@@ -48,7 +51,8 @@ def _forward(
     want_weight: bool,
     want_bias: bool,
 ) -> OpResult:
-    """Loss; five per-token vectors; gradients of hidden states, head and bias; a factor these still lack.
+    """Returns the loss, five vectors over tokens, the gradients of hidden states, head and bias, and the factor that
+    these gradients are still to be multiplied with.
 
     What is not wanted comes back empty. Scales, soft caps and temperature: see `LogitOptions`.
     """
@@ -101,18 +105,17 @@ def _forward(
     )
 
 
-fused_linear_divergence_op = torch.library.custom_op("sdft_kernels::fused_linear_divergence", _forward, mutates_args=())
-
+fused_linear_divergence_op = registration.operator("fused_linear_divergence", forward)
 
 #: The operator's arguments, in order.
-ARGUMENTS = [argument.name for argument in fused_linear_divergence_op._opoverload._schema.arguments]
+ARGUMENTS = list(inspect.signature(forward).parameters)
 
 
 def _named(values: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(ARGUMENTS, values, strict=True))
 
 
-@fused_linear_divergence_op.register_fake
+@torch.library.register_fake(fused_linear_divergence_op)
 def _fake(*values: Any) -> OpResult:
     given = _named(values)
     hidden, weight = given["student_hidden"], given["student_weight"]
@@ -193,18 +196,18 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
     )
 
 
-def _scale(values: Tensor, factor: Tensor, backend: str, wide: torch.dtype) -> None:
+def scale(values: Tensor, factor: Tensor, backend: str, wide: torch.dtype) -> None:
     with on_its_device(values):
         select(backend, values.device, wide).scale(values, factor)
 
 
-#: An operator, so that who notes what happens to tensors sees a kernel's launch too.
-scale_op = torch.library.custom_op("sdft_kernels::scale_", _scale, mutates_args=("values",))
+#: It is an operator so that a dispatch mode, which sees operators alone, sees a kernel's launch too.
+scale_op = registration.operator("scale_", scale, mutates_args=("values",))
 
 
 def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · factor in `dtype`, in the gradient's own memory where that will do and nobody asks for it again."""
-    asked_again = torch._C._autograd._get_current_graph_task_keep_graph()
+    """gradient · factor in `dtype`, in the gradient's own memory where it fits and no backward pass comes again."""
+    asked_again = backward_runs_again()
     of_each_token = factor.dim() > 0
     if not of_each_token:
         if reads_are_free(factor) and factor.item() == 1:
@@ -219,18 +222,18 @@ def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> T
         gradient.mul_(factor)
     else:
         scale_op(gradient, factor, ctx.backend, ctx.wide)
+        torch.autograd.graph.increment_version(gradient)  # as torch's own operations in place do
     return gradient.to(dtype)
 
 
 def _not_twice(gradient: Tensor, *sources: Tensor) -> Tensor:
-    """The same, with torch's own error where somebody differentiates it: there is no second derivative here.
+    """The same gradient, which raises torch's own error when it is differentiated: there is no second derivative here.
 
-    The error hangs on what the gradient is made of: else `torch.autograd.functional` would find no way there, and take
-    the derivative for 0.
+    The error is attached to everything that the gradient depends on. Otherwise `torch.autograd.functional` would find
+    no path from there to the gradient, and take the derivative to be 0.
     """
-    message = b"trying to differentiate twice a function that was marked with @once_differentiable"
-    parts = (gradient.detach().requires_grad_(), *sources)
-    return torch._C._functions.DelayedError(message, len(parts))(*parts)[0]
+    message = "trying to differentiate twice a function that was marked with @once_differentiable"
+    return failing_when_differentiated(message, gradient.detach().requires_grad_(), *sources)
 
 
 def gradients_deferred(reduction: str, trainable_weight: bool, trainable_bias: bool) -> bool:
@@ -238,4 +241,4 @@ def gradients_deferred(reduction: str, trainable_weight: bool, trainable_bias: b
     return reduction == "none" and (trainable_weight or trainable_bias)
 
 
-fused_linear_divergence_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(fused_linear_divergence_op, _backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_kernels import arguments
+from sdft_kernels import arguments, registration
 from sdft_kernels.backends import products
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunk_loop import check_labels, make_head
@@ -136,10 +136,10 @@ def _score(
     return logprob, top1, entropy, logsumexp
 
 
-linear_token_stats_op = torch.library.custom_op("sdft_kernels::linear_token_stats", _score, mutates_args=())
+linear_token_stats_op = registration.operator("linear_token_stats", _score)
 
 
-@linear_token_stats_op.register_fake
+@torch.library.register_fake(linear_token_stats_op)
 def _fake(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, _, _, labels, *_, compute_dtype, _, _ = values
     wide, tokens = products.accumulation_dtype(compute_dtype), hidden.shape[0]

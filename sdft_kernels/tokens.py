@@ -1,4 +1,4 @@
-"""Vectors over tokens: what the row operations read and write, and which tokens they are spared."""
+"""Vectors over tokens: the ones that row operations read and write, and which tokens are left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reads_are_free(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether this is a tensor with values of its own, not one that stands for another while a graph is traced."""
+    """Whether the tensor has values of its own. While a graph is traced, a tensor stands for another one."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
@@ -61,7 +61,7 @@ class TokenRows(_Vectors):
 
 @dataclass
 class TokenScores(_Vectors):
-    """What scoring reads, `labels`, and writes for each token, (N,), on one device; `top1` is bool."""
+    """Vectors that scoring works on, (N,), on one device: it reads `labels` and writes the others. `top1` is bool."""
 
     labels: Tensor | None
     logprob: Tensor | None
@@ -73,9 +73,9 @@ class TokenScores(_Vectors):
 class LiveTokens:
     """The tokens whose weight is not 0; the others contribute nothing, whatever their hidden states hold.
 
-    On the CPU the others are left out. A device cannot say how many there are without making the host wait, so
-    there their rows are replaced by zeros on the way into the products; the teacher's, which go into no gradient, may
-    also be left to a backend.
+    On the CPU the others are left out. A device cannot say how many there are without making the host wait, so there
+    zeros replace their rows before the products. The teacher's rows go into no gradient, and a back-end that ignores
+    them itself gets them as they are.
     """
 
     def __init__(self, weight: Tensor | None, count: int) -> None:
@@ -94,8 +94,10 @@ class LiveTokens:
             self.count = self._index.numel()
 
     def take(self, tensor: Tensor, part: slice = slice(None), *, cleaned: bool = True) -> Tensor:
-        """The rows of an (N, ...) tensor that belong to a slice of the live tokens. On a device the other tokens' are
-        among them, as they are unless `cleaned`."""
+        """The rows of an (N, ...) tensor that belong to a slice of the live tokens.
+
+        On a device the rows of the other tokens are among them, as zeros if `cleaned`, else as they are.
+        """
         if self._index is not None:
             return tensor.index_select(0, self._index[part])
         if self._mask is not None and cleaned:
@@ -107,7 +109,7 @@ class LiveTokens:
 
     @contextmanager
     def rows_of(self, tensor: Tensor, part: slice) -> Iterator[Tensor]:
-        """Rows to write for a slice of the live tokens: the (N, ...) tensor's own, or some put there after."""
+        """Rows to write for a slice of the live tokens: those of the (N, ...) tensor, or others that it then gets."""
         if self._index is None:
             yield tensor[part]
         else:
@@ -116,7 +118,7 @@ class LiveTokens:
             tensor.index_copy_(0, self._index[part], rows)
 
     def spread(self, vector: Tensor) -> Tensor:
-        """A vector over the live tokens as one over all of them, 0 for the others."""
+        """Makes a vector over all tokens of one over the live tokens, with 0 for the others."""
         if self._index is not None:
             return vector.new_zeros(self.given).index_copy_(0, self._index, vector)
         return vector if self._mask is None else vector.masked_fill(~self._mask, 0)

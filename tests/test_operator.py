@@ -123,7 +123,7 @@ def test_a_device_returns_what_tracing_expects(dtype: torch.dtype, max_chunk_byt
     given = (meta(300, 16), meta(1000, 16), meta(1000), meta(300, 16), meta(1000, 16), None, None, None, None)
     options = ("reverse_kl", 0.5, 1.0, 1.0, 1.0, None, None, None, "mean", 1000, dtype, max_chunk_bytes, "auto")
     results: list[operator.OpResult] = []
-    record(lambda: results.append(operator._forward(*given, *options, True, True, True)), ledger.TRAFFIC, {})
+    record(lambda: results.append(operator.forward(*given, *options, True, True, True)), ledger.TRAFFIC, {})
     with passing_for_cuda():
         expected = operator._fake(*given, *options, True, True, True)
     assert [(t.shape, t.dtype) for t in results[0]] == [(t.shape, t.dtype) for t in expected]

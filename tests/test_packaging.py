@@ -1,14 +1,17 @@
 """What a user installs: the wheel alone, in an empty environment, with torch and nothing of the training stack."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -97,10 +100,80 @@ def test_without_a_c_compiler_the_loss_is_left_to_torch(python: Path, tmp_path: 
     assert "kernels compiled: False" in done.stdout
 
 
-def test_importing_the_kernels_imports_no_training_stack() -> None:
-    code = "import sys, sdft_kernels; print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'triton')])"
+def said_by(code: str) -> Any:
+    """What Python code leaves in `said`, in a process of its own."""
+    code = f"import json\nsaid = None\n{code}\nprint(json.dumps(said))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+LOADED = "import sys; said = sorted({name.split('.')[0] for name in sys.modules})"
+
+
+def test_importing_the_kernels_imports_no_training_stack() -> None:
+    assert not {"transformers", "triton", "sdft"} & set(said_by(f"import sdft_kernels; {LOADED}"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sdft.settings.config, sdft.settings.commands, sdft.settings.recipe",
+        *(f"from sdft.cli import main; main(['{name}', '--help-all'])" for name in ("train", "eval", "generate")),
+        "from sdft.cli import main; main(['train', '--learning_rat', '1'])",
+    ],
+)
+def test_settings_and_help_are_had_without_torch(code: str) -> None:
+    """All of transformers, its continuous batching too, comes with torch."""
+    assert not {"torch", "transformers", "accelerate", "numpy"} & set(said_by(f"{code}; {LOADED}"))
+
+
+def test_help_comes_at_once() -> None:
+    """In 0.35 s on two cores."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "sdft.cli", "train", "--help"], capture_output=True, check=True, cwd=ROOT)
+    assert time.perf_counter() - started < 4
+
+
+IMPORT = """
+import time, torch
+started = time.thread_time()
+import sdft_kernels
+said = time.thread_time() - started
+"""
+
+
+def test_importing_the_kernels_takes_little_more_than_torch() -> None:
+    """0.1 s on two cores."""
+    assert said_by(IMPORT) < 0.5
+
+
+CALLS = """
+import sys, time, torch
+from sdft_kernels import fused_linear_divergence
+
+def taken():
+    hidden, weight = torch.randn(64, 64, requires_grad=True), torch.randn(1000, 64, requires_grad=True)
+    started, before = time.thread_time(), resident()
+    fused_linear_divergence(hidden, weight, torch.randn(64, 64), weight.detach()).loss.backward()
+    return time.thread_time() - started, (resident() - before) / 2**20
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+modules = set(sys.modules)
+first, second = taken(), taken()
+said = first[0] - second[0], first[1] - second[1], sorted(set(sys.modules) - modules)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_the_first_loss_loads_nothing() -> None:
+    """Torch's compiler and what it imports took 2 s and 150 MiB; without it they are 0.01 s and 10 MiB."""
+    seconds, mib, modules = said_by(CALLS)
+    assert not modules
+    assert seconds < 0.3
+    assert mib < 40
 
 
 USER_CODE = """

@@ -54,8 +54,8 @@ CHAT = (
 
 def random_model(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Qwen2ForCausalLM:
     """In evaluation mode, its end of sequence a token that no sampling meets."""
-    config = Qwen2Config(**SIZES[name], eos_token_id=None, pad_token_id=0, bos_token_id=None)
-    config._attn_implementation = "sdpa"
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}  # which transformers takes, and does not declare
+    config = Qwen2Config(**SIZES[name], **attention, eos_token_id=None, pad_token_id=0, bos_token_id=None)
     with _without_initialisation(), torch.device(device), _default_dtype(dtype):
         model = Qwen2ForCausalLM(config)
     generator = torch.Generator(device).manual_seed(0)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from sdft._compat import load_best_model
+from sdft._compat import load_best_model, optimizer_steps
 from sdft.checkpoints.claim import claimed
 from sdft.checkpoints.files import write_text
 from sdft.checkpoints.resume import RECORD, Resuming, steps_done
@@ -100,7 +100,7 @@ class Runs(WholeSaves):
 
     def total_steps(self) -> int:
         """How many optimizer steps the whole run has."""
-        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+        return optimizer_steps(self)
 
     def is_complete(self, checkpoint: str) -> bool:
         """Whether the checkpoint is of the run's last step, or a later one."""

@@ -154,7 +154,7 @@ def _load_adapter(
 
 def _call(model: PreTrainedModel, name: str) -> None:
     """Have the model saved, and an adapter of it, under the name that loads it again."""
-    model.config._name_or_path = model.name_or_path = name
+    model.config.name_or_path = model.name_or_path = name
 
 
 def limits(model: PreTrainedModel) -> Limits:

@@ -21,10 +21,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from sdft._compat import batching_config
+from sdft import _compat
 from sdft.errors import TrainingError
 from sdft.progress.counts import Watch
 from sdft.rollouts.row_sampler import RowSampler
@@ -57,7 +55,7 @@ def generate_continuously(
     # A graph would repeat the draw that it was captured with; and a step prepared before the last one has been sampled
     # would tell the sampler of its own requests too early.
     in_turn = False if processors else None
-    hints = WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
+    hints = _compat.WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
     with _own_random_numbers(model.device) as seed, _own_attention(model), _own_forward(model), _no_warnings():
         try:
             manager = cast(Any, model).init_continuous_batching(
@@ -81,7 +79,7 @@ def _configuration(
 ) -> ContinuousBatchingConfig:
     page = PAGE["cuda" if model.device.type == "cuda" else "cpu"]
     pages = sum(-(-(len(prompt) + new_tokens) // page) + 1 for prompt in prompts)
-    return batching_config(
+    return _compat.batching_config(
         page_size=page,
         num_blocks=pages,
         max_batch_tokens=STEP_TOKENS,
@@ -93,17 +91,7 @@ def _configuration(
     )
 
 
-class _OfRequests(ContinuousBatchingLogitsProcessor):
-    """A processor that learns which requests a step writes a token of."""
-
-    def __init__(self) -> None:
-        self.supported_kwargs, self.ignored_kwargs = {}, ()
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
-
-
-class RequestSampler(_OfRequests):
+class RequestSampler(_compat.RequestProcessor):
     """A RowSampler whose rows are requests, named in the rows' order."""
 
     def __init__(self, sampler: RowSampler, names: Sequence[str]) -> None:
@@ -112,7 +100,7 @@ class RequestSampler(_OfRequests):
         self.rows: list[int] = []
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        self.rows = [self.numbers[request.state.request_id] for request in requests_with_new_token]
+        self.rows = [self.numbers[_compat.request_name(request)] for request in requests_with_new_token]
         return torch.tensor(self.rows, dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
@@ -121,7 +109,7 @@ class RequestSampler(_OfRequests):
         return drawn if len(drawn) == len(scores) else torch.cat((drawn, scores[len(drawn) :]))
 
 
-class RequestStopper(_OfRequests):
+class RequestStopper(_compat.RequestProcessor):
     """Leaves nothing but the token `end` to a request whose completion has come to its end otherwise."""
 
     def __init__(self, stopped: Callable[[list[int]], bool], end: int) -> None:
@@ -129,7 +117,7 @@ class RequestStopper(_OfRequests):
         self.stopped, self.end = stopped, end
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        ended = [self.stopped(request.state.generated_tokens) for request in requests_with_new_token]
+        ended = [self.stopped(_compat.tokens_written(request)) for request in requests_with_new_token]
         return torch.tensor(ended, dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
@@ -140,14 +128,10 @@ class RequestStopper(_OfRequests):
 
 
 def _process_with(manager: Any, processors: LogitsProcessorList, names: Sequence[str]) -> None:
-    """Have the manager, which only knows the processors of its settings, use these."""
-    own = manager.logit_processor
+    """Have the manager use these processors, a RowSampler for its requests."""
     for processor in processors:
-        own.logits_processor.append(
-            RequestSampler(processor, names) if isinstance(processor, RowSampler) else processor
-        )
-    own.tensors_required = sum(isinstance(processor, _OfRequests) for processor in own.logits_processor)
-    own.do_processing = len(own.logits_processor) > 0
+        own = RequestSampler(processor, names) if isinstance(processor, RowSampler) else processor
+        _compat.add_processor(manager, own)
 
 
 def _collect(model: PreTrainedModel, manager: Any, count: int, watch: Watch | None) -> dict[str, list[int]]:
@@ -161,7 +145,7 @@ def _collect(model: PreTrainedModel, manager: Any, count: int, watch: Watch | No
         result = manager.get_result(timeout=0.2)
         if result is None:
             if not manager.is_running():
-                raise _refusal(model, manager.background_thread_status.fatal_error)
+                raise _refusal(model, _compat.fatal_error(manager))
         elif result.error is not None:
             raise _refusal(model, result.error)
         elif result.is_finished():
@@ -172,7 +156,7 @@ def _collect(model: PreTrainedModel, manager: Any, count: int, watch: Watch | No
 def _refusal(model: PreTrainedModel, reason: object) -> RuntimeError:
     if "probability tensor" in str(reason):
         return RuntimeError(str(reason))
-    attention = model.config._attn_implementation
+    attention = _compat.attention_of(model)
     advice = "a smaller rollout_batch_size needs less" if "emory" in str(reason) else "rollout_backend: generate may do"
     return TrainingError(
         f"continuous batching of {type(model).__name__} with {attention} attention in {model.dtype} on "
@@ -190,23 +174,22 @@ def _own_random_numbers(device: torch.device) -> Iterator[int]:
 @contextlib.contextmanager
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model's attention implementation as it was, also where the manager fails between changing it and starting."""
-    before = model.config._attn_implementation
+    before = _compat.attention_of(model)
     try:
         yield
     finally:
-        if model.config._attn_implementation != before:
+        if _compat.attention_of(model) != before:
             model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
 def _own_forward(model: PreTrainedModel) -> Iterator[None]:
     """The forward pass without accelerate's autocast around it, and with it afterwards."""
-    attributes = vars(model)
-    wrapped = attributes.get("forward")
-    if wrapped is None or "_original_forward" not in attributes:
+    wrapped, own = vars(model).get("forward"), _compat.forward_without_autocast(model)
+    if wrapped is None or own is None:
         yield
         return
-    model.forward = attributes["_original_forward"]
+    model.forward = own
     try:
         yield
     finally:
@@ -216,7 +199,7 @@ def _own_forward(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_warnings() -> Iterator[None]:
     """Silence for the manager's log: what it warns of each time is meant, and what it reports as errors is raised."""
-    logger = logging.getLogger("ContinuousBatchingLogger")
+    logger = logging.getLogger(_compat.BATCHING_LOGGER)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sdft._compat import cache_argument
+from sdft._compat import cache_argument, takes_dynamic_cache
 
 #: Room is made for this share of the tokens more, and for at least so many: all copies together are then at most nine
 #: times what there is in the end, however long that is.
@@ -53,8 +53,7 @@ def roomy_cache(model: PreTrainedModel) -> DynamicCache | None:
 
     None, for `generate` to do what it does, where there is no such layer or the model remembers in another way.
     """
-    dynamic = getattr(model, "_supports_default_dynamic_cache", lambda: False)
-    if not dynamic() or cache_argument(model) is None:
+    if not takes_dynamic_cache(model) or cache_argument(model) is None:
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -1,7 +1,7 @@
 """What a back-end does for the chunk loop, and what passes between the two.
 
 A back-end is a module with the names of `Backend`. It works through one chunk of tokens at a time, in a workspace that
-it has made for all of them; the loop knows nothing of what is in that.
+it has made for all of them; the loop does not look into that.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Head:
 
 @dataclass
 class ChunkGradients:
-    """Where a chunk's gradients go, None for what is not wanted.
+    """Where a back-end puts a chunk's gradients. What is not wanted is None.
 
-    `hidden`, (C, H), is to be written; `weight`, (V, H), is to be added to, or written if `first`, and where it is not
-    in the accumulation dtype there is only this chunk; `bias`, (V,), is to be added to.
+    The back-end writes `hidden`, (C, H). It adds to `weight`, (V, H), or writes it if this chunk is the `first`; where
+    `weight` is not in the accumulation dtype, there is only this chunk. It adds to `bias`, (V,).
     """
 
     hidden: Tensor | None

@@ -28,8 +28,11 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def head_gradient_dtype(weight: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that the head's gradient is returned in: its own where one product can make all of it, which then needs
-    no float32 buffer. Not float16, whose range a sum over tokens may leave."""
+    """The dtype that the head's gradient is returned in.
+
+    It is the head's own where a single product can make the whole gradient, which then needs no float32 buffer. It is
+    never float16, because a sum over tokens may leave that type's range.
+    """
     own = weight == compute == gradient_dtype(compute, device) == torch.bfloat16
     return weight if own else accumulation_dtype(compute)
 

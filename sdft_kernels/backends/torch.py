@@ -4,7 +4,7 @@ Logits lie with the vocabulary along the rows, (V, C), since matrix products of 
 layout, and the vocabulary is worked through in tiles small enough to stay in the last-level cache from one
 operation to the next, each of which is one pass. Where student and teacher share a head, one product of twice as
 many tokens makes both models' logits. Each logit's exponential is taken once (twice for mixtures), as a power of two:
-the pass that takes the maximum off multiplies by what makes z of a product, and bits of z.
+the pass that subtracts the maximum also multiplies by the factor that turns u into z, in bits.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ TOKENS_ALIGNED = TILE_TOKENS["cpu"]
 
 
 class Workspace:
-    """An array of (V, width) and two for a tile of it.
+    """An array of logits, (V, width), and two more arrays of one tile's size.
 
-    Without `keep` the first too is for one tile only: enough where nothing comes after the first pass.
+    Without `keep` the first array has one tile's size too, which is enough where the first pass is the only one.
     """
 
     def __init__(self, like: Tensor, width: int, vocab: int, dtype: torch.dtype, *, keep: bool) -> None:
@@ -59,7 +59,7 @@ class Workspace:
         self._passing = [like.new_empty(self.tile * width, dtype=dtype) for _ in range(2)]
 
     def tiles(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Each tile's part of the vocabulary, what is kept of it, and two arrays for what is not, (v, width)."""
+        """For each tile its part of the vocabulary, its rows of the first array, and both others, (v, width) each."""
         for start in range(0, self.vocab, self.tile):
             part = slice(start, min(start + self.tile, self.vocab))
             size = (part.stop - part.start) * width
@@ -69,14 +69,14 @@ class Workspace:
 
 
 def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
-    """Of the loss's workspace, for inputs in `dtype`: two arrays, of which the gradient is made."""
+    """The bytes of the loss's workspace: both models' logits, in whose place the gradient's A and B are left."""
     return Held(2 * products.accumulation_dtype(dtype).itemsize)
 
 
 def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
 ) -> Workspace:
-    """For chunks of up to `tokens` tokens, both models side by side."""
+    """A workspace for chunks of up to `tokens` tokens, with both models side by side."""
     keep = with_gradient or is_mixture(objective.divergence)
     return Workspace(like, 2 * aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=keep)
 
@@ -155,7 +155,8 @@ def store_rows(rows: TokenRows, objective: Objective, loss: Tensor, entropy: Ten
 
 
 class _Columns:
-    """A chunk's hidden states, (width, H) each, and the logits that they make, the teacher's after the student's."""
+    """The hidden states of a chunk, (width, H) for each model, which make the columns of its logits: first the
+    student's, then the teacher's."""
 
     def __init__(self, student: Tensor, teacher: Tensor, head: Head, teacher_head: Head, dtype: torch.dtype) -> None:
         width = aligned(len(student))
@@ -182,7 +183,7 @@ def _multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
 def _carry_back(
     hidden: Tensor, head: Head, x: Tensor, y: Tensor, gradients: ChunkGradients, workspace: Workspace
 ) -> None:
-    """The logits' gradient x A + y B a tile at a time, and its products with the head and the hidden states."""
+    """Computes the logits' gradient x A + y B a tile at a time, and multiplies it with head and hidden states."""
     width = len(hidden)
     before = 0 if gradients.first else 1
     total = hidden.new_zeros(hidden.T.shape)  # (H, C): products of few tokens run faster into that layout
@@ -203,9 +204,9 @@ def _carry_back(
 
 @dataclass
 class _Softmax:
-    """Of one tile's (v, C) logits: maxima, Σ exp, Σ exp · bits and the labels' logits, (C,).
+    """The softmax of one tile's logits, (v, C): maxima, Σ exp, Σ exp · bits and the labels' logits, (C,) each.
 
-    What is summed is relative to the maximum in bits; maxima and labels' logits are as they came.
+    The sums are of bits above the maximum, and of two to their power. Maxima and labels' logits are as they came.
     """
 
     peak: Tensor
@@ -215,8 +216,10 @@ class _Softmax:
 
 
 def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float, labels: Tensor | None) -> _Softmax:
-    """Makes logits bits, `unit` times what they are, takes each token's maximum off and leaves their exponentials.
-    `labels` count from the tile's start; what is said of one outside is of no use."""
+    """Turns logits into bits by `unit`, subtracts each token's maximum, and writes two to the power of the result.
+
+    `labels` count from the tile's start. The label's logit means nothing for a label outside the tile.
+    """
     peak = logits.amax(0)
     label = None if labels is None else logits.gather(0, labels.clamp(0, len(logits) - 1).unsqueeze(0)).squeeze(0)
     torch.add(-peak * unit, logits, alpha=unit, out=logits)
@@ -225,7 +228,10 @@ def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float,
 
 
 class _Whole:
-    """The softmax of the whole vocabulary from its tiles', in float64: (C,), and (tiles, C) what differs in each."""
+    """The softmax of the whole vocabulary, computed in float64 from the softmax of each tile.
+
+    A number for each token is (C,), a number for each tile and token (tiles, C).
+    """
 
     def __init__(self, tiles: list[_Softmax], labels: Tensor | None, tile: int, unit: float) -> None:
         peaks = torch.stack([t.peak for t in tiles])
@@ -249,8 +255,10 @@ class _Whole:
             self.logprob = NATS * unit * label.double() - self.logsumexp
 
     def shares(self, at_peaks: list[Tensor]) -> Shares:
-        """Where the first half of the tokens are the student's and the others the teacher's; of a mixture with what
-        `_at_peak` says of each tile."""
+        """The shares of both models: the first half of the columns is the student's, the second the teacher's.
+
+        A mixture also needs what `_at_peak` returned for each tile.
+        """
         (p, q), (p_mass, q_mass), (log_p, log_q) = (
             values.chunk(2, 1) for values in (self.share, self.mass, self.log_share)
         )
@@ -262,13 +270,13 @@ class _Whole:
 
 
 def _at_peak(student: Tensor, teacher: Tensor) -> Tensor:
-    """How far the student's logit lies above the teacher's where the student's is a tile's largest, (C,)."""
+    """The student's logit minus the teacher's, (C,), at the entry of a tile where the student's is largest."""
     peak = student.amax(0)
     return peak - torch.where(student == peak, teacher, -torch.inf).amax(0)
 
 
 def _stack(sums: list[Sums]) -> Sums:
-    """All tiles' sums as one, (tiles, C) in float64."""
+    """The sums of all tiles stacked, (tiles, C) in float64."""
 
     def of(name: str) -> Tensor | None:
         values = [getattr(tile, name) for tile in sums]
@@ -283,17 +291,17 @@ def _tile(logits: Tensor, exponentials: Tensor, seen: _Softmax) -> Tile:
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    """values ← values · factor in place; any shape, and (1,)."""
+    """values ← values · factor in place. The values may have any shape; the factor has shape (1,)."""
     values.mul_(factor)
 
 
 def scoring_held(dtype: torch.dtype) -> Held:
-    """Of scoring's workspace."""
+    """The bytes of scoring's workspace."""
     return Held(products.accumulation_dtype(dtype).itemsize)
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:
-    """For chunks of up to `tokens` tokens."""
+    """A workspace for chunks of up to `tokens` tokens."""
     return Workspace(like, aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=False)
 
 
@@ -332,12 +340,12 @@ def importance_weight(logprob: Tensor, old_logprob: Tensor, clip: float | None) 
 
 
 def _bits(options: LogitOptions, dtype: torch.dtype) -> float:
-    """What makes z in bits of u, as `dtype` has it."""
+    """The factor that turns u into z in bits, rounded to `dtype`."""
     return torch.tensor(options.factor / NATS, dtype=dtype, device="cpu").item()
 
 
 def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitOptions) -> None:
-    """A tile of products to u, in place."""
+    """Turns a tile of products into u, in place."""
     if bias is not None:
         logits.add_(bias[part].unsqueeze(1))
     if options.inner != 1:
@@ -354,21 +362,24 @@ def _slope(student: Tensor, seen: _Softmax, unit: float, scratch: Tensor) -> Ten
 
 
 def _apply(slope: Tensor, logits: Tensor) -> None:
-    """The gradient's A and B by the soft cap's slope."""
+    """Multiplies the gradient's A and B by the soft cap's slope."""
     for half in logits.split(slope.shape[1], 1):
         half.mul_(slope)
 
 
 def aligned(tokens: int) -> int:
-    """_Columns for so many tokens; a budget for fewer than a whole vector of them is kept to."""
+    """How many columns a chunk of `tokens` tokens has: a whole number of vectors.
+
+    A chunk smaller than one vector gets no more columns than tokens, because its memory budget allows no more.
+    """
     return tokens if tokens < TOKENS_ALIGNED else -(-tokens // TOKENS_ALIGNED) * TOKENS_ALIGNED
 
 
 def padded_labels(labels: Tensor | None, width: int, *, models: int) -> Tensor | None:
-    """A label for each column of so many models' logits, 0 for those that fill up the chunk."""
+    """A label for each column of the logits of `models` models; columns that only fill up the chunk have label 0."""
     return None if labels is None else torch.nn.functional.pad(labels, (0, width - len(labels))).repeat(models)
 
 
 def padded(hidden: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """(C, H) as (width, H), the rest zeros, in the accumulation dtype."""
+    """Hidden states (C, H) with rows of zeros added up to (width, H), in `dtype`."""
     return torch.nn.functional.pad(hidden.to(dtype), (0, 0, 0, width - len(hidden)))

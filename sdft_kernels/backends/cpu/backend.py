@@ -1,9 +1,10 @@
 """The loss of a chunk of tokens by compiled kernels on a CPU, in float32: what `interface.Backend` asks for.
 
-Logits lie as there, (V, C) with the teacher's columns after the student's, in one array, which is written once and read
-once or twice. Products too are those of kernels.c: a few vocabulary entries at a time, so that what is made of
-their logits, and the gradient between them and its own products, stay in the cache. Tiles of the vocabulary are for
-heads that the kernels cannot read as they are, and for scoring, which keeps no more logits than a tile's.
+Logits lie as in backends/torch.py, (V, C) with the teacher's columns after the student's, in one array, which is
+written once and read once or twice. The matrix products are in kernels.c too: they take a few vocabulary entries at a
+time, so that these entries' logits and gradient are still in the cache for the next operation on them. The vocabulary
+is worked through in tiles where the kernels cannot read a head as it is, and for scoring, which keeps one tile's
+logits.
 """
 
 from __future__ import annotations
@@ -35,22 +36,23 @@ from sdft_kernels.tokens import TokenRows, TokenScores, is_plain
 #: Bytes of logits in a tile, where the vocabulary is worked through in tiles.
 TILE_BYTES = 12 << 20
 
-#: Floats in a cache line, and in what makes rows share a few sets of the cache where it divides their length.
+#: Floats in a cache line; and a number of floats such that rows whose length is a multiple of it share a few sets of
+#: the cache.
 LINE, SETS = 16, 128
 
-#: Of a record's places, those of each model's softmax.
+#: The places in a record that hold each model's softmax.
 STUDENT, TEACHER = slice(Field.PEAK, Field.DOT + 1), slice(Field.TEACHER_PEAK, Field.TEACHER_DOT + 1)
 
 
 def address(tensor: Tensor) -> int:
-    """Where a tensor's values lie. C reads what it is pointed at, whatever is there."""
+    """The address of a tensor's values, which C reads without asking what is there: so the tensor is checked."""
     if tensor.device.type != "cpu" or not is_plain(tensor):
         raise TypeError(f"a plain tensor on the CPU was expected, not a {type(tensor).__name__} on {tensor.device}")
     return tensor.data_ptr()
 
 
 class Workspace:
-    """Rows of logits for each vocabulary entry, `width` of them; without `keep`, for the entries of one tile only."""
+    """A row of `width` logits for each vocabulary entry, or without `keep` for each entry of one tile."""
 
     def __init__(self, width: int, vocab: int, *, keep: bool) -> None:
         self.vocab, self.keep = vocab, keep
@@ -68,7 +70,7 @@ class Workspace:
             yield part, self._rows[first : first + part.stop - part.start, :width]
 
     def scratch(self, sizes: list[int]) -> list[Tensor]:
-        """Arrays of so many uninitialised float32 beside the logits, the same memory at every call."""
+        """Uninitialised float32 arrays of the given lengths beside the logits, the same memory at every call."""
         if len(self._scratch) < sum(sizes):
             self._scratch = self._scratch.new_empty(sum(sizes))
         return list(self._scratch[: sum(sizes)].split(sizes))
@@ -231,7 +233,7 @@ def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: Chu
 
 
 class _Chunk:
-    """A chunk's logits, and what the kernels need to know of it beside them."""
+    """The logits of a chunk, and what the kernels need beside them: heads, options and the workspace."""
 
     def __init__(self, tokens: int, head: Head, teacher: Head, objective: Objective, workspace: Workspace) -> None:
         self.width, self.head, self.objective = aligned(tokens), head, objective
@@ -244,7 +246,7 @@ class _Chunk:
         return self._workspace.tiles(2 * self.width, whole=self._as_they_are)
 
     def scratch(self, threads: int, *floats: int) -> list[Tensor]:
-        """Arrays of so many uninitialised float32 for each thread, the same for every chunk of a call."""
+        """Uninitialised arrays of the given numbers of floats for each thread, the same for every chunk of a call."""
         return self._workspace.scratch([threads * count for count in floats])
 
     def run(self, kernel: str, part: slice, logits: Tensor, *arguments: object) -> None:
@@ -273,7 +275,7 @@ def kernels() -> ctypes.CDLL:
 
 
 def _new_records(like: Tensor, width: int) -> Tensor:
-    """Before any logits: (threads, FIELDS, width) in float64."""
+    """Records as they are before any logits, (threads, FIELDS, width) in float64."""
     records = like.new_zeros((torch.get_num_threads(), FIELDS, width), dtype=torch.float64)
     records[:, [Field.PEAK, Field.TEACHER_PEAK]] = -torch.inf
     return records
@@ -286,7 +288,7 @@ class _Softmax:
         peaks, self._sums, dots = records.unbind(1)
         self._factor = options.factor
         self.peak = peaks.amax(0)
-        #: How far a thread's largest logit lies above the chunk's; of one that had no rows 0, as all that it has is.
+        #: A thread's largest logit minus the chunk's largest. It is 0, as the sums are, for a thread that had no rows.
         self.shift = torch.where(peaks == -torch.inf, 0, self._factor * (peaks - self.peak))
         self.total = (self.shift.exp() * self._sums).sum(0)
         self.log_sum = self.total.log()
@@ -294,21 +296,21 @@ class _Softmax:
         self.entropy = self.log_sum - self.mean_of(dots, self.shift)
 
     def mean_of(self, moments: Tensor, offset: Tensor) -> Tensor:
-        """The mean of a score under this softmax, from each thread's Σ e g and what its g grows by."""
+        """The mean of a score g under this softmax, from each thread's Σ e g and the offset to add to its g."""
         return (self.shift.exp() * (moments + offset * self._sums)).sum(0) / self.total
 
     def logprob(self, labelled: Tensor) -> Tensor:
-        """Of labels from what the kernels have left of their products, (width,)."""
+        """The log-probabilities of labels, (width,), from their u."""
         return self._factor * (labelled.double() - self.peak) - self.log_sum
 
 
 def scoring_held(dtype: torch.dtype) -> Held:
-    """Of scoring's workspace."""
+    """The bytes of scoring's workspace."""
     return Held(4)
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:
-    """For chunks of up to `tokens` tokens."""
+    """A workspace for chunks of up to `tokens` tokens."""
     return Workspace(aligned(tokens), vocab, keep=False)
 
 
@@ -342,14 +344,14 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
 
 
 def _look_up(labels: Tensor, logits: Tensor, part: slice, found: Tensor) -> None:
-    """What the kernels have left of the labels' products, (columns,), where the labels lie in this tile."""
+    """Writes the u of labels, (columns,), into `found` where the labels lie in this tile."""
     here = (labels >= part.start) & (labels < part.stop)
     rows = (labels - part.start).clamp(0, len(logits) - 1)
     found.copy_(torch.where(here, logits.gather(0, rows.unsqueeze(0)).squeeze(0), found))
 
 
 def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> Options:
-    """For a tile of the vocabulary; `bias` is the whole head's."""
+    """The options of a tile of the vocabulary, as the kernels take them; `bias` is the whole head's."""
     return Options(
         None if bias is None else address(bias[part]),
         options.factor,

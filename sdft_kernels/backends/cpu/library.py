@@ -1,4 +1,4 @@
-"""The compiled kernels: found, checked, opened, and what passes between them and Python.
+"""Finds, checks and opens the library of compiled kernels, and defines the structures that it takes from Python.
 
 tests/test_cpu_backend.py holds the structures and signatures here against kernels.c.
 """
@@ -13,7 +13,7 @@ import struct
 import warnings
 from enum import IntEnum
 
-#: Of what passes between this module and the library: `INTERFACE` in kernels.c.
+#: The version of the interface between this module and the library: `INTERFACE` in kernels.c.
 INTERFACE = 2
 
 
@@ -75,7 +75,7 @@ class Carry(ctypes.Structure):
 
 @functools.cache
 def find() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built or cannot be used, which is said once."""
+    """The compiled kernels, or None, with one warning, where they were not built or cannot be used."""
     spec = importlib.util.find_spec("sdft_kernels.backends.cpu._kernels")
     if spec is None or spec.origin is None:
         warnings.warn(

@@ -1,8 +1,8 @@
-"""Large CPU memory, which costs a fault for each page of it when it is taken anew.
+"""Large CPU memory. New memory costs a page fault for each of its pages.
 
 A call's workspace is kept for the next: a tensor made by `kept` gives its memory back when nothing holds it any longer,
-and the next one of about its size takes it over. Until then the pages are the system's to take whenever memory is
-short (MADV_FREE). A head's gradient, which its owner may resize, is torch's own memory in huge pages, of which there
+and the next tensor of about its size takes it over. Until then the system may take the pages whenever memory is short
+(MADV_FREE). A head's gradient, which its owner may resize, is torch's own memory in huge pages, of which there
 are few (docs/performance.md).
 """
 
@@ -27,7 +27,7 @@ _spare: list[mmap.mmap] = []
 
 
 def huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As `torch.empty` on the CPU, in huge pages where the system has them."""
+    """Like `torch.empty` on the CPU, but in huge pages where the system has them."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= LEAST and hasattr(mmap, "MADV_HUGEPAGE"):
         first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -38,7 +38,7 @@ def huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def kept(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As `torch.empty` on the CPU, of memory that an earlier one has left; a storage of it cannot be resized."""
+    """Like `torch.empty` on the CPU, but in memory that an earlier such tensor has left; it cannot be resized."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < LEAST or not hasattr(mmap, "MADV_FREE"):
@@ -50,7 +50,7 @@ def kept(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _taken(size: int) -> mmap.mmap | None:
-    """A spare piece of so many bytes, up to twice as many."""
+    """A spare piece of memory that has at least `size` bytes and at most twice as many."""
     for memory in list(_spare):
         if size <= len(memory) <= 2 * size:
             try:

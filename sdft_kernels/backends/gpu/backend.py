@@ -1,10 +1,11 @@
 """The loss of a chunk of tokens by Triton kernels: what `interface.Backend` asks for.
 
-Two ways. Logits are (C, V) in float32 from the device's own matrix products, and the gradient lies in the inputs'
-dtype where products of that accumulate in float32, else in place of the student's logits. Where it lies apart, logits
-are made for a block of the chunk's tokens at a time, and the gradient is kept for all of them: its two products, of
-which one reads and writes the head's whole gradient, are then of many tokens for little memory. Or, where each logit is
-needed only once, a kernel multiplies as well, and no logits are held: their workspace is None.
+There are two ways. In the first, the device's own matrix products make logits, (C, V) in float32. The gradient has
+memory of its own, in the inputs' dtype, where products of that dtype accumulate in float32; else it takes the place of
+the student's logits. With memory of its own, the gradient is kept for the whole chunk, and logits are made for a block
+of its tokens at a time: so the two products with the gradient, of which one reads and writes the head's whole gradient,
+take many tokens at once and little memory. In the second way, where each logit is needed only once, a kernel makes the
+product as well, and there is no memory for logits.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from sdft_kernels.chunking import BLOCK_TOKENS, Held, blocks
 from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
 
-#: Whether the teacher's hidden state of a token of weight 0 may hold anything: the kernel of the gradient makes that 0.
+#: The teacher's hidden state of a token of weight 0 may hold anything: the gradient's kernel writes 0 for such a token.
 TEACHER_MAY_BE_ANYTHING = True
 
 
 def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """(tokens, vocab) uninitialised, its rows padded to the alignment."""
+    """An uninitialised array, (tokens, vocab), whose rows are padded to the alignment."""
     padded = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return like.new_empty((tokens, padded), dtype=dtype)[:, :vocab]
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Rows for a block's logits and for the gradient of a chunk's; or for a chunk's logits, the student's rows of which
-    become its gradient's."""
+    """Memory for the logits of a block and the gradient of a chunk, or for the logits of a chunk alone: then `gradient`
+    is `student`."""
 
     student: Tensor
     teacher: Tensor
@@ -47,7 +48,7 @@ class Workspace:
 
     @cached_property
     def ones(self) -> Tensor:
-        """(tokens, 1): a product with it adds up half-precision numbers over the tokens in float32, in one launch."""
+        """Ones, (tokens, 1). A product with them sums half-precision numbers over tokens in float32, in one launch."""
         return self.gradient.new_ones(len(self.gradient), 1)
 
 
@@ -65,7 +66,7 @@ def _without_logits(dtype: torch.dtype, objective: Objective, with_gradient: boo
 
 
 def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
-    """Of the loss's workspace, for products of operands in `dtype`."""
+    """The bytes of the loss's workspace, for products of operands in `dtype`."""
     if _without_logits(dtype, objective, with_gradient):
         return Held(0)
     logits = 2 * products.accumulation_dtype(dtype).itemsize
@@ -77,7 +78,7 @@ def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with
 def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
 ) -> Workspace | Operands:
-    """For chunks of up to `tokens` tokens."""
+    """A workspace for chunks of up to `tokens` tokens."""
     if _without_logits(dtype, objective, with_gradient):
         return Operands()
     wide, apart = products.accumulation_dtype(dtype), _gradient_apart(dtype, like.device, with_gradient)
@@ -123,12 +124,12 @@ def process_chunk(
 
 
 def scoring_held(dtype: torch.dtype) -> Held:
-    """Of scoring's workspace, for products of operands in `dtype`."""
+    """The bytes of scoring's workspace, for products of operands in `dtype`."""
     return Held(0 if multiplies(dtype) else products.accumulation_dtype(dtype).itemsize)
 
 
 def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor | Operands:
-    """For chunks of up to `tokens` tokens."""
+    """A workspace for chunks of up to `tokens` tokens."""
     if multiplies(dtype):
         return Operands()
     return make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))

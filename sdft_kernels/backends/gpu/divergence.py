@@ -45,18 +45,18 @@ from sdft_kernels.backends.gpu.sums import (
 from sdft_kernels.divergences import Objective, is_mixture
 from sdft_kernels.tokens import TokenRows
 
-#: Vocabulary entries a program handles at once; 16 bytes a thread and load, four times.
+#: The vocabulary entries that a program handles at once: each of its threads loads 16 bytes four times.
 BLOCK = 2048
-#: The same where each takes more registers, for a mixture's elementary functions or for biases.
+#: The same for a mixture's elementary functions and for biases, which need more registers for each entry.
 NARROW_BLOCK = 1024
 WARPS = 4
 
-#: Programs that keep a large device busy: 132 multiprocessors, several programs each.
+#: So many programs keep a large device busy: it has 132 multiprocessors, which run several programs each.
 ENOUGH_PROGRAMS = 1056
 MOST_SPLITS = 16
 
 
-#: Floats of a row's constants for the gradient, 32 bytes, and the places of those that there are.
+#: The gradient's constants of a row are 8 floats, 32 bytes, at these places; the last place is empty.
 ROW = tl.constexpr(8)
 ROW_PEAK = tl.constexpr(0)
 ROW_LOG_SUM = tl.constexpr(1)
@@ -150,7 +150,7 @@ def combine(
 
 
 def split_rows(tokens: int, vocab: int) -> int:
-    """Programs that share a row: a power of two, enough to fill the device, none without a block of its own."""
+    """How many programs share a row: a power of two that fills the device, and no more than the row has blocks."""
     splits = 1
     while splits < MOST_SPLITS and tokens * splits < ENOUGH_PROGRAMS and 2 * splits * BLOCK <= vocab:
         splits *= 2
@@ -158,7 +158,7 @@ def split_rows(tokens: int, vocab: int) -> int:
 
 
 def kernel_settings(objective: Objective) -> dict[str, Any]:
-    """What every kernel that works on logits needs to know of the objective."""
+    """The arguments that every kernel on logits takes from the objective."""
     student, teacher = objective.student, objective.teacher
     return {
         "student_inner": student.inner,
@@ -192,7 +192,7 @@ def combine_kernel(
     DIVERGENCE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One program a row: the token's values, its weight times its importance, and what the gradient needs.
+    """One program a row. It writes the token's values, its weight times its importance, and the gradient's constants.
 
     Log-probabilities are written over the labels' u. Writes the constants (student max, log Σ e, teacher max,
     log Σ f, teacher's u at the student's max, centre, factor): the gradient is factor · p · (g - centre), with g

@@ -29,10 +29,11 @@ from sdft_kernels.backends.interface import Head
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 
-#: Tiles to choose from for one model and for two: tokens, vocabulary entries, hidden entries, and warps. Larger ones
-#: have no registers left for a soft cap and a bias, or for the second model; AMD's are those that have with triton 3.6
-#: as well, whose code takes more. On Hopper, where an engine copies whole tiles, and matrix products read them where
-#: they are put, threads hold nothing but sums, and tiles are larger (docs/gpu.md: 1.2 to 1.8 times as fast).
+#: The tiles that the tuner tries, for one model and for two: tokens, vocabulary entries, hidden entries, and warps.
+#: Larger ones leave no registers for a soft cap and a bias, or for the second model. AMD's are small enough for
+#: triton 3.6 too, whose code needs more registers. On Hopper an engine copies whole tiles, and matrix products read
+#: them where it puts them: so threads hold nothing but sums, and tiles are larger (docs/gpu.md: 1.2 to 1.8 times as
+#: fast).
 SCORE_TILES: dict[str, tuple[Tile, ...]] = {
     "hopper": ((128, 256, 64, 8), (128, 128, 64, 8)),
     "cuda": ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)),
@@ -46,11 +47,11 @@ PROCESS_TILES: dict[str, tuple[Tile, ...]] = {
 LARGEST_TILE = (128, 256)
 LARGEST_BLOCK_K = 64
 
-#: Programs that keep a large device busy: 132 multiprocessors, two programs or two turns each.
+#: So many programs keep a large device busy: it has 132 multiprocessors, which run two programs each, or two in turn.
 ENOUGH_PROGRAMS = 264
 MOST_SPLITS = 256
 
-#: Floats of a split's record for one model, 16 bytes, of which the first three are those of a pair's.
+#: A split's record for one model is 4 floats, 16 bytes. The first three are those of a pair's record.
 SCORE_RECORD = tl.constexpr(4)
 
 
@@ -62,7 +63,7 @@ def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: Logit
     splits = split_vocabulary(tokens, vocab)
     hidden, weight = operand(hidden), operand(head.weight)
     partial = hidden.new_empty((tokens, splits, SCORE_RECORD.value), dtype=torch.float32)
-    copied = copies_tiles(hidden) and head.bias is None  # which would have no registers beside a large tile
+    copied = copies_tiles(hidden) and head.bias is None  # a large tile leaves no registers for a bias
     score_hidden_kernel[_grid(tokens, splits)](
         *(source(hidden, copied), source(weight, copied), head.bias, hidden.stride(0), weight.stride(0)),
         *(tokens, vocab, hidden.shape[1], splits),
@@ -117,7 +118,7 @@ def process_hidden(
 
 
 def split_vocabulary(tokens: int, vocab: int) -> int:
-    """Programs that share a tile of tokens: a power of two, enough to fill the device, each with a tile of the head."""
+    """How many programs share a tile of tokens: a power of two that fills the device, at most the head's tiles."""
     splits, (tile_tokens, tile_vocab) = 1, LARGEST_TILE
     tiles = triton.cdiv(tokens, tile_tokens)
     while splits < MOST_SPLITS and tiles * splits < ENOUGH_PROGRAMS and 2 * splits * tile_vocab <= vocab:

@@ -63,7 +63,7 @@ def transform(y, inner, FORM: tl.constexpr):
 
 
 def form(options: LogitOptions) -> str:
-    """Which of `transform`'s these are."""
+    """The form of `transform` that these options need."""
     if options.softcap is not None:
         return "capped"
     return "negated" if options.inner < 0 else "plain"
@@ -97,14 +97,15 @@ def load_logit(pointer, bias_pointer, label, vocab, inner, FORM: tl.constexpr):
 
 @triton.jit
 def split_columns(split, splits, vocab, BLOCK: tl.constexpr):
-    """The columns of one of a row's splits, [first, past): whole blocks, dealt out evenly, none without one."""
+    """The columns of one split of a row, [first, past). Each split has at least one whole block, and all nearly the
+    same number."""
     blocks = tl.cdiv(vocab, BLOCK)
     return split * blocks // splits * BLOCK, tl.minimum((split + 1) * blocks // splits * BLOCK, vocab)
 
 
 @triton.jit
 def bounded(log_ratio):
-    """So that its exponentials are finite."""
+    """Bounds a log-ratio so that its exponentials are finite."""
     return tl.minimum(tl.maximum(log_ratio, -_LARGEST_LOG_RATIO), _LARGEST_LOG_RATIO)
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 BLOCK = 4096
 WARPS = 4
-#: Programs that keep a large device busy, each with its share of the values: 132 multiprocessors, eight programs each.
+#: So many programs, each with its share of the values, keep a large device busy: 132 multiprocessors run eight each.
 PROGRAMS = 1056
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    """values ← values · factor in place; contiguous of any shape, and (1,) in the accumulation dtype."""
+    """values ← values · factor in place: contiguous values, and a factor (1,) in the accumulation dtype."""
     count = values.numel()
     if count:
         grid = (min(PROGRAMS, triton.cdiv(count, BLOCK)),)

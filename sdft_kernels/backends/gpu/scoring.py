@@ -1,4 +1,4 @@
-"""What one model's logits say of each token, as a Triton kernel: one pass over the row."""
+"""The scores of one model's logits, as a Triton kernel that passes over a row once."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def score_kernel(
 def store_scores(
     label_u, a, total, dot, factor, row, logprob_pointer, top1_pointer, entropy_pointer, logsumexp_pointer
 ):
-    """What a row's running values (see `fold`) and u at its label, if it has one, say of it."""
+    """The scores of a row, from its running values (see `fold`) and u at its label, if it has one."""
     log_sum = tl.log(total)
     tl.store(entropy_pointer + row, log_sum - dot / total)
     tl.store(logsumexp_pointer + row, a * factor + log_sum)

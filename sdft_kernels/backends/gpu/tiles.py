@@ -1,4 +1,4 @@
-"""A tile of logits: the product that makes it, and what is asked of it where it is."""
+"""A tile of logits in registers: the product that makes it, its biases, its mask, and the logits at labels."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def product(
 
 @triton.jit
 def biases(bias_pointer, columns, vocab, BLOCK_M: tl.constexpr):
-    """What products are added to: (BLOCK_M, N) of the head's bias at `columns`, (1, N), or 0 where it has none.
+    """The start of a sum of products: the head's bias at `columns`, (1, N), in BLOCK_M rows, or 0 where it has none.
 
     Added to products that are there already, it would need registers of its own.
     """
@@ -93,7 +93,7 @@ def masked_logits(y, start, columns, vocab, inner, FORM: tl.constexpr):
 
 @triton.jit
 def has_label(labels, start, BLOCK_N: tl.constexpr):
-    """Whether a label of these is in the block from `start` on: few blocks have one."""
+    """Whether one of the labels is in the block from `start` on, as in few blocks."""
     return tl.max(((labels >= start) & (labels < start + BLOCK_N)).to(tl.int32)) > 0
 
 
