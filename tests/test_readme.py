@@ -1,0 +1,78 @@
+"""What the README shows runs, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sdft import cli
+from sdft.early_checks import check_readable
+from sdft.settings.commands import EvalCommand, GenerateCommand
+from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, ModelArguments
+from sdft.settings.fields import own_fields, training_fields
+from tests.cases import relative_error
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return [block for named, block in FENCE.findall(README) if named == language]
+
+
+LINES = [line.partition("  #")[0].strip() for block in blocks("") for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("sdft ")]
+FIELDS = {
+    "train": own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields(),
+    "eval": own_fields(ModelArguments, EvalArguments, EvalCommand),
+    "generate": own_fields(ModelArguments, GenerateCommand),
+}
+
+
+def test_the_loss_is_what_it_replaces() -> None:
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for block in blocks("python"):
+        exec(block, names)
+    out, expected = names["out"], names["expected"]
+    assert relative_error(out.loss, expected) < 1e-5
+    gradient = names["hidden"].grad.clone()
+    names["hidden"].grad = None
+    expected.backward()
+    assert relative_error(gradient, names["hidden"].grad) < 1e-4
+
+
+def test_the_recipe_has_fields_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (recipe,) = (yaml.safe_load(block) for block in blocks("yaml"))
+    assert recipe.keys() <= FIELDS["train"].keys()
+    for name, value in recipe.items():
+        FIELDS["train"][name].read(str(value))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_one_that_there_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, name, *words = shlex.split(command)
+    if name == "env" or "--help" in words:
+        assert cli.main([name, *words]) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 5
+        return
+    for word in words:
+        if word.startswith("--"):
+            assert word[2:] in FIELDS[name], word
+        elif word.endswith(".yaml") and "/" in word:
+            check_readable("recipe", str(ROOT / word))
+
+
+def test_settings_and_pages_that_are_named_are_there() -> None:
+    table = README.split("\n## Ten settings that matter\n")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert len(named) == 10 and named[0] == "max_forward_tokens" and set(named) <= FIELDS["train"].keys()
+    for page in re.findall(r"\]\(([^)]+)\)", README):
+        assert page.startswith("https://") or (ROOT / page).exists(), page
