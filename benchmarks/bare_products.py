@@ -49,7 +49,7 @@ class BareProducts(TorchDispatchMode):
         if func is fused_linear_divergence_op:
             given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs, "backend": "torch"}
             with self:
-                return forward(**given)
+                return forward(*(given[name] for name in ARGUMENTS))
         if func.overloadpacket in PRODUCTS or func in (ATTENTION, ATTENTION_BACKWARD):
             arguments, keywords = tree_map(_form, (tuple(args), tuple(kwargs.items())))
             self.calls[func, arguments, keywords] += 1

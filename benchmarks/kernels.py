@@ -19,9 +19,9 @@ from sdft_kernels.backends.gpu import divergence as triton_divergence
 from sdft_kernels.backends.gpu import linear as triton_linear
 from sdft_kernels.backends.gpu import scaling as triton_scaling
 from sdft_kernels.backends.gpu import scoring as triton_scoring
-from sdft_kernels.backends.gpu.backend import make_workspace
+from sdft_kernels.backends.gpu.backend import empty_logits
 from sdft_kernels.backends.gpu.operands import configurations
-from sdft_kernels.backends.interface import Head
+from sdft_kernels.backends.interface import HeadOperands
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 
@@ -80,11 +80,11 @@ def call(variant: Variant) -> None:
     """The call whose launches are compiled. Nothing is computed, so the buffers hold nothing."""
     like = torch.empty(0)
 
-    student, teacher = (make_workspace(like, variant.tokens, variant.vocab, torch.float32) for _ in range(2))
+    student, teacher = (empty_logits(like, variant.tokens, variant.vocab, torch.float32) for _ in range(2))
     gradient = None
     if variant.gradient is not None:
         dtype = getattr(torch, variant.gradient)
-        separate = make_workspace(like, 4, variant.vocab, dtype)
+        separate = empty_logits(like, 4, variant.vocab, dtype)
         gradient = student if dtype == torch.float32 else separate
     bias = torch.empty(variant.vocab) if variant.bias else None
     given, written = torch.empty(variant.tokens), torch.empty(variant.tokens)
@@ -129,7 +129,7 @@ def score(variant: ScoringVariant) -> None:
         entropy=written,
         logsumexp=written,
     )
-    logits = make_workspace(written, variant.tokens, variant.vocab, torch.float32)
+    logits = empty_logits(written, variant.tokens, variant.vocab, torch.float32)
     bias = torch.empty(variant.vocab) if variant.bias else None
     triton_scoring.score_rows(logits, bias, scores, LogitOptions(softcap=30.0 if variant.capped else None))
 
@@ -193,11 +193,11 @@ def multiply(variant: LinearVariant) -> None:
         labels, logprob = torch.empty(variant.tokens, dtype=torch.int64), written
         top1 = torch.empty(variant.tokens, dtype=torch.bool)
     options = LogitOptions(softcap=30.0 if variant.capped else None)
-    student = Head(weight, bias)
+    student = HeadOperands(weight, bias)
     if variant.divergence == "(scoring)":
         triton_linear.score_hidden(hidden, student, TokenScores(labels, logprob, top1, written, written), options)
         return
-    teacher = Head(weight if variant.shared_head else torch.empty_like(weight), bias)
+    teacher = HeadOperands(weight if variant.shared_head else torch.empty_like(weight), bias)
     rows = TokenRows(written, labels, None, written, written, written, logprob, logprob)
     objective = Objective(variant.divergence, student=options, teacher=options)
     triton_linear.process_hidden(hidden, hidden, student, teacher, rows, objective)

@@ -243,12 +243,12 @@ class OurFloor:
 
         (tokens, _), vocab = inputs.student_hidden.shape, len(inputs.student_weight)
         dtype, device, trainable = inputs.student_hidden.dtype, inputs.student_hidden.device, inputs.trainable_head
-        returned = products.head_gradient_dtype(inputs.student_weight.dtype, dtype, device)
-        wide = products.accumulation_dtype(dtype)
+        dtypes = products.Dtypes.of(dtype, inputs.student_weight.dtype, device)
+        returned, wide = dtypes.head_gradient, dtypes.wide
         plan = plan_chunks(
             tokens,
             vocab,
-            triton_backend.held(dtype, device, Objective(), with_gradient=True),
+            triton_backend.held(dtypes, Objective(), with_gradient=True),
             device,
             trainable_head=trainable,
             added_up=wide.itemsize * inputs.student_weight.shape[1] if trainable and returned != wide else 0,
@@ -257,8 +257,8 @@ class OurFloor:
         rows = max(chunk.stop - chunk.start for chunk in self.chunks)
         self.block = rows if whole else min(rows, BLOCK_TOKENS)
         like = inputs.student_hidden.detach()
-        self.logits = triton_backend.make_workspace(like, self.block, vocab, wide)
-        self.gradient = triton_backend.make_workspace(like, rows, vocab, products.gradient_dtype(dtype, device))
+        self.logits = triton_backend.empty_logits(like, self.block, vocab, wide)
+        self.gradient = triton_backend.empty_logits(like, rows, vocab, dtypes.gradient)
         self.gradient.normal_()
         self.grad_hidden = torch.empty_like(like)
         self.grad_weight: Tensor | None = None

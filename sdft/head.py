@@ -100,9 +100,9 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dt
         followed = [hidden_states(model, nn.functional.pad(input_ids, (0, 8), value=v), own) for v in (0, 1)]
     head = find_head(model)
     tolerance = max(1e-4, 4 * torch.finfo(autocast or head.weight.dtype).eps)
-    if (moved := _moved(*followed)) > tolerance:
+    if (change := _change(*followed)) > tolerance:
         raise TrainingError(
-            f"{type(model).__name__} lets a token see those after it: its hidden states move by {moved:.2g} of the "
+            f"{type(model).__name__} lets a token see those after it: its hidden states move by {change:.2g} of the "
             "largest when these change, and the loss needs a causal model"
         )
     if hidden.shape[-1] != head.weight.shape[-1]:
@@ -116,7 +116,7 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dt
             f"{type(model).__name__} has logits of shape {tuple(expected.shape)} where its head gives "
             f"{tuple(measured.shape)}, so that the loss cannot be computed from its hidden states"
         )
-    difference = _moved(expected, measured)
+    difference = _change(expected, measured)
     if not difference <= tolerance:  # a NaN is refused too
         raise TrainingError(
             f"{type(model).__name__} has logits that its head (scale {head.scale:g}, soft-cap {head.softcap}, bias "
@@ -133,12 +133,12 @@ def check_same_in_training(model: PreTrainedModel, tokens: Sequence[int], autoca
     with evaluating(model), _without_zeros(model), autocasting(model.device, autocast):
         expected = hidden_states(model, input_ids, own)
         model.train()
-        moved = _moved(expected, hidden_states(model, input_ids, own))
-    if not moved <= max(1e-4, 4 * torch.finfo(expected.dtype).eps):
+        change = _change(expected, hidden_states(model, input_ids, own))
+    if not change <= max(1e-4, 4 * torch.finfo(expected.dtype).eps):
         settings = {k: v for k, v in model.config.get_text_config().to_dict().items() if is_noise(k, v)}
         raise TrainingError(
-            f"{type(model).__name__} computes something else in training: its hidden states move by {moved:.2g} of the "
-            "largest, and the loss needs a model without dropout and noise "
+            f"{type(model).__name__} computes something else in training: its hidden states move by {change:.2g} of "
+            "the largest, and the loss needs a model without dropout and noise "
             f"(its configuration has {', '.join(f'{k} {v}' for k, v in settings.items()) or 'no setting for it'})"
         )
 
@@ -156,7 +156,7 @@ def _without_zeros(model: nn.Module) -> Iterator[None]:
             parameter.zero_()
 
 
-def _moved(from_: Tensor, to: Tensor) -> float:
+def _change(from_: Tensor, to: Tensor) -> float:
     """The largest difference as a share of the largest number."""
     from_, to = from_.float(), to.float()
     return ((to - from_).abs().max() / from_.abs().max().clamp_min(1e-6)).item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 
 from sdft_kernels._compat import interpreted, stands_for_others
 from sdft_kernels.backends.cpu import library
-from sdft_kernels.backends.select import BACKENDS
-from sdft_kernels.divergences import DIVERGENCES, is_mixture
+
+if TYPE_CHECKING:
+    from sdft_kernels.options import LossOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -28,24 +29,15 @@ def check(
     *,
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    student_logit_scale: float,
-    teacher_logit_scale: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
     token_weight: Tensor | None,
     labels: Tensor | None,
     old_logprobs: Tensor | None,
-    importance_clip: float | None,
-    reduction: str,
-    vocab_size: int | None,
-    max_chunk_bytes: int | None,
-    backend: str,
+    options: LossOptions,
 ) -> tuple[int, torch.dtype]:
-    """Refuses what `fused_linear_divergence` cannot take. Returns the size of the compared vocabulary and the dtype of
-    the products."""
+    """Refuses tensors that `fused_linear_divergence` cannot take, or not with these options.
+
+    Returns the size of the compared vocabulary and the dtype of the products' operands.
+    """
     head("student", student_hidden, student_weight, student_bias)
     head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     tokens, device = student_hidden.shape[0], student_hidden.device
@@ -58,24 +50,11 @@ def check(
     per_token("labels", labels, tokens, device, floating=False)
     per_token("old_logprobs", old_logprobs, tokens, device, floating=True)
     same_device("teacher_hidden", teacher_hidden, device)
-    check_options(
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        importance_clip=importance_clip,
-        reduction=reduction,
-        max_chunk_bytes=max_chunk_bytes,
-        backend=backend,
-    )
     if old_logprobs is not None and labels is None:
         raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
-    if importance_clip is not None and old_logprobs is None:
+    if options.importance_clip is not None and old_logprobs is None:
         raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
-    vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
+    vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], options.vocab_size)
     dtype = products_dtype(
         device,
         student_hidden=student_hidden,
@@ -83,47 +62,8 @@ def check(
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
     )
-    supported_backend(backend, device, dtype)
+    supported_backend(options.backend, device, dtype)
     return vocab, dtype
-
-
-def check_options(
-    *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    student_logit_scale: float,
-    teacher_logit_scale: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    importance_clip: float | None,
-    reduction: str,
-    max_chunk_bytes: int | None,
-    backend: str,
-) -> None:
-    """Refuses settings that no tensors could make right."""
-    one_of("divergence", divergence, DIVERGENCES)
-    one_of("reduction", reduction, REDUCTIONS)
-    one_of("backend", backend, BACKENDS)
-    if is_mixture(divergence) and not LEAST_SHARE <= number("beta", beta) <= 1 - LEAST_SHARE:
-        raise ValueError(
-            f"beta must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {divergence}, not be {beta!r}: nearer "
-            "the ends float32 hardly tells the mixture from one of the models; for the plain divergences ask for "
-            "'forward_kl' or 'reverse_kl' by name"
-        )
-    positive("temperature", temperature)
-    nonzero("student_logit_scale", student_logit_scale)
-    nonzero("teacher_logit_scale", teacher_logit_scale)
-    for name, value in (
-        ("student_softcap", student_softcap),
-        ("teacher_softcap", teacher_softcap),
-        ("importance_clip", importance_clip),
-    ):
-        if value is not None:
-            positive(name, value)
-    slope("student_logit_scale", student_logit_scale, temperature)
-    slope("teacher_logit_scale", teacher_logit_scale, temperature)
-    workspace(max_chunk_bytes)
 
 
 def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -216,6 +156,16 @@ def positive(name: str, value: Any) -> None:
 def nonzero(name: str, value: Any) -> None:
     if not 0 < abs(number(name, value)) < math.inf:
         raise ValueError(f"{name} must be finite and not 0, not {value!r}")
+
+
+def share(name: str, value: Any, divergence: str) -> None:
+    """Checks a model's share of the mixture that the divergence compares with."""
+    if not LEAST_SHARE <= number(name, value) <= 1 - LEAST_SHARE:
+        raise ValueError(
+            f"{name} must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {divergence}, not be {value!r}: "
+            "nearer the ends float32 hardly tells the mixture from one of the models; for the plain divergences ask "
+            "for 'forward_kl' or 'reverse_kl' by name"
+        )
 
 
 def slope(name: str, scale: float, temperature: float) -> None:

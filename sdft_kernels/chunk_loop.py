@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sdft_kernels._compat import assert_on_device
-from sdft_kernels.backends import products
 from sdft_kernels.backends.cpu import pages
-from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, Head
+from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, HeadOperands
+from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunking import plan_chunks
-from sdft_kernels.divergences import MASKED, LogitOptions, Objective
+from sdft_kernels.divergences import MASKED, LogitOptions
+from sdft_kernels.options import LossOptions
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
 
 
@@ -63,66 +64,58 @@ def run_chunks(
     teacher: Side,
     live: LiveTokens,
     rows: TokenRows,
-    objective: Objective,
+    options: LossOptions,
+    dtypes: Dtypes,
     wanted: Wanted,
-    *,
-    vocab: int,
-    compute_dtype: torch.dtype,
-    max_chunk_bytes: int | None,
-    backend: str,
 ) -> Gradients:
-    """Fills `rows`, one for each live token, and returns the wanted gradients.
-
-    Products take their operands in `compute_dtype`; the first `vocab` entries of both heads are compared.
-    """
-    wide, device = products.accumulation_dtype(compute_dtype), student.hidden.device
-    work = select(backend, device, wide)
-    student_head = make_head(student.weight, student.bias, vocab, compute_dtype, objective.student)
+    """Fills `rows`, one for each live token, and returns the wanted gradients."""
+    vocab, objective, device = options.vocab_size, options.objective, student.hidden.device
+    assert vocab is not None
+    work = select(options.backend, device, dtypes.operands)
+    student_head = head_operands(student.weight, student.bias, vocab, dtypes, objective.student)
     if not student.weight.is_meta and student.weight.is_set_to(teacher.weight):
         # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.
-        teacher_head = Head(student_head.weight, _head_bias(teacher.bias, vocab, wide, objective.teacher))
+        bias = _finite_bias(teacher.bias, vocab, dtypes.wide, objective.teacher)
+        teacher_head = HeadOperands(student_head.weight, bias)
     else:
-        teacher_head = make_head(teacher.weight, teacher.bias, vocab, compute_dtype, objective.teacher)
-    returned = products.head_gradient_dtype(student.weight.dtype, compute_dtype, device)
+        teacher_head = head_operands(teacher.weight, teacher.bias, vocab, dtypes, objective.teacher)
+    widened = wanted.weight and dtypes.head_gradient != dtypes.wide
     plan = plan_chunks(
         live.count,
         vocab,
-        work.held(compute_dtype, device, objective, with_gradient=wanted.any),
+        work.held(dtypes, objective, with_gradient=wanted.any),
         device,
-        max_chunk_bytes,
+        options.max_chunk_bytes,
         trainable_head=wanted.weight,
-        added_up=wide.itemsize * student.weight.shape[1] if wanted.weight and returned != wide else 0,
+        added_up=dtypes.wide.itemsize * student.weight.shape[1] if widened else 0,
     )
-    gradients = _allocate(student, wanted, wide, returned if plan.chunks == 1 else wide, live, vocab)
-    workspace = work.loss_workspace(
-        student.hidden, plan.chunk, vocab, compute_dtype, objective, with_gradient=wanted.any
-    )
-    weight = gradients.weight[:vocab] if wanted.weight else None
-    bias = gradients.bias[:vocab] if wanted.bias else None
+    gradients = _allocate(student, wanted, dtypes, plan.chunks, live, vocab)
+    workspace = work.loss_workspace(student.hidden, plan.chunk, vocab, dtypes, objective, with_gradient=wanted.any)
+    weight_gradient = gradients.weight[:vocab] if wanted.weight else None
+    bias_gradient = gradients.bias[:vocab] if wanted.bias else None
     for chunk in plan.slices(live.count):
         with live.rows_of(gradients.hidden, chunk) if wanted.hidden else nullcontext() as hidden:
             work.process_chunk(
-                live.take(student.hidden, chunk).to(compute_dtype),
-                live.take(teacher.hidden, chunk, cleaned=not work.TEACHER_MAY_BE_ANYTHING).to(compute_dtype),
+                live.take(student.hidden, chunk).to(dtypes.operands),
+                live.take(teacher.hidden, chunk, cleaned=not work.TEACHER_MAY_BE_ANYTHING).to(dtypes.operands),
                 student_head,
                 teacher_head,
                 rows[chunk],
                 objective,
-                ChunkGradients(hidden, weight, bias, first=chunk.start == 0),
+                ChunkGradients(hidden, weight_gradient, bias_gradient, first=chunk.start == 0),
                 workspace,
             )
     return gradients
 
 
-def make_head(
-    weight: Tensor, bias: Tensor | None, vocab: int, compute_dtype: torch.dtype, options: LogitOptions
-) -> Head:
-    """The first `vocab` entries, in the dtypes that products take them in."""
-    wide = products.accumulation_dtype(compute_dtype)
-    return Head(weight[:vocab].to(compute_dtype), _head_bias(bias, vocab, wide, options))
+def head_operands(
+    weight: Tensor, bias: Tensor | None, vocab: int, dtypes: Dtypes, options: LogitOptions
+) -> HeadOperands:
+    """The first `vocab` entries of a head, as products and kernels take them."""
+    return HeadOperands(weight[:vocab].to(dtypes.operands), _finite_bias(bias, vocab, dtypes.wide, options))
 
 
-def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype, options: LogitOptions) -> Tensor | None:
+def _finite_bias(bias: Tensor | None, vocab: int, wide: torch.dtype, options: LogitOptions) -> Tensor | None:
     """The bias's first `vocab` entries as kernels read them: contiguous and finite.
 
     An entry of -inf masks its token under a negative scale too.
@@ -135,21 +128,18 @@ def _head_bias(bias: Tensor | None, vocab: int, wide: torch.dtype, options: Logi
     return torch.nn.functional.pad(bias, (0, -vocab % ROW_ALIGNMENT))[:vocab]
 
 
-def _allocate(
-    student: Side, wanted: Wanted, wide: torch.dtype, head_dtype: torch.dtype, live: LiveTokens, vocab: int
-) -> Gradients:
+def _allocate(student: Side, wanted: Wanted, dtypes: Dtypes, chunks: int, live: LiveTokens, vocab: int) -> Gradients:
     """Allocates the gradients, and zeros only what no chunk will overwrite.
 
     That is the rows of tokens that are left out, the head's padding, and everything where there are no tokens.
     """
     hidden, weight = student.hidden, student.weight
     shape = weight.shape if wanted.weight else (0,)
+    dtype = dtypes.head_gradient if chunks == 1 else dtypes.wide
     gradients = Gradients(
         hidden=hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight=(
-            pages.huge(shape, head_dtype) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=head_dtype)
-        ),
-        bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=wide),
+        weight=(pages.huge(shape, dtype) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=dtype)),
+        bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=dtypes.wide),
     )
     if live.some_left_out:
         gradients.hidden.zero_()
@@ -164,7 +154,7 @@ FLOAT16_WEIGHT = 64.0
 
 
 def token_weights(
-    live: LiveTokens, token_weight: Tensor | None, like: Tensor, reduction: str, compute_dtype: torch.dtype
+    live: LiveTokens, token_weight: Tensor | None, like: Tensor, reduction: str, dtypes: Dtypes
 ) -> tuple[Tensor, Tensor]:
     """The factor of each live token's gradient, and a factor that every gradient still lacks.
 
@@ -172,7 +162,7 @@ def token_weights(
     range; so there the largest weight is made `FLOAT16_WEIGHT`, and what that and the mean divide by is left for the
     backward pass, where it meets the upstream gradient. Otherwise the second factor is 1.
     """
-    wide = products.accumulation_dtype(compute_dtype)
+    wide = dtypes.wide
     one = like.new_ones((), dtype=wide)
     if token_weight is None:
         weight, total = like.new_ones(live.count, dtype=wide), one * max(1, live.count)
@@ -182,7 +172,7 @@ def token_weights(
         total = torch.where(total == 0, 1, total)
     if reduction != "mean":
         total = one
-    if compute_dtype != torch.float16:
+    if dtypes.operands != torch.float16:
         return weight.div(total).to(wide), one
     largest = weight.abs().amax() if live.count else one
     largest = torch.where(largest == 0, 1, largest)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 
 from sdft_kernels import arguments
+from sdft_kernels.chunk_loop import Wanted
 from sdft_kernels.operator import fused_linear_divergence_op, gradients_deferred
+from sdft_kernels.options import LossOptions
 from sdft_kernels.outputs import DivergenceOutput
+from sdft_kernels.registration import values_of
 
 
 def fused_linear_divergence(
@@ -117,13 +120,7 @@ def fused_linear_divergence(
         >>> h.grad.shape, out.token_loss.shape
         (torch.Size([5, 8]), torch.Size([5]))
     """
-    vocab, compute_dtype = arguments.check(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
+    options = LossOptions(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
@@ -131,21 +128,60 @@ def fused_linear_divergence(
         teacher_logit_scale=teacher_logit_scale,
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
-        token_weight=token_weight,
-        labels=labels,
-        old_logprobs=old_logprobs,
         importance_clip=importance_clip,
         reduction=reduction,
         vocab_size=vocab_size,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
     )
-    wanted = [
-        torch.is_grad_enabled() and parameter is not None and parameter.requires_grad
-        for parameter in (student_hidden, student_weight, student_bias)
-    ]
-    if gradients_deferred(reduction, wanted[1], wanted[2]):
-        wanted = [False, False, False]
+    return _divergence(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        token_weight=token_weight,
+        labels=labels,
+        old_logprobs=old_logprobs,
+        options=options,
+    )
+
+
+def _divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    token_weight: Tensor | None,
+    labels: Tensor | None,
+    old_logprobs: Tensor | None,
+    options: LossOptions,
+) -> DivergenceOutput:
+    """Checks the tensors, and calls the operator."""
+    vocab, operands = arguments.check(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        token_weight=token_weight,
+        labels=labels,
+        old_logprobs=old_logprobs,
+        options=options,
+    )
+    wanted = Wanted(
+        *(
+            torch.is_grad_enabled() and parameter is not None and parameter.requires_grad
+            for parameter in (student_hidden, student_weight, student_bias)
+        )
+    )
+    if gradients_deferred(options.reduction, wanted.weight, wanted.bias):
+        wanted = Wanted(hidden=False, weight=False, bias=False)
     loss, token_loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob, *_ = (
         fused_linear_divergence_op(
             student_hidden,
@@ -157,20 +193,9 @@ def fused_linear_divergence(
             None if token_weight is None else token_weight.detach(),
             labels,
             None if old_logprobs is None else old_logprobs.detach(),
-            divergence,
-            float(beta),
-            float(temperature),
-            float(student_logit_scale),
-            float(teacher_logit_scale),
-            None if student_softcap is None else float(student_softcap),
-            None if teacher_softcap is None else float(teacher_softcap),
-            None if importance_clip is None else float(importance_clip),
-            reduction,
-            vocab,
-            compute_dtype,
-            max_chunk_bytes,
-            backend,
-            *wanted,
+            *values_of(replace(options, vocab_size=vocab)),
+            operands,
+            *values_of(wanted),
         )
     )
     return DivergenceOutput(
@@ -214,7 +239,7 @@ class FusedLinearDivergence(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        arguments.check_options(
+        self.options = LossOptions(
             divergence=divergence,
             beta=beta,
             temperature=temperature,
@@ -224,23 +249,10 @@ class FusedLinearDivergence(nn.Module):
             teacher_softcap=teacher_softcap,
             importance_clip=importance_clip,
             reduction=reduction,
+            vocab_size=vocab_size,
             max_chunk_bytes=max_chunk_bytes,
             backend=backend,
         )
-        self.options: dict[str, Any] = {
-            "divergence": divergence,
-            "beta": beta,
-            "temperature": temperature,
-            "student_logit_scale": student_logit_scale,
-            "teacher_logit_scale": teacher_logit_scale,
-            "student_softcap": student_softcap,
-            "teacher_softcap": teacher_softcap,
-            "reduction": reduction,
-            "vocab_size": vocab_size,
-            "max_chunk_bytes": max_chunk_bytes,
-            "backend": backend,
-        }
-        self.importance_clip = importance_clip
 
     def forward(
         self,
@@ -256,7 +268,7 @@ class FusedLinearDivergence(nn.Module):
         old_logprobs: Tensor | None = None,
     ) -> DivergenceOutput:
         """The loss of these hidden states and heads; `importance_clip` applies where `old_logprobs` are given."""
-        return fused_linear_divergence(
+        return _divergence(
             student_hidden,
             student_weight,
             teacher_hidden,
@@ -266,10 +278,8 @@ class FusedLinearDivergence(nn.Module):
             token_weight=token_weight,
             labels=labels,
             old_logprobs=old_logprobs,
-            importance_clip=None if old_logprobs is None else self.importance_clip,
-            **self.options,
+            options=self.options if old_logprobs is not None else replace(self.options, importance_clip=None),
         )
 
     def extra_repr(self) -> str:
-        options = {**self.options, "importance_clip": self.importance_clip}
-        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+        return ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items() if value is not None)

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from sdft_kernels import registration
 from sdft_kernels._compat import backward_runs_again, failing_when_differentiated
-from sdft_kernels.backends import products
+from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
-from sdft_kernels.divergences import LogitOptions, Objective
+from sdft_kernels.options import LossOptions
 from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, on_its_device, reads_are_free
 
 OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+@registration.flat
 def forward(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -34,72 +35,50 @@ def forward(
     token_weight: Tensor | None,
     labels: Tensor | None,
     old_logprobs: Tensor | None,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    student_scale: float,
-    teacher_scale: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    importance_clip: float | None,
-    reduction: str,
-    vocab: int,
-    compute_dtype: torch.dtype,
-    max_chunk_bytes: int | None,
-    backend: str,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    options: LossOptions,
+    operands: torch.dtype,
+    wanted: Wanted,
 ) -> OpResult:
     """Returns the loss, five vectors over tokens, the gradients of hidden states, head and bias, and the factor that
     these gradients are still to be multiplied with.
 
-    What is not wanted comes back empty. Scales, soft caps and temperature: see `LogitOptions`.
+    What is not wanted comes back empty. `operands` is the dtype of the products' operands, and `options.vocab_size` the
+    number of vocabulary entries that are compared.
     """
-    objective = Objective(
-        divergence,
-        beta,
-        LogitOptions(student_scale, student_softcap, temperature),
-        LogitOptions(teacher_scale, teacher_softcap, temperature),
-        importance_clip,
-    )
-    wide = products.accumulation_dtype(compute_dtype)
+    assert options.vocab_size is not None
+    dtypes = Dtypes.of(operands, student_weight.dtype, student_hidden.device)
     live = LiveTokens(token_weight, student_hidden.shape[0])
-    weight, missing_factor = token_weights(live, token_weight, student_hidden, reduction, compute_dtype)
+    weight, missing_factor = token_weights(live, token_weight, student_hidden, options.reduction, dtypes)
     if labels is not None:
         labels = live.take(labels).contiguous()
-        check_labels(labels, vocab)
+        check_labels(labels, options.vocab_size)
     if old_logprobs is not None:
-        old_logprobs = live.take(old_logprobs).to(wide).contiguous()
-    loss, student_entropy, teacher_entropy = (student_hidden.new_empty(live.count, dtype=wide) for _ in range(3))
+        old_logprobs = live.take(old_logprobs).to(dtypes.wide).contiguous()
+    loss, student_entropy, teacher_entropy = (student_hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(3))
     logprobs = [None if labels is None else torch.empty_like(loss) for _ in range(2)]
     rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, *logprobs)
-    # Autocast has had its say in compute_dtype; from here on it would lower the softmax arithmetic as well.
+    # Autocast has had its say in `operands`; from here on it would lower the softmax arithmetic as well.
     with on_its_device(student_hidden), torch.autocast(student_hidden.device.type, enabled=False):
         gradients = run_chunks(
             Side(student_hidden, student_weight, student_bias),
             Side(teacher_hidden, teacher_weight, teacher_bias),
             live,
             rows,
-            objective,
-            Wanted(want_hidden, want_weight, want_bias),
-            vocab=vocab,
-            compute_dtype=compute_dtype,
-            max_chunk_bytes=max_chunk_bytes,
-            backend=backend,
+            options,
+            dtypes,
+            wanted,
         )
-    head_dtype = products.head_gradient_dtype(student_weight.dtype, compute_dtype, student_hidden.device)
     weighted = live.spread(rows.weight * loss)
     student_logprob, teacher_logprob = (loss.new_empty(0) if v is None else live.spread(v) for v in logprobs)
     return (
-        (weighted if reduction == "none" else weighted.sum()) * missing_factor,
+        (weighted if options.reduction == "none" else weighted.sum()) * missing_factor,
         live.spread(loss),
         live.spread(student_entropy),
         live.spread(teacher_entropy),
         student_logprob,
         teacher_logprob,
         gradients.hidden,
-        gradients.weight.to(head_dtype),
+        gradients.weight.to(dtypes.head_gradient),
         gradients.bias,
         missing_factor,
     )
@@ -119,8 +98,8 @@ def _named(values: tuple[Any, ...]) -> dict[str, Any]:
 def _fake(*values: Any) -> OpResult:
     given = _named(values)
     hidden, weight = given["student_hidden"], given["student_weight"]
-    wide = products.accumulation_dtype(given["compute_dtype"])
-    head_dtype = products.head_gradient_dtype(weight.dtype, given["compute_dtype"], hidden.device)
+    dtypes = Dtypes.of(given["operands"], weight.dtype, hidden.device)
+    wide = dtypes.wide
     tokens = hidden.shape[0]
     labelled = 0 if given["labels"] is None else tokens
     return (
@@ -130,9 +109,9 @@ def _fake(*values: Any) -> OpResult:
         hidden.new_empty(tokens, dtype=wide),
         hidden.new_empty(labelled, dtype=wide),
         hidden.new_empty(labelled, dtype=wide),
-        hidden.new_empty(hidden.shape if given["want_hidden"] else (0,)),
-        hidden.new_empty(weight.shape if given["want_weight"] else (0,), dtype=head_dtype),
-        hidden.new_empty(weight.shape[0] if given["want_bias"] else 0, dtype=wide),
+        hidden.new_empty(hidden.shape if given["hidden"] else (0,)),
+        hidden.new_empty(weight.shape if given["weight"] else (0,), dtype=dtypes.head_gradient),
+        hidden.new_empty(weight.shape[0] if given["bias"] else 0, dtype=wide),
         hidden.new_empty((), dtype=wide),
     )
 
@@ -143,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: OpResult) -> None:
     parameters = (given["student_hidden"], given["student_weight"], given["student_bias"])
     ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
     ctx.per_token = given["reduction"] == "none"
-    ctx.backend, ctx.wide = given["backend"], products.accumulation_dtype(given["compute_dtype"])
+    ctx.backend, ctx.operands = given["backend"], given["operands"]
     ctx.deferred = gradients_deferred(given["reduction"], *ctx.needs_input_grad[1:3])
     if ctx.deferred:
         ctx.tensor_names = [name for name, value in given.items() if isinstance(value, Tensor)]
@@ -188,7 +167,7 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
     given["token_weight"] = grad_loss if weight is None else weight * grad_loss
     given["reduction"] = "sum"
     needed = ctx.needs_input_grad[:3]
-    given["want_hidden"], given["want_weight"], given["want_bias"] = needed
+    given["hidden"], given["weight"], given["bias"] = needed
     *gradients, missing_factor = fused_linear_divergence_op(**given)[-4:]
     return tuple(
         _scaled(ctx, gradient, missing_factor, dtype) if need else None
@@ -196,9 +175,9 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...
     )
 
 
-def scale(values: Tensor, factor: Tensor, backend: str, wide: torch.dtype) -> None:
+def scale(values: Tensor, factor: Tensor, backend: str, operands: torch.dtype) -> None:
     with on_its_device(values):
-        select(backend, values.device, wide).scale(values, factor)
+        select(backend, values.device, operands).scale(values, factor)
 
 
 #: It is an operator so that a dispatch mode, which sees operators alone, sees a kernel's launch too.
@@ -221,7 +200,7 @@ def _scaled(ctx: Any, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> T
     if of_each_token:
         gradient.mul_(factor)
     else:
-        scale_op(gradient, factor, ctx.backend, ctx.wide)
+        scale_op(gradient, factor, ctx.backend, ctx.operands)
         torch.autograd.graph.increment_version(gradient)  # as torch's own operations in place do
     return gradient.to(dtype)
 

@@ -6,12 +6,18 @@ takes seconds and 150 MiB in programs that compile nothing.
 
 from __future__ import annotations
 
+import inspect
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import fields, is_dataclass
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 
 from sdft_kernels._compat import leave_uncompiled
+
+Result = TypeVar("Result")
 
 #: It holds the operators for as long as the package is imported.
 LIBRARY = torch.library.Library("sdft_kernels", "FRAGMENT")
@@ -24,3 +30,42 @@ def operator(name: str, function: Callable[..., Any], *, mutates_args: Sequence[
     leave_uncompiled(function)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     return getattr(torch.ops.sdft_kernels, name).default
+
+
+def flat(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function as an operator can run it: with an argument for each field of a dataclass, all by position.
+
+    An operator's schema has numbers, texts and tensors, and no objects.
+    """
+    types = typing.get_type_hints(function)
+    returned = types.pop("return")
+    names = {name: _names(name, kind) for name, kind in types.items()}
+    made: dict[str, Any] = {name: kind if is_dataclass(kind) else None for name, kind in types.items()}
+
+    def of_values(*values: Any) -> Result:
+        given = iter(values)
+        return function(
+            *(next(given) if kind is None else kind(*islice(given, len(names[name]))) for name, kind in made.items())
+        )
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+        for arguments in names.values()
+        for name, annotation in arguments.items()
+    ]
+    signature = inspect.Signature(parameters, return_annotation=returned)
+    of_values.__signature__ = signature  # type: ignore[attr-defined]
+    return of_values
+
+
+def _names(name: str, kind: Any) -> dict[str, Any]:
+    """The operator's arguments for one parameter of its function, with their types."""
+    if not is_dataclass(kind):
+        return {name: kind}
+    types = typing.get_type_hints(kind)
+    return {field.name: types[field.name] for field in fields(kind)}
+
+
+def values_of(*objects: Any) -> tuple[Any, ...]:
+    """The fields of dataclasses as an operator takes them."""
+    return tuple(getattr(given, field.name) for given in objects for field in fields(given))

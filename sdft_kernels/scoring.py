@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sdft_kernels import arguments, registration
-from sdft_kernels.backends import products
-from sdft_kernels.backends.select import select
-from sdft_kernels.chunk_loop import check_labels, make_head
+from sdft_kernels.backends.products import Dtypes
+from sdft_kernels.backends.select import BACKENDS, select
+from sdft_kernels.chunk_loop import check_labels, head_operands
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import LogitOptions
 from sdft_kernels.tokens import TokenScores, on_its_device
@@ -78,7 +78,7 @@ def linear_token_stats(
     if softcap is not None:
         arguments.positive("softcap", softcap)
     arguments.workspace(max_chunk_bytes)
-    arguments.one_of("backend", backend, arguments.BACKENDS)
+    arguments.one_of("backend", backend, BACKENDS)
     vocab = arguments.shared_vocabulary(weight.shape[0], weight.shape[0], vocab_size)
     dtype = arguments.products_dtype(hidden.device, hidden=hidden, weight=weight)
     arguments.supported_backend(backend, hidden.device, dtype)
@@ -87,9 +87,7 @@ def linear_token_stats(
         weight.detach(),
         None if bias is None else bias.detach(),
         labels,
-        float(temperature),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
+        *registration.values_of(LogitOptions(logit_scale, softcap, temperature)),
         vocab,
         dtype,
         max_chunk_bytes,
@@ -100,16 +98,15 @@ def linear_token_stats(
     return TokenStats(logprob, top1, entropy, logsumexp)
 
 
+@registration.flat
 def _score(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None,
-    temperature: float,
-    scale: float,
-    softcap: float | None,
+    options: LogitOptions,
     vocab: int,
-    compute_dtype: torch.dtype,
+    operands: torch.dtype,
     max_chunk_bytes: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,20 +114,19 @@ def _score(
     if labels is not None:
         labels = labels.contiguous()
         check_labels(labels, vocab)
-    wide = products.accumulation_dtype(compute_dtype)
-    options = LogitOptions(scale=scale, softcap=softcap, temperature=temperature)
-    work = select(backend, hidden.device, wide)
-    tokens = hidden.shape[0]
+    dtypes = Dtypes.of(operands, weight.dtype, hidden.device)
+    work = select(backend, hidden.device, operands)
+    tokens, wide = hidden.shape[0], dtypes.wide
     entropy, logsumexp = (hidden.new_empty(tokens, dtype=wide) for _ in range(2))
     logprob = None if labels is None else hidden.new_empty(tokens, dtype=wide)
     top1 = None if labels is None else hidden.new_empty(tokens, dtype=torch.bool)
     scores = TokenScores(labels, logprob, top1, entropy, logsumexp)
-    head = make_head(weight, bias, vocab, compute_dtype, options)
-    plan = plan_chunks(tokens, vocab, work.scoring_held(compute_dtype), hidden.device, max_chunk_bytes)
-    workspace = work.scoring_workspace(hidden, plan.chunk, vocab, compute_dtype)
+    head = head_operands(weight, bias, vocab, dtypes, options)
+    plan = plan_chunks(tokens, vocab, work.scoring_held(dtypes), hidden.device, max_chunk_bytes)
+    workspace = work.scoring_workspace(hidden, plan.chunk, vocab, dtypes)
     with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         for chunk in plan.slices(tokens):
-            work.score_chunk(hidden[chunk].to(compute_dtype), head, scores[chunk], options, workspace)
+            work.score_chunk(hidden[chunk].to(operands), head, scores[chunk], options, workspace)
     if logprob is None or top1 is None:
         return entropy.new_empty(0), entropy.new_empty(0, dtype=torch.bool), entropy, logsumexp
     return logprob, top1, entropy, logsumexp
@@ -141,8 +137,8 @@ linear_token_stats_op = registration.operator("linear_token_stats", _score)
 
 @torch.library.register_fake(linear_token_stats_op)
 def _fake(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, _, _, labels, *_, compute_dtype, _, _ = values
-    wide, tokens = products.accumulation_dtype(compute_dtype), hidden.shape[0]
+    hidden, weight, _, labels, *_, operands, _, _ = values
+    wide, tokens = Dtypes.of(operands, weight.dtype, hidden.device).wide, hidden.shape[0]
     labelled = 0 if labels is None else tokens
     return (
         hidden.new_empty(labelled, dtype=wide),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sdft_kernels import FusedLinearDivergence, fused_linear_divergence, linear_token_stats
+from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunk_loop import FLOAT16_WEIGHT, token_weights
 from sdft_kernels.tokens import LiveTokens
 from tests.cases import (
@@ -223,7 +224,8 @@ def test_a_mixture_that_is_nearly_the_teacher_stays_finite(backend: str) -> None
 def test_in_float16_the_largest_weight_is_fixed_and_a_factor_says_what_it_was(reduction: str) -> None:
     """Else small weights, such as 1 / length, would make gradients of logits that float16 cannot hold."""
     given = torch.rand(9) / 8192
-    weight, factor = token_weights(LiveTokens(given, 9), given, torch.zeros(9), reduction, torch.float16)
+    dtypes = Dtypes.of(torch.float16, torch.float16, given.device)
+    weight, factor = token_weights(LiveTokens(given, 9), given, torch.zeros(9), reduction, dtypes)
     assert weight.max() == FLOAT16_WEIGHT
     torch.testing.assert_close(weight * factor, given / given.sum() if reduction == "mean" else given)
     case = random_case(9, dtype=torch.float16, token_weight=given, reduction=reduction)

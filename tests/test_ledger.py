@@ -18,7 +18,7 @@ from benchmarks.ledger import COMPARED, OURS, TRAFFIC, count
 from benchmarks.methods import Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
 from sdft_kernels import fused_linear_divergence
-from sdft_kernels.backends.gpu.backend import make_workspace
+from sdft_kernels.backends.gpu.backend import empty_logits
 from sdft_kernels.backends.gpu.divergence import process_rows, split_rows
 from sdft_kernels.chunking import BLOCK_TOKENS, ENOUGH_TOKENS
 from sdft_kernels.divergences import DIVERGENCES, Objective
@@ -35,7 +35,7 @@ def recorded(call: Callable[[], object]) -> Record:
     return record(call, {}, {})
 
 
-def moved(op: Op) -> tuple[int, int]:
+def traffic(op: Op) -> tuple[int, int]:
     return sum(touch.nbytes for touch in op.reads), sum(touch.nbytes for touch in op.writes)
 
 
@@ -43,7 +43,7 @@ def test_a_product() -> None:
     a, b, out = meta(3, 5), meta(7, 5), meta(3, 7)
     (op,) = recorded(lambda: torch.mm(a, b.T, out=out)).ops
     assert op.flops == 2 * 3 * 5 * 7
-    assert moved(op) == (4 * (15 + 35), 4 * 21)
+    assert traffic(op) == (4 * (15 + 35), 4 * 21)
 
 
 @pytest.mark.parametrize(("beta", "read"), [(0, 0), (1, 4 * 21)])
@@ -51,10 +51,10 @@ def test_an_accumulating_product_reads_what_it_adds_to(beta: int, read: int) -> 
     a, b, total = meta(3, 5, dtype=torch.bfloat16), meta(5, 7, dtype=torch.bfloat16), meta(3, 7)
     (op,) = recorded(lambda: torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)).ops
     assert op.flops == 2 * 3 * 5 * 7
-    assert moved(op) == (2 * (15 + 35) + read, 4 * 21)
+    assert traffic(op) == (2 * (15 + 35) + read, 4 * 21)
     if beta:
         (same,) = recorded(lambda: total.addmm_(a.float(), b.float())).ops[2:]
-        assert same.flops == op.flops and moved(same) == (4 * (15 + 35 + 21), 4 * 21)
+        assert same.flops == op.flops and traffic(same) == (4 * (15 + 35 + 21), 4 * 21)
 
 
 def test_views_are_free_and_in_place_operations_read_and_write() -> None:
@@ -67,7 +67,7 @@ def test_views_are_free_and_in_place_operations_read_and_write() -> None:
         x[:0].zero_()  # nothing
         x.copy_(meta(1, 6).expand(4, 6))  # reads a row once
 
-    assert [moved(op) for op in recorded(call).ops] == [(48, 48), (0, 96), (0, 12), (24, 96)]
+    assert [traffic(op) for op in recorded(call).ops] == [(48, 48), (0, 96), (0, 12), (24, 96)]
 
 
 def test_the_hosts_waits_and_the_path_taken() -> None:
@@ -99,7 +99,7 @@ def test_the_most_memory_held_and_backward_passes() -> None:
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    student = make_workspace(meta(1), 2, 64, torch.float32)
+    student = empty_logits(meta(1), 2, 64, torch.float32)
     values = meta(5, 2).unbind()
     rows = TokenRows(values[0], None, None, *values[1:4], None, None)
     with pytest.raises(KeyError, match="partials_kernel reads and writes is not stated"):
@@ -123,8 +123,8 @@ def test_the_kernels_reach_what_the_ledger_says(divergence: str, monkeypatch: py
     from triton.runtime import interpreter
 
     tokens, vocab = 2, 4096 + 16
-    student, teacher = (make_workspace(torch.empty(0), tokens, vocab, torch.float32).normal_() for _ in range(2))
-    gradient = make_workspace(torch.empty(0), tokens, vocab, torch.bfloat16)
+    student, teacher = (empty_logits(torch.empty(0), tokens, vocab, torch.float32).normal_() for _ in range(2))
+    gradient = empty_logits(torch.empty(0), tokens, vocab, torch.bfloat16)
     buffers = {"student": student, "teacher": teacher, "gradient": gradient}
     reached: Counter[tuple[str, str]] = Counter()
     builder = interpreter.InterpreterBuilder

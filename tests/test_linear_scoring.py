@@ -16,7 +16,7 @@ from sdft_kernels.backends.gpu import backend as triton_backend
 from sdft_kernels.backends.gpu import linear as triton_linear
 from sdft_kernels.backends.gpu.linear import LARGEST_TILE, PROCESS_TILES, SCORE_TILES, split_vocabulary
 from sdft_kernels.backends.gpu.operands import Operands, Tile, configurations
-from sdft_kernels.backends.interface import Head
+from sdft_kernels.backends.interface import HeadOperands
 from sdft_kernels.chunking import ChunkPlan
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
@@ -33,7 +33,7 @@ def _no_logits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("logits were written to memory")
 
     monkeypatch.setattr(products, "logits", refuse)
-    monkeypatch.setattr(triton_backend, "make_workspace", refuse)
+    monkeypatch.setattr(triton_backend, "empty_logits", refuse)
 
 
 def every_tile(tiles: dict[str, tuple[Tile, ...]]) -> list[Tile]:
@@ -284,7 +284,7 @@ def test_rows_past_two_to_the_31st_element() -> None:
     results = []
     for hidden, weight, teacher_hidden, teacher_weight in (plain, [spaced(values) for values in plain]):
         scores = TokenScores(None, None, None, *torch.empty(2, 3).unbind())
-        student, teacher = Head(weight, None), Head(teacher_weight, None)
+        student, teacher = HeadOperands(weight, None), HeadOperands(teacher_weight, None)
         triton_linear.score_hidden(hidden, student, scores, LogitOptions())
         rows = TokenRows(torch.ones(3), None, None, *torch.empty(3, 3).unbind(), None, None)
         triton_linear.process_hidden(hidden, teacher_hidden, student, teacher, rows, Objective())
@@ -296,8 +296,8 @@ def test_rows_past_two_to_the_31st_element() -> None:
 def test_a_head_is_laid_out_once_for_all_chunks() -> None:
     """Copies of a whole head, where its rows have to be padded, stay out of the loop over chunks."""
     operands, weight = Operands(), torch.randn(40, 75).bfloat16()
-    first = operands.head(Head(weight, None))
-    again = operands.head(Head(weight, torch.zeros(40)))
+    first = operands.head(HeadOperands(weight, None))
+    again = operands.head(HeadOperands(weight, torch.zeros(40)))
     assert first.weight is again.weight and first.weight.shape == (40, 80)
     assert torch.equal(first.weight[:, :75], weight.float()) and not first.weight[:, 75:].any()
-    assert operands.head(Head(weight.clone(), None)).weight is not first.weight
+    assert operands.head(HeadOperands(weight.clone(), None)).weight is not first.weight

@@ -38,7 +38,7 @@ def test_opcheck(divergence: str, reduction: str) -> None:
     bias = torch.randn(50, requires_grad=True)
     wanted = [reduction != "none"] * 3
     per_token = torch.rand(12), torch.randint(0, 50, (12,)), -torch.rand(12)
-    options = (divergence, 0.5, 1.0, 1.0, 1.0, None, 5.0, 2.0, reduction, 50, torch.float32, None, "auto", *wanted)
+    options = (divergence, 0.5, 1.0, 1.0, 1.0, None, 5.0, 2.0, reduction, 50, None, "auto", torch.float32, *wanted)
     arguments = (hidden, weight, bias, teacher_hidden, teacher_weight, None, *per_token, *options)
     torch.library.opcheck(fused_linear_divergence_op, arguments)
 
@@ -121,7 +121,7 @@ def test_a_device_returns_what_tracing_expects(dtype: torch.dtype, max_chunk_byt
         return torch.empty(shape, dtype=dtype, device="meta")
 
     given = (meta(300, 16), meta(1000, 16), meta(1000), meta(300, 16), meta(1000, 16), None, None, None, None)
-    options = ("reverse_kl", 0.5, 1.0, 1.0, 1.0, None, None, None, "mean", 1000, dtype, max_chunk_bytes, "auto")
+    options = ("reverse_kl", 0.5, 1.0, 1.0, 1.0, None, None, None, "mean", 1000, max_chunk_bytes, "auto", dtype)
     results: list[operator.OpResult] = []
     record(lambda: results.append(operator.forward(*given, *options, True, True, True)), ledger.TRAFFIC, {})
     with passing_for_cuda():

@@ -117,10 +117,10 @@ def test_rows_are_split_only_as_far_as_they_have_blocks() -> None:
 
 
 def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_workspace = triton_backend.make_workspace
+    empty_logits = triton_backend.empty_logits
 
     def poisoned(like: torch.Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-        workspace = make_workspace(like, tokens, vocab, dtype)
+        workspace = empty_logits(like, tokens, vocab, dtype)
         workspace.as_strided((tokens, workspace.stride(0)), (workspace.stride(0), 1)).fill_(float("nan"))
         return workspace
 
@@ -131,8 +131,8 @@ def test_what_lies_in_the_padding_is_never_used(monkeypatch: pytest.MonkeyPatch)
             return None
         return torch.nn.functional.pad(bias[:vocab].to(wide), (0, -vocab % 16), value=float("nan"))[:vocab]
 
-    monkeypatch.setattr(triton_backend, "make_workspace", poisoned)
-    monkeypatch.setattr(chunk_loop, "_head_bias", poisoned_bias)
+    monkeypatch.setattr(triton_backend, "empty_logits", poisoned)
+    monkeypatch.setattr(chunk_loop, "_finite_bias", poisoned_bias)
     case = random_case(3, vocab=BLOCK + 5, divergence="jsd", bias=True)
     assert_close(interpreted(case), reference(case), 3e-6, 3e-6)
 
@@ -252,7 +252,7 @@ def test_rows_past_two_to_the_31st_element(divergence: str) -> None:
 def _padded(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same logits in rows as the backend lays them out."""
     student, teacher = (
-        triton_backend.make_workspace(logits, logits.shape[1], logits.shape[2], torch.float32).copy_(part)
+        triton_backend.empty_logits(logits, logits.shape[1], logits.shape[2], torch.float32).copy_(part)
         for part in logits
     )
     return student, teacher

@@ -98,14 +98,14 @@ def large_product(settings: Settings) -> Iterator[Row]:
 
 def loss_products(settings: Settings, case: str, model: Model, tokens: int) -> Iterator[Row]:
     """The three kinds of the loss's products, all of the tokens at once."""
-    from sdft_kernels.backends.gpu.backend import make_workspace
+    from sdft_kernels.backends.gpu.backend import empty_logits
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, device=settings.device, dtype=torch.bfloat16)
 
     hidden, weight = normal(tokens, model.hidden), normal(model.vocab, model.hidden)
-    logits = make_workspace(hidden, tokens, model.vocab, torch.float32)
-    gradient = make_workspace(hidden, tokens, model.vocab, products.gradient_dtype(hidden.dtype, hidden.device))
+    logits = empty_logits(hidden, tokens, model.vocab, torch.float32)
+    gradient = empty_logits(hidden, tokens, model.vocab, products.gradient_dtype(hidden.dtype, hidden.device))
     gradient.normal_()  # what a product's operands hold decides the clock of a card at its power limit
     out, total = torch.empty_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
     calls = {

@@ -126,8 +126,9 @@ def parts_of(model: Model, tokens: int, block: int, objective: Objective, device
 
     inputs = make_inputs(model.at(tokens), trainable_head=False, dtype=torch.bfloat16, device=device)
     hidden, weight, teacher_hidden = inputs.student_hidden.detach(), inputs.student_weight, inputs.teacher_hidden
-    held = triton_backend.loss_workspace(hidden, tokens, model.vocab, hidden.dtype, objective, with_gradient=True)
-    assert isinstance(held, triton_backend.Workspace)
+    dtypes = products.Dtypes.of(hidden.dtype, weight.dtype, hidden.device)
+    held = triton_backend.loss_workspace(hidden, tokens, model.vocab, dtypes, objective, with_gradient=True)
+    assert isinstance(held, triton_backend.LogitBuffers)
     rows = token_rows(hidden, tokens)
     held.gradient.normal_()  # of the tokens that are in no block here: zeros would let a card clock higher
     student, teacher, gradient = held.student[:block], held.teacher[:block], held.gradient[:block]
@@ -144,8 +145,7 @@ def parts_of(model: Model, tokens: int, block: int, objective: Objective, device
     for part in launched:  # each reads what those before it wrote
         part.call()
     grad_hidden = torch.empty_like(hidden)
-    dtype = products.head_gradient_dtype(weight.dtype, weight.dtype, weight.device) if alone else torch.float32
-    grad_weight = hidden.new_zeros(weight.shape, dtype=dtype)
+    grad_weight = hidden.new_zeros(weight.shape, dtype=dtypes.head_gradient if alone else torch.float32)
     narrow_logits = torch.empty_like(gradient, dtype=hidden.dtype)
     narrow = torch.empty_like(weight)
 

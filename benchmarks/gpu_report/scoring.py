@@ -20,7 +20,7 @@ from benchmarks.methods import Inputs, make_inputs
 from benchmarks.roofline import Model
 from sdft_kernels import fused_linear_divergence, linear_token_stats
 from sdft_kernels.backends import products
-from sdft_kernels.backends.interface import Head
+from sdft_kernels.backends.interface import HeadOperands
 from sdft_kernels.chunking import Held, plan_chunks
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.reference import divergence_per_token
@@ -153,7 +153,7 @@ def empty_scores(inputs: Inputs) -> TokenScores:
 
 
 def logits_then_scores(inputs: Inputs) -> Call:
-    from sdft_kernels.backends.gpu.backend import make_workspace
+    from sdft_kernels.backends.gpu.backend import empty_logits
     from sdft_kernels.backends.gpu.scoring import score_rows
 
     tokens, vocab = len(inputs.labels), len(inputs.student_weight)
@@ -161,7 +161,7 @@ def logits_then_scores(inputs: Inputs) -> Call:
 
     def call() -> TokenScores:
         found = empty_scores(inputs)
-        logits = make_workspace(inputs.student_hidden, plan.chunk, vocab, torch.float32)
+        logits = empty_logits(inputs.student_hidden, plan.chunk, vocab, torch.float32)
         for rows in plan.slices(tokens):
             part = logits[: rows.stop - rows.start]
             products.logits(inputs.student_hidden[rows], inputs.student_weight, part)
@@ -172,7 +172,7 @@ def logits_then_scores(inputs: Inputs) -> Call:
 
 
 def logits_then_rows(inputs: Inputs) -> Call:
-    from sdft_kernels.backends.gpu.backend import make_workspace
+    from sdft_kernels.backends.gpu.backend import empty_logits
     from sdft_kernels.backends.gpu.divergence import process_rows
 
     tokens, vocab = len(inputs.labels), len(inputs.student_weight)
@@ -181,7 +181,7 @@ def logits_then_rows(inputs: Inputs) -> Call:
     def call() -> TokenRows:
         like = inputs.student_hidden
         found = token_rows(like, tokens)
-        student, teacher = (make_workspace(like, plan.chunk, vocab, torch.float32) for _ in range(2))
+        student, teacher = (empty_logits(like, plan.chunk, vocab, torch.float32) for _ in range(2))
         for rows in plan.slices(tokens):
             size = rows.stop - rows.start
             products.logits(inputs.student_hidden[rows], inputs.student_weight, student[:size])
@@ -198,7 +198,7 @@ def by_chunk(settings: Settings, case: str, model: Model) -> Iterator[Row]:
 
     tokens = TOY_TOKENS if settings.toy else TOKENS
     inputs = make_inputs(model.at(tokens), trainable_head=False, dtype=torch.bfloat16, device=settings.device)
-    hidden, head = inputs.student_hidden.detach(), Head(inputs.student_weight, None)
+    hidden, head = inputs.student_hidden.detach(), HeadOperands(inputs.student_weight, None)
     for size in dict.fromkeys(min(tokens, size) for size in (tokens, 2048, 1024, 256)):
 
         def call(size: int = size) -> None:

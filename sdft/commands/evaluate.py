@@ -59,10 +59,10 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
             for order, (name, template) in enumerate(templates.items())
         }
         general = exam.general(model, tokenizer, "general prompts", made=into_file(1 + len(templates), "general"))
-    moved = None
+    forgetting = None
     if general is not None and has_base:
         base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
-        moved = exam.forgetting(model, tokenizer, Teacher(base), shown=True)
+        forgetting = exam.forgetting(model, tokenizer, Teacher(base), shown=True)
     scores = Scores(
         model=of_model.model,
         accuracy=accuracy_of(held_out),
@@ -73,7 +73,7 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
         general_prompts=0 if general is None else len(general.right),
         general_scorer=of_command.general_scorer,
         base_model=of_command.base_model if has_base else None,
-        forgetting=moved,
+        forgetting=forgetting,
     )
     lines = score_lines(scores)
     if general is not None and of_command.base_model is None:

@@ -184,7 +184,7 @@ def forgetting(
         for prompt, completion in zip(answers.prompts, answers.completions, strict=True)
     ]
 
-    def moved(numbers: list[int]) -> float:
+    def summed_divergence(numbers: list[int]) -> float:
         batch = {k: v.to(model.device) for k, v in lay_out([samples[n] for n in numbers], skip_tokens=0).items()}
         with start.scoring() as base:
             seen = teacher_view(base, batch, autocast)
@@ -192,7 +192,7 @@ def forgetting(
         return float(out.loss)
 
     with evaluating(model):
-        total = sum(each_batch(_batches(samples, batch_size, share), moved, share=share, progress=progress))
+        total = sum(each_batch(_batches(samples, batch_size, share), summed_divergence, share=share, progress=progress))
     return total / max(sum(map(len, answers.completions)), 1)
 
 

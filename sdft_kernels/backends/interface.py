@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunking import Held
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
@@ -22,7 +22,7 @@ ROW_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadOperands:
     """A model's head (V, H), in the products' dtype, and its bias (V,) or None, in the accumulation dtype and with
     memory up to the row alignment."""
 
@@ -49,17 +49,17 @@ class ChunkGradients:
 
 
 class Backend(Protocol):
-    """The loss and the scores of a chunk of C tokens. `dtype` is that of the products' operands."""
+    """The loss and the scores of a chunk of C tokens."""
 
     #: Whether a teacher's hidden state may hold anything, NaN too, where its token's weight is 0. Otherwise the loop
     #: passes zeros in its place.
     TEACHER_MAY_BE_ANYTHING: bool
 
-    def held(self, dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
+    def held(self, dtypes: Dtypes, objective: Objective, *, with_gradient: bool) -> Held:
         """The bytes of workspace that the loss needs for each logit."""
 
     def loss_workspace(
-        self, like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
+        self, like: Tensor, tokens: int, vocab: int, dtypes: Dtypes, objective: Objective, *, with_gradient: bool
     ) -> Any:
         """A workspace for chunks of up to `tokens` tokens, on the device of `like`."""
 
@@ -67,8 +67,8 @@ class Backend(Protocol):
         self,
         student_hidden: Tensor,
         teacher_hidden: Tensor,
-        student: Head,
-        teacher: Head,
+        student: HeadOperands,
+        teacher: HeadOperands,
         rows: TokenRows,
         objective: Objective,
         gradients: ChunkGradients,
@@ -76,14 +76,14 @@ class Backend(Protocol):
     ) -> None:
         """Fill `rows` and `gradients` from hidden states (C, Hs) and (C, Ht)."""
 
-    def scoring_held(self, dtype: torch.dtype) -> Held:
+    def scoring_held(self, dtypes: Dtypes) -> Held:
         """The bytes of workspace that scoring needs for each logit."""
 
-    def scoring_workspace(self, like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Any:
+    def scoring_workspace(self, like: Tensor, tokens: int, vocab: int, dtypes: Dtypes) -> Any:
         """A workspace for chunks of up to `tokens` tokens."""
 
     def score_chunk(
-        self, hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Any
+        self, hidden: Tensor, head: HeadOperands, scores: TokenScores, options: LogitOptions, workspace: Any
     ) -> None:
         """Fill `scores` from hidden states (C, H)."""
 

@@ -8,6 +8,7 @@ upcast a slab of the vocabulary at a time, so that no float32 copy of a whole he
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,20 +22,35 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the logits' gradient: the inputs' own where products of it accumulate in float32."""
+def gradient_dtype(operands: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the logits' gradient: the operands' own where products of it accumulate in float32."""
     widens = device.type == "cuda" and torch.version.hip is None
-    return dtype if widens else accumulation_dtype(dtype)
+    return operands if widens else accumulation_dtype(operands)
 
 
-def head_gradient_dtype(weight: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that the head's gradient is returned in.
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtypes of a call.
 
-    It is the head's own where a single product can make the whole gradient, which then needs no float32 buffer. It is
-    never float16, because a sum over tokens may leave that type's range.
+    Products take their operands in `operands`. Logits, softmax arithmetic, values of tokens and sums over chunks are
+    `wide`. The logits' gradient is in `gradient`, and the head's is returned in `head_gradient`.
     """
-    own = weight == compute == gradient_dtype(compute, device) == torch.bfloat16
-    return weight if own else accumulation_dtype(compute)
+
+    operands: torch.dtype
+    wide: torch.dtype
+    gradient: torch.dtype
+    head_gradient: torch.dtype
+
+    @classmethod
+    def of(cls, operands: torch.dtype, head: torch.dtype, device: torch.device) -> Dtypes:
+        """From the dtype of the products' operands and that of the head.
+
+        The head's gradient has the head's own dtype where a single product can make all of it, which then needs no
+        float32 buffer. It is never float16, because a sum over tokens may leave that type's range.
+        """
+        wide, gradient = accumulation_dtype(operands), gradient_dtype(operands, device)
+        own = head == operands == gradient == torch.bfloat16
+        return cls(operands, wide, gradient, head if own else wide)
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

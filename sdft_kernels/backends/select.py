@@ -15,13 +15,13 @@ from sdft_kernels.backends.interface import Backend
 BACKENDS = ("auto", "torch", "compiled", "triton")
 
 
-def select(name: str, device: torch.device, wide: torch.dtype) -> Backend:
-    """The back-end called `name`, for logits in the dtype `wide`.
+def select(name: str, device: torch.device, operands: torch.dtype) -> Backend:
+    """The back-end called `name`, for products of operands in this dtype.
 
-    "auto" takes, for float32 logits, Triton on CUDA where it is installed and the compiled kernels on a CPU where they
-    were built; plain torch otherwise.
+    "auto" takes Triton on CUDA where it is installed, and the compiled kernels on a CPU where they were built.
+    Otherwise, and in float64, it takes plain torch.
     """
-    narrow = name == "auto" and wide == torch.float32
+    narrow = name == "auto" and operands != torch.float64
     if name == "triton" or (narrow and device.type == "cuda" and importlib.util.find_spec("triton") is not None):
         from sdft_kernels.backends.gpu import backend as gpu
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sdft_kernels.backends import products
-from sdft_kernels.backends.interface import ChunkGradients, Head
+from sdft_kernels.backends.interface import ChunkGradients, HeadOperands
+from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunking import TILE_TOKENS, Held
 from sdft_kernels.divergences import (
     MIXTURES,
@@ -46,7 +46,7 @@ TEACHER_MAY_BE_ANYTHING = False
 TOKENS_ALIGNED = TILE_TOKENS["cpu"]
 
 
-class Workspace:
+class LogitTiles:
     """An array of logits, (V, width), and two more arrays of one tile's size.
 
     Without `keep` the first array has one tile's size too, which is enough where the first pass is the only one.
@@ -68,28 +68,28 @@ class Workspace:
             yield part, buffers[0], buffers[1], buffers[2]
 
 
-def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
+def held(dtypes: Dtypes, objective: Objective, *, with_gradient: bool) -> Held:
     """The bytes of the loss's workspace: both models' logits, in whose place the gradient's A and B are left."""
-    return Held(2 * products.accumulation_dtype(dtype).itemsize)
+    return Held(2 * dtypes.wide.itemsize)
 
 
 def loss_workspace(
-    like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
-) -> Workspace:
+    like: Tensor, tokens: int, vocab: int, dtypes: Dtypes, objective: Objective, *, with_gradient: bool
+) -> LogitTiles:
     """A workspace for chunks of up to `tokens` tokens, with both models side by side."""
     keep = with_gradient or is_mixture(objective.divergence)
-    return Workspace(like, 2 * aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=keep)
+    return LogitTiles(like, 2 * aligned(tokens), vocab, dtypes.wide, keep=keep)
 
 
 def process_chunk(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    student: Head,
-    teacher: Head,
+    student: HeadOperands,
+    teacher: HeadOperands,
     rows: TokenRows,
     objective: Objective,
     gradients: ChunkGradients,
-    workspace: Workspace,
+    workspace: LogitTiles,
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     dtype, tokens, width = rows.loss.dtype, len(rows.loss), aligned(len(rows.loss))
@@ -99,7 +99,7 @@ def process_chunk(
     mixture = is_mixture(objective.divergence)
     unit = _bits(objective.student, dtype)
     teacher_unit = _bits(objective.teacher, dtype)
-    seen: list[_Softmax] = []
+    seen: list[_TileSoftmax] = []
     sums: list[Sums] = []
     at_peaks: list[Tensor] = []
     for part, kept, passing, scratch in workspace.tiles(2 * width):
@@ -119,7 +119,7 @@ def process_chunk(
             sums.append(PLAIN[objective.divergence](_tile(logits, exponentials, seen[-1])))
             if slope is not None:
                 _apply(slope, exponentials)
-    softmax = _Whole(seen, labels, workspace.tile, unit)
+    softmax = _WholeSoftmax(seen, labels, workspace.tile, unit)
     shares = softmax.shares(at_peaks)
     if mixture:
         for number, (_, kept, passing, scratch) in enumerate(workspace.tiles(2 * width)):
@@ -158,7 +158,9 @@ class _Columns:
     """The hidden states of a chunk, (width, H) for each model, which make the columns of its logits: first the
     student's, then the teacher's."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, head: Head, teacher_head: Head, dtype: torch.dtype) -> None:
+    def __init__(
+        self, student: Tensor, teacher: Tensor, head: HeadOperands, teacher_head: HeadOperands, dtype: torch.dtype
+    ) -> None:
         width = aligned(len(student))
         self.student, self._teacher = padded(student, width, dtype), padded(teacher, width, dtype)
         self._weight, self._teacher_weight = head.weight, teacher_head.weight
@@ -181,7 +183,7 @@ def _multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
 
 
 def _carry_back(
-    hidden: Tensor, head: Head, x: Tensor, y: Tensor, gradients: ChunkGradients, workspace: Workspace
+    hidden: Tensor, head: HeadOperands, x: Tensor, y: Tensor, gradients: ChunkGradients, workspace: LogitTiles
 ) -> None:
     """Computes the logits' gradient x A + y B a tile at a time, and multiplies it with head and hidden states."""
     width = len(hidden)
@@ -203,7 +205,7 @@ def _carry_back(
 
 
 @dataclass
-class _Softmax:
+class _TileSoftmax:
     """The softmax of one tile's logits, (v, C): maxima, Σ exp, Σ exp · bits and the labels' logits, (C,) each.
 
     The sums are of bits above the maximum, and of two to their power. Maxima and labels' logits are as they came.
@@ -215,7 +217,7 @@ class _Softmax:
     label: Tensor | None
 
 
-def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float, labels: Tensor | None) -> _Softmax:
+def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float, labels: Tensor | None) -> _TileSoftmax:
     """Turns logits into bits by `unit`, subtracts each token's maximum, and writes two to the power of the result.
 
     `labels` count from the tile's start. The label's logit means nothing for a label outside the tile.
@@ -224,16 +226,16 @@ def _softmax(logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float,
     label = None if labels is None else logits.gather(0, labels.clamp(0, len(logits) - 1).unsqueeze(0)).squeeze(0)
     torch.add(-peak * unit, logits, alpha=unit, out=logits)
     torch.exp2(logits, out=exponentials)
-    return _Softmax(peak, exponentials.sum(0), column_dot(exponentials, logits, scratch), label)
+    return _TileSoftmax(peak, exponentials.sum(0), column_dot(exponentials, logits, scratch), label)
 
 
-class _Whole:
+class _WholeSoftmax:
     """The softmax of the whole vocabulary, computed in float64 from the softmax of each tile.
 
     A number for each token is (C,), a number for each tile and token (tiles, C).
     """
 
-    def __init__(self, tiles: list[_Softmax], labels: Tensor | None, tile: int, unit: float) -> None:
+    def __init__(self, tiles: list[_TileSoftmax], labels: Tensor | None, tile: int, unit: float) -> None:
         peaks = torch.stack([t.peak for t in tiles])
         total, dot = (torch.stack([getattr(t, name) for t in tiles]).double() for name in ("total", "dot"))
         peak, dot = NATS * (peaks * unit).double(), NATS * dot  # rounded as in the tiles
@@ -285,7 +287,7 @@ def _stack(sums: list[Sums]) -> Sums:
     return Sums(**{field.name: of(field.name) for field in fields(Sums)})
 
 
-def _tile(logits: Tensor, exponentials: Tensor, seen: _Softmax) -> Tile:
+def _tile(logits: Tensor, exponentials: Tensor, seen: _TileSoftmax) -> Tile:
     (student, teacher), (p, q) = logits.chunk(2, 1), exponentials.chunk(2, 1)
     return Tile(student, teacher, p, q, seen.total[: p.shape[1]])
 
@@ -295,28 +297,30 @@ def scale(values: Tensor, factor: Tensor) -> None:
     values.mul_(factor)
 
 
-def scoring_held(dtype: torch.dtype) -> Held:
+def scoring_held(dtypes: Dtypes) -> Held:
     """The bytes of scoring's workspace."""
-    return Held(products.accumulation_dtype(dtype).itemsize)
+    return Held(dtypes.wide.itemsize)
 
 
-def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:
+def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtypes: Dtypes) -> LogitTiles:
     """A workspace for chunks of up to `tokens` tokens."""
-    return Workspace(like, aligned(tokens), vocab, products.accumulation_dtype(dtype), keep=False)
+    return LogitTiles(like, aligned(tokens), vocab, dtypes.wide, keep=False)
 
 
-def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Workspace) -> None:
+def score_chunk(
+    hidden: Tensor, head: HeadOperands, scores: TokenScores, options: LogitOptions, workspace: LogitTiles
+) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
     width = aligned(len(hidden))
     hidden = padded(hidden, width, scores.entropy.dtype)
     labels = padded_labels(scores.labels, width, models=1)
-    seen: list[_Softmax] = []
+    seen: list[_TileSoftmax] = []
     unit = _bits(options, hidden.dtype)
     for part, exponentials, logits, scratch in workspace.tiles(width):
         _multiply(head.weight, hidden, part, logits)
         _transform(logits, head.bias, part, options)
         seen.append(_softmax(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
-    softmax = _Whole(seen, labels, workspace.tile, unit)
+    softmax = _WholeSoftmax(seen, labels, workspace.tile, unit)
     store_scores(scores, softmax.entropy, softmax.logsumexp, softmax.logprob, softmax.top1)
 
 
@@ -354,7 +358,7 @@ def _transform(logits: Tensor, bias: Tensor | None, part: slice, options: LogitO
         logits.tanh_()
 
 
-def _slope(student: Tensor, seen: _Softmax, unit: float, scratch: Tensor) -> Tensor:
+def _slope(student: Tensor, seen: _TileSoftmax, unit: float, scratch: Tensor) -> Tensor:
     """The soft cap's derivative, 1 - tanh², from z in bits less its maximum."""
     width = student.shape[1]
     z = torch.add(student, seen.peak[:width] * unit, out=scratch[:, :width])

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdft_kernels.backends.cpu import library, pages
 from sdft_kernels.backends.cpu.library import Carry, Constant, Model, Options
-from sdft_kernels.backends.interface import ChunkGradients, Head
+from sdft_kernels.backends.interface import ChunkGradients, HeadOperands
+from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.records import FIELDS, Field
 from sdft_kernels.backends.torch import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
 from sdft_kernels.backends.torch import aligned, padded, padded_labels, store_rows, store_scores
@@ -51,7 +52,7 @@ def address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-class Workspace:
+class LogitRows:
     """A row of `width` logits for each vocabulary entry, or without `keep` for each entry of one tile."""
 
     def __init__(self, width: int, vocab: int, *, keep: bool) -> None:
@@ -76,27 +77,27 @@ class Workspace:
         return list(self._scratch[: sum(sizes)].split(sizes))
 
 
-def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
+def held(dtypes: Dtypes, objective: Objective, *, with_gradient: bool) -> Held:
     """Of the loss's workspace: both models' logits, of which the gradient is made."""
     return Held(8)
 
 
 def loss_workspace(
-    like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
-) -> Workspace:
+    like: Tensor, tokens: int, vocab: int, dtypes: Dtypes, objective: Objective, *, with_gradient: bool
+) -> LogitRows:
     """For chunks of up to `tokens` tokens, both models side by side."""
-    return Workspace(2 * aligned(tokens), vocab, keep=with_gradient or is_mixture(objective.divergence))
+    return LogitRows(2 * aligned(tokens), vocab, keep=with_gradient or is_mixture(objective.divergence))
 
 
 def process_chunk(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    student: Head,
-    teacher: Head,
+    student: HeadOperands,
+    teacher: HeadOperands,
     rows: TokenRows,
     objective: Objective,
     gradients: ChunkGradients,
-    workspace: Workspace,
+    workspace: LogitRows,
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     chunk = _Chunk(len(rows.loss), student, teacher, objective, workspace)
@@ -110,8 +111,8 @@ def process_chunk(
         chunk.run("fold_pair", part, logits, models, len(models), address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    p = _Softmax(records[:, STUDENT], objective.student)
-    q = _Softmax(records[:, TEACHER], objective.teacher)
+    p = _MergedSoftmax(records[:, STUDENT], objective.student)
+    q = _MergedSoftmax(records[:, TEACHER], objective.teacher)
     loss, constants = _combine(chunk, p, q, *records[:, [Field.PEAK, Field.CROSS, Field.TEACHER_AT_PEAK]].unbind(1))
     logprob = None
     if labels is not None:
@@ -146,7 +147,9 @@ class _Columns:
         )
 
 
-def _columns(student_hidden: Tensor, teacher_hidden: Tensor, student: Head, teacher: Head) -> list[_Columns]:
+def _columns(
+    student_hidden: Tensor, teacher_hidden: Tensor, student: HeadOperands, teacher: HeadOperands
+) -> list[_Columns]:
     """Both models' columns of logits: one product's, where they share a head."""
     if student.weight is teacher.weight:
         return [_Columns(torch.cat((student_hidden, teacher_hidden)), student.weight)]
@@ -166,7 +169,7 @@ def rows_of(weight: Tensor, part: slice) -> Tensor:
 
 
 def _combine(
-    chunk: _Chunk, p: _Softmax, q: _Softmax, peaks: Tensor, own: Tensor, teacher_at_peaks: Tensor
+    chunk: _Chunk, p: _MergedSoftmax, q: _MergedSoftmax, peaks: Tensor, own: Tensor, teacher_at_peaks: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The tokens' divergence, (width,), and what their gradient needs but for factors, (constants, width).
 
@@ -235,7 +238,9 @@ def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: Chu
 class _Chunk:
     """The logits of a chunk, and what the kernels need beside them: heads, options and the workspace."""
 
-    def __init__(self, tokens: int, head: Head, teacher: Head, objective: Objective, workspace: Workspace) -> None:
+    def __init__(
+        self, tokens: int, head: HeadOperands, teacher: HeadOperands, objective: Objective, workspace: LogitRows
+    ) -> None:
         self.width, self.head, self.objective = aligned(tokens), head, objective
         self._teacher, self._workspace = teacher, workspace
         self._as_they_are = is_read_as_it_is(head.weight) and is_read_as_it_is(teacher.weight)
@@ -281,7 +286,7 @@ def _new_records(like: Tensor, width: int) -> Tensor:
     return records
 
 
-class _Softmax:
+class _MergedSoftmax:
     """One model's softmax from the peak, sum and dot of each thread's records, (threads, 3, width)."""
 
     def __init__(self, records: Tensor, options: LogitOptions) -> None:
@@ -304,17 +309,19 @@ class _Softmax:
         return self._factor * (labelled.double() - self.peak) - self.log_sum
 
 
-def scoring_held(dtype: torch.dtype) -> Held:
+def scoring_held(dtypes: Dtypes) -> Held:
     """The bytes of scoring's workspace."""
     return Held(4)
 
 
-def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Workspace:
+def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtypes: Dtypes) -> LogitRows:
     """A workspace for chunks of up to `tokens` tokens."""
-    return Workspace(aligned(tokens), vocab, keep=False)
+    return LogitRows(aligned(tokens), vocab, keep=False)
 
 
-def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Workspace) -> None:
+def score_chunk(
+    hidden: Tensor, head: HeadOperands, scores: TokenScores, options: LogitOptions, workspace: LogitRows
+) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
     width = aligned(len(hidden))
     hidden = padded(hidden, width, torch.float32)
@@ -336,7 +343,7 @@ def score_chunk(hidden: Tensor, head: Head, scores: TokenScores, options: LogitO
         )
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    softmax = _Softmax(records[:, STUDENT], options)
+    softmax = _MergedSoftmax(records[:, STUDENT], options)
     logprob, top1 = None, None
     if labels is not None:
         logprob, top1 = softmax.logprob(label_logits), label_logits >= softmax.peak

@@ -232,7 +232,7 @@ INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tok
 static double shift_of(double old, float peak, float factor) { return old == -INFINITY ? 0 : factor * (old - peak); }
 
 /* A sum e g after what e is relative to has moved by `shift`, and each g has grown by `offset`. */
-static double moved(double sum, double moment, double shift, double offset) {
+static double rebased(double sum, double moment, double shift, double offset) {
     return exp(shift) * (moment + offset * sum);
 }
 
@@ -245,13 +245,13 @@ static void move_record(double *record, long width, const struct options *studen
     double shift = shift_of(*field[PEAK], a, student->factor);
     double teacher_shift = shift_of(*field[TEACHER_PEAK], b, teacher->factor);
     if (divergence == REVERSE_KL)
-        *field[CROSS] = moved(*field[SUM], *field[CROSS], shift,
+        *field[CROSS] = rebased(*field[SUM], *field[CROSS], shift,
                               shift - teacher->factor * (*field[TEACHER_AT_PEAK] - c));
     if (divergence == FORWARD_KL)
-        *field[CROSS] = moved(*field[TEACHER_SUM], *field[CROSS], teacher_shift, teacher_shift - shift);
-    *field[DOT] = moved(*field[SUM], *field[DOT], shift, shift);
+        *field[CROSS] = rebased(*field[TEACHER_SUM], *field[CROSS], teacher_shift, teacher_shift - shift);
+    *field[DOT] = rebased(*field[SUM], *field[DOT], shift, shift);
     *field[SUM] *= exp(shift);
-    *field[TEACHER_DOT] = moved(*field[TEACHER_SUM], *field[TEACHER_DOT], teacher_shift, teacher_shift);
+    *field[TEACHER_DOT] = rebased(*field[TEACHER_SUM], *field[TEACHER_DOT], teacher_shift, teacher_shift);
     *field[TEACHER_SUM] *= exp(teacher_shift);
     *field[PEAK] = a;
     *field[TEACHER_PEAK] = b;
@@ -328,7 +328,7 @@ INLINE void fold_rows(float *logits, long rows, long stride, long width, struct 
             for (int j = 0; j < tokens; j++)
                 if (a[j] > peak[j]) {
                     double shift = shift_of(peak[j], a[j], options.factor);
-                    dot[j] = moved(sum[j], dot[j], shift, shift);
+                    dot[j] = rebased(sum[j], dot[j], shift, shift);
                     sum[j] *= exp(shift);
                     peak[j] = a[j];
                 }

@@ -22,7 +22,8 @@ from sdft_kernels.backends.gpu.linear import process_hidden, score_hidden
 from sdft_kernels.backends.gpu.operands import Operands, multiplies
 from sdft_kernels.backends.gpu.scaling import scale as scale
 from sdft_kernels.backends.gpu.scoring import score_rows
-from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, Head
+from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, HeadOperands
+from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunking import BLOCK_TOKENS, Held, blocks
 from sdft_kernels.divergences import LogitOptions, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TokenScores
@@ -31,14 +32,14 @@ from sdft_kernels.tokens import TokenRows, TokenScores
 TEACHER_MAY_BE_ANYTHING = True
 
 
-def make_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
+def empty_logits(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised array, (tokens, vocab), whose rows are padded to the alignment."""
     padded = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return like.new_empty((tokens, padded), dtype=dtype)[:, :vocab]
 
 
 @dataclass(frozen=True)
-class Workspace:
+class LogitBuffers:
     """Memory for the logits of a block and the gradient of a chunk, or for the logits of a chunk alone: then `gradient`
     is `student`."""
 
@@ -52,52 +53,52 @@ class Workspace:
         return self.gradient.new_ones(len(self.gradient), 1)
 
 
-def _gradient_apart(dtype: torch.dtype, device: torch.device, with_gradient: bool) -> bool:
+def _gradient_apart(dtypes: Dtypes, with_gradient: bool) -> bool:
     """Whether the gradient is in another dtype than the logits, and so does not fit in their place."""
-    return with_gradient and products.gradient_dtype(dtype, device) != products.accumulation_dtype(dtype)
+    return with_gradient and dtypes.gradient != dtypes.wide
 
 
-def _without_logits(dtype: torch.dtype, objective: Objective, with_gradient: bool) -> bool:
+def _without_logits(dtypes: Dtypes, objective: Objective, with_gradient: bool) -> bool:
     """Whether the loss needs each logit once, and a kernel that multiplies takes the operands.
 
     A gradient and a mixture read logits again: without a buffer of them, every product would be made twice.
     """
-    return multiplies(dtype) and not with_gradient and not is_mixture(objective.divergence)
+    return multiplies(dtypes.operands) and not with_gradient and not is_mixture(objective.divergence)
 
 
-def held(dtype: torch.dtype, device: torch.device, objective: Objective, *, with_gradient: bool) -> Held:
-    """The bytes of the loss's workspace, for products of operands in `dtype`."""
-    if _without_logits(dtype, objective, with_gradient):
+def held(dtypes: Dtypes, objective: Objective, *, with_gradient: bool) -> Held:
+    """The bytes of the loss's workspace."""
+    if _without_logits(dtypes, objective, with_gradient):
         return Held(0)
-    logits = 2 * products.accumulation_dtype(dtype).itemsize
-    if _gradient_apart(dtype, device, with_gradient):
-        return Held(products.gradient_dtype(dtype, device).itemsize, logits)
+    logits = 2 * dtypes.wide.itemsize
+    if _gradient_apart(dtypes, with_gradient):
+        return Held(dtypes.gradient.itemsize, logits)
     return Held(logits)
 
 
 def loss_workspace(
-    like: Tensor, tokens: int, vocab: int, dtype: torch.dtype, objective: Objective, *, with_gradient: bool
-) -> Workspace | Operands:
+    like: Tensor, tokens: int, vocab: int, dtypes: Dtypes, objective: Objective, *, with_gradient: bool
+) -> LogitBuffers | Operands:
     """A workspace for chunks of up to `tokens` tokens."""
-    if _without_logits(dtype, objective, with_gradient):
+    if _without_logits(dtypes, objective, with_gradient):
         return Operands()
-    wide, apart = products.accumulation_dtype(dtype), _gradient_apart(dtype, like.device, with_gradient)
+    apart = _gradient_apart(dtypes, with_gradient)
     at_once = min(tokens, BLOCK_TOKENS) if apart else tokens
-    student, teacher = (make_workspace(like, at_once, vocab, wide) for _ in range(2))
+    student, teacher = (empty_logits(like, at_once, vocab, dtypes.wide) for _ in range(2))
     if not apart:
-        return Workspace(student, teacher, student)
-    return Workspace(student, teacher, make_workspace(like, tokens, vocab, products.gradient_dtype(dtype, like.device)))
+        return LogitBuffers(student, teacher, student)
+    return LogitBuffers(student, teacher, empty_logits(like, tokens, vocab, dtypes.gradient))
 
 
 def process_chunk(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    student: Head,
-    teacher: Head,
+    student: HeadOperands,
+    teacher: HeadOperands,
     rows: TokenRows,
     objective: Objective,
     gradients: ChunkGradients,
-    workspace: Workspace | Operands,
+    workspace: LogitBuffers | Operands,
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     if isinstance(workspace, Operands):
@@ -123,20 +124,20 @@ def process_chunk(
         products.add_weight_gradient(gradient, workspace.ones[:tokens], gradients.bias[:, None], first=False)
 
 
-def scoring_held(dtype: torch.dtype) -> Held:
-    """The bytes of scoring's workspace, for products of operands in `dtype`."""
-    return Held(0 if multiplies(dtype) else products.accumulation_dtype(dtype).itemsize)
+def scoring_held(dtypes: Dtypes) -> Held:
+    """The bytes of scoring's workspace."""
+    return Held(0 if multiplies(dtypes.operands) else dtypes.wide.itemsize)
 
 
-def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> Tensor | Operands:
+def scoring_workspace(like: Tensor, tokens: int, vocab: int, dtypes: Dtypes) -> Tensor | Operands:
     """A workspace for chunks of up to `tokens` tokens."""
-    if multiplies(dtype):
+    if multiplies(dtypes.operands):
         return Operands()
-    return make_workspace(like, tokens, vocab, products.accumulation_dtype(dtype))
+    return empty_logits(like, tokens, vocab, dtypes.wide)
 
 
 def score_chunk(
-    hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions, workspace: Tensor | Operands
+    hidden: Tensor, head: HeadOperands, scores: TokenScores, options: LogitOptions, workspace: Tensor | Operands
 ) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
     if isinstance(workspace, Operands):

@@ -39,7 +39,7 @@ from sdft_kernels.backends.gpu.sums import (
     TEACHER_PEAK,
     TEACHER_SUM,
     merge,
-    moved,
+    rebased,
     teacher_at_peak,
 )
 from sdft_kernels.divergences import Objective, is_mixture
@@ -217,11 +217,11 @@ def combine_kernel(
     centre = 0.0
     if DIVERGENCE == "reverse_kl":
         offset = student_shift - (tl.load(record + TEACHER_AT_PEAK) - at_peak) * teacher_factor
-        centre = tl.sum(moved(student_sums, cross, student_shift, offset), 0) / student_sum
+        centre = tl.sum(rebased(student_sums, cross, student_shift, offset), 0) / student_sum
         loss = centre - student_log_sum + ((b - at_peak) * teacher_factor + teacher_log_sum)
     elif DIVERGENCE == "forward_kl":
         offset = teacher_shift - student_shift
-        mean = tl.sum(moved(teacher_sums, cross, teacher_shift, offset), 0) / teacher_sum
+        mean = tl.sum(rebased(teacher_sums, cross, teacher_shift, offset), 0) / teacher_sum
         loss = mean - teacher_log_sum + student_log_sum
     else:
         sums = mixture_pointer + (row * SPLITS + tl.arange(0, SPLITS)) * 2

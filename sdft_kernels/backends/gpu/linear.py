@@ -25,7 +25,7 @@ from sdft_kernels.backends.gpu.operands import Tile, choices, copies_tiles, oper
 from sdft_kernels.backends.gpu.scoring import store_scores
 from sdft_kernels.backends.gpu.sums import DOT, PEAK, RECORD, SUM, fold, fold_pair, merge, store_pair
 from sdft_kernels.backends.gpu.tiles import biases, finish_logits, has_label, logit_at, masked_logits, product, tile
-from sdft_kernels.backends.interface import Head
+from sdft_kernels.backends.interface import HeadOperands
 from sdft_kernels.divergences import LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 
@@ -55,7 +55,7 @@ MOST_SPLITS = 256
 SCORE_RECORD = tl.constexpr(4)
 
 
-def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: LogitOptions) -> None:
+def score_hidden(hidden: Tensor, head: HeadOperands, scores: TokenScores, options: LogitOptions) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
     tokens, vocab = len(hidden), len(head.weight)
     if tokens == 0:
@@ -83,8 +83,8 @@ def score_hidden(hidden: Tensor, head: Head, scores: TokenScores, options: Logit
 def process_hidden(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    student: Head,
-    teacher: Head,
+    student: HeadOperands,
+    teacher: HeadOperands,
     rows: TokenRows,
     objective: Objective,
 ) -> None:

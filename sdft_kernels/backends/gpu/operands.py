@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sdft_kernels._compat import interpreted
-from sdft_kernels.backends.interface import Head
+from sdft_kernels.backends.interface import HeadOperands
 
 Tile = tuple[int, int, int, int]
 
@@ -35,11 +35,11 @@ class Operands:
     def __init__(self) -> None:
         self._made: dict[int, Tensor] = {}
 
-    def head(self, head: Head) -> Head:
+    def head(self, head: HeadOperands) -> HeadOperands:
         """The head in that form. Two heads that share a weight share it again."""
         if id(head.weight) not in self._made:
             self._made[id(head.weight)] = operand(head.weight)
-        return Head(self._made[id(head.weight)], head.bias)
+        return HeadOperands(self._made[id(head.weight)], head.bias)
 
 
 def operand(matrix: Tensor) -> Tensor:

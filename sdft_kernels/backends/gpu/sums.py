@@ -26,7 +26,7 @@ TEACHER_AT_PEAK = tl.constexpr(int(Field.TEACHER_AT_PEAK))
 
 
 @triton.jit
-def moved(total, moment, shift, offset):
+def rebased(total, moment, shift, offset):
     """Σ e g after the maximum that e is relative to, and the origin of g, have changed: each e is multiplied by
     exp(shift), and each g grows by `offset`; `total` is Σ e and `moment` Σ e g before."""
     return exp(shift) * (moment + offset * total)
@@ -52,7 +52,7 @@ def fold(u, a, total, dot, factor):
     shift = tl.where(a == float("-inf"), 0.0, (a - new_a) * factor)
     z = (u - new_a) * factor
     e = exp(z)
-    dot = add(moved(total, dot, shift, shift), e * z)
+    dot = add(rebased(total, dot, shift, shift), e * z)
     total = add(exp(shift) * total, e)
     return new_a, total, dot, shift, z, e
 
@@ -85,13 +85,13 @@ def fold_pair(
         t, b, teacher_sum, teacher_dot, teacher_factor
     )
     if DIVERGENCE == "forward_kl":
-        cross = moved(teacher_sum, cross, teacher_shift, teacher_shift - student_shift)
+        cross = rebased(teacher_sum, cross, teacher_shift, teacher_shift - student_shift)
         cross = add(cross, f * (t_below_b - below))
     else:
         block_at_peak = tl.max(tl.where(s == new_a, t, float("-inf")), 1, keep_dims=True)
         new_at_peak = tl.where(new_a > a, block_at_peak, at_peak)
         if DIVERGENCE == "reverse_kl":
-            cross = moved(student_sum, cross, student_shift, student_shift - (at_peak - new_at_peak) * teacher_factor)
+            cross = rebased(student_sum, cross, student_shift, student_shift - (at_peak - new_at_peak) * teacher_factor)
             cross = add(cross, e * (below - (t - new_at_peak) * teacher_factor))
         at_peak = new_at_peak
     return (
@@ -124,7 +124,7 @@ def merge(largest, total, dot, factor):
     """A row's maximum a, Σ e and Σ e z from its splits'; then how far each split's largest logit lies above all."""
     a = tl.max(largest, 0)
     shift = (largest - a) * factor
-    return a, tl.sum(exp(shift) * total, 0), tl.sum(moved(total, dot, shift, shift), 0), shift
+    return a, tl.sum(exp(shift) * total, 0), tl.sum(rebased(total, dot, shift, shift), 0), shift
 
 
 @triton.jit
