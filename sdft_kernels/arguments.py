@@ -33,10 +33,10 @@ def check(
     labels: Tensor | None,
     old_logprobs: Tensor | None,
     options: LossOptions,
-) -> tuple[int, torch.dtype]:
+) -> torch.dtype:
     """Refuses tensors that `fused_linear_divergence` cannot take, or not with these options.
 
-    Returns the size of the compared vocabulary and the dtype of the products' operands.
+    Returns the dtype of the products' operands.
     """
     head("student", student_hidden, student_weight, student_bias)
     head("teacher", teacher_hidden, teacher_weight, teacher_bias)
@@ -54,7 +54,7 @@ def check(
         raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
     if options.importance_clip is not None and old_logprobs is None:
         raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
-    vocab = shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], options.vocab_size)
+    shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], options.vocab_size)
     dtype = products_dtype(
         device,
         student_hidden=student_hidden,
@@ -63,7 +63,7 @@ def check(
         teacher_weight=teacher_weight,
     )
     supported_backend(options.backend, device, dtype)
-    return vocab, dtype
+    return dtype
 
 
 def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -69,8 +69,8 @@ def run_chunks(
     wanted: Wanted,
 ) -> Gradients:
     """Fills `rows`, one for each live token, and returns the wanted gradients."""
-    vocab, objective, device = options.vocab_size, options.objective, student.hidden.device
-    assert vocab is not None
+    vocab, objective = options.compared(student.weight, teacher.weight), options.objective
+    device = student.hidden.device
     work = select(options.backend, device, dtypes.operands)
     student_head = head_operands(student.weight, student.bias, vocab, dtypes, objective.student)
     if not student.weight.is_meta and student.weight.is_set_to(teacher.weight):

@@ -162,7 +162,7 @@ def _divergence(
     options: LossOptions,
 ) -> DivergenceOutput:
     """Checks the tensors, and calls the operator."""
-    vocab, operands = arguments.check(
+    operands = arguments.check(
         student_hidden,
         student_weight,
         teacher_hidden,
@@ -193,7 +193,7 @@ def _divergence(
             None if token_weight is None else token_weight.detach(),
             labels,
             None if old_logprobs is None else old_logprobs.detach(),
-            *values_of(replace(options, vocab_size=vocab)),
+            *values_of(options),
             operands,
             *values_of(wanted),
         )

@@ -42,16 +42,14 @@ def forward(
     """Returns the loss, five vectors over tokens, the gradients of hidden states, head and bias, and the factor that
     these gradients are still to be multiplied with.
 
-    What is not wanted comes back empty. `operands` is the dtype of the products' operands, and `options.vocab_size` the
-    number of vocabulary entries that are compared.
+    What is not wanted comes back empty. `operands` is the dtype of the products' operands.
     """
-    assert options.vocab_size is not None
     dtypes = Dtypes.of(operands, student_weight.dtype, student_hidden.device)
     live = LiveTokens(token_weight, student_hidden.shape[0])
     weight, missing_factor = token_weights(live, token_weight, student_hidden, options.reduction, dtypes)
     if labels is not None:
         labels = live.take(labels).contiguous()
-        check_labels(labels, options.vocab_size)
+        check_labels(labels, options.compared(student_weight, teacher_weight))
     if old_logprobs is not None:
         old_logprobs = live.take(old_logprobs).to(dtypes.wide).contiguous()
     loss, student_entropy, teacher_entropy = (student_hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(3))

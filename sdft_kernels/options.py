@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from sdft_kernels import arguments
 from sdft_kernels.backends.select import BACKENDS
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, is_mixture
@@ -41,6 +43,10 @@ class LossOptions:
             if getattr(self, name) is not None:
                 arguments.positive(name, getattr(self, name))
         arguments.workspace(self.max_chunk_bytes)
+
+    def compared(self, student_weight: Tensor, teacher_weight: Tensor) -> int:
+        """The number of vocabulary entries that are compared: the first ones of both heads."""
+        return self.vocab_size or min(student_weight.shape[0], teacher_weight.shape[0])
 
     @property
     def objective(self) -> Objective:
