@@ -1,6 +1,7 @@
 """What mkdocs does to a page of docs/ before it builds it, so that the same page also reads well in the repository.
 
-- `<!-- include: FILE -->` becomes a file of the repository: the site has CONTRIBUTING.md, of which there is one.
+- `[NAME](FILE) <!-- included -->`, for a whole page, becomes the file: the site has CONTRIBUTING.md, as the repository
+  has it.
 - `<!-- fields -->` becomes the tables of a recipe's fields, made of the dataclasses that `sdft train` reads.
 - A link to a file outside docs/ goes to the page that includes the file. Where there is none, its text stays.
 """
@@ -25,7 +26,7 @@ PAGES = {
     "examples/README.md": "examples.md",
     "examples": "examples.md",
 }
-INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+INCLUDED = re.compile(r"^\[[^\]]*\]\(([^)\s]+)\) <!-- included -->$", re.MULTILINE)
 FIELDS = "<!-- fields -->"
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
@@ -39,12 +40,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def rewritten(markdown: str, source: str) -> str:
     """A page's text with its markers filled in and its links kept inside the site; `source` is its path in docs/."""
 
-    def included(found: re.Match[str]) -> str:
-        text = (ROOT / found[1]).read_text(encoding="utf-8")
-        return linked(text, PurePosixPath(found[1]).parent, source)
-
-    markdown = linked(markdown, PurePosixPath("docs", source).parent, source)
-    markdown = INCLUDE.sub(included, markdown)
+    folder = PurePosixPath("docs", source).parent
+    if only := INCLUDED.fullmatch(markdown.strip()):
+        file = normpath(str(folder / only[1]))
+        return linked((ROOT / file).read_text(encoding="utf-8"), PurePosixPath(file).parent, source)
+    markdown = linked(markdown, folder, source)
     return markdown.replace(FIELDS, field_tables()) if FIELDS in markdown else markdown
 
 
