@@ -70,8 +70,14 @@ def linked(markdown: str, folder: PurePosixPath, source: str) -> str:
 
 def field_tables() -> str:
     """A table for each group of fields of `sdft train`: name, default, and what --help-all says."""
-    from sdft.settings.config import DataArguments, EvalArguments, EvalSettings, LoraArguments, ModelArguments
-    from sdft.settings.config import MethodSettings
+    from sdft.settings.config import (
+        DataArguments,
+        EvalArguments,
+        EvalSettings,
+        LoraArguments,
+        MethodSettings,
+        ModelArguments,
+    )
 
     scoring = {field.name for field in dataclasses.fields(EvalSettings)}
     groups = {
