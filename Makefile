@@ -4,7 +4,7 @@ VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 READY  := $(VENV)/.installed
 
-.PHONY: demo test gpu gpu-wheels test-triton-3.6
+.PHONY: demo test docs gpu gpu-wheels test-triton-3.6
 
 demo: $(READY)
 	$(VENV)/bin/sdft train examples/demo.yaml --overwrite_output_dir true
@@ -12,6 +12,17 @@ demo: $(READY)
 # In two processes, of which each takes whole files: what a file's tests share is made once.
 test: $(READY)
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+# The site of docs/ into site/, with warnings as errors. The tools come into the environment the first time; after that no
+# network is asked.
+DOCS := $(VENV)/.docs-installed
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+$(DOCS): $(READY)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@
 
 # The kernels proven and measured on the GPU that is here (docs/gpu.md), by the environment above if it is there, else by
 # a Python that has what the report needs: nothing is installed. GPU_ARGS are further arguments of the report.

@@ -39,23 +39,20 @@ def fused_linear_divergence(
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> DivergenceOutput:
-    r"""Divergence between the next-token distributions of a student and a teacher, without their logits.
+    """Divergence between the next-token distributions of a student and a teacher, without their logits.
 
-    For each of N tokens, with :math:`p` the student's and :math:`q` the teacher's softmax over the whole
-    vocabulary, computes the named divergence exactly, chunk by chunk straight from hidden states and heads;
-    nothing of size N×V is ever held. Logits are float32 whatever the inputs:
-    :math:`y = \text{scale}\,(h W^\top + b)`, :math:`c = \text{softcap}\tanh(y/\text{softcap})` (or y), and the
-    softmax is of :math:`z = c / \text{temperature}`.
+    For each of N tokens, with p the student's and q the teacher's softmax over the whole vocabulary, computes the
+    named divergence exactly, chunk by chunk straight from hidden states and heads; nothing of size N×V is ever held.
+    Logits are float32 whatever the inputs: y = scale · (hidden weightᵀ + bias), c = softcap · tanh(y / softcap) (or
+    y), and the softmax is of z = c / temperature.
 
-    ======================  =======================================  ==========================================
-    ``divergence``          per token, m = (1-β) p + β q             source
-    ======================  =======================================  ==========================================
-    ``"reverse_kl"``        Σ p (log p - log q)                      SDFT as written, arXiv 2601.19897
-    ``"forward_kl"``        Σ q (log q - log p)                      SDFT as its authors ran it
-    ``"jsd"``               (1-β) KL(p‖m) + β KL(q‖m)                GKD, arXiv 2306.13649
-    ``"skew_reverse_kl"``   KL(p‖m)                                  DistiLLM, arXiv 2402.03898
-    ``"skew_forward_kl"``   KL(q‖m)                                  DistiLLM
-    ======================  =======================================  ==========================================
+    | `divergence`        | per token, m = (1-β) p + β q | source                            |
+    |---------------------|------------------------------|-----------------------------------|
+    | `"reverse_kl"`      | Σ p (log p - log q)          | SDFT as written, arXiv 2601.19897 |
+    | `"forward_kl"`      | Σ q (log q - log p)          | SDFT as its authors ran it        |
+    | `"jsd"`             | (1-β) KL(p‖m) + β KL(q‖m)    | GKD, arXiv 2306.13649             |
+    | `"skew_reverse_kl"` | KL(p‖m)                      | DistiLLM, arXiv 2402.03898        |
+    | `"skew_forward_kl"` | KL(q‖m)                      | DistiLLM                          |
 
     Gradients reach `student_hidden`, `student_weight` and `student_bias`, each computed only where it is
     required (a frozen head costs nothing), in the forward pass while the chunk's logits are there; the
@@ -103,7 +100,7 @@ def fused_linear_divergence(
             compiler), else torch.
 
     Returns:
-        A :class:`DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`,
+        A `DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`,
         `teacher_entropy`, and with labels `student_logprob` and `teacher_logprob`, all in nats. Entropies and
         log-probabilities are right to a few last digits of float32, and to one of 1 nat, 1.2e-7, where they are small.
         With N = 0, or no weight other than 0, the loss is 0 and backpropagates zeros.
@@ -209,11 +206,10 @@ def _divergence(
 
 
 class FusedLinearDivergence(nn.Module):
-    """:func:`fused_linear_divergence` with its settings kept: a module to call with hidden states and heads.
+    """`fused_linear_divergence` with its settings kept: a module to call with hidden states and heads.
 
-    Args:
-        divergence, beta, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
-        importance_clip, reduction, vocab_size, max_chunk_bytes, backend: as there.
+    The settings are as there: `divergence`, `beta`, `temperature`, `student_logit_scale`, `teacher_logit_scale`,
+    `student_softcap`, `teacher_softcap`, `importance_clip`, `reduction`, `vocab_size`, `max_chunk_bytes` and `backend`.
 
     Example:
         >>> import torch

@@ -12,11 +12,19 @@ class DivergenceOutput(NamedTuple):
 
     Everything but `loss` is detached, float32 (float64 for float64 inputs), in nats, and 0 for a token whose
     weight is 0.
+
+    Attributes:
+        loss: scalar, or (N,) for reduction="none"; differentiable.
+        token_loss: (N,) the divergence of each token, unweighted.
+        student_entropy: (N,) entropy of the student's next-token distribution.
+        teacher_entropy: (N,) entropy of the teacher's.
+        student_logprob: (N,) the student's log-probability of the label; None without labels.
+        teacher_logprob: (N,) the teacher's.
     """
 
-    loss: Tensor  #: scalar, or (N,) for reduction="none"; differentiable
-    token_loss: Tensor  #: (N,) the divergence of each token, unweighted
-    student_entropy: Tensor  #: (N,) entropy of the student's next-token distribution
-    teacher_entropy: Tensor  #: (N,) entropy of the teacher's
-    student_logprob: Tensor | None  #: (N,) the student's log-probability of the label; None without labels
-    teacher_logprob: Tensor | None  #: (N,) the teacher's
+    loss: Tensor
+    token_loss: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None

@@ -17,12 +17,19 @@ from sdft_kernels.tokens import TokenScores, on_its_device
 
 
 class TokenStats(NamedTuple):
-    """The result of `linear_token_stats`: float32 (float64 for float64 inputs), in nats, without gradients."""
+    """The result of `linear_token_stats`: float32 (float64 for float64 inputs), in nats, without gradients.
 
-    logprob: Tensor | None  #: (N,) log-probability of the label; None without labels
-    top1: Tensor | None  #: (N,) bool, whether no token is likelier than the label; None without labels
-    entropy: Tensor  #: (N,) entropy of the next-token distribution
-    logsumexp: Tensor  #: (N,) log Σ exp(z) over the vocabulary
+    Attributes:
+        logprob: (N,) log-probability of the label; None without labels.
+        top1: (N,) bool, whether no token is likelier than the label; None without labels.
+        entropy: (N,) entropy of the next-token distribution.
+        logsumexp: (N,) log Σ exp(z) over the vocabulary.
+    """
+
+    logprob: Tensor | None
+    top1: Tensor | None
+    entropy: Tensor
+    logsumexp: Tensor
 
 
 @torch.no_grad()
@@ -41,7 +48,7 @@ def linear_token_stats(
 ) -> TokenStats:
     """Log-probabilities, entropies and log-sum-exps of a model's next-token distributions, without its logits.
 
-    Logits as in :func:`fused_linear_divergence`: y = logit_scale · (hidden weightᵀ + bias), c = softcap · tanh(y /
+    Logits as in `fused_linear_divergence`: y = logit_scale · (hidden weightᵀ + bias), c = softcap · tanh(y /
     softcap) (or y), z = c / temperature, in float32 whatever the inputs, a chunk of tokens at a time.
 
     Args:
@@ -58,7 +65,7 @@ def linear_token_stats(
         backend: "torch", "compiled", "triton" or "auto", as there.
 
     Returns:
-        A :class:`TokenStats`. Entropies and log-probabilities are right to a few last digits of float32, and to one of
+        A `TokenStats`. Entropies and log-probabilities are right to a few last digits of float32, and to one of
         1 nat, 1.2e-7, where they are small.
 
     Raises:
