@@ -74,6 +74,9 @@ def _run(command: str, rest: list[str], started: float) -> int:
     # Before torch starts its threads: ones that spin while they wait make a step on the CPU ten times slower as soon
     # as another process wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Also before torch is imported: its large tensors then begin at pages of 2 MiB, and the C library's allocator
+    # keeps a third as much of the memory that tensors have left.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
     from sdft.errors import TrainingError, UsageError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -15,9 +16,13 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.training_args import OptimizerNames
 
 from sdft.errors import UsageError
+from sdft.memory.host import give_back_at_once
+from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import REFUSED
+
+logger = logging.getLogger(__name__)
 
 
 def check_launch(trainer: Trainer) -> None:
@@ -89,6 +94,22 @@ def prepare_packages(trainer: Trainer) -> None:
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         with installed(f"optim is '{OptimizerNames(args.optim).value}'"):
             trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, trainer.model))
+
+
+def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
+    """Have the model keep to the settings that save memory, and say which of them have no effect here."""
+    tiled = tile(model, args.max_forward_tokens)
+    if args.max_forward_tokens is not None and not tiled:
+        logger.warning(
+            "max_forward_tokens is %d, and %s has no MLP or norm that can work in tiles: a sample of more tokens goes "
+            "through its layers whole",
+            args.max_forward_tokens,
+            type(model).__name__,
+        )
+    if args.device.type == "cpu":
+        give_back_at_once()
+    if args.activation_offload and args.device.type == "cpu":
+        logger.warning("activation_offload has no effect on a CPU: what layers keep is in host memory anyway")
 
 
 def check_for_liger(device: torch.device) -> None:

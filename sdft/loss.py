@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sdft.batch import Batch
 from sdft.forward import autocasting
 from sdft.head import Head, at_head, backbone, hidden_states
+from sdft.memory.offload import keeping
 from sdft.prompt_cache import PromptCache
 from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher
@@ -57,12 +58,14 @@ def divergence(
     batch: Batch,
     *,
     autocast: torch.dtype | None = None,
+    on_host: bool = False,
     **options: Any,
 ) -> DivergenceOutput:
     """The divergence between two models at each completion token of the batch, without a graph through the teacher.
 
     `autocast` is the type of mixed-precision products (None: the weights' own type); the softmax arithmetic is float32
-    either way. `options` go to `fused_linear_divergence`.
+    either way. With `on_host`, what the student keeps for its backward pass is in host memory. `options` go to
+    `fused_linear_divergence`.
     """
     seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
 
@@ -85,7 +88,8 @@ def divergence(
         )
 
     with autocasting(student.device, autocast):
-        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        with keeping(student.device, on_host):
+            hidden = hidden_states(student, batch["input_ids"], batch["positions"])
         return at_head(student, compare)
 
 
@@ -148,6 +152,7 @@ def distillation_loss(
         seen,
         batch,
         autocast=autocast,
+        on_host=config.activation_offload,
         divergence=config.divergence,
         beta=config.beta,
         temperature=config.loss_temperature,
@@ -172,7 +177,7 @@ def demonstration_loss(
 
     The logits of a chunk are made again in the backward pass, so that no more than a chunk of them is ever there.
     """
-    with autocasting(student.device, autocast):
+    with autocasting(student.device, autocast), keeping(student.device, config.activation_offload):
         hidden = hidden_states(student, batch["input_ids"], batch["positions"])
 
     def cross_entropy(head: Head) -> Tensor:

@@ -30,6 +30,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from sdft._compat import CHECKPOINTED
 from sdft.errors import UsageError
 from sdft.forward import evaluating
+from sdft.memory.tiles import layers_of
 from sdft.models.adapters import causal_lm, has_adapter
 
 AVERAGE_FILE = "teacher_average.safetensors"
@@ -227,9 +228,7 @@ def stream(model: PreTrainedModel, student: PreTrainedModel) -> None:
     What a layer shares with the student's is there anyway and stays.
     """
     device, shared = student.device, {id(parameter) for parameter in student.parameters()}
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
-    for layer in layers:
+    for layer in layers_of(model):
         own = [parameter for parameter in layer.parameters() if id(parameter) not in shared]
         kept = [parameter.detach().to("cpu") for parameter in own]
         if device.type == "cuda":

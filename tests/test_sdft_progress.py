@@ -52,7 +52,9 @@ def test_elsewhere_there_is_a_plain_line_for_each_log(tmp_path):
     lines, losses = shown(tmp_path, io.StringIO())
     assert len(lines) == 3
     for step, (line, loss) in enumerate(zip(lines, losses, strict=True), start=1):
-        expected = rf"training: step {step} of 3, {loss}, \d+\.\d s a step, \d\d:\d\d left, \d+ tokens/s, \d+ MiB"
+        expected = (
+            rf"training: step {step} of 3, {loss}, \d+\.\d s a step, \d\d:\d\d left, \d+ tokens/s, \d+ MiB in \w+"
+        )
         assert re.fullmatch(expected, line), line
 
 

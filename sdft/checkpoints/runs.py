@@ -25,6 +25,7 @@ from sdft.checkpoints.resume import RECORD, Resuming, steps_done
 from sdft.checkpoints.signals import FinishOnSignal
 from sdft.checkpoints.whole_saves import WholeSaves
 from sdft.errors import UsageError
+from sdft.memory.exhausted import explained
 from sdft.progress.phases import Phases
 from sdft.settings.config import SDFTConfig
 
@@ -81,8 +82,10 @@ class Runs(WholeSaves):
             resuming = stack.enter_context(Resuming(claim.resume))
             self.add_callback(resuming)
             stack.callback(self.remove_callback, resuming)
+            self.phases.failed = None
             try:
-                return super().train(claim.resume, *args, **kwargs)
+                with explained(self.phases):
+                    return super().train(claim.resume, *args, **kwargs)
             except Left:
                 return self._leave()
 

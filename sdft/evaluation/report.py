@@ -61,6 +61,11 @@ class Summary:
     tokens_per_second: float | None = None
     rollout_tokens_per_second: float | None = None
     peak_memory_mib: float | None = None
+    rollout_peak_memory_mib: float | None = None
+    score_peak_memory_mib: float | None = None
+    learn_peak_memory_mib: float | None = None
+    save_peak_memory_mib: float | None = None
+    eval_peak_memory_mib: float | None = None
     scorer: str = "exact"
     general_scorer: str = "contains"
 

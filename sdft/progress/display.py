@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.progress.counts import Count
-from sdft.progress.phases import peak_memory_mib
+from sdft.progress.phases import PHASES
 
 EVERY = 0.2  # seconds between two looks at the rollouts, which on a GPU have to be waited for
 
@@ -27,6 +27,13 @@ class Progress:
 
     def learned(self, pieces: int, of: int) -> None:
         """So many pieces of the step have been learned from."""
+
+
+def memory_of(logs: dict[str, float]) -> str:
+    """The peak of memory in a line of the log, and the phase that had it."""
+    peaks = {phase: logs.get(f"{phase}_peak_memory_mib", 0.0) for phase in PHASES}
+    highest = max(peaks, key=lambda phase: peaks[phase])
+    return f"{peaks[highest]:.0f} MiB in {highest}" if peaks[highest] else ""
 
 
 class Display(Progress, TrainerCallback):
@@ -103,7 +110,7 @@ class Display(Progress, TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self.loss = f"loss {logs['loss']:.3f}"
-        self.memory = f"{peak_memory_mib(args.device):.0f} MiB"
+        self.memory = memory_of(logs)
         if self.live:
             self._show(now=True)
         elif not self.silent:

@@ -8,18 +8,19 @@ wait at every boundary would cost what is to be measured.
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from sdft.memory.peaks import Peaks
+
 PHASES = ("rollout", "score", "learn", "save", "eval")
 
 
 class Phases:
-    """The phase that is under way, if any, and the seconds spent in each; `told` is called with another's name.
+    """The phase that is under way, if any, and the seconds and memory of each; `told` is called with another's name.
 
     >>> with phases("eval"):
     ...     evaluate()
@@ -28,7 +29,9 @@ class Phases:
 
     def __init__(self, device: torch.device) -> None:
         self.now: str | None = None
+        self.failed: str | None = None  # the innermost phase that an error has left
         self.told: Callable[[str | None], None] | None = None
+        self.peaks = Peaks(device)
         self._on_gpu = device.type == "cuda"
         self._began: Any = None
         self._spent: list[tuple[str, Any, Any]] = []
@@ -39,6 +42,9 @@ class Phases:
         self.begin(name)
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or name
+            raise
         finally:
             self.begin(before)
 
@@ -47,6 +53,8 @@ class Phases:
         time = self._time()
         if self.now is not None:
             self._spent.append((self.now, self._began, time))
+        if name != self.now:
+            self.peaks.note(self.now)
         if self.told is not None and name != self.now:
             self.told(name)
         self.now, self._began = name, time
@@ -72,10 +80,3 @@ class Phases:
             return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory so far, in MiB: on a GPU what torch had allocated there, else what the process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

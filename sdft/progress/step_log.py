@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdft.progress.phases import PHASES, Phases, peak_memory_mib
+from sdft.progress.phases import PHASES, Phases
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ class StepLog:
         self.accelerator, self.phases, self.max_completion_length = accelerator, phases, max_completion_length
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+        self._highest: dict[str, float] = {}
         self._judged, self._warned_of_cuts = (0, 0), False
 
     def __bool__(self) -> bool:
@@ -45,12 +47,12 @@ class StepLog:
             line["completion_length"] = sums["completion_length"] / sums["completions"]
             line["finished"] = sums["finished"] / sums["completions"]
             self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
-        return line | self._spent(sums)
+        return line | self._spent(sums) | self._memory(self._peaks)
 
     def spent(self) -> dict[str, float]:
         """What the run has taken so far of time and memory, as a line says it of its steps."""
         self._take()
-        return self._spent(self._totals)
+        return self._spent(self._totals) | self._memory(self._highest)
 
     def _take(self) -> dict[str, float]:
         """The sums over all processes since they were last taken."""
@@ -61,10 +63,28 @@ class StepLog:
         self._sums = {}
         for name, value in sums.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
+        self._peaks = self._take_peaks()
+        for name, value in self._peaks.items():
+            self._highest[name] = max(value, self._highest.get(name, 0.0))
         return sums
 
+    def _take_peaks(self) -> dict[str, float]:
+        """The peak of memory so far, and of each phase since they were last taken: the highest of all processes."""
+        peaks = self.phases.peaks
+        peaks.note(self.phases.now)
+        taken = peaks.take()
+        values = torch.tensor(
+            [[peaks.most, *(taken.get(name, 0.0) for name in PHASES)]], device=self.accelerator.device
+        )
+        highest = self.accelerator.gather(values).amax(0).tolist()
+        return dict(zip(("", *PHASES), highest, strict=True))
+
+    @staticmethod
+    def _memory(peaks: dict[str, float]) -> dict[str, float]:
+        return {f"{phase}_peak_memory_mib".lstrip("_"): peak for phase, peak in peaks.items() if peak}
+
     def _spent(self, sums: dict[str, float]) -> dict[str, float]:
-        """Seconds by phase, of a process, and tokens a second and peak memory, of all of them."""
+        """Seconds by phase, of a process, and tokens a second, of all of them."""
         seconds = {name: sums[f"{name}_seconds"] / self.accelerator.num_processes for name in PHASES}
         spent = {f"{name}_seconds": value for name, value in seconds.items() if value}
         of_step = seconds["rollout"] + seconds["score"] + seconds["learn"]
@@ -72,9 +92,6 @@ class StepLog:
             spent["tokens_per_second"] = sums["tokens"] / of_step
         if seconds["rollout"] and sums.get("completion_length"):
             spent["rollout_tokens_per_second"] = sums["completion_length"] / seconds["rollout"]
-        device = self.accelerator.device
-        peak = torch.tensor([peak_memory_mib(device)], device=device)
-        spent["peak_memory_mib"] = float(self.accelerator.gather(peak).max())
         return spent
 
     def _warn_of_cuts(self, completions: int, finished: int) -> None:

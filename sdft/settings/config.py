@@ -198,7 +198,13 @@ class MethodSettings(EvalSettings):
     max_forward_tokens: int | None = setting(
         None,
         "The most tokens, padding included, that the student goes through at once: a micro-batch of more is worked "
-        "through in pieces, samples of similar length together, and the step stays the same. Not set: all of it.",
+        "through in pieces, samples of similar length together, and the step stays the same. A sample of more goes "
+        "through MLPs and norms in tiles of this many tokens, and whole through attention alone. Not set: all of it.",
+    )
+    activation_offload: bool = setting(
+        False,
+        "With activation_checkpointing, keep the layers' inputs in host memory, copied to and from the GPU while it "
+        "computes: device memory then hardly grows with a rollout's length. No effect on a CPU.",
     )
     max_chunk_bytes: int | None = setting(
         None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
@@ -315,6 +321,11 @@ class MethodSettings(EvalSettings):
         check_at_least("ema_interval", self.ema_interval, 1)
         if self.teacher_offload and self.teacher == "live":
             raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
+        if self.activation_offload and not getattr(self, "activation_checkpointing", False):
+            raise UsageError(
+                "activation_offload is True and activation_checkpointing is not set; it must be, for what is kept in "
+                "host memory are the inputs of checkpointed layers"
+            )
         self._check_teacher_cache()
         check_at_least("max_completion_length", self.max_completion_length, 1)
         for name in ("max_chunk_bytes", "max_forward_tokens"):

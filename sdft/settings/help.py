@@ -154,6 +154,7 @@ GROUPS = {
         "max_chunk_bytes",
         "bf16",
         "activation_checkpointing",
+        "activation_offload",
         "use_liger_kernel",
         "use_cpu",
     ),

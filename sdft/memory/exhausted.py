@@ -1,0 +1,37 @@
+"""What to say when memory has run out: in which phase, and which setting asks for less."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from sdft.errors import TrainingError
+from sdft.progress.phases import Phases
+
+#: By phase: the settings that bound its memory, those that cost least first.
+ADVICE = {
+    "rollout": "a smaller rollout_batch_size or max_completion_length",
+    "score": "a smaller max_forward_tokens, teacher_offload, or a smaller teacher_cache_gib",
+    "learn": "a smaller max_forward_tokens, activation_checkpointing, activation_offload, lora_rank, or optim "
+    "adamw_8bit",
+    "save": "a GPU with more memory to spare",
+    "eval": "a smaller per_device_eval_batch_size or eval_completion_length",
+}
+
+#: How torch says it of a CPU.
+ON_CPU = "can't allocate memory"
+
+
+@contextlib.contextmanager
+def explained(phases: Phases) -> Iterator[None]:
+    """TrainingError with advice where memory runs out within."""
+    try:
+        yield
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and ON_CPU not in str(error):
+            raise
+        phase = phases.failed or phases.now or "learn"
+        first = str(error).split(". ", 1)[0].splitlines()[0]
+        raise TrainingError(f"memory ran out in {phase} ({first}); {ADVICE[phase]} takes less") from error
