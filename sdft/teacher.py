@@ -127,7 +127,7 @@ class _Average:
 
 class AverageTeacher(BaseTeacher):
     """An exponential moving average of the student's trained parameters, in a copy of its own; `offload` keeps the
-    average itself on the CPU, and on the device only the copy that scores, in the student's type."""
+    average and the layers of the copy that scores on the CPU (see `stream`)."""
 
     def __init__(self, student: nn.Module, rate: float, *, offload: bool = False) -> None:
         super().__init__(student)
@@ -137,6 +137,8 @@ class AverageTeacher(BaseTeacher):
             average = self.average[name]
             if (parameter.dtype, parameter.device) == (average.dtype, average.device):
                 parameter.data = average  # its own average; otherwise there is a float32 average beside it
+        if offload:
+            stream(self.model, causal_lm(student))
 
     @property
     def average(self) -> dict[str, Tensor]:

@@ -90,6 +90,14 @@ def test_tiles_give_gradients_where_part_of_the_model_trains(trained: str) -> No
     assert_same(states_and_gradients(model, ids), expected, 1e-5)
 
 
+def test_a_parameter_that_no_tile_uses_has_no_gradient() -> None:
+    model, ids = made("llama"), torch.randint(1, 60, (1, 30))
+    model.model.layers[0].mlp.unused = nn.Parameter(torch.ones(3))
+    expected = states_and_gradients(model, ids)
+    tile(model, 7)
+    assert_same(states_and_gradients(model, ids), expected, 1e-5)
+
+
 def test_tiles_keep_to_autocast() -> None:
     model, ids = made("llama"), torch.randint(1, 60, (1, 30))
     expected = states_and_gradients(model, ids, autocast=True)

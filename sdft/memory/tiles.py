@@ -71,22 +71,26 @@ class _ByTiles(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2]
         hidden = (ctx.next_functions[0][0] if wanted else ctx).saved_tensors[0]
-        of_hidden = torch.empty_like(hidden) if wanted else None
-        of_parameters: list[Tensor] = []
+        of_hidden = hidden.new_empty(hidden.shape) if wanted else None
+        of_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
         for part, rows in _tiles(hidden, ctx.tile):
             given = rows.detach().requires_grad_(wanted)
             with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.precision):
                 out = ctx.function(given)
             inputs = (*([given] if wanted else []), *ctx.parameters)
-            found = list(torch.autograd.grad(out, inputs, gradient.reshape(1, -1, gradient.shape[-1])[:, part]))
+            of_tile = gradient.reshape(1, -1, gradient.shape[-1])[:, part]
+            # A tile may have no use for a parameter: that of an expert, or of an adapter that is switched off.
+            found = list(torch.autograd.grad(out, inputs, of_tile, allow_unused=True))
             if of_hidden is not None:
-                of_hidden.view(1, -1, hidden.shape[-1])[:, part] = found.pop(0)
-            if of_parameters:
-                for total, more in zip(of_parameters, found, strict=True):
-                    total += more
-            else:
-                of_parameters = found
+                of_hidden.view(1, -1, hidden.shape[-1])[:, part] = cast(Tensor, found.pop(0))
+            of_parameters = [_sum(total, more) for total, more in zip(of_parameters, found, strict=True)]
         return None, None, of_hidden, *of_parameters
+
+
+def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if total is None or more is None:
+        return more if total is None else total
+    return total + more
 
 
 def _forward(function: Callable[[Tensor], Tensor], hidden: Tensor, tile: int) -> Tensor:

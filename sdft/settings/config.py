@@ -219,8 +219,8 @@ class MethodSettings(EvalSettings):
     ema_interval: int = setting(1, "Update the average every so many steps (teacher: ema).")
     teacher_offload: bool = setting(
         False,
-        "With full fine-tuning, keep on the CPU what the teacher needs only now and then: the layers of base, each "
-        "brought to the device as it computes, or the float32 average of ema.",
+        "With full fine-tuning, keep on the CPU what the teacher needs only now and then: its layers, each brought to "
+        "the device as it computes, and the float32 average of ema.",
     )
     teacher_cache_gib: float = setting(
         0.0,

@@ -1,0 +1,146 @@
+"""Memory and time of one long rollout: teacher's scoring, student's forward pass, loss and backward pass.
+
+`python -m benchmarks.long_rollouts` takes SmolLM2 in float32 with a LoRA adapter on a CPU, and one completion. Each
+case has a process of its own. Memory is the most that was resident above the loaded model; it is the kernel's own
+high-water mark, reset after a short warm-up. It prints a table and writes it as CSV and as a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import machine, plots
+from benchmarks import rows as files
+from benchmarks.memory import MEBIBYTE, resident
+
+PROMPT = 64
+
+#: What is compared: whether the loss is ours, layers are checkpointed, and the tokens of a tile (0: no tiles).
+WAYS: dict[str, tuple[bool, bool, int]] = {
+    "full logits, checkpointed": (False, True, 0),
+    "as it is": (True, False, 0),
+    "checkpointed": (True, True, 0),
+    "checkpointed, tiles of 1,024": (True, True, 1024),
+}
+
+
+@dataclass(frozen=True)
+class LongRollout:
+    """One row of the table."""
+
+    tokens: int
+    way: str
+    mebibytes: float
+    seconds: float
+
+
+def measure(way: str, tokens: int) -> tuple[float, float]:
+    """Peak mebibytes above the loaded model, and seconds, in this process."""
+    from peft import LoraConfig, get_peft_model
+
+    from sdft.batch import Sample, lay_out
+    from sdft.loss import divergence, teacher_view
+    from sdft.memory.host import give_back_at_once
+    from sdft.memory.tiles import tile
+    from sdft.models.load import load_model
+    from sdft.teacher import AdapterOffTeacher
+
+    ours, checkpointed, tile_tokens = WAYS[way]
+    torch.manual_seed(0)
+    model, _ = load_model("smollm2-135m-instruct")
+    model.requires_grad_(False)
+    learner = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tile(model, tile_tokens or None)
+    give_back_at_once()
+    teacher = AdapterOffTeacher(learner)
+
+    def step(count: int) -> None:
+        ids = torch.randint(0, 49_152, (2 * PROMPT + count,)).tolist()
+        prompt, teacher_prompt, completion = ids[:PROMPT], ids[: 2 * PROMPT], ids[2 * PROMPT :]
+        batch = lay_out([Sample(prompt, completion, teacher_prompt)], 0)
+        with teacher.scoring() as scorer:
+            seen: Any = teacher_view(scorer, batch) if ours else full_logits(scorer, batch, "teacher_")
+        if ours:
+            loss = divergence(model, seen, batch, divergence="reverse_kl").loss
+        else:
+            log_q = seen.log_softmax(-1)
+            log_p = full_logits(model, batch, "").log_softmax(-1)
+            loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        loss.backward()
+
+    def full_logits(scorer: Any, batch: dict[str, Any], side: str) -> Any:
+        with torch.set_grad_enabled(not side):
+            logits = scorer(input_ids=batch[f"{side}input_ids"], use_cache=False).logits
+            return logits.flatten(0, 1).index_select(0, batch[f"{side}positions"])
+
+    step(16)
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    started = time.perf_counter()
+    step(tokens)
+    return (resident("VmHWM") - before) / MEBIBYTE, time.perf_counter() - started
+
+
+def measure_apart(way: str, tokens: int, threads: int) -> LongRollout:
+    """The same in a fresh process, with the environment that `sdft train` gives itself."""
+    code = (
+        "import json, torch; from benchmarks.long_rollouts import measure; "
+        f"torch.set_num_threads({threads}); print(json.dumps(measure({way!r}, {tokens})))"
+    )
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1", **os.environ}
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{way} with {tokens} tokens failed: {done.stderr[-2000:]}")
+    mebibytes, seconds = json.loads(done.stdout.splitlines()[-1])
+    return LongRollout(tokens, way, mebibytes, seconds)
+
+
+def table(rows: list[LongRollout]) -> str:
+    lines = [f"{'tokens':>6} {'way':29} {'MiB above the model':>19} {'seconds':>8}"]
+    lines += [f"{row.tokens:6} {row.way:29} {row.mebibytes:19.0f} {row.seconds:8.1f}" for row in rows]
+    return "\n".join(lines)
+
+
+def draw(rows: list[LongRollout], path: Path) -> None:
+    with plots.panels(path, 1, 2, (9, 4)) as axes:
+        for axis, name, unit in ((axes[0][0], "mebibytes", "MiB above the model"), (axes[0][1], "seconds", "seconds")):
+            for way in dict.fromkeys(row.way for row in rows):
+                of_way = sorted((row.tokens, getattr(row, name)) for row in rows if row.way == way)
+                axis.plot(*zip(*of_way, strict=True), marker="o", label=way)
+            axis.set_xlabel("tokens of the completion")
+            axis.set_title(unit)
+            axis.set_ylim(bottom=0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_rollouts", description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="completion lengths")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    files.add_arguments(parser, "long_rollouts")
+    given = parser.parse_args(argv)
+    cases = [(way, tokens) for tokens in given.tokens for way in given.ways]
+    rows = [measure_apart(way, tokens, given.threads) for way, tokens in tqdm(cases, unit="process")]
+    print(machine.heading(), table(rows), sep="\n")
+    files.write(rows, given)
+    draw(rows, given.plot)
+
+
+if __name__ == "__main__":
+    main()
