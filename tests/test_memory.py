@@ -218,8 +218,9 @@ def test_without_leave_to_start_anew_a_phase_has_the_peak_so_far(monkeypatch, tm
 def test_where_memory_runs_out_the_phase_and_a_setting_are_named(error: RuntimeError, said: str) -> None:
     phases = Phases(torch.device("cpu"))
     phases.begin("learn")
-    with pytest.raises(TrainingError, match=said), explained(phases), phases("score"):
+    with pytest.raises(TrainingError, match=said) as caught, explained(phases), phases("score"):
         raise error
+    assert isinstance(caught.value, torch.OutOfMemoryError)
 
 
 def test_another_error_stays_as_it_is() -> None:

@@ -24,9 +24,13 @@ ADVICE = {
 ON_CPU = "can't allocate memory"
 
 
+class MemoryRanOut(TrainingError, torch.OutOfMemoryError):
+    """torch's error, in a sentence with advice."""
+
+
 @contextlib.contextmanager
 def explained(phases: Phases) -> Iterator[None]:
-    """TrainingError with advice where memory runs out within."""
+    """MemoryRanOut where memory runs out within."""
     try:
         yield
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
@@ -34,4 +38,4 @@ def explained(phases: Phases) -> Iterator[None]:
             raise
         phase = phases.failed or phases.now or "learn"
         first = str(error).split(". ", 1)[0].splitlines()[0]
-        raise TrainingError(f"memory ran out in {phase} ({first}); {ADVICE[phase]} takes less") from error
+        raise MemoryRanOut(f"memory ran out in {phase} ({first}); {ADVICE[phase]} takes less") from error
