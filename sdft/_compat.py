@@ -16,7 +16,6 @@ from torch import Tensor, nn
 # torch documents dispatch modes and says where they are; there is no public module for them, nor for trees of tensors.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
 from transformers import Cache, ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
 
 # Continuous batching has no public class for a processor of logits that knows the requests, nor for its hints.

@@ -197,6 +197,39 @@ def _generate(argv: list[str], started: float) -> None:
         generate(model, rows, command)
 
 
+def _plan(argv: list[str], started: float) -> None:
+    from sdft.early_checks import check_output_file, check_package
+    from sdft.planning.devices import memory_of
+    from sdft.settings import help
+    from sdft.settings.commands import PlanCommand
+    from sdft.settings.config import LoraArguments, MethodSettings, ModelArguments
+    from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.recipe import read
+
+    of_command = own_fields(PlanCommand)
+    fields = own_fields(ModelArguments, LoraArguments) | training_fields() | of_command
+    shown = own_fields(ModelArguments, LoraArguments, PlanCommand)
+    if _helped("sdft plan", help.PLAN, fields if "--help-all" in argv else shown, argv):
+        return
+    given = read(argv, fields, command="sdft plan", ignored=_every_field())
+    with given.located():
+        model, lora = given.make(ModelArguments), given.make(LoraArguments)
+        given.make(MethodSettings)
+        command = given.make(PlanCommand)
+        memory_of(command.gpu)
+        check_output_file("output_file", command.output_file)
+        if lora.lora_rank:
+            check_package(f"lora_rank is {lora.lora_rank}", "peft")
+
+        from sdft.settings.arguments import SDFTConfig
+
+        config = given.make(SDFTConfig)
+
+        from sdft.commands.plan import plan
+
+        plan(model, lora, config, command)
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -214,6 +247,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "plan": _plan,
     "env": _env,
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
-from sdft._compat import READ_NUMBER, storage_number, tree_map
+from sdft._compat import READ_NUMBER, storage_number
 from sdft.planning.tracker import MemoryTracker
 from sdft_kernels.backends import select as backends
 from sdft_kernels.backends import torch as plain
@@ -49,7 +49,8 @@ class PassFor(TorchFunctionMode):
         if func == Tensor.is_set_to:
             one, other = args
             return one.shape == other.shape and _storage(one) == _storage(other)
-        return func(*tree_map(self._moved, args), **tree_map(self._moved, kwargs or {}))
+        kwargs = {name: self._moved(value) for name, value in kwargs.items()} if kwargs else {}
+        return func(*(self._moved(value) for value in args), **kwargs)
 
     def _moved(self, value: Any) -> Any:
         named = isinstance(value, torch.device) or (isinstance(value, str) and value in ("cuda", "cpu"))

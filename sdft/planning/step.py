@@ -83,6 +83,10 @@ class Step:
         """How many numbers the model has, with its adapter."""
         return sum(parameter.numel() for parameter in self.learner.parameters())
 
+    def loss_tokens(self, lengths: Lengths) -> int:
+        """The tokens that the loss compares at once."""
+        return len(self._largest_piece(lengths)[0]) * (lengths.rollout - self.config.skip_tokens)
+
     def _make(self, model_config: Any, dtype: str, lora: LoraArguments) -> None:
         chosen = model_config.get_text_config().dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         with self.tracker.part("weights"), self.device.tensors:
@@ -100,7 +104,9 @@ class Step:
             if self.config.method == "sdft":
                 self.teacher = make_teacher(self.config.teacher, self.learner, self.config.ema_rate)
         if self.config.activation_checkpointing or self.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(
+            # The older name is that of transformers 5.17.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(
                 {
                     "use_reentrant": False,
                     "preserve_rng_state": False,
@@ -198,6 +204,12 @@ class Step:
 
     def _batch(self, lengths: Lengths) -> tuple[Batch, bool]:
         """The largest piece of a micro-batch, and whether a step has several."""
+        piece, several = self._largest_piece(lengths)
+        with torch.device("cpu"), self.tracker.part("batch"):
+            laid_out = lay_out(piece, self.config.skip_tokens, self.config.loss_normalisation)
+            return {name: self._there(tensor) for name, tensor in laid_out.items()}, several
+
+    def _largest_piece(self, lengths: Lengths) -> tuple[list[Sample], bool]:
         config = self.config
         rows = config.per_device_train_batch_size * config.rollouts_per_prompt
         shown = config.method == "sft" or config.demonstration_weight
@@ -210,11 +222,7 @@ class Step:
         )
         samples = [sample] * rows
         parts = parts_within(samples, config.max_forward_tokens) if config.max_forward_tokens else 1
-        piece = max(group(samples, parts), key=len)
-        with torch.device("cpu"), self.tracker.part("batch"):
-            laid_out = lay_out(piece, config.skip_tokens, config.loss_normalisation)
-            batch = {name: self._there(tensor) for name, tensor in laid_out.items()}
-        return batch, parts * config.gradient_accumulation_steps > 1
+        return max(group(samples, parts), key=len), parts * config.gradient_accumulation_steps > 1
 
     def _there(self, tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device.tensors)

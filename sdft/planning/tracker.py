@@ -47,6 +47,7 @@ class MemoryTracker(TorchDispatchMode):
         self._live: dict[int, tuple[str, int]] = {}  # by storage: its part and bytes
         self._parts: Counter[str] = Counter()
         self._peaks: dict[str, Peak] = {}
+        self._whole: set[Any] = set()  # operators that are not made of others
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -94,9 +95,13 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:
-            made_of_others = func.decompose(*args, **kwargs)
-        result = made_of_others if made_of_others is not NotImplemented else self._run(func, args, kwargs)
+        result = NotImplemented
+        if func not in self._whole:
+            with self:
+                result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            self._whole.add(func)
+            result = self._run(func, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
