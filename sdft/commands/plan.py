@@ -17,6 +17,7 @@ from sdft.planning.report import (
     full_logits_bytes,
     lines,
     longest_rollout,
+    rollout_limit,
 )
 from sdft.planning.step import Lengths, Measured, Step
 from sdft.settings.commands import PlanCommand
@@ -35,15 +36,15 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
     measured = step.run(lengths)
     runs: dict[int, Measured] = {rollout: measured}
 
-    def peak(tokens: int) -> int:
+    def run(tokens: int) -> Measured:
         if tokens not in runs:
             demonstration = tokens if shown is None else shown
             runs[tokens] = step.run(replace(lengths, rollout=tokens, demonstration=demonstration))
-        return runs[tokens].peak.total
+        return runs[tokens]
 
     text = model_config.get_text_config()
-    room = int(getattr(text, "max_position_embeddings", 0) or 2**20) - lengths.prompt * (2 if shown is None else 1)
-    longest = longest_rollout(peak, rollout, memory - RESERVED, room // 2 if shown is None else room - (shown or 0))
+    limit = rollout_limit(getattr(text, "max_position_embeddings", None), lengths.prompt, shown)
+    longest = longest_rollout(run, rollout, memory - RESERVED, limit)
     settings = []
     if of_command.compare:
         for name, lora, changed, dtype in alternatives(of_lora, config, of_model.dtype):
@@ -57,6 +58,7 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
         lengths=lengths,
         measured=measured,
         longest_rollout=longest,
+        model_limit=limit,
         settings=settings,
         full_logits=full_logits_bytes(step.loss_tokens(lengths), text.vocab_size) if config.method == "sdft" else 0,
     )

@@ -14,8 +14,8 @@ from sdft.settings.config import LoraArguments, SDFTConfig
 
 #: Rollouts are looked for up to this length, and to a multiple of this many tokens.
 LONGEST, STEP = 2**20, 128
-#: Runs that the search for the longest rollout may take, after the first.
-RUNS = 4
+#: Runs that the search for the longest rollout may take.
+RUNS = 6
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Plan:
     lengths: Lengths
     measured: Measured
     longest_rollout: int
+    model_limit: int  # the longest rollout that the model has positions for
     settings: list[Setting]
     full_logits: int
 
@@ -45,40 +46,47 @@ class Plan:
         return self.measured.peak.total + RESERVED <= self.memory
 
 
-def longest_rollout(run: Callable[[int], int], first: int, budget: int, most: int = LONGEST) -> int:
+def longest_rollout(run: Callable[[int], Measured], first: int, budget: int, most: int = LONGEST) -> int:
     """The longest rollout of which a step fits in `budget` bytes, 0 if none does; `run` says what a length takes.
 
-    A step's memory grows in proportion to the length within a phase, and the phase of the peak may change: so the line
-    through two lengths gives the next, until one fits of which a little more would not.
+    The memory of each phase grows with the length along a line, or nearly: so the lines through two lengths, one that
+    fits and one that does not, give the next. It is run too, and the answer is always a length that was run.
     """
-    most = most // STEP * STEP
-    fits, fails = (0, 0), (0, 0)  # a length and what it takes
+    taken: dict[int, Measured] = {}
+    most = max(STEP, most // STEP * STEP)
     length = max(STEP, min(most, first // STEP * STEP))
-    points: list[tuple[int, int]] = []
-    for _ in range(2 + RUNS):
-        taken = run(length)
-        points.append((length, taken))
-        if taken <= budget:
-            fits = max(fits, (length, taken))
+    for _ in range(RUNS):
+        taken[length] = run(length)
+        fitting = [each for each, measured in taken.items() if measured.peak.total <= budget]
+        failing = [each for each in taken if each not in fitting]
+        fits, fails = max(fitting, default=0), min(failing, default=most + STEP)
+        if fails - fits <= STEP or (fits and taken[fits].peak.total > 0.995 * budget):
+            return fits
+        if not failing:
+            length = min(most, 16 * fits)
+        elif not fitting:
+            length = max(STEP, fails // 8 // STEP * STEP)
         else:
-            fails = (length, taken) if not fails[0] else min(fails, (length, taken))
-        if fits[0] == most or fails[0] == STEP or (fails[0] and fails[0] - fits[0] <= STEP):
-            break
-        if len(points) == 1:
-            guess = 2 * length if fits[0] else length // 2
-        else:
-            (short, less), (long, more) = sorted(points, key=lambda point: abs(budget - point[1]))[:2]
-            slope = (more - less) / (long - short)
-            near, at = points[-1]
-            guess = near + int((budget - at) / slope) if slope > 0 else 2 * length
-        length = max(STEP, min(most, guess // STEP * STEP))
-        if fails[0]:
-            length = min(length, fails[0] - STEP)
-        if length <= fits[0]:
-            if budget - fits[1] < budget // 100:
-                break
-            length = min(most, fits[0] + STEP)
-    return fits[0]
+            length = _where(taken[fits], taken[fails], fits, fails, budget) // STEP * STEP
+            length = min(max(length, fits + STEP), fails - STEP)
+    return fits
+
+
+def _where(fits: Measured, fails: Measured, shorter: int, longer: int, budget: int) -> int:
+    """The length at which the first phase reaches the budget, along the line of each."""
+    reached = longer
+    for name, phase in fails.phases.items():
+        before = fits.phases[name].total
+        if phase.total > budget:
+            reached = min(reached, shorter + (longer - shorter) * (budget - before) // (phase.total - before))
+    return reached
+
+
+def rollout_limit(positions: int | None, prompt: int, demonstration: int | None) -> int:
+    """The longest rollout that has a position for each token after the teacher's prompt: the prompt and a
+    demonstration, which is as long as the rollout if it is None."""
+    room = (positions or LONGEST) - prompt
+    return max(1, room // 2 if demonstration is None else room - demonstration)
 
 
 def full_logits_bytes(tokens: int, vocab: int) -> int:
@@ -131,9 +139,7 @@ def lines(plan: Plan) -> list[str]:
         "",
         f"{plan.gpu} has {_gib(plan.memory)}: the step {'fits' if plan.fits else 'does not fit'}, "
         f"with {_gib(abs(plan.memory - RESERVED - peak.total))} {'to spare' if plan.fits else 'too much'}",
-        f"the longest rollout that fits: {plan.longest_rollout} tokens"
-        if plan.longest_rollout
-        else f"no rollout fits, not even one of {STEP} tokens",
+        _longest(plan),
     ]
     if plan.settings:
         said += ["", "with another setting the peak would be:"]
@@ -150,6 +156,15 @@ def lines(plan: Plan) -> list[str]:
     return said
 
 
+def _longest(plan: Plan) -> str:
+    if not plan.longest_rollout:
+        return f"no rollout fits, not even one of {STEP} tokens"
+    said = f"the longest rollout that fits: {plan.longest_rollout} tokens"
+    if plan.longest_rollout == plan.model_limit // STEP * STEP:
+        return f"{said}, which is as far as the model's positions go; there is memory for more"
+    return f"{said} (of {STEP} at a time)"
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan in bytes and tokens."""
     return {
@@ -164,6 +179,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "phases": {name: dataclasses.asdict(peak) for name, peak in plan.measured.phases.items()},
         "fits": plan.fits,
         "longest_rollout_tokens": plan.longest_rollout,
+        "model_limit_tokens": plan.model_limit,
         "settings": {setting.name: setting.peak for setting in plan.settings},
         "computed_full_logits_bytes": plan.full_logits,
     }

@@ -185,8 +185,11 @@ class Step:
 
     def _train(self, lengths: Lengths) -> None:
         batch, several = self._batch(lengths)
-        for _ in range(2 if several else 1):  # the second finds gradients of the first
-            self._micro_batch(batch)
+        if several:  # all but the first find gradients there, which theirs are added to
+            with self.tracker.part("gradients"):
+                for parameter in self._trained:
+                    parameter.grad = torch.empty_like(parameter)
+        self._micro_batch(batch)
 
     def _micro_batch(self, batch: Batch) -> None:
         tracker, student, share = self.tracker, causal_lm(self.learner), self.config.demonstration_weight
