@@ -2,8 +2,7 @@
 followed all the same.
 
 A storage counts from the operator that first returns it until nothing refers to it any more, as in torch's own
-allocators. What a kernel takes and gives back within one operator is not seen. The device's memory and the host's are
-counted apart.
+allocators. What a kernel takes and gives back within one operator is not seen.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdft._compat import TorchDispatchMode, storage_number, tree_leaves
@@ -32,33 +30,24 @@ class Peak:
     parts: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass
-class _Storage:
-    """A storage that lives: what it is for, its bytes, and whether it is the host's."""
-
-    part: str
-    nbytes: int
-    on_host: bool
-
-
 class MemoryTracker(TorchDispatchMode):
     """While it is on, counts the bytes of what operators make.
 
     Bytes are rounded up to a multiple of `granularity` for each storage, as an allocator gives them out. `run` runs an
-    operator where that is not just calling it. `host` is what the most bytes on the host were, and `current`, `peak`
-    and `parts` are the device's.
+    operator where that is not just calling it.
     """
 
     def __init__(self, granularity: int = 1, run: Run | None = None) -> None:
         super().__init__()
-        self.current = self.host_now = self.host = 0
+        self.current = 0
         self.peak = Peak()
         self._granularity = granularity
         self._run = run or _call
-        self._part, self._phase, self._to_host = "others", "", False
-        self._live: dict[int, _Storage] = {}
+        self._part, self._phase = "others", ""
+        self._live: dict[int, tuple[str, int]] = {}  # by storage: its part and bytes
         self._parts: Counter[str] = Counter()
         self._peaks: dict[str, Peak] = {}
+        self._whole: set[Any] = set()  # operators that are not made of others
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -79,22 +68,6 @@ class MemoryTracker(TorchDispatchMode):
         finally:
             self._phase = before
 
-    @contextlib.contextmanager
-    def place(self, *, on_host: bool) -> Iterator[None]:
-        """What is made within is in the host's memory, or else where its inputs are."""
-        before, self._to_host = self._to_host, on_host
-        try:
-            yield
-        finally:
-            self._to_host = before
-
-    def is_on_host(self, tensor: Tensor) -> bool:
-        """Whether a tensor that was seen is in the host's memory."""
-        if not self.host_now:
-            return False
-        found = self._live.get(storage_number(tensor.untyped_storage()))
-        return found is not None and found.on_host
-
     @property
     def peaks(self) -> dict[str, Peak]:
         """The peak of each phase."""
@@ -107,62 +80,49 @@ class MemoryTracker(TorchDispatchMode):
 
     def forget_peak(self) -> None:
         """Start over with what there is now."""
-        self.peak, self.host = Peak(), self.host_now
+        self.peak = Peak()
         self._peaks.clear()
         self._weigh()
 
     def relabel(self, tensor: Tensor, part: str) -> None:
         """Have what is there already be for another part."""
-        found = self._live.get(storage_number(tensor.untyped_storage()))
-        if found is not None and not found.on_host:
-            self._parts[found.part] -= found.nbytes
-            self._parts[part] += found.nbytes
-            found.part = part
+        key = storage_number(tensor.untyped_storage())
+        if key in self._live:
+            before, nbytes = self._live[key]
+            self._live[key] = (part, nbytes)
+            self._parts[before] -= nbytes
+            self._parts[part] += nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # where composed operators arrive whole
+        result = NotImplemented
+        if func not in self._whole:
             with self:
-                made_of_others = func.decompose(*args, **kwargs)
-            if made_of_others is not NotImplemented:
-                return made_of_others
-        result = self._run(func, args, kwargs)
-        if isinstance(result, Tensor):
-            self._see(result, args)
-        elif result is not None:
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self._see(leaf, args)
+                result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            self._whole.add(func)
+            result = self._run(func, args, kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
         return result
 
-    def _see(self, tensor: Tensor, inputs: Any) -> None:
+    def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage_number(storage)
         if key in self._live:
             return
         nbytes = -(-storage.nbytes() // self._granularity) * self._granularity
-        on_host = self._to_host or (self.host_now > 0 and self._are_on_host(inputs))
-        self._live[key] = _Storage(self._part, nbytes, on_host)
+        self._live[key] = (self._part, nbytes)
         weakref.finalize(storage, self._drop, key).atexit = False
-        if on_host:
-            self.host_now += nbytes
-            self.host = max(self.host, self.host_now)
-        else:
-            self._parts[self._part] += nbytes
-            self.current += nbytes
-            self._weigh()
-
-    def _are_on_host(self, inputs: Any) -> bool:
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        return bool(tensors) and all(self.is_on_host(tensor) for tensor in tensors)
+        self._parts[self._part] += nbytes
+        self.current += nbytes
+        self._weigh()
 
     def _drop(self, key: int) -> None:
-        gone = self._live.pop(key)
-        if gone.on_host:
-            self.host_now -= gone.nbytes
-        else:
-            self._parts[gone.part] -= gone.nbytes
-            self.current -= gone.nbytes
+        part, nbytes = self._live.pop(key)
+        self._parts[part] -= nbytes
+        self.current -= nbytes
 
     def _weigh(self) -> None:
         if self.current > self.peak.total:
