@@ -198,8 +198,10 @@ def _generate(argv: list[str], started: float) -> None:
 
 
 def _plan(argv: list[str], started: float) -> None:
+    from dataclasses import replace
+
     from sdft.early_checks import check_output_file, check_package
-    from sdft.planning.devices import memory_of
+    from sdft.planning.devices import HARDWARE, check_precision, memory_of
     from sdft.settings import help
     from sdft.settings.commands import PlanCommand
     from sdft.settings.config import LoraArguments, MethodSettings, ModelArguments
@@ -221,9 +223,13 @@ def _plan(argv: list[str], started: float) -> None:
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
 
+        # What this machine has need not be what the planned one has.
+        elsewhere = {name: value for name, value in given.values.items() if name not in HARDWARE}
+        check_precision(given.values)
+
         from sdft.settings.arguments import SDFTConfig
 
-        config = given.make(SDFTConfig)
+        config = replace(given, values=elsewhere).make(SDFTConfig)
 
         from sdft.commands.plan import plan
 

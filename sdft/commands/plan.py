@@ -17,6 +17,7 @@ from sdft.planning.report import (
     full_logits_bytes,
     lines,
     longest_rollout,
+    notes,
     rollout_limit,
 )
 from sdft.planning.step import Lengths, Measured, Step
@@ -61,6 +62,7 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
         model_limit=limit,
         settings=settings,
         full_logits=full_logits_bytes(step.loss_tokens(lengths), text.vocab_size) if config.method == "sdft" else 0,
+        notes=notes(config),
     )
     print("\n".join(lines(found)))
     if of_command.output_file:

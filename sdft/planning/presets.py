@@ -51,6 +51,6 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> Any:
         except (OSError, ValueError):
             pass
     raise UsageError(
-        f"model is {name!r}, whose config.json is not on this machine; it may be a folder with one, a hub name that was "
-        f"downloaded before, or one of {', '.join(presets())}"
+        f"model is {name!r}, whose config.json is not on this machine; it may be a folder with one, a hub name that "
+        f"was downloaded before, or one of {', '.join(presets())}"
     )

@@ -40,6 +40,7 @@ class Plan:
     model_limit: int  # the longest rollout that the model has positions for
     settings: list[Setting]
     full_logits: int
+    notes: list[str]  # what of the settings is not planned
 
     @property
     def fits(self) -> bool:
@@ -114,6 +115,18 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
     return changes
 
 
+def notes(config: SDFTConfig) -> list[str]:
+    """What of the settings is not planned."""
+    said = []
+    if config.use_liger_kernel:
+        said.append("use_liger_kernel is set, and the step is planned without it: it takes less with it")
+    if config.rollout_backend != "generate":
+        said.append(f"rollout_backend is {config.rollout_backend!r}, and rollouts are planned as 'generate' makes them")
+    if config.teacher_cache_gib:
+        said.append(f"teacher_cache_gib is not in these numbers: up to {config.teacher_cache_gib:g} more")
+    return said
+
+
 def _with(config: SDFTConfig, **values: Any) -> Any:
     """The settings with others, which the Trainer's have no simple way to."""
     changed = copy.copy(config)
@@ -129,6 +142,7 @@ def lines(plan: Plan) -> list[str]:
         f"{plan.model}: {plan.parameters / 1e9:.2f}e9 parameters, a prompt of {plan.lengths.prompt} tokens, a rollout "
         f"of {plan.lengths.rollout}, a demonstration of {plan.lengths.demonstration}",
         f"planned without a GPU, and not measured on one; GiB; {_gib(RESERVED)} are set aside for the CUDA context",
+        *plan.notes,
         "",
         f"at the peak, in the phase {peak.phase!r}:",
         *(f"  {name:16} {_gib(size):>8}" for name, size in _largest(peak.parts) if size >= 0.005 * GIB),
@@ -182,6 +196,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model_limit_tokens": plan.model_limit,
         "settings": {setting.name: setting.peak for setting in plan.settings},
         "computed_full_logits_bytes": plan.full_logits,
+        "notes": plan.notes,
     }
 
 

@@ -256,8 +256,5 @@ def check_plannable(config: SDFTConfig) -> None:
     if optimizer not in OPTIMIZERS:
         *others, last = OPTIMIZERS
         raise UsageError(f"optim is {optimizer!r}; of optimizers sdft plan knows {', '.join(others)} and {last}")
-    for name in ("bf16", "fp16"):
-        if getattr(config, name):
-            raise UsageError(f"{name} is True; sdft plan has no mixed precision yet, and plans dtype float32 or bfloat16")
     if config.teacher_offload:
         raise UsageError("teacher_offload is True; sdft plan knows it only as False, with the teacher on the GPU")

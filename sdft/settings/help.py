@@ -68,9 +68,10 @@ examples:
 """
 
 PLAN = """\
-Plan the GPU memory of one training step, by the recipe that sdft train takes: what there is at the peak, in which phase,
-and the longest rollout that fits. The step's own code runs on tensors without values: no GPU is needed, no weights and
-no data. The model is a folder with a config.json, a hub name that was downloaded before, or one of a list of usual ones.
+Plan the GPU memory of one training step, by the recipe that sdft train takes: what there is at the peak, in which
+phase, and the longest rollout that fits. The step's own code runs on tensors without values: no GPU is needed, no
+weights and no data. The model is a folder with a config.json, a hub name that was downloaded before, or a usual one
+whose shape ships.
 
 examples:
   sdft plan examples/qwen2.5-7b-lora.yaml --gpu H100
