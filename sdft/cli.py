@@ -201,7 +201,7 @@ def _plan(argv: list[str], started: float) -> None:
     from dataclasses import replace
 
     from sdft.early_checks import check_output_file, check_package
-    from sdft.planning.devices import HARDWARE, check_precision, memory_of
+    from sdft.planning.devices import HARDWARE, memory_of
     from sdft.settings import help
     from sdft.settings.commands import PlanCommand
     from sdft.settings.config import LoraArguments, MethodSettings, ModelArguments
@@ -225,11 +225,11 @@ def _plan(argv: list[str], started: float) -> None:
 
         # What this machine has need not be what the planned one has.
         elsewhere = {name: value for name, value in given.values.items() if name not in HARDWARE}
-        check_precision(given.values)
 
         from sdft.settings.arguments import SDFTConfig
 
         config = replace(given, values=elsewhere).make(SDFTConfig)
+        config.bf16 = bool(given.values.get("bf16"))
 
         from sdft.commands.plan import plan
 

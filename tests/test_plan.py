@@ -127,10 +127,13 @@ def measured_on_cpu(step, lengths):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
-def test_planned_peak_is_what_the_allocator_held_on_a_cpu(checkpointing, rank):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_planned_peak_is_what_the_allocator_held_on_a_cpu(checkpointing, rank, mixed):
     options = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 2003, "num_hidden_layers": 4}
     config = tiny_model(**options).config
-    given = (config, "float32", LoraArguments(lora_rank=rank), settings(activation_checkpointing=checkpointing))
+    told = settings(activation_checkpointing=checkpointing)
+    told.bf16 = mixed  # which transformers takes only where there is a GPU
+    given = (config, "float32", LoraArguments(lora_rank=rank), told)
     lengths = Lengths(32, 300, 40)
     planned = Step(*given, Device("cpu"))
     before = planned.tracker.current
@@ -291,7 +294,7 @@ def test_command_plans_a_folder_that_has_no_weights(folder, tmp_path, capsys):
         (["--gpu", "0GiB"], "--gpu is '0GiB'; it may be a size"),
         (["--model", "./nowhere"], "model is './nowhere', whose config.json is not on this machine; it may be"),
         (["--optim", "adafactor"], "--optim is 'adafactor'; of optimizers sdft plan knows"),
-        (["--bf16"], "--bf16 is True; sdft plan has no mixed precision yet"),
+        (["--teacher_offload"], "--teacher_offload is True; sdft plan knows it only as False"),
         (["--prompt_tokens", "0"], "--prompt_tokens is 0; it must be a whole number of at least 1"),
         (["nowhere.yaml"], "nowhere.yaml is not there: no such recipe"),
     ],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from sdft.errors import UsageError
 from sdft.settings.checks import matching
@@ -26,18 +24,8 @@ CARDS = {
 #: is an allowance; it differs between drivers.
 RESERVED = GIB
 
-#: Settings that say what a machine has, which transformers holds against this one, and which take no memory.
-HARDWARE = ("tf32", "use_cpu", "report_to", "bf16_full_eval", "fp16_full_eval")
-
-
-def check_precision(values: Mapping[str, Any]) -> None:
-    """UsageError for mixed precision, which is not planned."""
-    for name in ("bf16", "fp16"):
-        if values.get(name):
-            raise UsageError(
-                f"{name} is True; sdft plan has no mixed precision yet, so it must be False, with dtype float32 or "
-                "bfloat16"
-            )
+#: Settings that say what a machine has, which transformers holds against this one; but for bf16, none takes memory.
+HARDWARE = ("tf32", "bf16", "use_cpu", "report_to", "bf16_full_eval", "fp16_full_eval")
 
 
 def memory_of(gpu: str) -> int:

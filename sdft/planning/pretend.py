@@ -32,12 +32,24 @@ _IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]  # a bool 
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  # as above
 
 
+#: What takes its operands in autocast's type, of what models and adapters call. Autocast itself works on real tensors.
+_LOWERED = (
+    *(torch._C._nn.linear, torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm),
+    *(Tensor.mm, torch.bmm, Tensor.bmm, torch.addmm, torch.baddbmm, torch.nn.functional.conv1d, torch.einsum),
+)
+
+
 class PassFor(TorchFunctionMode):
-    """Tensors without values say that they are on `device`, and what is made there is one."""
+    """Tensors without values say that they are on `device`, and what is made there is one.
+
+    Where autocast is on, products take their operands in its type, and copies of weights that train are kept until its
+    outermost region ends.
+    """
 
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = torch.device(device)
+        self._copies: dict[int, Tensor] = {}  # by weight, in autocast's type
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DEVICE:
@@ -49,8 +61,28 @@ class PassFor(TorchFunctionMode):
         if func == Tensor.is_set_to:
             one, other = args
             return one.shape == other.shape and _storage(one) == _storage(other)
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         kwargs = {name: self._moved(value) for name, value in kwargs.items()} if kwargs else {}
+        if func in _LOWERED and torch.is_autocast_enabled(self.device.type):
+            kwargs = {name: self.lowered(value) for name, value in kwargs.items()}
+            return func(*(self.lowered(value) for value in args), **kwargs)
         return func(*(self._moved(value) for value in args), **kwargs)
+
+    def lowered(self, value: Any) -> Any:
+        """A float32 tensor in autocast's type."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        dtype = torch.get_autocast_dtype(self.device.type)
+        if not (value.requires_grad and value.is_leaf):
+            return value.to(dtype)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = value.to(dtype)
+        return self._copies[id(value)]
+
+    def forget_copies(self) -> None:
+        """What autocast does where its outermost region ends."""
+        self._copies.clear()
 
     def _moved(self, value: Any) -> Any:
         named = isinstance(value, torch.device) or (isinstance(value, str) and value in ("cuda", "cpu"))
@@ -71,7 +103,7 @@ class Device:
         self.kind, self.real = kind, real
         # An allocator on CUDA gives out 512 bytes at a time.
         self.tracker = MemoryTracker(512 if kind == "cuda" else 1, self._run)
-        self._passes = contextlib.nullcontext() if real else PassFor(kind)
+        self._passes = None if real else PassFor(kind)
 
     @property
     def tensors(self) -> torch.device:
@@ -80,7 +112,7 @@ class Device:
 
     def pretence(self) -> contextlib.AbstractContextManager[Any]:
         """What has tensors pass for the device's; a backward pass leaves it, and recomputation has to enter it."""
-        return self._passes
+        return self._passes or contextlib.nullcontext()
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
@@ -88,23 +120,43 @@ class Device:
         with contextlib.ExitStack() as stack:
             if self.kind == "cpu":  # the compiled kernels take addresses, which tensors without values have not
                 stack.enter_context(mock.patch.object(backends, "compiled", plain))
-            if not self.real:
-                stack.enter_context(_no_launches())
-                stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
-                backward = BackwardCFunction.apply
-
-                def apply(node: Any, *gradients: Any) -> Any:  # autograd's engine leaves the mode that is on around it
-                    with self._passes:
-                        return backward(node, *gradients)
-
-                stack.enter_context(mock.patch.object(BackwardCFunction, "apply", apply))
-            stack.enter_context(self._passes)
+            if self._passes is not None:
+                stack.enter_context(self._pretending(self._passes))
             stack.enter_context(self.tracker)
+            yield
+
+    @contextlib.contextmanager
+    def _pretending(self, passes: PassFor) -> Iterator[None]:
+        backward, clear_cache = BackwardCFunction.apply, torch.clear_autocast_cache
+
+        def apply(node: Any, *gradients: Any) -> Any:  # autograd's engine leaves the mode that is on around it
+            with passes:
+                return backward(node, *gradients)
+
+        def attend(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled(self.kind):
+                args = tuple(map(passes.lowered, args))
+            return attention(*args, **kwargs)
+
+        def clear() -> None:
+            passes.forget_copies()
+            clear_cache()
+
+        with (
+            _no_launches(),
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
+            mock.patch.object(BackwardCFunction, "apply", apply),
+            mock.patch.object(torch, "clear_autocast_cache", clear),
+            # Autocast asks whether there is a GPU before it lets itself be switched on.
+            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False),
+            mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True),
+            passes,
+        ):
             yield
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is fused_linear_divergence_op:  # whose fake kernel would hide what it takes
-            with self._passes, self.tracker, self.tracker.part("loss"):
+            with self.pretence(), self.tracker, self.tracker.part("loss"):
                 return forward(*args, **kwargs)
         if self.real:
             return func(*args, **kwargs)

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from sdft._compat import with_cache
 from sdft.batch import Batch, Sample, demonstrations_of, group, lay_out, parts_within
 from sdft.errors import UsageError
-from sdft.forward import evaluating
+from sdft.forward import autocasting, evaluating
 from sdft.launch import switch_off_dropout
 from sdft.loss import demonstration_loss, distillation_loss
 from sdft.models.adapters import add_lora, causal_lm
@@ -177,8 +177,17 @@ class Step:
 
     def _next_token(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
         """Logits of one token a row, in float32, and their probabilities: what sampling takes."""
-        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)).logits
+        with self._autocast():  # around each forward pass, as accelerate puts it there
+            logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)).logits
         torch.softmax(logits[:, -1].to(torch.float32, copy=True), dim=-1)
+
+    @property
+    def _mixed(self) -> torch.dtype | None:
+        """The type of mixed-precision products, None where there are none."""
+        return torch.bfloat16 if self.config.bf16 else None
+
+    def _autocast(self) -> torch.autocast:
+        return autocasting(torch.device(self.device.kind), self._mixed)
 
     def _ids(self, rows: int, tokens: int) -> Tensor:
         return torch.zeros(rows, tokens, dtype=torch.long, device=self.device.tensors)
@@ -193,14 +202,14 @@ class Step:
 
     def _micro_batch(self, batch: Batch) -> None:
         tracker, student, share = self.tracker, causal_lm(self.learner), self.config.demonstration_weight
-        with tracker.phase("forward"), tracker.part("activations"):
+        with tracker.phase("forward"), tracker.part("activations"), self._autocast():
             if self.teacher is None:
-                loss = demonstration_loss(student, batch, self.config, None).total
+                loss = demonstration_loss(student, batch, self.config, self._mixed).total
             else:
                 scoring = _Both(tracker.phase("scoring"), tracker.part("scoring"))
-                loss = distillation_loss(student, self.teacher, batch, self.config, None, timed=scoring).total
+                loss = distillation_loss(student, self.teacher, batch, self.config, self._mixed, timed=scoring).total
                 if share:
-                    shown = demonstration_loss(student, demonstrations_of(batch), self.config, None)
+                    shown = demonstration_loss(student, demonstrations_of(batch), self.config, self._mixed)
                     loss = (1 - share) * loss + share * shown.total
         with tracker.phase("backward"), tracker.part("backward"):
             loss.backward()
@@ -256,5 +265,7 @@ def check_plannable(config: SDFTConfig) -> None:
     if optimizer not in OPTIMIZERS:
         *others, last = OPTIMIZERS
         raise UsageError(f"optim is {optimizer!r}; of optimizers sdft plan knows {', '.join(others)} and {last}")
+    if config.fp16:
+        raise UsageError("fp16 is True; sdft plan has mixed precision only as bf16, so it must be False")
     if config.teacher_offload:
         raise UsageError("teacher_offload is True; sdft plan knows it only as False, with the teacher on the GPU")
