@@ -127,11 +127,11 @@ def measured_on_cpu(step, lengths):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_planned_peak_is_what_the_allocator_held_on_a_cpu(checkpointing, rank, mixed):
+@pytest.mark.parametrize(("mixed", "teacher"), [(False, "base"), (True, "base"), (True, "live"), (True, "ema")])
+def test_planned_peak_is_what_the_allocator_held_on_a_cpu(checkpointing, rank, mixed, teacher):
     options = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 2003, "num_hidden_layers": 4}
     config = tiny_model(**options).config
-    told = settings(activation_checkpointing=checkpointing)
+    told = settings(activation_checkpointing=checkpointing, teacher=teacher)
     told.bf16 = mixed  # which transformers takes only where there is a GPU
     given = (config, "float32", LoraArguments(lora_rank=rank), told)
     lengths = Lengths(32, 300, 40)

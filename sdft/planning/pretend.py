@@ -77,7 +77,8 @@ class PassFor(TorchFunctionMode):
         if not (value.requires_grad and value.is_leaf):
             return value.to(dtype)
         if id(value) not in self._copies:
-            self._copies[id(value)] = value.to(dtype)
+            with torch.enable_grad():  # one copy serves with a graph and without
+                self._copies[id(value)] = value.to(dtype)
         return self._copies[id(value)]
 
     def forget_copies(self) -> None:

@@ -158,7 +158,8 @@ def lines(plan: Plan) -> list[str]:
     if plan.settings:
         said += ["", "with another setting the peak would be:"]
         said += [
-            f"  {setting.name:29} {_gib(setting.peak):>8}   {_gib(peak.total - setting.peak, signed=True)} less"
+            f"  {setting.name:29} {_gib(setting.peak):>8}   {_gib(abs(peak.total - setting.peak))} "
+            f"{'less' if setting.peak <= peak.total else 'more'}"
             for setting in plan.settings
         ]
     if plan.full_logits:
@@ -204,5 +205,5 @@ def _largest(parts: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(parts.items(), key=lambda item: -item[1])
 
 
-def _gib(nbytes: int, *, signed: bool = False) -> str:
-    return f"{nbytes / GIB:{'+' if signed else ''}.2f}"
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}"
