@@ -288,6 +288,21 @@ def test_command_plans_a_folder_that_has_no_weights(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "sft"],
+        ["--demonstration_weight", "0.5", "--num_iterations", "2"],
+        ["--rollout_tokens", "1", "--rollout_from", "teacher", "--bf16"],
+        ["--max_forward_tokens", "64", "--rollout_batch_size", "2", "--freeze_embeddings"],
+        ["--lora_rank", "4", "--teacher", "ema", "--optim", "adamw_torch"],
+    ],
+)
+def test_command_plans_every_kind_of_step(folder, words, capsys):
+    assert main(["plan", "--model", folder, "--max_completion_length", "16", "--prompt_tokens", "8", *words]) == 0
+    assert "the longest rollout that fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--gpu", "B52"], "--gpu is 'B52'; it may be a size such as 80GiB, H100, H200, A100, L40S, RTX4090, RTX3090"),
@@ -296,6 +311,7 @@ def test_command_plans_a_folder_that_has_no_weights(folder, tmp_path, capsys):
         (["--optim", "adafactor"], "--optim is 'adafactor'; of optimizers sdft plan knows"),
         (["--teacher_offload"], "--teacher_offload is True; sdft plan knows it only as False"),
         (["--prompt_tokens", "0"], "--prompt_tokens is 0; it must be a whole number of at least 1"),
+        (["--rollout_tokens", "3", "--skip_tokens", "3"], "--rollout_tokens is 3; it must be above skip_tokens"),
         (["nowhere.yaml"], "nowhere.yaml is not there: no such recipe"),
     ],
 )

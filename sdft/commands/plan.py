@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdft.commands.shared import quiet
+from sdft.errors import UsageError
 from sdft.planning.devices import RESERVED, memory_of
 from sdft.planning.presets import config_of
 from sdft.planning.report import (
@@ -31,6 +32,8 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
     memory = memory_of(of_command.gpu)
     model_config = config_of(of_model.model, trust_remote_code=of_model.trust_remote_code)
     rollout = of_command.rollout_tokens or config.max_completion_length
+    if rollout <= config.skip_tokens:
+        raise UsageError(f"rollout_tokens is {rollout}; it must be above skip_tokens, which is {config.skip_tokens}")
     shown = of_command.demonstration_tokens
     lengths = Lengths(of_command.prompt_tokens, rollout, rollout if shown is None else shown)
     step = Step(model_config, of_model.dtype, of_lora, config)

@@ -34,7 +34,7 @@ _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  # as abov
 
 #: What takes its operands in autocast's type, of what models and adapters call. Autocast itself works on real tensors.
 _LOWERED = (
-    *(torch._C._nn.linear, torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm),
+    *(torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm),
     *(Tensor.mm, torch.bmm, Tensor.bmm, torch.addmm, torch.baddbmm, torch.nn.functional.conv1d, torch.einsum),
 )
 
