@@ -10,7 +10,12 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+# torch documents dispatch modes and says where they are; there is no public module for them, nor for trees of tensors.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 from transformers import Cache, ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
 
 # Continuous batching has no public class for a processor of logits that knows the requests, nor for its hints.
@@ -181,3 +186,14 @@ def tokens_written(request: Any) -> list[int]:
 def fatal_error(manager: Any) -> Exception | None:
     """The error that has ended the manager's thread, which its results do not tell."""
     return manager.background_thread_status.fatal_error
+
+
+# Planning
+
+#: What `item` and `bool` run: no public operator reads a number on the host.
+READ_NUMBER = torch.ops.aten._local_scalar_dense
+
+
+def storage_number(storage: torch.UntypedStorage) -> int:
+    """Tells a storage from all others that live. Its address does not: without values it is 0."""
+    return storage._cdata

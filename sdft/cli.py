@@ -200,6 +200,45 @@ def _generate(argv: list[str], started: float) -> None:
         generate(model, rows, command)
 
 
+def _plan(argv: list[str], started: float) -> None:
+    from dataclasses import replace
+
+    from sdft.early_checks import check_output_file, check_package
+    from sdft.planning.devices import HARDWARE, memory_of
+    from sdft.settings import help
+    from sdft.settings.commands import PlanCommand
+    from sdft.settings.config import LoraArguments, MethodSettings, ModelArguments
+    from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.recipe import read
+
+    of_command = own_fields(PlanCommand)
+    fields = own_fields(ModelArguments, LoraArguments) | training_fields() | of_command
+    shown = own_fields(ModelArguments, LoraArguments, PlanCommand)
+    if _helped("sdft plan", help.PLAN, fields if "--help-all" in argv else shown, argv):
+        return
+    given = read(argv, fields, command="sdft plan", ignored=_every_field())
+    with given.located():
+        model, lora = given.make(ModelArguments), given.make(LoraArguments)
+        given.make(MethodSettings)
+        command = given.make(PlanCommand)
+        memory_of(command.gpu)
+        check_output_file("output_file", command.output_file)
+        if lora.lora_rank:
+            check_package(f"lora_rank is {lora.lora_rank}", "peft")
+
+        # What this machine has need not be what the planned one has.
+        elsewhere = {name: value for name, value in given.values.items() if name not in HARDWARE}
+
+        from sdft.settings.arguments import SDFTConfig
+
+        config = replace(given, values=elsewhere).make(SDFTConfig)
+        config.bf16 = bool(given.values.get("bf16"))
+
+        from sdft.commands.plan import plan
+
+        plan(model, lora, config, command)
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -217,6 +256,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "plan": _plan,
     "env": _env,
 }
 

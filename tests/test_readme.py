@@ -13,7 +13,7 @@ import yaml
 
 from sdft import cli
 from sdft.early_checks import check_readable
-from sdft.settings.commands import EvalCommand, GenerateCommand
+from sdft.settings.commands import EvalCommand, GenerateCommand, PlanCommand
 from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, ModelArguments
 from sdft.settings.fields import own_fields, training_fields
 from tests.cases import relative_error
@@ -33,6 +33,7 @@ FIELDS = {
     "train": own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields(),
     "eval": own_fields(ModelArguments, EvalArguments, EvalCommand),
     "generate": own_fields(ModelArguments, GenerateCommand),
+    "plan": own_fields(ModelArguments, LoraArguments, PlanCommand) | training_fields(),
 }
 
 

@@ -1,4 +1,4 @@
-"""What `sdft eval` and `sdft generate` are told, beside the model."""
+"""What `sdft eval`, `sdft generate` and `sdft plan` are told, beside the model."""
 
 from __future__ import annotations
 
@@ -93,3 +93,26 @@ class GenerateCommand:
                 f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is not set; they are for sampling, "
                 "which takes a temperature above 0"
             )
+
+
+@dataclass
+class PlanCommand:
+    """What `sdft plan` alone is told."""
+
+    gpu: str = setting("80GiB", "The GPU: a size such as 80GiB, or H100, H200, A100, L40S, RTX4090, RTX3090 or T4.")
+    prompt_tokens: int = setting(256, "The tokens of a prompt.")
+    rollout_tokens: int | None = setting(None, "The tokens of a rollout; max_completion_length when not set.")
+    demonstration_tokens: int | None = setting(
+        None,
+        "The tokens that the teacher is shown beside the prompt; when not set, as many as a rollout has, in the search "
+        "for the longest rollout too.",
+    )
+    compare: bool = setting(False, "Plan the step with a few other settings too, each of which could save memory.")
+    output_file: str | None = setting(None, "Where to write the numbers: JSON.")
+
+    def __post_init__(self) -> None:
+        check_at_least("prompt_tokens", self.prompt_tokens, 1)
+        if self.rollout_tokens is not None:
+            check_at_least("rollout_tokens", self.rollout_tokens, 1)
+        if self.demonstration_tokens is not None:
+            check_at_least("demonstration_tokens", self.demonstration_tokens, 0)

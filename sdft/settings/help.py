@@ -18,6 +18,7 @@ commands:
   train     train a model on demonstrations by a recipe
   eval      score a model on held-out prompts, and measure what it forgot
   generate  let a model answer a prompt, or a file of them
+  plan      the GPU memory that a recipe's training step takes, without a GPU
   env       what is installed here, on which devices, and what the loss will run on
 
 examples:
@@ -66,6 +67,18 @@ examples:
   sdft generate examples/demo.yaml --model runs/demo --prompt "Play some Mozart."
 """
 
+PLAN = """\
+Plan the GPU memory of one training step, by the recipe that sdft train takes: what there is at the peak, in which
+phase, and the longest rollout that fits. The step's own code runs on tensors without values: no GPU is needed, no
+weights and no data. The model is a folder with a config.json, a hub name that was downloaded before, or a usual one
+whose shape ships.
+
+examples:
+  sdft plan examples/qwen2.5-7b-lora.yaml --gpu H100
+  sdft plan examples/qwen2.5-7b-lora.yaml --gpu 24GiB --rollout_tokens 1024 --compare
+  sdft plan --model Qwen/Qwen3-4B --dtype bfloat16 --activation_checkpointing --output_file plan.json
+"""
+
 #: The settings of `sdft train` to know first, each with what choosing it means.
 FIRST = {
     "model": "What learns, and who teaches it: the same model with the demonstration in its prompt. So it must be one "
@@ -103,6 +116,7 @@ GROUPS = {
         "summary_file",
         "output_dir",
     ),
+    "plan": ("gpu", "prompt_tokens", "rollout_tokens", "demonstration_tokens", "compare"),
     "objective": (
         "method",
         "divergence",

@@ -1,0 +1,135 @@
+"""Follows the memory of tensors as operators make them, by what it is for: tensors without values take none, and are
+followed all the same.
+
+A storage counts from the operator that first returns it until nothing refers to it any more, as in torch's own
+allocators. What a kernel takes and gives back within one operator is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sdft._compat import TorchDispatchMode, storage_number, tree_leaves
+
+Run = Callable[[Any, Any, Any], Any]  # an operator with its arguments
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that there were at once, in which phase that was, and the bytes of each part at that moment."""
+
+    total: int = 0
+    phase: str = ""
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While it is on, counts the bytes of what operators make.
+
+    Bytes are rounded up to a multiple of `granularity` for each storage, as an allocator gives them out. `run` runs an
+    operator where that is not just calling it.
+    """
+
+    def __init__(self, granularity: int = 1, run: Run | None = None) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = Peak()
+        self._granularity = granularity
+        self._run = run or _call
+        self._part, self._phase = "others", ""
+        self._live: dict[int, tuple[str, int]] = {}  # by storage: its part and bytes
+        self._parts: Counter[str] = Counter()
+        self._peaks: dict[str, Peak] = {}
+        self._whole: set[Any] = set()  # operators that are not made of others
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is made within is for `name`."""
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens within is of the phase `name`, which what was there before counts towards too."""
+        before, self._phase = self._phase, name
+        self._weigh()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    @property
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of each phase."""
+        return dict(self._peaks)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of each part now."""
+        return {name: size for name, size in self._parts.items() if size}
+
+    def forget_peak(self) -> None:
+        """Start over with what there is now."""
+        self.peak = Peak()
+        self._peaks.clear()
+        self._weigh()
+
+    def relabel(self, tensor: Tensor, part: str) -> None:
+        """Have what is there already be for another part."""
+        key = storage_number(tensor.untyped_storage())
+        if key in self._live:
+            before, nbytes = self._live[key]
+            self._live[key] = (part, nbytes)
+            self._parts[before] -= nbytes
+            self._parts[part] += nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = NotImplemented
+        if func not in self._whole:
+            with self:
+                result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            self._whole.add(func)
+            result = self._run(func, args, kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage_number(storage)
+        if key in self._live:
+            return
+        nbytes = -(-storage.nbytes() // self._granularity) * self._granularity
+        self._live[key] = (self._part, nbytes)
+        weakref.finalize(storage, self._drop, key).atexit = False
+        self._parts[self._part] += nbytes
+        self.current += nbytes
+        self._weigh()
+
+    def _drop(self, key: int) -> None:
+        part, nbytes = self._live.pop(key)
+        self._parts[part] -= nbytes
+        self.current -= nbytes
+
+    def _weigh(self) -> None:
+        if self.current > self.peak.total:
+            self.peak = Peak(self.current, self._phase, self.parts)
+        if self._phase and self.current > self._peaks.get(self._phase, Peak()).total:
+            self._peaks[self._phase] = Peak(self.current, self._phase, self.parts)
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
