@@ -19,6 +19,8 @@ from sdft.memory.peaks import Peaks
 from sdft.memory.tiles import Tiled, tile
 from sdft.progress.phases import Phases
 from sdft.settings.config import SDFTConfig
+from sdft.trainer import SDFTTrainer
+from tests import tiny
 
 SIZES = {
     "hidden_size": 32,
@@ -178,7 +180,8 @@ def test_what_is_kept_on_the_host_comes_back(checkpointed: bool) -> None:
 def test_offloading_needs_checkpointing(tmp_path) -> None:
     with pytest.raises(UsageError, match="activation_offload is True and activation_checkpointing is not set"):
         SDFTConfig(output_dir=str(tmp_path), activation_offload=True)
-    assert SDFTConfig(output_dir=str(tmp_path), activation_offload=True, activation_checkpointing=True)
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        assert SDFTConfig(output_dir=str(tmp_path), activation_offload=True, **{name: True})
 
 
 def test_each_phase_has_its_own_peak() -> None:
@@ -248,3 +251,15 @@ del large
 assert resident() - before < 40, resident() - before
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_run_on_a_cpu_says_that_offloading_has_no_effect(tmp_path, caplog) -> None:
+    args = {"activation_offload": True, "activation_checkpointing": True, "max_forward_tokens": 8, "max_steps": 1}
+    config = SDFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_completion_length=4, **args)
+    model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
+    run = SDFTTrainer(model, config, train_dataset=tiny.rows(2), processing_class=tokenizer)
+    assert "activation_offload has no effect on a CPU" in caplog.text
+    run.train()
+    assert isinstance(model.model.layers[0].mlp, Tiled)
+    line = run.state.log_history[0]
+    assert line["learn_peak_memory_mib"] > 0 and line["rollout_peak_memory_mib"] > 0

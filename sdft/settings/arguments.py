@@ -59,6 +59,11 @@ class SDFTConfig(MethodSettings, Arguments):
             Arguments.__post_init__(self)
         except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
             raise SettingsError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
+        if self.activation_offload and not (self.activation_checkpointing or self.gradient_checkpointing):
+            raise UsageError(
+                "activation_offload is True and activation_checkpointing is not set; it must be, for what is kept in "
+                "host memory are the inputs of checkpointed layers"
+            )
         check_installed("report_to", self.report_to)
         if self.lr_scheduler_type in FOLLOW_METRIC:
             mode = "max" if self.greater_is_better else "min"

@@ -321,11 +321,6 @@ class MethodSettings(EvalSettings):
         check_at_least("ema_interval", self.ema_interval, 1)
         if self.teacher_offload and self.teacher == "live":
             raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
-        if self.activation_offload and not getattr(self, "activation_checkpointing", False):
-            raise UsageError(
-                "activation_offload is True and activation_checkpointing is not set; it must be, for what is kept in "
-                "host memory are the inputs of checkpointed layers"
-            )
         self._check_teacher_cache()
         check_at_least("max_completion_length", self.max_completion_length, 1)
         for name in ("max_chunk_bytes", "max_forward_tokens"):
