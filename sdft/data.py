@@ -106,9 +106,8 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
             )
     for field in need:
         if row.get(field) is None:
-            raise UsageError(
-                f"{where} has no {field}; it has {', '.join(str(name) for name in row if name != WHERE) or 'nothing'}"
-            )
+            given = [str(name) for name, value in row.items() if name != WHERE and value is not None]
+            raise UsageError(f"{where} has no {field}; it has {', '.join(given) or 'nothing'}")
         if row[field] in ("", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has an empty {field}")
     for field in ("prompt", "demonstration"):

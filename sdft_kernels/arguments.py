@@ -235,7 +235,7 @@ def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
         warnings.warn(
             f"the heads have {student} and {teacher} entries; comparing the first {smaller}, as for padded heads "
             "(vocab_size names the shared prefix)",
-            stacklevel=4,
+            stacklevel=5,
         )
     return smaller
 

@@ -89,3 +89,10 @@ def test_the_triton_backend_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.M
 
 def test_right_arguments_pass() -> None:
     call(labels=torch.zeros(5, dtype=torch.int64), old_logprobs=torch.zeros(5), importance_clip=2, temperature=2)
+
+
+def test_the_warning_of_padded_heads_names_the_callers_line() -> None:
+    hidden = torch.ones(2, 8)
+    with pytest.warns(UserWarning, match="comparing the first 50") as warned:
+        fused_linear_divergence(hidden, torch.ones(50, 8), hidden, torch.ones(60, 8))
+    assert warned[0].filename == __file__

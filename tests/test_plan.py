@@ -309,10 +309,10 @@ def test_command_plans_every_kind_of_step(folder, words, capsys):
         (["--gpu", "0GiB"], "--gpu is '0GiB'; it may be a size"),
         (["--model", "./nowhere"], "model is './nowhere', whose config.json is not on this machine; it may be"),
         (["--optim", "adafactor"], "--optim is 'adafactor'; of optimizers sdft plan knows"),
-        (["--teacher_offload"], "--teacher_offload is True; sdft plan knows it only as False"),
+        (["--teacher_offload"], "--teacher_offload is True, which sdft plan does not know"),
         (
             ["--activation_checkpointing", "--activation_offload"],
-            "--activation_offload is True; sdft plan knows it only as False",
+            "--activation_offload is True, which sdft plan does not know",
         ),
         (["--prompt_tokens", "0"], "--prompt_tokens is 0; it must be a whole number of at least 1"),
         (["--rollout_tokens", "3", "--skip_tokens", "3"], "--rollout_tokens is 3; it must be above skip_tokens"),

@@ -317,3 +317,8 @@ def test_a_token_without_an_embedding_is_named(rows, words):
     known = tokenizer.convert_tokens_to_ids("z")
     with pytest.raises(UsageError, match=f"row 1: {words} {known}, and the model has embeddings for {known}; "):
         encode(load_rows(rows), tokenizer=tokenizer, tokens=known)
+
+
+def test_a_field_that_is_null_is_not_said_to_be_there():
+    with pytest.raises(UsageError, match=r"row 1 has no demonstration; it has prompt$"):
+        load_rows([{"prompt": "a", "demonstration": None}], name="train_dataset")

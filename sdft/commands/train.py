@@ -20,7 +20,7 @@ from sdft.checkpoints.files import failing_clearly, remove_checkpoints, write_te
 from sdft.checkpoints.resume import steps_done
 from sdft.checkpoints.signals import FinishOnSignal
 from sdft.commands.shared import accuracy_of, quiet
-from sdft.errors import SettingsError, UsageError
+from sdft.errors import SettingsError, UsageError, counted
 from sdft.evaluation.exam import Answers, Exam
 from sdft.evaluation.report import (
     SUMMARY_FILE,
@@ -209,7 +209,7 @@ def nothing_is_left(trainer: SDFTTrainer, claim: Claim, folder: Path) -> bool:
     done = max(claim.steps, steps_done(resume) if resume else 0)
     if done and (folder / SUMMARY_FILE).is_file() and done >= of:
         if speaks:
-            print(f"the run is complete, with {of} steps: {folder}/ is left as it is")
+            print(f"the run is complete, with {counted(of, 'step')}: {folder}/ is left as it is")
         return True
     if done and resume is None:
         raise UsageError(

@@ -268,8 +268,6 @@ def check_plannable(config: SDFTConfig) -> None:
     if config.fp16:
         raise UsageError("fp16 is True; sdft plan has mixed precision only as bf16, so it must be False")
     if config.teacher_offload:
-        raise UsageError("teacher_offload is True; sdft plan knows it only as False, with the teacher on the GPU")
+        raise UsageError("teacher_offload is True, which sdft plan does not know; for the plan it must be False")
     if config.activation_offload:
-        raise UsageError(
-            "activation_offload is True; sdft plan knows it only as False, with all that is kept on the GPU"
-        )
+        raise UsageError("activation_offload is True, which sdft plan does not know; for the plan it must be False")
