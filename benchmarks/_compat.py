@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-# torch documents dispatch modes and says where they are; there is no public module for them, nor for trees of tensors.
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._pytree import tree_leaves as tree_leaves
+# There is no public module for trees of tensors.
 from torch.utils._pytree import tree_map as tree_map
 
-aten = torch.ops.aten
+# What planning uses too.
+from sdft._compat import READ_NUMBER as READ_NUMBER
+from sdft._compat import TorchDispatchMode as TorchDispatchMode
+from sdft._compat import storage_number as storage_number
+from sdft._compat import tree_leaves as tree_leaves
 
-#: What `item` and comparisons in Python run: no public operator reads a number on the host.
-READ_NUMBER = aten._local_scalar_dense
+aten = torch.ops.aten
 
 #: What `scaled_dot_product_attention` runs on a CPU: a mode sees this alone.
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -26,11 +27,6 @@ ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.d
 
 #: Methods of TRL's trainer that a subclass here replaces: its completions and its teacher cannot be given otherwise.
 TRL_OVERRIDES = {"_generate": ("prompt_ids",), "_setup_teacher_model": ()}
-
-
-def storage_number(storage: torch.UntypedStorage) -> int:
-    """Tells a storage from all others that live. Its address does not: without values it is 0."""
-    return storage._cdata
 
 
 def arguments_of(operator: Any) -> Any:

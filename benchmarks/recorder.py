@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from benchmarks._compat import READ_NUMBER, TorchDispatchMode, arguments_of, storage_number, tree_leaves
 from benchmarks.compiled import Launch, launches_noted
+from sdft.planning.pretend import on_in_backward
 
 aten = torch.ops.aten
 
@@ -90,13 +89,7 @@ def record(call: Callable[[], object], traffic: dict[str, Traffic], implementati
 def passing_for_cuda(mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """Meta tensors say that they are on a GPU, and what is made on a GPU is a meta tensor."""
     mode = mode or _PassForCuda()
-    backward = BackwardCFunction.apply
-
-    def apply(node: Any, *gradients: Any) -> Any:  # autograd's engine leaves the mode that is on around it
-        with mode:
-            return backward(node, *gradients)
-
-    with mock.patch.object(BackwardCFunction, "apply", apply), mode:
+    with on_in_backward(mode), mode:
         yield
 
 

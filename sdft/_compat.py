@@ -190,7 +190,7 @@ def fatal_error(manager: Any) -> Exception | None:
 
 # Planning
 
-#: What `item` and `bool` run: no public operator reads a number on the host.
+#: What `item` and comparisons in Python run: no public operator reads a number on the host.
 READ_NUMBER = torch.ops.aten._local_scalar_dense
 
 

@@ -93,6 +93,10 @@ def _run(command: str, rest: list[str], started: float) -> int:
         return _fail(str(error), 2)
     except (TrainingError, OSError, SafetensorError) as error:
         return _fail(str(error), 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without an import of torch
+            raise
+        return _fail(f"memory ran out ({error}); a smaller per_device_eval_batch_size takes less", 1)
 
 
 def _train(argv: list[str], started: float) -> int:

@@ -25,8 +25,15 @@ from sdft.settings.inherited import REFUSED
 logger = logging.getLogger(__name__)
 
 
+def prepare(trainer: Trainer) -> None:
+    """Before any teacher is made: refuse what cannot work, and give the model what its settings ask for."""
+    check_launch(trainer)
+    prepare_packages(trainer)
+    prepare_memory(causal_lm(cast(nn.Module, trainer.model)), cast(SDFTConfig, trainer.args))
+
+
 def check_launch(trainer: Trainer) -> None:
-    """UsageError for what cannot work, before any teacher is made."""
+    """UsageError for what cannot work."""
     if trainer.is_deepspeed_enabled:
         raise UsageError("deepspeed is set; it must not be: several GPUs take DDP or FSDP2 (accelerate launch)")
     state = trainer.accelerator.state  # in which `accelerate launch` and its configuration have a say
@@ -108,8 +115,8 @@ def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
         )
     if args.device.type == "cpu":
         give_back_at_once()
-    if args.activation_offload and args.device.type == "cpu":
-        logger.warning("activation_offload has no effect on a CPU: what layers keep is in host memory anyway")
+        if args.activation_offload:
+            logger.warning("activation_offload has no effect on a CPU: what layers keep is in host memory anyway")
 
 
 def check_for_liger(device: torch.device) -> None:

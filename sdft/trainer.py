@@ -31,7 +31,7 @@ from sdft.evaluation.completion_log import CompletionsFile
 from sdft.evaluation.exam import Exam
 from sdft.forward import as_forward_of
 from sdft.head import backbone, check_head, check_same_in_training
-from sdft.launch import check_launch, installed, prepare_memory, prepare_packages, switch_off_dropout
+from sdft.launch import installed, prepare, switch_off_dropout
 from sdft.loss import StepLoss, demonstration_loss, distillation_loss
 from sdft.models.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
 from sdft.models.load import eos_token_ids, limits, load_model
@@ -115,9 +115,7 @@ class SDFTTrainer(SamplingTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-        check_launch(self)
-        prepare_packages(self)
-        prepare_memory(self.student, args)
+        prepare(self)
         if not self.place_model_on_device and not self.is_model_parallel:
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,57 +13,66 @@ from torch.autograd import forward_ad
 
 from sdft_kernels._compat import interpreted, stands_for_others
 from sdft_kernels.backends.cpu import library
-
-if TYPE_CHECKING:
-    from sdft_kernels.options import LossOptions
+from sdft_kernels.backends.select import BACKENDS
+from sdft_kernels.divergences import DIVERGENCES, is_mixture
+from sdft_kernels.options import LossInputs, LossOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    token_weight: Tensor | None,
-    labels: Tensor | None,
-    old_logprobs: Tensor | None,
-    options: LossOptions,
-) -> torch.dtype:
-    """Refuses tensors that `fused_linear_divergence` cannot take, or not with these options.
+def check(given: LossInputs, options: LossOptions) -> torch.dtype:
+    """Refuses tensors that `fused_linear_divergence` cannot take, or not with these options, which are checked before.
 
     Returns the dtype of the products' operands.
     """
-    head("student", student_hidden, student_weight, student_bias)
-    head("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    tokens, device = student_hidden.shape[0], student_hidden.device
-    if teacher_hidden.shape[0] != tokens:
+    head("student", given.student_hidden, given.student_weight, given.student_bias)
+    head("teacher", given.teacher_hidden, given.teacher_weight, given.teacher_bias)
+    tokens, device = given.student_hidden.shape[0], given.student_hidden.device
+    if given.teacher_hidden.shape[0] != tokens:
         raise ValueError(
-            f"teacher_hidden holds {teacher_hidden.shape[0]} tokens and student_hidden {tokens}: both must score "
+            f"teacher_hidden holds {given.teacher_hidden.shape[0]} tokens and student_hidden {tokens}: both must score "
             "the same tokens"
         )
-    per_token("token_weight", token_weight, tokens, device, floating=True)
-    per_token("labels", labels, tokens, device, floating=False)
-    per_token("old_logprobs", old_logprobs, tokens, device, floating=True)
-    same_device("teacher_hidden", teacher_hidden, device)
-    if old_logprobs is not None and labels is None:
+    per_token("token_weight", given.token_weight, tokens, device, floating=True)
+    per_token("labels", given.labels, tokens, device, floating=False)
+    per_token("old_logprobs", given.old_logprobs, tokens, device, floating=True)
+    same_device("teacher_hidden", given.teacher_hidden, device)
+    if given.old_logprobs is not None and given.labels is None:
         raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
-    if options.importance_clip is not None and old_logprobs is None:
+    if options.importance_clip is not None and given.old_logprobs is None:
         raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
-    shared_vocabulary(student_weight.shape[0], teacher_weight.shape[0], options.vocab_size)
+    shared_vocabulary(given.student_weight.shape[0], given.teacher_weight.shape[0], options.vocab_size)
     dtype = products_dtype(
         device,
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
+        student_hidden=given.student_hidden,
+        student_weight=given.student_weight,
+        teacher_hidden=given.teacher_hidden,
+        teacher_weight=given.teacher_weight,
     )
     supported_backend(options.backend, device, dtype)
     return dtype
+
+
+def check_options(options: LossOptions) -> None:
+    """Refuses settings that no tensors could make right."""
+    one_of("divergence", options.divergence, DIVERGENCES)
+    one_of("reduction", options.reduction, REDUCTIONS)
+    one_of("backend", options.backend, BACKENDS)
+    if is_mixture(options.divergence) and not LEAST_SHARE <= number("beta", options.beta) <= 1 - LEAST_SHARE:
+        raise ValueError(
+            f"beta must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {options.divergence}, not be "
+            f"{options.beta!r}: nearer the ends float32 hardly tells the mixture from one of the models; for the plain "
+            "divergences ask for 'forward_kl' or 'reverse_kl' by name"
+        )
+    positive("temperature", options.temperature)
+    for name in ("student_logit_scale", "teacher_logit_scale"):
+        nonzero(name, getattr(options, name))
+        slope(name, getattr(options, name), options.temperature)
+    for name in ("student_softcap", "teacher_softcap", "importance_clip"):
+        if getattr(options, name) is not None:
+            positive(name, getattr(options, name))
+    workspace(options.max_chunk_bytes)
 
 
 def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -156,16 +165,6 @@ def positive(name: str, value: Any) -> None:
 def nonzero(name: str, value: Any) -> None:
     if not 0 < abs(number(name, value)) < math.inf:
         raise ValueError(f"{name} must be finite and not 0, not {value!r}")
-
-
-def share(name: str, value: Any, divergence: str) -> None:
-    """Checks a model's share of the mixture that the divergence compares with."""
-    if not LEAST_SHARE <= number(name, value) <= 1 - LEAST_SHARE:
-        raise ValueError(
-            f"{name} must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {divergence}, not be {value!r}: "
-            "nearer the ends float32 hardly tells the mixture from one of the models; for the plain divergences ask "
-            "for 'forward_kl' or 'reverse_kl' by name"
-        )
 
 
 def slope(name: str, scale: float, temperature: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sdft_kernels import arguments
 from sdft_kernels.chunk_loop import Wanted
 from sdft_kernels.operator import fused_linear_divergence_op, gradients_deferred
-from sdft_kernels.options import LossOptions
+from sdft_kernels.options import LossInputs, LossOptions
 from sdft_kernels.outputs import DivergenceOutput
 from sdft_kernels.registration import values_of
 
@@ -131,65 +131,34 @@ def fused_linear_divergence(
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
     )
-    return _divergence(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
+    arguments.check_options(options)
+    given = LossInputs(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
         student_bias=student_bias,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
         token_weight=token_weight,
         labels=labels,
         old_logprobs=old_logprobs,
-        options=options,
     )
+    return _divergence(given, options)
 
 
-def _divergence(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    token_weight: Tensor | None,
-    labels: Tensor | None,
-    old_logprobs: Tensor | None,
-    options: LossOptions,
-) -> DivergenceOutput:
-    """Checks the tensors, and calls the operator."""
-    operands = arguments.check(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        token_weight=token_weight,
-        labels=labels,
-        old_logprobs=old_logprobs,
-        options=options,
-    )
-    wanted = Wanted(
-        *(
-            torch.is_grad_enabled() and parameter is not None and parameter.requires_grad
-            for parameter in (student_hidden, student_weight, student_bias)
-        )
-    )
+def _divergence(given: LossInputs, options: LossOptions) -> DivergenceOutput:
+    """Checks the tensors, and calls the operator, which sees of the teacher's side and the weights no graph."""
+    operands = arguments.check(given, options)
+    trained = (given.student_hidden, given.student_weight, given.student_bias)
+    with_graph = torch.is_grad_enabled()
+    wanted = Wanted(*(with_graph and tensor is not None and tensor.requires_grad for tensor in trained))
     if gradients_deferred(options.reduction, wanted.weight, wanted.bias):
         wanted = Wanted(hidden=False, weight=False, bias=False)
+    others = values_of(given)[len(trained) :]
     loss, token_loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob, *_ = (
         fused_linear_divergence_op(
-            student_hidden,
-            student_weight,
-            student_bias,
-            teacher_hidden.detach(),
-            teacher_weight.detach(),
-            None if teacher_bias is None else teacher_bias.detach(),
-            None if token_weight is None else token_weight.detach(),
-            labels,
-            None if old_logprobs is None else old_logprobs.detach(),
+            *trained,
+            *(None if tensor is None else tensor.detach() for tensor in others),
             *values_of(options),
             operands,
             *values_of(wanted),
@@ -200,8 +169,8 @@ def _divergence(
         token_loss=token_loss.detach(),
         student_entropy=student_entropy.detach(),
         teacher_entropy=teacher_entropy.detach(),
-        student_logprob=None if labels is None else student_logprob.detach(),
-        teacher_logprob=None if labels is None else teacher_logprob.detach(),
+        student_logprob=None if given.labels is None else student_logprob.detach(),
+        teacher_logprob=None if given.labels is None else teacher_logprob.detach(),
     )
 
 
@@ -249,6 +218,7 @@ class FusedLinearDivergence(nn.Module):
             max_chunk_bytes=max_chunk_bytes,
             backend=backend,
         )
+        arguments.check_options(self.options)
 
     def forward(
         self,
@@ -264,18 +234,19 @@ class FusedLinearDivergence(nn.Module):
         old_logprobs: Tensor | None = None,
     ) -> DivergenceOutput:
         """The loss of these hidden states and heads; `importance_clip` applies where `old_logprobs` are given."""
-        return _divergence(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
+        given = LossInputs(
+            student_hidden=student_hidden,
+            student_weight=student_weight,
             student_bias=student_bias,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight,
             teacher_bias=teacher_bias,
             token_weight=token_weight,
             labels=labels,
             old_logprobs=old_logprobs,
-            options=self.options if old_logprobs is not None else replace(self.options, importance_clip=None),
         )
+        unclipped = old_logprobs is None
+        return _divergence(given, replace(self.options, importance_clip=None) if unclipped else self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items() if value is not None)

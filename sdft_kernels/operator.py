@@ -18,7 +18,7 @@ from sdft_kernels._compat import backward_runs_again, failing_when_differentiate
 from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
-from sdft_kernels.options import LossOptions
+from sdft_kernels.options import LossInputs, LossOptions
 from sdft_kernels.tokens import LiveTokens, TokenRows, is_plain, on_its_device, reads_are_free
 
 OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -26,15 +26,7 @@ OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 
 @registration.flat
 def forward(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    token_weight: Tensor | None,
-    labels: Tensor | None,
-    old_logprobs: Tensor | None,
+    given: LossInputs,
     options: LossOptions,
     operands: torch.dtype,
     wanted: Wanted,
@@ -44,22 +36,23 @@ def forward(
 
     What is not wanted comes back empty. `operands` is the dtype of the products' operands.
     """
-    dtypes = Dtypes.of(operands, student_weight.dtype, student_hidden.device)
-    live = LiveTokens(token_weight, student_hidden.shape[0])
-    weight, missing_factor = token_weights(live, token_weight, student_hidden, options.reduction, dtypes)
+    hidden, labels, old_logprobs = given.student_hidden, given.labels, given.old_logprobs
+    dtypes = Dtypes.of(operands, given.student_weight.dtype, hidden.device)
+    live = LiveTokens(given.token_weight, hidden.shape[0])
+    weight, missing_factor = token_weights(live, given.token_weight, hidden, options.reduction, dtypes)
     if labels is not None:
         labels = live.take(labels).contiguous()
-        check_labels(labels, options.compared(student_weight, teacher_weight))
+        check_labels(labels, options.compared(given.student_weight, given.teacher_weight))
     if old_logprobs is not None:
         old_logprobs = live.take(old_logprobs).to(dtypes.wide).contiguous()
-    loss, student_entropy, teacher_entropy = (student_hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(3))
+    loss, student_entropy, teacher_entropy = (hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(3))
     logprobs = [None if labels is None else torch.empty_like(loss) for _ in range(2)]
     rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, *logprobs)
     # Autocast has had its say in `operands`; from here on it would lower the softmax arithmetic as well.
-    with on_its_device(student_hidden), torch.autocast(student_hidden.device.type, enabled=False):
+    with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         gradients = run_chunks(
-            Side(student_hidden, student_weight, student_bias),
-            Side(teacher_hidden, teacher_weight, teacher_bias),
+            Side(hidden, given.student_weight, given.student_bias),
+            Side(given.teacher_hidden, given.teacher_weight, given.teacher_bias),
             live,
             rows,
             options,

@@ -1,4 +1,7 @@
-"""The settings of a call of the loss: one object from the public function to the operator."""
+"""What a call of the loss is given: tensors and settings, each one object from the public function to the operator.
+
+`sdft_kernels.arguments` checks both.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,27 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdft_kernels import arguments
-from sdft_kernels.backends.select import BACKENDS
-from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective, is_mixture
+from sdft_kernels.divergences import LogitOptions, Objective
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The tensors of `fused_linear_divergence`, which says what each is, in the operator's order."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    token_weight: Tensor | None
+    labels: Tensor | None
+    old_logprobs: Tensor | None
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The settings of `fused_linear_divergence`, which says what each means. They are checked when they are made."""
+    """The settings of `fused_linear_divergence`, which says what each means."""
 
     divergence: str
     beta: float
@@ -27,22 +43,6 @@ class LossOptions:
     vocab_size: int | None
     max_chunk_bytes: int | None
     backend: str
-
-    def __post_init__(self) -> None:
-        """Refuses settings that no tensors could make right."""
-        arguments.one_of("divergence", self.divergence, DIVERGENCES)
-        arguments.one_of("reduction", self.reduction, arguments.REDUCTIONS)
-        arguments.one_of("backend", self.backend, BACKENDS)
-        if is_mixture(self.divergence):
-            arguments.share("beta", self.beta, self.divergence)
-        arguments.positive("temperature", self.temperature)
-        for name in ("student_logit_scale", "teacher_logit_scale"):
-            arguments.nonzero(name, getattr(self, name))
-            arguments.slope(name, getattr(self, name), self.temperature)
-        for name in ("student_softcap", "teacher_softcap", "importance_clip"):
-            if getattr(self, name) is not None:
-                arguments.positive(name, getattr(self, name))
-        arguments.workspace(self.max_chunk_bytes)
 
     def compared(self, student_weight: Tensor, teacher_weight: Tensor) -> int:
         """The number of vocabulary entries that are compared: the first ones of both heads."""

@@ -54,7 +54,7 @@ def flat(function: Callable[..., Result]) -> Callable[..., Result]:
         for name, annotation in arguments.items()
     ]
     signature = inspect.Signature(parameters, return_annotation=returned)
-    of_values.__signature__ = signature  # type: ignore[attr-defined]
+    of_values.__signature__ = signature  # type: ignore[attr-defined]  # inspect's protocol; functions declare none
     return of_values
 
 

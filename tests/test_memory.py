@@ -171,8 +171,12 @@ def test_what_is_kept_on_the_host_comes_back(checkpointed: bool) -> None:
     with on_host:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     assert len(on_host._kept) >= 2
-    hidden.square().sum().backward()
+    loss = hidden.square().sum()
+    loss.backward(retain_graph=not checkpointed)
     assert not any(on_host._kept) and not on_host._coming
+    if not checkpointed:  # what is wanted again comes again
+        model.zero_grad()
+        loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same({"": hidden.detach(), **found}, expected, 1e-6)
 
@@ -182,6 +186,12 @@ def test_offloading_needs_checkpointing(tmp_path) -> None:
         SDFTConfig(output_dir=str(tmp_path), activation_offload=True)
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         assert SDFTConfig(output_dir=str(tmp_path), activation_offload=True, **{name: True})
+
+
+def test_the_trainers_own_way_of_offloading_is_refused(tmp_path) -> None:
+    given = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}}
+    with pytest.raises(UsageError, match="_checkpointing_kwargs has offload; it must not, but activation_offload may"):
+        SDFTConfig(output_dir=str(tmp_path), **given)
 
 
 def test_each_phase_has_its_own_peak() -> None:

@@ -113,6 +113,23 @@ def test_the_manager_of_continuous_batching_is_made_as_before() -> None:
     assert list(own.logits_processor)[-1] is added
 
 
+def test_a_storage_is_told_from_others_and_modes_see_what_item_runs() -> None:
+    one, other = torch.empty(3, device="meta"), torch.empty(3, device="meta")
+    numbers = [_compat.storage_number(tensor.untyped_storage()) for tensor in (one, one[1:], other)]
+    assert numbers[0] == numbers[1] != numbers[2], f"torch {torch.__version__} numbers storages in another way"
+    seen = []
+
+    class Seeing(_compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Seeing():
+        torch.ones(1).item()
+    assert _compat.READ_NUMBER in seen, f"torch {torch.__version__} reads a number in another way"
+    assert _compat.tree_leaves({"a": [1, (2,)]}) == [1, 2]
+
+
 class _Processor(_compat.RequestProcessor):
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
         return torch.zeros(len(requests_with_new_token), dtype=torch.int32)

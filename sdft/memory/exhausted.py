@@ -12,12 +12,12 @@ from sdft.progress.phases import Phases
 
 #: By phase: the settings that bound its memory, those that cost least first.
 ADVICE = {
-    "rollout": "a smaller rollout_batch_size or max_completion_length",
-    "score": "a smaller max_forward_tokens, teacher_offload, or a smaller teacher_cache_gib",
-    "learn": "a smaller max_forward_tokens, activation_checkpointing, activation_offload, lora_rank, or optim "
-    "adamw_8bit",
-    "save": "a GPU with more memory to spare",
-    "eval": "a smaller per_device_eval_batch_size or eval_completion_length",
+    "rollout": "a smaller rollout_batch_size or max_completion_length takes less",
+    "score": "a smaller max_forward_tokens takes less, teacher_offload with full fine-tuning, or no teacher_cache_gib",
+    "learn": "a smaller max_forward_tokens, activation_checkpointing, activation_offload, lora_rank or optim "
+    "adamw_8bit takes less",
+    "save": "what is saved is copied first, and needs room",
+    "eval": "a smaller per_device_eval_batch_size or eval_completion_length takes less",
 }
 
 #: How torch says it of a CPU.
@@ -38,4 +38,4 @@ def explained(phases: Phases) -> Iterator[None]:
             raise
         phase = phases.failed or phases.now or "learn"
         first = str(error).split(". ", 1)[0].splitlines()[0]
-        raise MemoryRanOut(f"memory ran out in {phase} ({first}); {ADVICE[phase]} takes less") from error
+        raise MemoryRanOut(f"memory ran out in {phase} ({first}); {ADVICE[phase]}") from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 LEAST_BYTES = 1 << 20
 
 
-class _Kept(NamedTuple):
+class _Copy(NamedTuple):
     """A tensor in host memory, its device, and what says that the copy is there."""
 
     place: int
@@ -37,10 +37,10 @@ class OnHost(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
         self._least_bytes = least_bytes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._kept: list[_Kept | None] = []
+        self._kept: list[_Copy | None] = []
         self._coming: dict[int, Tensor] = {}
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Kept:
+    def _pack(self, tensor: Tensor) -> Tensor | _Copy:
         if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.nbytes < self._least_bytes:
             return tensor
         on_gpu = self._stream is not None
@@ -54,36 +54,35 @@ class OnHost(torch.autograd.graph.saved_tensors_hooks):
                 host.copy_(tensor, non_blocking=True)
                 copied = self._stream.record_event()
             tensor.record_stream(self._stream)
-        kept = _Kept(len(self._kept), host, tensor.device, copied)
+        kept = _Copy(len(self._kept), host, tensor.device, copied)
         self._kept.append(kept)
         return kept
 
-    def _unpack(self, kept: Tensor | _Kept) -> Tensor:
+    def _unpack(self, kept: Tensor | _Copy) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        self._fetch(kept.place)
-        tensor = self._coming.pop(kept.place)
+        tensor = self._coming.pop(kept.place, None)
+        if tensor is None:
+            tensor = self._fetch(kept)
         if self._stream is not None:
             compute = torch.cuda.current_stream(kept.device)
             compute.wait_stream(self._stream)
             tensor.record_stream(compute)
         self._kept[kept.place] = None
-        self._fetch(kept.place - 1)
+        before = self._kept[kept.place - 1] if kept.place else None
+        if before is not None and before.place not in self._coming:
+            self._coming[before.place] = self._fetch(before)
         return tensor
 
-    def _fetch(self, place: int) -> None:
-        """Start to bring back what was kept at this place, if it is still to come."""
-        kept = self._kept[place] if place >= 0 else None
-        if kept is None or place in self._coming:
-            return
+    def _fetch(self, kept: _Copy) -> Tensor:
+        """Start to bring a tensor back."""
         if self._stream is None:
-            self._coming[place] = kept.host.to(kept.device, copy=True)
-            return
+            return kept.host.to(kept.device, copy=True)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(kept.copied)
-            self._coming[place] = kept.host.to(kept.device, non_blocking=True)
+            return kept.host.to(kept.device, non_blocking=True)
 
 
 def keeping(device: torch.device, on_host: bool) -> contextlib.AbstractContextManager[object]:
-    """A context in which what is kept for the backward pass is kept in host memory, if `on_host` and on a GPU."""
+    """`OnHost` if that is wanted on a GPU; otherwise a context that does nothing."""
     return OnHost(device) if on_host and device.type != "cpu" else contextlib.nullcontext()

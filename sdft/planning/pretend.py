@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -28,8 +28,8 @@ aten = torch.ops.aten
 
 _PRODUCTS = (aten.mm, aten.addmm)
 _DEVICE = torch.Tensor.device.__get__
-_IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]  # a bool in torch's stubs
-_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  # as above
+_IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]  # stubs say that it is a bool
+_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  # likewise
 
 
 #: What takes its operands in autocast's type, of what models and adapters call. Autocast itself works on real tensors.
@@ -94,6 +94,17 @@ def _storage(tensor: Tensor) -> int:
     return storage_number(tensor.untyped_storage())
 
 
+def on_in_backward(mode: TorchFunctionMode) -> contextlib.AbstractContextManager[Any]:
+    """A context in which backward formulas in Python run in the mode, which autograd's engine leaves."""
+    backward = BackwardCFunction.apply
+
+    def apply(node: Any, *gradients: Any) -> Any:
+        with mode:
+            return backward(node, *gradients)
+
+    return mock.patch.object(BackwardCFunction, "apply", apply)
+
+
 class Device:
     """A device to plan for: "cuda", or "cpu" for comparison with what is measured there.
 
@@ -128,11 +139,7 @@ class Device:
 
     @contextlib.contextmanager
     def _pretending(self, passes: PassFor) -> Iterator[None]:
-        backward, clear_cache = BackwardCFunction.apply, torch.clear_autocast_cache
-
-        def apply(node: Any, *gradients: Any) -> Any:  # autograd's engine leaves the mode that is on around it
-            with passes:
-                return backward(node, *gradients)
+        clear_cache = torch.clear_autocast_cache
 
         def attend(*args: Any, **kwargs: Any) -> Tensor:
             if torch.is_autocast_enabled(self.kind):
@@ -146,7 +153,7 @@ class Device:
         with (
             _no_launches(),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
-            mock.patch.object(BackwardCFunction, "apply", apply),
+            on_in_backward(passes),
             mock.patch.object(torch, "clear_autocast_cache", clear),
             # Autocast asks whether there is a GPU before it lets itself be switched on.
             mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False),
@@ -182,7 +189,9 @@ def _no_launches() -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    def nothing(*_: Any, **__: Any) -> None:
+        """In place of a launch."""
+
     with (
         mock.patch.object(JITFunction, "run", nothing),
         mock.patch.object(InterpretedFunction, "run", nothing),

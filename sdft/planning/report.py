@@ -115,9 +115,15 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
     return changes
 
 
-def notes(config: SDFTConfig) -> list[str]:
+def notes(config: SDFTConfig, lengths: Lengths) -> list[str]:
     """What of the settings is not planned."""
     said = []
+    tokens = lengths.prompt + (lengths.rollout if config.method == "sdft" else lengths.demonstration)
+    if config.max_forward_tokens is not None and tokens > config.max_forward_tokens:
+        said.append(
+            f"a sample has {tokens} tokens and max_forward_tokens is {config.max_forward_tokens}: it is planned whole, "
+            "and training takes less, in tiles"
+        )
     if config.use_liger_kernel:
         said.append("use_liger_kernel is set, and the step is planned without it: it takes less with it")
     if config.rollout_backend != "generate":
@@ -177,7 +183,7 @@ def _longest(plan: Plan) -> str:
     said = f"the longest rollout that fits: {plan.longest_rollout} tokens"
     if plan.longest_rollout == plan.model_limit // STEP * STEP:
         return f"{said}, which is as far as the model's positions go; there is memory for more"
-    return f"{said} (of {STEP} at a time)"
+    return f"{said}, looked for in steps of {STEP}"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

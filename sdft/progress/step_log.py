@@ -14,6 +14,14 @@ logger = logging.getLogger(__name__)
 
 ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut
 
+WHOLE_RUN = "run"  # in peaks beside the phases
+
+
+def named_peaks(peaks: dict[str, float]) -> dict[str, float]:
+    """The peaks by their names in the log; phases that were not gone through are left out."""
+    names = {phase: f"{phase}_peak_memory_mib" for phase in PHASES} | {WHOLE_RUN: "peak_memory_mib"}
+    return {names[phase]: peak for phase, peak in peaks.items() if peak}
+
 
 class StepLog:
     """Sums over micro-batches, which stay on the device, and over processes, once a line is asked for."""
@@ -22,7 +30,6 @@ class StepLog:
         self.accelerator, self.phases, self.max_completion_length = accelerator, phases, max_completion_length
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, float] = {}
-        self._peaks: dict[str, float] = {}
         self._highest: dict[str, float] = {}
         self._judged, self._warned_of_cuts = (0, 0), False
 
@@ -47,12 +54,13 @@ class StepLog:
             line["completion_length"] = sums["completion_length"] / sums["completions"]
             line["finished"] = sums["finished"] / sums["completions"]
             self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
-        return line | self._spent(sums) | self._memory(self._peaks)
+        return line | self._spent(sums) | named_peaks(self._take_peaks())
 
     def spent(self) -> dict[str, float]:
         """What the run has taken so far of time and memory, as a line says it of its steps."""
         self._take()
-        return self._spent(self._totals) | self._memory(self._highest)
+        self._take_peaks()
+        return self._spent(self._totals) | named_peaks(self._highest)
 
     def _take(self) -> dict[str, float]:
         """The sums over all processes since they were last taken."""
@@ -63,9 +71,6 @@ class StepLog:
         self._sums = {}
         for name, value in sums.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
-        self._peaks = self._take_peaks()
-        for name, value in self._peaks.items():
-            self._highest[name] = max(value, self._highest.get(name, 0.0))
         return sums
 
     def _take_peaks(self) -> dict[str, float]:
@@ -77,11 +82,10 @@ class StepLog:
             [[peaks.most, *(taken.get(name, 0.0) for name in PHASES)]], device=self.accelerator.device
         )
         highest = self.accelerator.gather(values).amax(0).tolist()
-        return dict(zip(("", *PHASES), highest, strict=True))
-
-    @staticmethod
-    def _memory(peaks: dict[str, float]) -> dict[str, float]:
-        return {f"{phase}_peak_memory_mib".lstrip("_"): peak for phase, peak in peaks.items() if peak}
+        found = dict(zip((WHOLE_RUN, *PHASES), highest, strict=True))
+        for name, value in found.items():
+            self._highest[name] = max(value, self._highest.get(name, 0.0))
+        return found
 
     def _spent(self, sums: dict[str, float]) -> dict[str, float]:
         """Seconds by phase, of a process, and tokens a second, of all of them."""

@@ -204,7 +204,7 @@ class MethodSettings(EvalSettings):
     activation_offload: bool = setting(
         False,
         "With activation_checkpointing, keep the layers' inputs in host memory, copied to and from the GPU while it "
-        "computes: device memory then hardly grows with a rollout's length. No effect on a CPU.",
+        "computes. No effect on a CPU.",
     )
     max_chunk_bytes: int | None = setting(
         None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
