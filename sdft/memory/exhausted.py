@@ -13,7 +13,7 @@ from sdft.progress.phases import Phases
 #: By phase: the settings that bound its memory, those that cost least first.
 ADVICE = {
     "rollout": "a smaller rollout_batch_size or max_completion_length takes less",
-    "score": "a smaller max_forward_tokens takes less, teacher_offload with full fine-tuning, or no teacher_cache_gib",
+    "score": "a smaller max_forward_tokens or teacher_cache_gib, or teacher_offload with full fine-tuning, takes less",
     "learn": "a smaller max_forward_tokens, activation_checkpointing, activation_offload, lora_rank or optim "
     "adamw_8bit takes less",
     "save": "what is saved is copied first, and needs room",
