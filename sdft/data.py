@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft.errors import UsageError, counted
+from sdft.errors import UsageError, counted, kind_of
 from sdft.templates import Message, as_messages, is_messages, teacher_messages
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def load_rows(source: Any, *, name: str | None = None, need: Sequence[str] = ("p
 
 
 def _read_file(path: Path) -> list[tuple[int, Any]]:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; it must be a JSONL or Parquet file")
     if not path.is_file():
         raise UsageError(f"{path} is not there: no such file")
     if path.suffix.lower() == ".parquet":
@@ -97,7 +99,7 @@ def _parse(line: str, where: str) -> Any:
 
 def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     if not isinstance(row, dict):
-        raise UsageError(f"{where} is a {type(row).__name__}; it must be an object with the fields {', '.join(need)}")
+        raise UsageError(f"{where} is {kind_of(row)}; it must be an object with the fields {', '.join(need)}")
     _check_characters(row, where)
     for field in UNREAD:
         if row.get(field):
@@ -114,8 +116,8 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
         value = row.get(field)
         if value is not None and not isinstance(value, str) and not is_messages(value):
             raise UsageError(
-                f"{where}: {field} is a {type(value).__name__}; it must be text or a list of messages, "
-                "each with a role and a content"
+                f"{where}: {field} is {kind_of(value)}; it must be text or a list of messages, each with a role and a "
+                "content"
             )
     demonstration = row.get("demonstration")
     if isinstance(demonstration, list) and (roles := [m["role"] for m in demonstration]) != ["assistant"]:
@@ -124,7 +126,7 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
             "message by 'assistant', and what comes before that is the prompt"
         )
     if not isinstance(row.get("answer"), str | None):
-        raise UsageError(f"{where}: answer is a {type(row['answer']).__name__}; it must be text")
+        raise UsageError(f"{where}: answer is {kind_of(row['answer'])}; it must be text")
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
         raise UsageError(f"{where}: answer is {row['answer']!r}; it must be text, or be left out")
     if (last := as_messages(row["prompt"])[-1]["role"]) != "user":

@@ -26,7 +26,8 @@ def check_readable(field: str, name: str | None) -> None:
     except ValueError:  # a zero in the name
         found = False
     if not found:
-        raise UsageError(f"{field} is {name!r}; there is no such file")
+        what = "that is a folder, and it must be a file" if os.path.isdir(name) else "there is no such file"
+        raise UsageError(f"{field} is {name!r}; {what}")
     if not os.access(name, os.R_OK):
         raise UsageError(f"{field} is {name!r}, which may not be read")
 

@@ -21,6 +21,16 @@ class Terminated(KeyboardInterrupt):
     """What SIGTERM raises in the command: it ends as Ctrl-C would end it."""
 
 
+def kind_of(value: object) -> str:
+    """What kind of value it is, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    for kind, words in (((int, float), "a number"), (str, "a text"), ((list, tuple), "a list"), (dict, "an object")):
+        if isinstance(value, kind):
+            return words
+    return f"a {type(value).__name__}"
+
+
 def counted(number: int, noun: str) -> str:
     """The number and its noun, which takes an s unless there is one."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 def prepare(trainer: Trainer) -> None:
     """Before any teacher is made: refuse what cannot work, and give the model what its settings ask for."""
     check_launch(trainer)
+    for sentence in cast(SDFTConfig, trainer.args).without_effect():
+        logger.warning(sentence)
     prepare_packages(trainer)
     prepare_memory(causal_lm(cast(nn.Module, trainer.model)), cast(SDFTConfig, trainer.args))
 

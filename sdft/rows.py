@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdft.data import Row, load_rows, teacher_chat
+from sdft.data import WHERE, Row, load_rows, teacher_chat
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
 from sdft.settings.commands import EvalCommand
@@ -48,11 +48,13 @@ def rows_of_eval(of_model: ModelArguments, of_eval: EvalArguments, of_command: E
             "must be answers to score, or another model to measure forgetting from"
         )
     if of_command.teacher:
-        if not have_demonstrations(held_out):
+        if not held_out:
             raise UsageError(
-                f"teacher is True and eval_file is {of_eval.eval_file!r}; it must be a file whose rows all have a "
-                "demonstration, for the teacher is shown it"
+                "teacher is True and eval_file is not set; it must be, for the teacher answers its prompts"
             )
+        for row in held_out:
+            if not row.get("demonstration"):
+                raise UsageError(f"teacher is True, and {row[WHERE]} has no demonstration for the teacher to see")
         _check_teacher(held_out, parse_template("turn"))
     return Rows(held_out=held_out, general=general)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from difflib import get_close_matches
 from typing import Any
 
 from sdft.errors import UsageError
@@ -64,6 +65,10 @@ def parse_template(template: Any) -> list[Message]:
         )
     text = "\n".join(message["content"] for message in messages)
     missing = [placeholder for placeholder in PLACEHOLDERS if placeholder not in text]
+    if len(missing) == len(PLACEHOLDERS) and (
+        close := get_close_matches(str(template).strip().lower(), TEMPLATES, n=1)
+    ):
+        raise UsageError(f"teacher_template is {template!r}; did you mean {close[0]!r}?")
     if missing:
         raise UsageError(
             f"teacher_template is {template!r}, without {' and '.join(missing)}; it may be "

@@ -85,7 +85,7 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, not {dtype_name(tensor)}")
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {dtype_name(tensor)}")
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{prefix}weight has {weight.shape[1]} columns and {prefix}hidden {hidden.shape[1]}: both must be the "
@@ -104,7 +104,7 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{prefix}bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")
     if bias.dtype not in DTYPES:
-        raise TypeError(f"{prefix}bias must be float32, bfloat16 or float16, not {dtype_name(bias)}")
+        raise TypeError(f"{prefix}bias must be float32, bfloat16, float16 or float64, not {dtype_name(bias)}")
     same_device(f"{prefix}bias", bias, hidden.device)
 
 

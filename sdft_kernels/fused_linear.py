@@ -80,7 +80,8 @@ def fused_linear_divergence(
         teacher_softcap: the teacher's.
         token_weight: (N,) floating point, or None for all ones. A token of weight 0 contributes exactly
             nothing, whatever its hidden states hold; on the CPU it is not even projected, on a device (where
-            the host cannot know without waiting) zeros are projected in the student's place.
+            the host cannot know without waiting) zeros are projected in the student's place. A negative weight is
+            taken as it is: its token moves the student away from the teacher, and the mean divides by the sum of all.
         labels: (N,) int64, the sampled tokens, or None. Not read where the weight is 0.
         old_logprobs: (N,) log-probabilities of the labels when they were sampled, in nats; then each token's
             weight is multiplied by exp(student_logprob - old_logprobs), without gradient through it. In float16 a

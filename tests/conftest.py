@@ -12,6 +12,7 @@ else:
 # Threads that spin while they wait make small operations many times slower on a machine that is busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # names of hubs stand in tests, and none is asked
 os.environ.setdefault("SDFT_CACHE_DIR", "")  # no test leaves half a gigabyte in the user's cache
 
 from pathlib import Path

@@ -32,7 +32,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (TypeError, r"student_hidden must be a tensor of shape \(N, H\), not list", {"student_hidden": [[1.0]]}),
         (ValueError, r"student_hidden must have shape \(N, H\), not \(5,\)", {"student_hidden": torch.randn(5)}),
         (ValueError, r"teacher_weight must have shape \(V, H\), not \(1, 50, 6\)", {"teacher_weight": torch.randn(1, 50, 6)}),
-        (TypeError, "student_weight must be float32, bfloat16 or float16, not int64", {"student_weight": torch.ones(50, 8).long()}),
+        (TypeError, "student_weight must be float32, bfloat16, float16 or float64, not int64", {"student_weight": torch.ones(50, 8).long()}),
         (ValueError, "student_weight has 9 columns and student_hidden 8", {"student_weight": torch.randn(50, 9)}),
         (ValueError, "teacher_weight has no rows", {"teacher_weight": torch.randn(0, 6)}),
         (ValueError, "teacher_hidden holds 4 tokens and student_hidden 5", {"teacher_hidden": torch.randn(4, 6)}),

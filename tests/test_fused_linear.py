@@ -383,6 +383,14 @@ def test_a_bias_masks_under_a_negative_scale_too(softcap: float | None, backend:
     assert stats.logprob is not None and (stats.logprob < (-25.0 if softcap else -1e29)).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_negative_weights_are_taken_as_they_are(backend: str) -> None:
+    case = random_case(5, token_weight=torch.tensor([1.0, -0.5, 0.0, 2.0, -0.25]))
+    expected = reference(case)
+    case.options["backend"] = backend
+    assert_close(fused(case), expected, 3e-6, 3e-6)
+
+
 def masked_case(masked: bool, masked_by_teacher: bool, **options: Any) -> tuple[Case, torch.Tensor, torch.Tensor]:
     student, teacher = torch.randn(2, 1003).unbind()
     student[:9] = -torch.inf if masked else 0

@@ -211,7 +211,7 @@ def test_eval_scores_a_model_its_teachers_and_its_divergence(recipe, model_folde
     tiny.tiny_model(1).save_pretrained(other)
     tiny.tiny_tokenizer().save_pretrained(other)
     assert main(["eval", recipe(), "--model", str(other), "--teacher"]) == 0
-    lines = capsys.readouterr().out.split("8 wrong answers, the first 3:")[0].splitlines()
+    lines = capsys.readouterr().out.split("8 wrong answers of the model itself, the first 3:")[0].splitlines()
     assert [line.split(":")[0].split(" (")[0] for line in lines] == [
         "held-out prompts answered exactly",
         "the same, shown the demonstration under teacher_template",
@@ -296,7 +296,7 @@ def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, mo
     sizes = ["--per_device_eval_batch_size", "2", "--base_model", str(other)]
     assert main(["eval", recipe(), "--teacher", "--teacher_template", "turn", *sizes, *files]) == 0
     printed = capsys.readouterr().out
-    assert "3 wrong answers:\n  heldout.jsonl, row 2\n" in printed
+    assert "3 wrong answers of the model itself:\n  heldout.jsonl, row 2\n" in printed
     assert printed.count("    answer      ö") == 3
     cut = ended.count(False)
     assert f"{cut} of 4 answers to held-out prompts were cut at eval_completion_length=5: raise it\n" in printed
@@ -508,7 +508,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
         (["train", "--lr", "1e-5", "recipe.yaml"], ["unknown field '--lr'"]),
         (["train", "recipe.yaml", "more.yaml"], ["more.yaml", "one argument too many"]),
         (["train", "recipe.yaml", "--max_steps"], ["--max_steps has no value"]),
-        (["train", "train.jsonl"], ["train.jsonl", "not YAML"]),
+        (["train", "train.jsonl"], ["train.jsonl", "is no recipe"]),
         (["trian", "recipe.yaml"], ["unknown command 'trian'", "train"]),
         (["eval", "recipe.yaml", "--eval_file", "", "--general_file", ""], ["eval_file and general_file"]),
         (["eval", "recipe.yaml", "--max_step", "3"], ["--max_step"]),
@@ -866,3 +866,28 @@ def test_the_losses_of_a_run_are_means_over_its_first_and_last_tenth():
     history = [{"loss": float(n)} for n in range(30)] + [{"train_runtime": 1.0}]
     assert loss_ends(history) == (1.0, 28.0)
     assert loss_ends([]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--model", "m", "--prompt", ""], "--prompt is ''; it must be a text to answer"),
+        (["train", "rows.jsonl"], "rows.jsonl is no recipe, which is a YAML file; files of rows are named by fields"),
+        (["train", "model.gguf"], "model.gguf is no recipe, which is a YAML file; a model is named by --model"),
+        (
+            ["train", "--model", "m", "--train_file", "."],
+            "--train_file is '.'; that is a folder, and it must be a file",
+        ),
+        (
+            ["eval", "--model", "m", "--eval_file", "rows.jsonl", "--teacher"],
+            "teacher is True, and rows.jsonl, row 2 has no demonstration for the teacher to see",
+        ),
+    ],
+)
+def test_what_was_mistaken_for_something_else_is_said(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "a", "answer": "b", "demonstration": "c"}, {"prompt": "a", "answer": "b"}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    Path("model.gguf").write_bytes(b"GGUF")
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err

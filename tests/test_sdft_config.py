@@ -18,11 +18,14 @@ from sdft.settings.config import EvalSettings, ModelArguments, SDFTConfig
         ("num_iterations", 0, "at least 1"),
         ("importance_clip", 0.0, "above 0"),
         ("ema_interval", 0, "at least 1"),
-        ("beta", 0.0, "above 0 and below 1"),
-        ("beta", 1.0, "above 0 and below 1"),
+        ("beta", 0.0, "from 0.001 to 0.999"),
+        ("beta", 1.0, "from 0.001 to 0.999"),
         ("learning_rate", -1.0, "at least 0"),
         ("weight_decay", math.nan, "at least 0"),
-        ("beta", 1e-6, "at least 0.001 and at most 1 - 0.001"),
+        ("beta", 1e-6, "from 0.001 to 0.999"),
+        ("demonstration_weight", 1.5, "from 0 to 1"),
+        ("demonstration_weight", 1.0, "below 1, for at 1"),
+        ("teacher_template", "trun", "did you mean 'turn'?"),
         ("ema_rate", 1.5, "above 0 and at most 1"),
         ("loss_temperature", math.nan, "above 0"),
         ("loss_temperature", math.inf, "above 0"),
@@ -88,9 +91,29 @@ def test_a_live_teacher_cannot_be_offloaded(tmp_path):
         SDFTConfig(output_dir=str(tmp_path), teacher="live", teacher_offload=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beta": 0.3}, "beta is 0.3 and does nothing: divergence is 'reverse_kl'"),
+        ({"ema_rate": 0.1}, "ema_rate is 0.1 and does nothing: teacher is 'base'"),
+        ({"ema_interval": 2}, "ema_interval is 2 and does nothing: teacher is 'base'"),
+        (
+            {"demonstration_weight": 0.1, "method": "sft"},
+            "demonstration_weight is 0.1 and does nothing: method is 'sft'",
+        ),
+        ({"beta": 0.3, "divergence": "jsd", "ema_rate": 0.1, "teacher": "ema", "demonstration_weight": 0.1}, None),
+        ({}, None),
+    ],
+)
+def test_what_was_set_and_does_nothing_is_said(options, said, tmp_path):
+    assert SDFTConfig(output_dir=str(tmp_path), **options).without_effect() == ([said] if said else [])
+
+
 @pytest.mark.parametrize("options", [{"teacher": "ema"}, {"method": "sft"}, {"teacher_offload": True}], ids=str)
 def test_prompts_are_kept_for_a_frozen_teacher_on_the_device_alone(options, tmp_path):
-    with pytest.raises(UsageError, match=r"teacher_cache_gib is 1.5, .*; it must be 0 but for sdft, base and False"):
+    with pytest.raises(
+        UsageError, match=r"teacher_cache_gib is 1.5; it must be 0 where (teacher|method|teacher_offload) is "
+    ):
         SDFTConfig(output_dir=str(tmp_path), teacher_cache_gib=1.5, **options)
 
 

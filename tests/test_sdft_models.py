@@ -3,9 +3,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,9 +36,51 @@ def test_a_local_folder_loads_in_the_type_asked_for(tmp_path):
     assert limits(model) == (160, 101)
 
 
-def test_a_gguf_file_is_a_folder_and_a_name(tmp_path):
+def answering(error):
+    """What `_check_hub` asks by, with one answer."""
+
+    def ask(url, timeout):
+        assert url == "https://huggingface.co/org/name/resolve/main/config.json" and timeout <= 10
+        if error is not None:
+            raise error
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("no route"), "does not answer: no route"),
+        (hub_errors.RepositoryNotFoundError("404", response=mock.Mock()), "has no such model, or not for you"),
+        (hub_errors.GatedRepoError("403", response=mock.Mock()), "its owners have not let you have it"),
+        (hub_errors.RemoteEntryNotFoundError("404", response=mock.Mock()), None),
+        (None, None),
+    ],
+    ids=["no hub", "no such model", "gated", "no config.json", "there"],
+)
+def test_a_hub_is_asked_once_before_anything_is_loaded(error, said, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", answering(error))
+    if said is None:
+        assert resolve("org/name") == ("org/name", {})
+    else:
+        with pytest.raises(UsageError, match=f"model is 'org/name', which is not on this machine, and .*{said}"):
+            resolve("org/name")
+
+
+def test_no_hub_is_asked_for_a_model_that_is_on_this_machine_or_can_have_no_such_name(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UsageError, match="no such folder, and no hub name either"):
+        resolve("a/b/c")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert resolve("org/name") == ("org/name", {})
+
+
+def test_a_gguf_file_is_a_folder_and_a_name(tmp_path, monkeypatch):
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     assert resolve(str(tmp_path / "weights.gguf")) == (str(tmp_path), {"gguf_file": "weights.gguf"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve("org/name") == ("org/name", {})
 
 

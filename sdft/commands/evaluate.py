@@ -80,7 +80,8 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
         lines.append("forgetting was not measured: base_model is not set, the model to measure it from")
     if held_out is not None:
         asked = [row for row in exam.eval_rows for _ in range(of_command.eval_samples)]
-        lines += wrong_answers(list(zip(asked, held_out.texts, held_out.right, strict=True)))
+        whose = " of the model itself" if templates else ""
+        lines += wrong_answers(list(zip(asked, held_out.texts, held_out.right, strict=True)), whose)
     lengths = (
         ("held-out prompts", held_out, "eval_completion_length"),
         *((f"held-out prompts as teacher ({name})", each, "eval_completion_length") for name, each in teachers.items()),

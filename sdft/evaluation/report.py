@@ -168,12 +168,15 @@ def describe(summary: Summary) -> str:
     return f"{summary.model}: {counted(summary.steps, 'step')} of {how}, {minutes} min {seconds:02d} s in all"
 
 
-def wrong_answers(answered: Sequence[tuple[Row, str, bool]], count: int = 3, width: int = 100) -> list[str]:
+def wrong_answers(
+    answered: Sequence[tuple[Row, str, bool]], whose: str = "", count: int = 3, width: int = 100
+) -> list[str]:
     """Lines that show the first of the wrong answers, each with its row, the prompt and what was expected."""
     wrong = [(row, text) for row, text, right in answered if not right]
     if not wrong:
         return []
-    lines = [f"{counted(len(wrong), 'wrong answer')}" + (f", the first {count}:" if len(wrong) > count else ":")]
+    first = f", the first {count}" if len(wrong) > count else ""
+    lines = [f"{counted(len(wrong), 'wrong answer')}{whose}{first}:"]
     for row, text in wrong[:count]:
         asked = as_messages(row["prompt"])[-1]["content"]
         lines.append(f"  {row[WHERE]}")

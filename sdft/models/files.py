@@ -65,9 +65,41 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()  # which no hub name begins with by chance
     if (in_a_folder or name.startswith(("/", "./", "../", "~"))) and not path.is_dir():
         raise UsageError(f"model is {name!r}: no such folder")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"model is {name!r}, a folder without a config.json: it holds no model")
-    return (str(path) if path.is_dir() else name), {}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"model is {name!r}, a folder without a config.json: it holds no model")
+        return str(path), {}
+    _check_hub(name)
+    return name, {}
+
+
+def _check_hub(name: str) -> None:
+    """UsageError for a hub name that is not on this machine where no hub answers, or has no such model.
+
+    It asks once. `from_pretrained` asks for a minute before it says so.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    refused = f"model is {name!r}, which is not on this machine, and"
+    may_be = f"(it may be a hub name, a folder, a GGUF file or {BUILT_IN})"
+    try:
+        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except EntryNotFoundError:  # what is there instead, `from_pretrained` may know
+        return
+    except HFValidationError as error:
+        raise UsageError(f"model is {name!r}: no such folder, and no hub name either {may_be}") from error
+    except GatedRepoError as error:
+        raise UsageError(
+            f"{refused} its owners have not let you have it: ask on its page, then hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(f"{refused} {constants.ENDPOINT} has no such model, or not for you {may_be}") from error
+    except Exception as error:  # of whichever package the hub's package asks by
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{refused} {constants.ENDPOINT} does not answer: {reason} {may_be}") from error
 
 
 def refuse_pickled(name: str, folder: Path, stem: str) -> None:

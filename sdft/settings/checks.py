@@ -41,10 +41,10 @@ def check_temperature(name: str, value: Any) -> None:
         check_between(name, value, 0, math.inf)
 
 
-def check_share(name: str, value: Any) -> None:
-    """Refuse a number that is not from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 1")
+def check_from(name: str, value: Any, low: float, high: float) -> None:
+    """Refuse a number that is below `low` or above `high`; NaN is both."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}; it must be a number from {low} to {high}")
 
 
 def check_texts(name: str, value: Any) -> None:

@@ -77,6 +77,8 @@ class GenerateCommand:
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
 
     def __post_init__(self) -> None:
+        if self.prompt == "":
+            raise UsageError("prompt is ''; it must be a text to answer")
         if bool(self.prompt) == bool(self.prompt_file):
             what = "both set" if self.prompt else "not set"
             raise UsageError(f"prompt and prompt_file are {what}; exactly one must be, the text or the file to answer")

@@ -16,7 +16,7 @@ from sdft.evaluation.scorers import SCORERS
 from sdft.settings.checks import (
     check_at_least,
     check_between,
-    check_share,
+    check_from,
     check_temperature,
     check_texts,
     chosen,
@@ -33,6 +33,15 @@ NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or ove
 TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
 DTYPES = ("float32", "bfloat16", "auto")
+
+
+#: Settings that do nothing unless another has one of these values.
+COUNTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "beta": ("divergence", ("jsd", "skew_reverse_kl", "skew_forward_kl")),
+    "ema_rate": ("teacher", ("ema",)),
+    "ema_interval": ("teacher", ("ema",)),
+    "demonstration_weight": ("method", ("sdft",)),
+}
 
 
 def setting(default: Any, help: str) -> Any:
@@ -174,7 +183,7 @@ class MethodSettings(EvalSettings):
         "the generalised Jensen-Shannon divergence, or against the mixture m of both, skew_reverse_kl KL(p||m) and "
         "skew_forward_kl KL(q||m).",
     )
-    beta: float = setting(0.5, "The teacher's share of the mixture (jsd and skew_*), above 0 and below 1.")
+    beta: float = setting(0.5, "The teacher's share of the mixture (jsd and skew_*), from 0.001 to 0.999.")
     loss_temperature: float = setting(1.0, "Both models' logits are divided by this before they are compared.")
     skip_tokens: int = setting(
         0, "Leave out of the loss this many tokens at the start of each completion (the paper skips the first few)."
@@ -298,13 +307,13 @@ class MethodSettings(EvalSettings):
         self.method = chosen("method", self.method, METHODS)
         self.divergence = chosen("divergence", self.divergence, DIVERGENCES)
         self.teacher = chosen("teacher", self.teacher, TEACHERS)
-        check_between("beta", self.beta, 0, 1)
+        check_from("beta", self.beta, 0.001, 0.999)
         check_between("ema_rate", self.ema_rate, 0, 1, closed_above=True)
         check_between("loss_temperature", self.loss_temperature, 0, math.inf)
         check_between("rollout_temperature", self.rollout_temperature, 0, math.inf)
         check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
         check_at_least("rollout_top_k", self.rollout_top_k, 0)
-        check_share("rollout_min_p", self.rollout_min_p)
+        check_from("rollout_min_p", self.rollout_min_p, 0, 1)
         self.rollout_from = chosen("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
         check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
         if self.rollout_batch_size is not None:
@@ -314,8 +323,12 @@ class MethodSettings(EvalSettings):
             check_at_least("log_completions", self.log_completions, 0)
         check_at_least("skip_tokens", self.skip_tokens, 0)
         self.loss_normalisation = chosen("loss_normalisation", self.loss_normalisation, NORMALISATIONS)
-        if self.demonstration_weight != 0:
-            check_between("demonstration_weight", self.demonstration_weight, 0, 1)
+        check_from("demonstration_weight", self.demonstration_weight, 0, 1)
+        if self.demonstration_weight == 1:
+            raise UsageError(
+                f"demonstration_weight is {self.demonstration_weight}; it must be below 1, for at 1 nothing but the "
+                "cross-entropy counts, and method sft has that without rollouts"
+            )
         check_at_least("num_iterations", self.num_iterations, 1)
         check_between("importance_clip", self.importance_clip, 0, math.inf)
         check_at_least("ema_interval", self.ema_interval, 1)
@@ -334,12 +347,22 @@ class MethodSettings(EvalSettings):
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
 
+    def without_effect(self) -> list[str]:
+        """A sentence for each setting that was given a value and does nothing."""
+        return [
+            f"{name} is {getattr(self, name)} and does nothing: {beside} is {getattr(self, beside)!r}"
+            for name, (beside, values) in COUNTS_WITH.items()
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default
+            and getattr(self, beside) not in values
+        ]
+
     def _check_teacher_cache(self) -> None:
         if self.teacher_cache_gib == 0:
             return
         check_between("teacher_cache_gib", self.teacher_cache_gib, 0, math.inf)
-        if self.method != "sdft" or self.teacher != "base" or self.teacher_offload:
-            raise UsageError(
-                f"teacher_cache_gib is {self.teacher_cache_gib}, method {self.method!r}, teacher {self.teacher!r} and "
-                f"teacher_offload {self.teacher_offload}; it must be 0 but for sdft, base and False"
-            )
+        for name, needed in (("method", "sdft"), ("teacher", "base"), ("teacher_offload", False)):
+            if (value := getattr(self, name)) != needed:
+                raise UsageError(
+                    f"teacher_cache_gib is {self.teacher_cache_gib}; it must be 0 where {name} is {value!r}, for it "
+                    f"needs {name} {needed!r}"
+                )

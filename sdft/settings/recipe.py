@@ -24,6 +24,10 @@ from sdft.settings.fields import NO, YES, Field
 
 Settings = TypeVar("Settings")
 
+#: How files of other kinds are named, by their endings.
+_ROWS = "files of rows are named by fields: --train_file, --eval_file, --general_file or --prompt_file"
+NAMED_BY = {".jsonl": _ROWS, ".parquet": _ROWS, ".csv": _ROWS, ".gguf": "a model is named by --model"}
+
 #: What `sdft train` calls the recipe of everything that a run was told, by default too.
 RESOLVED_FILE = "resolved_recipe.yaml"
 #: What is not in it: a secret, and how the run was begun.
@@ -150,6 +154,8 @@ def read_recipe(path: str) -> dict[str, Written]:
         if Path(path).is_dir():
             raise UsageError(f"{path} is a folder; it must be a recipe, and a model is named by --model {path}")
         raise UsageError(f"{path} is not there: no such recipe")
+    if (kind := Path(path).suffix.lower()) in NAMED_BY:
+        raise UsageError(f"{path} is no recipe, which is a YAML file; {NAMED_BY[kind]}")
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         node = loader.get_single_node()
