@@ -1,8 +1,12 @@
 """Memory and time of one long rollout: teacher's scoring, student's forward pass, loss and backward pass.
 
 `python -m benchmarks.long_rollouts` takes SmolLM2 in float32 with a LoRA adapter on a CPU, and one completion. Each
-case has a process of its own. Memory is the most that was resident above the loaded model; it is the kernel's own
-high-water mark, reset after a short warm-up. It prints a table and writes it as CSV and as a plot.
+case has a process of its own, and its time is the median of `--rounds` of them, which alternate with other cases'.
+Memory is the most that was resident above the loaded model; it is the kernel's own high-water mark, reset after a short
+warm-up. It prints a table and writes it as CSV and as a plot.
+
+The model was trained on 8,192 positions. Its rotations go on beyond them, so a longer completion costs what it would
+cost with positions of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +31,12 @@ from benchmarks import rows as files
 from benchmarks.memory import MEBIBYTE, resident
 
 PROMPT = 64
+
+#: What checkpointing keeps of a token: the input of each of SmolLM2's 30 layers, 576 numbers in float32.
+KEPT_BYTES = 30 * 576 * 4
+
+#: A length that is computed, by the line through those that were measured.
+FURTHER = 32_768
 
 #: What is compared: whether the loss is ours, layers are checkpointed, and the tokens of a tile (0: no tiles).
 WAYS: dict[str, tuple[bool, bool, int]] = {
@@ -44,6 +55,7 @@ class LongRollout:
     way: str
     mebibytes: float
     seconds: float
+    rounds: int = 1
 
 
 def measure(way: str, tokens: int) -> tuple[float, float]:
@@ -111,9 +123,28 @@ def measure_apart(way: str, tokens: int, threads: int) -> LongRollout:
     return LongRollout(tokens, way, mebibytes, seconds)
 
 
+def together(rounds: list[LongRollout]) -> LongRollout:
+    """Several rounds of a case as one: the largest memory, the median time."""
+    mebibytes = max(row.mebibytes for row in rounds)
+    seconds = statistics.median(row.seconds for row in rounds)
+    return LongRollout(rounds[0].tokens, rounds[0].way, round(mebibytes, 1), round(seconds, 2), len(rounds))
+
+
+def along_the_line(rows: list[LongRollout], way: str, tokens: int = FURTHER) -> float | None:
+    """The mebibytes of `tokens` by the straight line that is nearest to a way's rows; None of fewer than two."""
+    of_way = [(row.tokens, row.mebibytes) for row in rows if row.way == way]
+    if len(of_way) < 2:
+        return None
+    slope, start = statistics.linear_regression(*zip(*of_way, strict=True))
+    return start + slope * tokens
+
+
 def table(rows: list[LongRollout]) -> str:
     lines = [f"{'tokens':>6} {'way':29} {'MiB above the model':>19} {'seconds':>8}"]
     lines += [f"{row.tokens:6} {row.way:29} {row.mebibytes:19.0f} {row.seconds:8.1f}" for row in rows]
+    for way in dict.fromkeys(row.way for row in rows):
+        if (mebibytes := along_the_line(rows, way)) is not None:
+            lines.append(f"{FURTHER:6} {way:29} {mebibytes:19.0f} computed, by the line through those above")
     return "\n".join(lines)
 
 
@@ -123,6 +154,10 @@ def draw(rows: list[LongRollout], path: Path) -> None:
             for way in dict.fromkeys(row.way for row in rows):
                 of_way = sorted((row.tokens, getattr(row, name)) for row in rows if row.way == way)
                 axis.plot(*zip(*of_way, strict=True), marker="o", label=way)
+            if name == "mebibytes":
+                ends = [0, max(row.tokens for row in rows)]
+                kept = [KEPT_BYTES * tokens / MEBIBYTE for tokens in ends]
+                axis.plot(ends, kept, color="grey", linestyle="--", label="inputs of the layers alone (computed)")
             axis.set_xlabel("tokens of the completion")
             axis.set_title(unit)
             axis.set_ylim(bottom=0)
@@ -132,11 +167,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_rollouts", description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="completion lengths")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=1, help="processes for each case (default 1)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     files.add_arguments(parser, "long_rollouts")
     given = parser.parse_args(argv)
     cases = [(way, tokens) for tokens in given.tokens for way in given.ways]
-    rows = [measure_apart(way, tokens, given.threads) for way, tokens in tqdm(cases, unit="process")]
+    rounds: dict[tuple[str, int], list[LongRollout]] = {case: [] for case in cases}
+    for tokens in given.tokens:  # a length's ways in turn, so that what else the machine does meets all of them
+        for way in tqdm(given.ways * given.rounds, desc=f"{tokens} tokens", unit="process"):
+            rounds[way, tokens].append(measure_apart(way, tokens, given.threads))
+    rows = [together(of_case) for of_case in rounds.values()]
     print(machine.heading(), table(rows), sep="\n")
     files.write(rows, given)
     draw(rows, given.plot)

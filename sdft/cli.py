@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from sdft.settings.recipe import Written
 
 HELP_FLAGS = ("-h", "--help", "--help-all")
+#: By each of these a user tells CUDA's allocator what to do. torch 2.11 and 2.13 read the first where the others, which
+#: are older names for CUDA and for AMD's GPUs, are not set.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +102,18 @@ def _run(command: str, rest: list[str], started: float) -> int:
         return _fail(f"memory ran out ({error}); a smaller per_device_eval_batch_size takes less", 1)
 
 
+def _let_segments_grow() -> None:
+    """Have CUDA's allocator extend its segments, rather than take new ones beside gaps in which nothing fits.
+
+    Rollouts, scoring and learning ask for other sizes at every step. torch reads this when it first uses the device.
+    Windows is left out: there torch warns that it cannot.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
 def _train(argv: list[str], started: float) -> int:
+    _let_segments_grow()
     from sdft.early_checks import check_package, check_readable, check_writable
     from sdft.models.files import check_model
     from sdft.rows import rows_of_train

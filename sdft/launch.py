@@ -19,7 +19,7 @@ from sdft.errors import UsageError
 from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
-from sdft.settings.config import SDFTConfig
+from sdft.settings.config import AUTO, SDFTConfig
 from sdft.settings.inherited import REFUSED
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,10 @@ def check_launch(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_enabled:
         adapter = has_adapter(cast(nn.Module, trainer.model))
-        _check_fsdp(trainer.accelerator.state.fsdp_plugin, adapter, cast(SDFTConfig, trainer.args).teacher_cache_gib)
+        _check_fsdp(trainer.accelerator.state.fsdp_plugin, adapter, cast(SDFTConfig, trainer.args))
 
 
-def _check_fsdp(plugin: Any, adapter: bool, teacher_cache_gib: float) -> None:
+def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:
     """What FSDP's `plugin` says; and have it not round what the loss returns."""
     if plugin.fsdp_version != 2:
         raise UsageError(f"fsdp_version is {plugin.fsdp_version}; it must be 2 (--fsdp_version 2)")
@@ -79,10 +79,15 @@ def _check_fsdp(plugin: Any, adapter: bool, teacher_cache_gib: float) -> None:
             "fsdp_config has activation_checkpointing; with an adapter it must not, but activation_checkpointing may "
             "be set beside it"
         )
-    if teacher_cache_gib and adapter:  # the processes would read unlike numbers of prompts, and wait for each other
+    if args.rollout_batch_size == AUTO:  # processes with unlike numbers of batches would wait for each other
         raise UsageError(
-            f"teacher_cache_gib is {teacher_cache_gib}; under FSDP with an adapter, whose teacher is sharded, it must "
-            "be 0"
+            f"rollout_batch_size is {AUTO!r}; under FSDP, where all processes write as many rollouts at once, it must "
+            "be a number or not set"
+        )
+    cache = args.teacher_cache_gib
+    if cache and adapter:  # the processes would read unlike numbers of prompts, and wait for each other
+        raise UsageError(
+            f"teacher_cache_gib is {cache}; under FSDP with an adapter, whose teacher is sharded, it must be 0"
         )
     if plugin.mixed_precision_policy is not None:
         # By default all that a forward pass returns is rounded to its type: losses and log-probabilities here.

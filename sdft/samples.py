@@ -23,6 +23,7 @@ from sdft.progress.counts import Count
 from sdft.progress.display import Progress
 from sdft.progress.step_log import StepLog
 from sdft.repeats import RepeatedRows
+from sdft.rollouts.fitting import AsManyAsFit
 from sdft.rollouts.generate import Sampling, finished, sample
 from sdft.rollouts.row_sampler import seed_of
 from sdft.teacher import Teacher
@@ -123,7 +124,7 @@ class SamplingTrainer(Runs):
                     tokenizer=tokenizer,
                     seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
                     backend=self.args.rollout_backend,
-                    batch_size=self.args.rollout_batch_size,
+                    batch_size=self.rollouts_at_once,
                 )
 
         with self.phases("rollout"):
@@ -135,6 +136,12 @@ class SamplingTrainer(Runs):
             finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
         )
         return completions
+
+    @functools.cached_property
+    def rollouts_at_once(self) -> int | AsManyAsFit | None:
+        """How many rollouts are sampled at once; what is found out of the memory holds for the whole run."""
+        size = self.args.rollout_batch_size
+        return AsManyAsFit() if isinstance(size, str) else size
 
     def with_student(self, function: Callable[[], Result]) -> Result:
         """What `function` gives, in which the student may be called, in the run's precision.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import linearity, memory, rows, speed
+from benchmarks import linearity, long_rollouts, memory, rows, speed
 from benchmarks.methods import METHODS, Shape
 from sdft_kernels.divergences import DIVERGENCES
 
@@ -106,3 +106,17 @@ def test_linearity_measures_each_point(tmp_path: Path) -> None:
     for point in found:
         assert point.nanoseconds_per_logit == pytest.approx(point.seconds * 1e9 / (point.tokens * point.vocabulary))
     check_files(found, given(tmp_path, "linearity"), linearity.draw)
+
+
+def test_long_rollouts_take_the_median_of_rounds_and_compute_a_length_beyond(tmp_path: Path) -> None:
+    tiles, whole = "checkpointed, tiles of 1,024", "as it is"
+    rounds = [
+        long_rollouts.LongRollout(1000, tiles, mebibytes, seconds) for mebibytes, seconds in ((7, 9), (8, 1), (6, 2))
+    ]
+    found = [long_rollouts.together(rounds), long_rollouts.LongRollout(3000, tiles, 18.0, 5.0)]
+    assert (found[0].mebibytes, found[0].seconds, found[0].rounds) == (8, 2, 3)
+    assert long_rollouts.along_the_line(found, tiles) == pytest.approx(3 + 5 * 32.768)
+    assert long_rollouts.along_the_line(found, whole) is None
+    found.append(long_rollouts.LongRollout(1000, whole, 40.0, 1.5))
+    assert long_rollouts.table(found).count("computed") == 1
+    check_files(found, given(tmp_path, "long_rollouts"), long_rollouts.draw)

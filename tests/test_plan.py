@@ -294,7 +294,7 @@ def test_command_plans_a_folder_that_has_no_weights(folder, tmp_path, capsys):
         ["--demonstration_weight", "0.5", "--num_iterations", "2"],
         ["--rollout_tokens", "1", "--rollout_from", "teacher", "--bf16"],
         ["--max_forward_tokens", "64", "--rollout_batch_size", "2", "--freeze_embeddings"],
-        ["--lora_rank", "4", "--teacher", "ema", "--optim", "adamw_torch"],
+        ["--lora_rank", "4", "--teacher", "ema", "--optim", "adamw_torch", "--rollout_batch_size", "auto"],
     ],
 )
 def test_command_plans_every_kind_of_step(folder, words, capsys):

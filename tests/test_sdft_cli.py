@@ -64,6 +64,25 @@ def recipe(tmp_path, model_folder, monkeypatch):
     return write
 
 
+@pytest.mark.parametrize(
+    ("command", "platform", "given", "left"),
+    [
+        ("train", "linux", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("train", "linux", {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ("train", "linux", {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ("train", "win32", {}, {}),
+        ("eval", "linux", {}, {}),
+    ],
+)
+def test_training_lets_cudas_segments_grow_unless_the_user_has_said_otherwise(
+    command, platform, given, left, monkeypatch, capsys
+):
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert main([command, "--help"]) == 0
+    assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == left
+
+
 def test_a_run_leaves_the_model_the_metrics_the_summary_and_the_curves(recipe, model_folder, tmp_path, capsys):
     assert main(["train", recipe(), "--output_dir", "elsewhere"]) == 0
     out = tmp_path / "elsewhere"

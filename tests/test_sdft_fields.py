@@ -153,6 +153,7 @@ def test_a_package_that_a_setting_takes_is_looked_for_first(
 def test_flags_and_recipes_are_read_as_they_are_meant(tmp_path: Path) -> None:
     words = ["--bf16", "r.yaml", "--max-steps", "-1", "--no_dataloader_pin_memory", "--lora_rank=2"]
     words += ["--rollout_stop", "a", "- b", "--average_tokens_across_devices", "off", "--log_completions"]
+    words += ["--rollout_batch_size", "8"]
     fields = FIELDS | own_fields(_lora())
     path, flags = read_flags(words, fields, "sdft train")
     assert path == "r.yaml"
@@ -165,7 +166,9 @@ def test_flags_and_recipes_are_read_as_they_are_meant(tmp_path: Path) -> None:
         "rollout_stop": ["a", "- b"],
         "average_tokens_across_devices": False,
         "log_completions": True,
+        "rollout_batch_size": 8,
     }
+    assert fields["rollout_batch_size"].read("auto") == "auto"
     (tmp_path / "r.yaml").write_text("save_strategy: no\neval_strategy: off\nrun_name: no\nlearning_rate: 2e-5\n")
     found = {name: FIELDS[name].read(given.value) for name, given in read_recipe(str(tmp_path / "r.yaml")).items()}
     assert found == {"save_strategy": "no", "eval_strategy": "no", "run_name": "no", "learning_rate": 2e-5}

@@ -369,6 +369,8 @@ def test_several_rollouts_of_a_prompt_are_side_by_side_and_differ(tmp_path):
     samples = run.samples(run.train_dataset[:2])
     assert [s.prompt for s in samples] == [row["prompt_ids"] for row in run.train_dataset[:2] for _ in range(3)]
     assert len({tuple(s.completion) for s in samples}) == 6
+    as_many_as_fit = trainer(tmp_path, rollouts_per_prompt=3, rollout_batch_size="auto")
+    assert as_many_as_fit.samples(as_many_as_fit.train_dataset[:2]) == samples
     run.train()
     assert run.state.global_step == 4
 
@@ -444,6 +446,8 @@ def test_under_fsdp_version_1_is_refused_and_2_does_not_round_what_the_loss_retu
     plugin.activation_checkpointing, plugin.mixed_precision_policy = False, None
     with pytest.raises(UsageError, match=r"teacher_cache_gib is 0.5; under FSDP with an adapter"):
         trainer(tmp_path, model=peft.get_peft_model(tiny.tiny_model(), adapter), teacher_cache_gib=0.5)
+    with pytest.raises(UsageError, match=r"rollout_batch_size is 'auto'; under FSDP"):
+        trainer(tmp_path, rollout_batch_size="auto")
     plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
     trainer(tmp_path)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16)

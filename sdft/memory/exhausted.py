@@ -12,7 +12,7 @@ from sdft.progress.phases import Phases
 
 #: By phase: the settings that bound its memory, those that cost least first.
 ADVICE = {
-    "rollout": "a smaller rollout_batch_size or max_completion_length takes less",
+    "rollout": "rollout_batch_size auto or a smaller one, or a smaller max_completion_length, takes less",
     "score": "a smaller max_forward_tokens or teacher_cache_gib, or teacher_offload with full fine-tuning, takes less",
     "learn": "a smaller max_forward_tokens, activation_checkpointing, activation_offload, lora_rank or optim "
     "adamw_8bit takes less",
@@ -28,13 +28,18 @@ class MemoryRanOut(TrainingError, torch.OutOfMemoryError):
     """torch's error, in a sentence with advice."""
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether the error says that memory has run out."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and ON_CPU in str(error))
+
+
 @contextlib.contextmanager
 def explained(phases: Phases) -> Iterator[None]:
     """MemoryRanOut where memory runs out within."""
     try:
         yield
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and ON_CPU not in str(error):
+        if isinstance(error, MemoryRanOut) or not ran_out(error):
             raise
         phase = phases.failed or phases.now or "learn"
         first = str(error).split(". ", 1)[0].splitlines()[0]

@@ -152,7 +152,8 @@ class Step:
         """The step at which keys and values of all tokens are there, after the prompts were read."""
         if self.config.method != "sdft":
             return
-        rows = min(self._rows, self.config.rollout_batch_size or self._rows)
+        at_once = self.config.rollout_batch_size or self._rows
+        rows = 1 if isinstance(at_once, str) else min(self._rows, at_once)  # where the memory says, one has to fit
         model = causal_lm(self.learner)
         update = Cache.update
 

@@ -24,6 +24,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 
 from sdft import _compat
 from sdft.errors import TrainingError
+from sdft.memory.exhausted import MemoryRanOut
 from sdft.progress.counts import Watch
 from sdft.rollouts.row_sampler import RowSampler
 
@@ -157,8 +158,9 @@ def _refusal(model: PreTrainedModel, reason: object) -> RuntimeError:
     if "probability tensor" in str(reason):
         return RuntimeError(str(reason))
     attention = _compat.attention_of(model)
-    advice = "a smaller rollout_batch_size needs less" if "emory" in str(reason) else "rollout_backend: generate may do"
-    return TrainingError(
+    no_room = "emory" in str(reason)
+    advice = "a smaller rollout_batch_size needs less" if no_room else "rollout_backend: generate may do"
+    return (MemoryRanOut if no_room else TrainingError)(
         f"continuous batching of {type(model).__name__} with {attention} attention in {model.dtype} on "
         f"{model.device.type} failed: {reason} ({advice})"
     )

@@ -29,6 +29,7 @@ from sdft.errors import TrainingError, UsageError, counted
 from sdft.forward import evaluating
 from sdft.progress.counts import InBatches, Watch, Watched
 from sdft.rollouts.continuous import generate_continuously
+from sdft.rollouts.fitting import AsManyAsFit
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.rollouts.row_sampler import RowSampler, sample_rows, seed_of
 from sdft.rollouts.stop_strings import AtStopString, just_stopped, stopped_length
@@ -67,11 +68,12 @@ def sample(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seeds: Seeds = None,
     backend: str = "generate",
-    batch_size: int | None = None,
+    batch_size: int | AsManyAsFit | None = None,
 ) -> list[list[int]]:
     """A completion for each prompt, in the prompts' order.
 
-    With a `batch_size`, so many are sampled at once, the longest prompts first and each with those of similar length.
+    With a `batch_size`, so many are sampled at once, the longest prompts first and each with those of similar length;
+    `AsManyAsFit` finds the number, and sampling goes on with half of it where memory runs out.
     Raises UsageError for an unknown back-end or stop strings without a tokenizer, TrainingError for a model whose
     logits are not finite.
     """
@@ -81,12 +83,23 @@ def sample(
     if sampling.stop and tokenizer is None:
         raise UsageError("tokenizer is not set; it must be the model's, to find stop strings")
     completions: dict[int, list[int]] = {}
-    for numbers in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+    lengths = [len(prompt) for prompt in prompts]
+    fitting = batch_size if isinstance(batch_size, AsManyAsFit) else None
+    size = fitting.size(model, lengths, sampling.max_new_tokens) if fitting else cast(int | None, batch_size)
+    waiting = batches_by_length(lengths, size)
+    while waiting:
+        numbers = waiting.pop(0)
         if batches is not None and batches.left and not is_sharded(model):  # of which processes need each other's parts
             completions.update((number, []) for number in numbers)
             continue
         own = None if seeds is None or sampling.temperature is None else [seeds[number] for number in numbers]
-        outputs = function(model, [prompts[number] for number in numbers], sampling, tokenizer, own)
+        write = functools.partial(function, model, [prompts[number] for number in numbers], sampling, tokenizer, own)
+        outputs = fitting.attempt(write, len(numbers), model.device) if fitting else write()
+        if outputs is None:
+            left = [number for batch in (numbers, *waiting) for number in batch]
+            smaller = batches_by_length([lengths[number] for number in left], fitting.most if fitting else None)
+            waiting = [[left[place] for place in batch] for batch in smaller]
+            continue
         if len(outputs) != len(numbers):
             raise TrainingError(
                 f"rollout back-end {backend!r} gave {counted(len(outputs), 'completion')} for "

@@ -41,11 +41,15 @@ def _append(room: Tensor, before: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor with room, and its beginning: `before` and after it `new`. It is `room` if both fit there."""
     old, tokens = before.shape[-2], before.shape[-2] + new.shape[-2]
     if room.data_ptr() != before.data_ptr() or room.shape[:-2] != before.shape[:-2] or tokens > room.shape[-2]:
-        spare = max(LEAST_SPARE, int(tokens * SPARE))
-        room = new.new_empty(*new.shape[:-2], tokens + spare, new.shape[-1])
+        room = new.new_empty(*new.shape[:-2], room_for(tokens), new.shape[-1])
         room[..., :old, :] = before
     room[..., old:tokens, :] = new
     return room, room[..., :tokens, :]
+
+
+def room_for(tokens: int) -> int:
+    """The tokens that there is room for, where it is made for so many."""
+    return tokens + max(LEAST_SPARE, int(tokens * SPARE))
 
 
 def roomy_cache(model: PreTrainedModel) -> DynamicCache | None:

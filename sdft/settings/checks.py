@@ -53,6 +53,14 @@ def check_texts(name: str, value: Any) -> None:
         raise UsageError(f"{name} is {value!r}; it must be a list of texts, none of them empty")
 
 
+def at_least_or(name: str, value: Any, low: int, word: str) -> int | str:
+    """The value, a whole number of at least `low` or the word; anything else is refused."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if matching(value, (word,)) is None and not (is_number and value >= low):
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {low}, or {word}")
+    return value if is_number else word
+
+
 def check_at_least(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {low}")

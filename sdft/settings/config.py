@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import SCORERS
 from sdft.settings.checks import (
+    at_least_or,
     check_at_least,
     check_between,
     check_from,
@@ -33,6 +34,7 @@ NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or ove
 TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
 DTYPES = ("float32", "bfloat16", "auto")
+AUTO = "auto"  # rollout_batch_size: as many as fit
 
 
 #: Settings that do nothing unless another has one of these values.
@@ -266,8 +268,10 @@ class MethodSettings(EvalSettings):
     rollouts_per_prompt: int = setting(
         1, "Rollouts for each prompt; a micro-batch holds this many times per_device_train_batch_size."
     )
-    rollout_batch_size: int | None = setting(
-        None, "Rollouts sampled at once, those of similar prompt length together; all of the step's when not set."
+    rollout_batch_size: int | str | None = setting(
+        None,
+        "Rollouts sampled at once, those of similar prompt length together; all of the step's when not set. auto is as "
+        "many as the free memory takes, and half as many each time that it runs out all the same.",
     )
     rollout_backend: str = setting(
         "generate",
@@ -317,7 +321,7 @@ class MethodSettings(EvalSettings):
         self.rollout_from = chosen("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
         check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
         if self.rollout_batch_size is not None:
-            check_at_least("rollout_batch_size", self.rollout_batch_size, 1)
+            self.rollout_batch_size = at_least_or("rollout_batch_size", self.rollout_batch_size, 1, AUTO)
         check_texts("rollout_stop", self.rollout_stop)
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)

@@ -71,7 +71,7 @@ class Field:
         if "dict" in self.kinds and text.lstrip().startswith("{"):
             return json.loads(text)
         if "str" in self.kinds:
-            return text
+            return int(text) if "int" in self.kinds and text.isdecimal() else text
         if "int" in self.kinds and text.lower() not in (*YES[:-1], *NO[:-1]):
             return int(text)
         if "float" in self.kinds:
