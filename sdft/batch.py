@@ -23,8 +23,8 @@ class Sample:
     """One completion, after the prompt that the student saw and the one that the teacher sees (none for "sft").
 
     `demonstration` is the expert's completion of the student's prompt, where cross-entropy on it is part of the loss.
-    `old_logprobs` are the log-probabilities that the completion's tokens in the loss had when it was sampled, where it
-    serves several optimizer steps.
+    `old_logprobs` are the log-probabilities with which the completion's tokens in the loss were drawn, where tokens get
+    importance weights.
     """
 
     prompt: list[int]

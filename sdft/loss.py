@@ -163,11 +163,26 @@ def distillation_loss(
         reduction="sum",
         max_chunk_bytes=config.max_chunk_bytes,
     )
-    entropies = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
-    if not per_token or out.student_logprob is None or out.teacher_logprob is None:
-        return StepLoss(out.loss, entropies)
+    sums = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
+    if out.student_logprob is None or out.teacher_logprob is None:
+        return StepLoss(out.loss, sums)
+    if old_logprobs is not None:
+        sums |= importance(out.student_logprob - old_logprobs, config.importance_clip)
+    if not per_token:
+        return StepLoss(out.loss, sums)
     logprobs = {"student_logprob": out.student_logprob, "teacher_logprob": out.teacher_logprob}
-    return StepLoss(out.loss, entropies, {"divergence": out.token_loss, **logprobs})
+    return StepLoss(out.loss, sums, {"divergence": out.token_loss, **logprobs})
+
+
+def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:
+    """What is worth logging of the importance weights: `gap` (N,) is log-probabilities now less those when drawn."""
+    weight = gap.exp().clamp(max=clip)
+    return {
+        "rollout_gap": gap.abs().sum(),
+        "importance": weight.sum(),
+        "squared_importance": weight.square().sum(),
+        "rollout_gap_max": gap.abs().amax() if len(gap) else gap.sum(),
+    }
 
 
 def demonstration_loss(

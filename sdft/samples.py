@@ -16,6 +16,7 @@ from sdft._compat import on_device
 from sdft.batch import Sample, group, lay_out, parts_within
 from sdft.checkpoints.runs import Runs
 from sdft.data import Row
+from sdft.errors import TrainingError
 from sdft.forward import Result, as_forward_of
 from sdft.loss import completion_logprobs
 from sdft.models.adapters import causal_lm
@@ -24,9 +25,13 @@ from sdft.progress.display import Progress
 from sdft.progress.step_log import StepLog
 from sdft.repeats import RepeatedRows
 from sdft.rollouts.fitting import AsManyAsFit
-from sdft.rollouts.generate import Sampling, finished, sample
+from sdft.rollouts.generate import write
+from sdft.rollouts.interface import LENGTH, Completion, Request, Sampling
 from sdft.rollouts.row_sampler import seed_of
 from sdft.teacher import Teacher
+
+#: Back-ends that draw from the student itself, whose probabilities in float32 are those of the loss.
+EXACT = ("generate", "continuous")
 
 
 class SamplingTrainer(Runs):
@@ -66,9 +71,10 @@ class SamplingTrainer(Runs):
         if iterations == 1 or self.args.method == "sft":
             return self.samples(rows)
         if self.reused is None or self.state.global_step % iterations == 0:
-            samples = self.samples(rows)
-            with self.phases("score"):
-                self.reused = self._with_old_logprobs(samples)
+            self.reused = self.samples(rows)
+            if any(sample.old_logprobs is None for sample in self.reused):  # and not those they were drawn with
+                with self.phases("score"):
+                    self.reused = self._with_old_logprobs(self.reused)
         return self.reused
 
     def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
@@ -97,12 +103,33 @@ class SamplingTrainer(Runs):
         each = self.args.rollouts_per_prompt
         places = [place * each + number for place in self._places(len(rows)) for number in range(each)]
         rows = [row for row in rows for _ in range(each)]
+        skip = self.args.skip_tokens
         return [
-            Sample(row["prompt_ids"], completion, row["teacher_prompt_ids"], row.get("completion_ids"))
+            Sample(
+                row["prompt_ids"],
+                completion.tokens,
+                row["teacher_prompt_ids"],
+                row.get("completion_ids"),
+                None if completion.logprobs is None else completion.logprobs[skip:],
+            )
             for row, completion in zip(rows, self.rollouts(rows, places), strict=True)
         ]
 
-    def rollouts(self, rows: list[Row], places: list[int]) -> list[list[int]]:
+    @property
+    def corrects(self) -> bool:
+        """Whether a token's loss is multiplied by its probability now over that with which it was drawn.
+
+        "auto" does where the two differ by rounding alone: the same distribution, drawn from in less than float32 or
+        by an engine that is not transformers.
+        """
+        args = self.args
+        if args.method != "sdft" or args.rollout_correction != "auto":
+            return args.method == "sdft" and args.rollout_correction == "truncate"
+        same = not self.sampling.truncates and args.rollout_temperature == args.loss_temperature
+        exact = self.autocast_type is None and self.student.dtype == torch.float32 and args.rollout_backend in EXACT
+        return same and not exact and args.rollout_from == "student"
+
+    def rollouts(self, rows: list[Row], places: list[int]) -> list[Completion]:
         """A completion for each row, by the student or by the teacher who sees the row's demonstration.
 
         A row's random numbers depend on the seed, the step and its place in the step's batch.
@@ -113,27 +140,32 @@ class SamplingTrainer(Runs):
             self.progress.rollouts(count, len(rows), len(rows) * self.sampling.max_new_tokens)
             return self.asked_to_stop
 
-        watched = dataclasses.replace(self.sampling, watch=watch)
+        sampling = dataclasses.replace(self.sampling, watch=watch, logprobs=self.corrects)
+        seeds = [seed_of(self.args.seed, self.state.global_step, place) for place in places]
 
-        def write() -> list[list[int]]:
+        def answer() -> list[Completion]:
             with self._writer() as (model, prompt_ids):
-                return sample(
+                return write(
                     model,
-                    [row[prompt_ids] for row in rows],
-                    watched,
+                    [Request(row[prompt_ids], seed) for row, seed in zip(rows, seeds, strict=True)],
+                    sampling,
                     tokenizer=tokenizer,
-                    seeds=[seed_of(self.args.seed, self.state.global_step, place) for place in places],
                     backend=self.args.rollout_backend,
                     batch_size=self.rollouts_at_once,
                 )
 
         with self.phases("rollout"):
-            completions = self.with_student(write)
+            completions = self.with_student(answer)
         self.leave_if_asked()
+        if self.args.rollout_correction == "truncate" and any(each.logprobs is None for each in completions):
+            raise TrainingError(
+                f"rollout_backend {self.args.rollout_backend!r} does not say with which probability it draws a token, "
+                "and rollout_correction is 'truncate', which takes that; it may be none"
+            )
         self.step_log.add(
             completions=len(rows),
-            completion_length=sum(map(len, completions)),
-            finished=sum(finished(completion, self.sampling, tokenizer) for completion in completions),
+            completion_length=sum(len(completion.tokens) for completion in completions),
+            finished=sum(completion.end != LENGTH for completion in completions),
         )
         return completions
 

@@ -38,7 +38,7 @@ from sdft.models.load import eos_token_ids, limits, load_model
 from sdft.progress.step_log import StepLog
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import load_samples, save_samples
-from sdft.rollouts.generate import Sampling
+from sdft.rollouts.interface import Sampling
 from sdft.samples import SamplingTrainer
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import check_arguments

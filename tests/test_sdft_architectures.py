@@ -23,7 +23,8 @@ from sdft.head import check_head, check_same_in_training, find_head
 from sdft.launch import switch_off_dropout
 from sdft.loss import divergence
 from sdft.models.load import load_model
-from sdft.rollouts.generate import Sampling, sample
+from sdft.rollouts.generate import sample
+from sdft.rollouts.interface import Sampling
 from tests import tiny
 from tests.test_sdft_trainer import trainer
 

@@ -68,7 +68,7 @@ def test_the_divergences_are_those_of_the_kernels() -> None:
         ("model: y", "recipe.yaml, line 3: model is set twice; line 1 has set it before"),
         ("divergence: kl", "recipe.yaml, line 3: divergence is 'kl'; it may be reverse_kl"),
         ("save_strategy: often", "recipe.yaml, line 3: save_strategy is 'often'; it may be no, steps, epoch or best"),
-        ("beta: 2", "recipe.yaml, line 3: beta is 2.0; it must be a number above 0 and below 1"),
+        ("beta: 2", "recipe.yaml, line 3: beta is 2.0; it must be a number from 0.001 to 0.999"),
         ("seed: " + "9" * 5000, "recipe.yaml, line 3: seed is '9999"),
         ("teacher: a: b", "recipe.yaml, line 3: not YAML: mapping values are not allowed here"),
         ("teacher: [a", "recipe.yaml, line 4: not YAML: expected ',' or ']'"),
@@ -112,7 +112,7 @@ TRAINED = "train_file: rows.jsonl\n"
     [
         (["--learning-rate", "fast"], "--learning-rate is 'fast'; it must be a number"),
         (["--learning_rate=fast"], "--learning_rate is 'fast'; it must be a number"),
-        (["--beta", "-1"], "--beta is -1.0; it must be a number above 0"),
+        (["--beta", "-1"], "--beta is -1.0; it must be a number from 0.001 to 0.999"),
         (["--beta"], "--beta has no value"),
         (["--lora_target_modules", "--beta", "0.5"], "--lora_target_modules has no value; it must have one or more"),
         (["--lerning_rate", "1"], "unknown field '--lerning_rate'; did you mean '--learning_rate'?"),

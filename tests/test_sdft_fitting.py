@@ -11,7 +11,8 @@ from sdft.memory import free
 from sdft.memory.exhausted import MemoryRanOut
 from sdft.rollouts import fitting
 from sdft.rollouts.fitting import AsManyAsFit, rollout_bytes
-from sdft.rollouts.generate import BACKENDS, Sampling, sample
+from sdft.rollouts.generate import BACKENDS, sample
+from sdft.rollouts.interface import Sampling
 from sdft.rollouts.kv_cache import LEAST_SPARE
 from tests import tiny
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from sdft.rollouts.generate import Sampling, generation_settings, sample
+from sdft.rollouts.generate import generation_settings, sample
+from sdft.rollouts.interface import Sampling
 from sdft.rollouts.kv_cache import RoomyLayer, roomy_cache
 from tests import tiny
 from tests.test_sdft_architectures import FAMILIES

@@ -6,17 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from sdft.errors import TrainingError, UsageError
 from sdft.models.load import eos_token_ids
 from sdft.rollouts.continuous import PAGE, STEP_TOKENS
-from sdft.rollouts.generate import (
-    BACKENDS,
-    Sampling,
-    batches_by_length,
-    cut,
-    finished,
-    generate,
-    register_backend,
-    sample,
-    seeded,
-)
+from sdft.rollouts.generate import BACKENDS, batches_by_length, generate, register_backend, sample, seeded, write
+from sdft.rollouts.interface import Completion, Request, Sampling, cut, finished
 from sdft.rollouts.stop_strings import stopped_length
 from tests import tiny
 
@@ -47,9 +38,11 @@ def test_every_declared_end_of_sequence_id_ends_a_rollout():
     for row, rollout in zip(endless, generate(model, PROMPTS, max_new_tokens=12, eos_ids=ends), strict=True):
         end = min((position for position, token in enumerate(row) if token in ends), default=12)
         assert rollout == row[: end + 1]
-    assert cut([5, 6, 7, 6], Sampling(9, frozenset({6}))) == [5, 6]
-    assert cut([5, 6], Sampling(9)) == [5, 6]
-    assert cut([5, 6], Sampling(1)) == [5]
+    assert cut(Completion([5, 6, 7, 6], [-1.0, -2.0, -3.0, -4.0]), Sampling(9, frozenset({6}))) == Completion(
+        [5, 6], [-1.0, -2.0], "token"
+    )
+    assert cut(Completion([5, 6]), Sampling(9)) == Completion([5, 6], None, "length")
+    assert cut(Completion([5, 6]), Sampling(1)) == Completion([5], None, "length")
 
 
 def test_end_of_sequence_ids_come_from_generation_settings_model_and_tokenizer():
@@ -268,10 +261,10 @@ def test_a_completion_ends_with_the_token_that_completes_the_first_stop_string(t
     tokenizer = byte_tokenizer()
     tokens = tokenizer(text)["input_ids"]
     sampling = Sampling(99, stop=tuple(stop))
-    cut_tokens = cut(tokens, sampling, tokenizer)
-    assert tokenizer.decode(cut_tokens) == kept
-    assert finished(cut_tokens, sampling, tokenizer)
-    assert not finished(cut_tokens[:-1], sampling, tokenizer)
+    completion = cut(Completion(tokens), sampling, tokenizer)
+    assert tokenizer.decode(completion.tokens) == kept and completion.end == "string"
+    assert finished(completion.tokens, sampling, tokenizer)
+    assert not finished(completion.tokens[:-1], sampling, tokenizer)
 
 
 def test_without_a_stop_string_in_it_a_completion_stays_as_it_is():
@@ -279,7 +272,7 @@ def test_without_a_stop_string_in_it_a_completion_stays_as_it_is():
     tokens = tokenizer("one two")["input_ids"]
     assert stopped_length(tokens, ["three"], tokenizer) is None
     assert stopped_length([], ["three"], tokenizer) is None
-    assert cut(tokens, Sampling(99, stop=("three",)), tokenizer) == tokens
+    assert cut(Completion(tokens), Sampling(99, stop=("three",)), tokenizer) == Completion(tokens)
     assert not finished(tokens, Sampling(99, stop=("three",)), tokenizer)
     assert finished(tokens, Sampling(99, frozenset({tokens[-1]}), stop=("three",)), tokenizer)
 
@@ -325,9 +318,9 @@ def test_batches_hold_prompts_of_similar_length_and_results_keep_their_order(mon
     assert batches_by_length([], None) == batches_by_length([], 2) == []
     seen = []
 
-    def echo(model, prompts, sampling, tokenizer, seeds):
-        seen.append([len(prompt) for prompt in prompts])
-        return [[len(prompt)] for prompt in prompts]
+    def echo(model, requests, sampling, tokenizer):
+        seen.append([len(request.prompt) for request in requests])
+        return [Completion([len(request.prompt)]) for request in requests]
 
     monkeypatch.setitem(BACKENDS, "echo", echo)
     prompts = [[0] * length for length in (2, 5, 1, 4, 3)]
@@ -338,9 +331,9 @@ def test_batches_hold_prompts_of_similar_length_and_results_keep_their_order(mon
 def test_a_backend_of_ones_own_can_be_named_and_is_held_to_its_contract(monkeypatch):
     monkeypatch.setattr("sdft.rollouts.generate.BACKENDS", dict(BACKENDS))
     model = tiny.tiny_model()
-    register_backend("own", lambda model, prompts, sampling, tokenizer, seeds: [[5, 6, 7, 8] for _ in prompts])
+    register_backend("own", lambda model, requests, *_: [Completion([5, 6, 7, 8]) for _ in requests])
     assert sample(model, PROMPTS, Sampling(3, frozenset({6})), backend="own") == [[5, 6]] * 3
-    register_backend("short", lambda model, prompts, sampling, tokenizer, seeds: [[5]])
+    register_backend("short", lambda *_: [Completion([5])])
     with pytest.raises(TrainingError, match="'short' gave 1 completion for 3 prompts"):
         sample(model, PROMPTS, Sampling(3), backend="short")
     with pytest.raises(UsageError, match="backend is 'vllm'; it may be generate, continuous, own, short"):
@@ -356,3 +349,50 @@ def test_prompts_longer_than_a_step_are_sampled_by_their_own_seeds_too():
         sample(model, prompts, sampling, seeds=[7, 8, 9], backend=name) for name in ("generate", "continuous")
     )
     assert one == other
+
+
+@both
+@pytest.mark.parametrize(
+    "restriction", [{}, {"top_k": 20}, {"top_p": 0.7}, {"min_p": 0.05}, {"temperature": 0.6}], ids=str
+)
+def test_log_probabilities_are_those_that_tokens_were_drawn_with(restriction, backend):
+    model = tiny.tiny_model()
+    sampling = Sampling(12, frozenset({40, 41, 42}), logprobs=True, **{"temperature": 1.3, **restriction})
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS * 2)]
+    completions = write(model, requests, sampling, backend=backend)
+    assert {completion.end for completion in completions} == {"token", "length"}
+    for request, completion in zip(requests, completions, strict=True):
+        assert (completion.tokens[-1] in sampling.eos_ids) == (completion.end == "token")
+        with torch.no_grad():
+            ids = torch.tensor([*request.prompt, *completion.tokens])
+            logits = model(ids[None]).logits[0, len(request.prompt) - 1 : -1].double() / sampling.temperature
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        before = ordered.cumsum(-1) - ordered
+        kept = (before < sampling.top_p) & (ordered >= sampling.min_p * ordered[:, :1])
+        if sampling.top_k:
+            kept &= torch.arange(kept.shape[1]) < sampling.top_k
+        logprobs = (ordered * kept / (ordered * kept).sum(-1, keepdim=True)).log()
+        expected = logprobs.gather(-1, order.argsort(-1)).gather(-1, ids[len(request.prompt) :, None])[:, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@both
+def test_log_probabilities_are_kept_only_where_asked_for(backend):
+    completions = write(
+        tiny.tiny_model(), [Request(p, 1) for p in PROMPTS], Sampling(3, temperature=1.0), backend=backend
+    )
+    assert [completion.logprobs for completion in completions] == [None] * 3
+
+
+def test_seeds_draw_the_same_by_continuous_batching_whatever_parts_prompts_are_read_in():
+    model = tiny.tiny_model(max_position_embeddings=1024)
+    lengths = [STEP_TOKENS - 2, 1, STEP_TOKENS, 3, STEP_TOKENS + 1, 90, 200, 310, 7]
+    for count in (2, 5, 9):
+        prompts = [
+            [5 + (row * 7 + place) % 90 for place in range(length)] for row, length in enumerate(lengths[:count])
+        ]
+        sampling = Sampling(max_new_tokens=4, temperature=1.0)
+        one, other = (
+            sample(model, prompts, sampling, seeds=range(count), backend=name) for name in ("generate", "continuous")
+        )
+        assert one == other

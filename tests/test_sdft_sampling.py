@@ -35,7 +35,7 @@ def test_seeds_differ_by_each_number_and_by_order():
 
 def drawn(settings, scores, count):
     """Shares of the tokens that `count` rows with the same scores draw."""
-    processors = sample_rows(settings, [seed_of(n) for n in range(count)], CPU)
+    processors = sample_rows(settings, RowSampler([seed_of(n) for n in range(count)], CPU))
     chosen = processors(torch.zeros(count, 1, dtype=torch.long), scores.expand(count, -1).clone()).argmax(-1)
     return torch.bincount(chosen, minlength=scores.numel()) / count
 
@@ -66,7 +66,7 @@ def test_the_draws_of_a_row_are_independent_from_token_to_token():
 
 def test_settings_become_greedy_so_that_nothing_is_drawn_or_scaled_twice():
     settings = GenerationConfig(do_sample=True, temperature=0.5, top_k=5, top_p=0.9, min_p=0.1)
-    processors = sample_rows(settings, [1], CPU)
+    processors = sample_rows(settings, RowSampler([1], CPU))
     assert isinstance(processors, LogitsProcessorList)
     assert [type(p).__name__ for p in processors] == [
         "TemperatureLogitsWarper",

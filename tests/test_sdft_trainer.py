@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import logging
+import math
 import os
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -21,7 +23,8 @@ from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import as_forward_of
 from sdft.repeats import RepeatedRows
-from sdft.rollouts.generate import BACKENDS, Sampling, sample
+from sdft.rollouts.generate import BACKENDS, sample
+from sdft.rollouts.interface import Completion, Sampling
 from tests import tiny
 
 
@@ -252,7 +255,7 @@ def test_rollouts_are_sampled_as_the_settings_say(tmp_path):
 
 
 def test_a_back_end_of_ones_own_writes_the_rollouts_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "own", lambda model, prompts, sampling, tokenizer, seeds: [[7, 8, 1]] * len(prompts))
+    monkeypatch.setitem(BACKENDS, "own", lambda model, requests, *_: [Completion([7, 8, 1])] * len(requests))
     run = trainer(tmp_path, rollout_backend="own", max_steps=1)
     seen = []
     make = run.samples
@@ -659,9 +662,10 @@ def test_it_is_said_once_that_most_completions_are_cut(cut_in, said, tmp_path, c
     write = run.with_student
 
     def cut_or_not(function):
-        return [[5] * (6 if run.state.global_step + 1 in cut_in else 1) + [1] for _ in write(function)]
+        length, end = (6, "length") if run.state.global_step + 1 in cut_in else (1, "token")
+        return [Completion([5] * length, end=end) for _ in write(function)]
 
-    run.with_student = lambda function: [each[:6] for each in cut_or_not(function)]
+    run.with_student = cut_or_not
     with caplog.at_level(logging.WARNING, logger="sdft.trainer"):
         run.train()
     lines = [record.getMessage() for record in caplog.records if "completions were cut" in record.getMessage()]
@@ -824,3 +828,72 @@ def test_a_schedule_free_optimizer_saves_and_evaluates_the_averaged_weights(tmp_
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     resumed.save_model()
     assert_equal_weights(weights(resumed.student), averaged)
+
+
+def lying_sampler(monkeypatch, by):
+    """`generate`, which says that it drew each token with a log-probability that is less by so much."""
+    honest = BACKENDS["generate"]
+
+    def write(model, requests, sampling, tokenizer):
+        written = honest(model, requests, sampling, tokenizer)
+        return [
+            replace(one, logprobs=None if one.logprobs is None else [x - by for x in one.logprobs]) for one in written
+        ]
+
+    monkeypatch.setitem(BACKENDS, "lying", write)
+
+
+@pytest.mark.parametrize(("by", "weight"), [(0.0, 1.0), (0.3, math.exp(0.3)), (-0.4, math.exp(-0.4)), (2.0, 1.5)])
+def test_tokens_weigh_as_much_more_as_they_were_drawn_too_seldom(by, weight, tmp_path, monkeypatch):
+    lying_sampler(monkeypatch, by)
+    options = {"max_steps": 1, "rollout_backend": "lying", "importance_clip": 1.5}
+    plain = trained(tmp_path / "a", rollout_correction="none", **options).state.log_history[0]
+    weighted = trained(tmp_path / "b", rollout_correction="truncate", **options).state.log_history[0]
+    assert weighted["loss"] == pytest.approx(weight * plain["loss"], rel=1e-5)
+    assert weighted["rollout_gap"] == pytest.approx(abs(by), abs=1e-5)
+    assert weighted["rollout_gap_max"] == pytest.approx(abs(by), abs=1e-5)
+    assert weighted["effective_share"] == pytest.approx(1.0, abs=1e-5)
+    assert "rollout_gap" not in plain
+
+
+@pytest.mark.parametrize(
+    ("options", "corrects"),
+    [
+        ({}, False),  # generate in float32 draws from what the loss sees
+        ({"rollout_backend": "lying"}, True),
+        ({"rollout_backend": "lying", "rollout_correction": "none"}, False),
+        ({"rollout_backend": "lying", "rollout_top_k": 5}, False),
+        ({"rollout_backend": "lying", "rollout_temperature": 0.7}, False),
+        ({"rollout_backend": "lying", "rollout_from": "teacher"}, False),
+        ({"rollout_backend": "lying", "method": "sft"}, False),
+        ({"rollout_correction": "truncate", "rollout_top_k": 5}, True),
+    ],
+    ids=str,
+)
+def test_auto_corrects_where_only_rounding_parts_the_two(options, corrects, tmp_path, monkeypatch):
+    lying_sampler(monkeypatch, 0.1)
+    assert trainer(tmp_path, **options).corrects == corrects
+
+
+def test_auto_corrects_what_is_drawn_in_bfloat16(tmp_path):
+    run = trained(tmp_path, model=tiny.tiny_model().bfloat16(), max_steps=1)
+    log = run.state.log_history[0]
+    assert run.corrects and 0 < log["rollout_gap"] < log["rollout_gap_max"] < 0.2 and 0.9 < log["effective_share"] < 1
+
+
+def test_a_correction_takes_a_back_end_that_knows_its_probabilities(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "own", lambda model, requests, *_: [Completion([7, 8, 1])] * len(requests))
+    run = trainer(tmp_path, rollout_backend="own", rollout_correction="truncate", max_steps=1)
+    with pytest.raises(TrainingError, match="rollout_backend 'own' does not say with which probability"):
+        run.train()
+    assert "rollout_gap" not in trained(tmp_path / "auto", rollout_backend="own", max_steps=1).state.log_history[0]
+    with pytest.raises(UsageError, match="rollout_correction is 'truncate' and rollout_from 'teacher'"):
+        SDFTConfig(output_dir=str(tmp_path), rollout_correction="truncate", rollout_from="teacher")
+
+
+def test_rollouts_that_know_their_probabilities_are_not_scored_again(tmp_path, monkeypatch):
+    run = trainer(tmp_path, max_steps=4, num_iterations=2, rollout_correction="truncate")
+    monkeypatch.setattr(run, "_with_old_logprobs", lambda samples: pytest.fail("scored again"))
+    run.train()
+    first, second, *_ = run.state.log_history
+    assert first["rollout_gap"] < 1e-5 < second["rollout_gap"]

@@ -33,6 +33,7 @@ from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
 from benchmarks.gpu_report.training_clock import GIBIBYTE, PHASES, Clock, Phases
 from benchmarks.ledger import OURS
 from sdft.memory.peaks import Peaks
+from sdft.rollouts.interface import Completion
 from sdft.settings.config import SDFTConfig
 from sdft.trainer import SDFTTrainer
 
@@ -156,9 +157,9 @@ class OurTrainer(SDFTTrainer):
 
     given: list[list[int]]
 
-    def rollouts(self, rows: list[dict[str, Any]], places: list[int]) -> list[list[int]]:
+    def rollouts(self, rows: list[dict[str, Any]], places: list[int]) -> list[Completion]:
         self.step_log.add(completions=len(rows), completion_length=0, finished=len(rows))
-        return self.given[: len(rows)]
+        return [Completion(tokens) for tokens in self.given[: len(rows)]]
 
 
 def ours(case: Case, device: str, folder: str) -> Any:

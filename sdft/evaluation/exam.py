@@ -24,7 +24,8 @@ from sdft.forward import evaluating
 from sdft.loss import divergence, teacher_view
 from sdft.models.load import eos_token_ids, limits
 from sdft.processes import each_batch, processes
-from sdft.rollouts.generate import Sampling, batches_by_length, finished, generate
+from sdft.rollouts.generate import batches_by_length, generate
+from sdft.rollouts.interface import Sampling, finished
 from sdft.rollouts.row_sampler import seed_of
 from sdft.rows import exam_rows, have_demonstrations
 from sdft.settings.config import EvalSettings

@@ -29,6 +29,7 @@ class StepLog:
     def __init__(self, accelerator: Accelerator, phases: Phases, max_completion_length: int) -> None:
         self.accelerator, self.phases, self.max_completion_length = accelerator, phases, max_completion_length
         self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
         self._totals: dict[str, float] = {}
         self._highest: dict[str, float] = {}
         self._judged, self._warned_of_cuts = (0, 0), False
@@ -38,10 +39,13 @@ class StepLog:
         return bool(self._sums)
 
     def add(self, **sums: Tensor | float) -> None:
-        """Add to the sums whose means the next line shows."""
+        """Add to the sums whose means the next line shows; of what ends in _max the largest counts."""
         for name, value in sums.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-            self._sums[name] = self._sums.get(name, 0) + value
+            if name.endswith("_max"):
+                self._maxima[name] = torch.maximum(value, self._maxima.get(name, value))
+            else:
+                self._sums[name] = self._sums.get(name, 0) + value
 
     def line(self) -> dict[str, float]:
         """What there is to say of the steps since the last line; every process must ask."""
@@ -50,6 +54,10 @@ class StepLog:
         for name in ("student_entropy", "teacher_entropy"):
             if name in sums:
                 line[name] = sums[name] / max(sums["tokens"], 1)
+        if sums.get("squared_importance"):
+            line["rollout_gap"] = sums["rollout_gap"] / sums["tokens"]
+            line["effective_share"] = sums["importance"] ** 2 / (sums["tokens"] * sums["squared_importance"])
+        line |= self._take_maxima()
         if sums.get("completions"):
             line["completion_length"] = sums["completion_length"] / sums["completions"]
             line["finished"] = sums["finished"] / sums["completions"]
@@ -72,6 +80,15 @@ class StepLog:
         for name, value in sums.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
         return sums
+
+    def _take_maxima(self) -> dict[str, float]:
+        """The largest values of all processes since they were last taken."""
+        names = sorted(self._maxima)
+        if not names:
+            return {}
+        values = self.accelerator.gather(torch.stack([self._maxima[name] for name in names])[None]).amax(0).tolist()
+        self._maxima = {}
+        return dict(zip(names, values, strict=True))
 
     def _take_peaks(self) -> dict[str, float]:
         """The peak of memory so far, and of each phase since they were last taken: the highest of all processes."""

@@ -1,20 +1,20 @@
 """Rollouts: answers that a model samples, which the teacher then scores.
 
-A back-end is a function `(model, prompts, sampling, tokenizer, seeds) -> completions`, prompts and completions as lists
-of token ids. There are two, transformers' `generate` and its continuous batching; `register_backend` adds another. A
-completion may go on after its end in what a back-end returns: it is cut here. With seeds, one for each prompt, both
-draw the same tokens, whatever is sampled beside them; without, they draw by torch's own random numbers.
+A back-end (`sdft.rollouts.interface`) writes them. There are two, transformers' `generate` and its continuous batching;
+`register_backend` adds another. With seeds, one for each prompt, both draw the same tokens, whatever is sampled beside
+them; without, they draw by torch's own random numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
@@ -27,50 +27,25 @@ from transformers import (
 from sdft._compat import with_cache
 from sdft.errors import TrainingError, UsageError, counted
 from sdft.forward import evaluating
-from sdft.progress.counts import InBatches, Watch, Watched
+from sdft.progress.counts import InBatches, Watched
 from sdft.rollouts.continuous import generate_continuously
 from sdft.rollouts.fitting import AsManyAsFit
+from sdft.rollouts.interface import Backend, Completion, Request, Sampling, cut
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.rollouts.row_sampler import RowSampler, sample_rows, seed_of
-from sdft.rollouts.stop_strings import AtStopString, just_stopped, stopped_length
+from sdft.rollouts.stop_strings import AtStopString, just_stopped
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a completion is written: up to and with an end-of-sequence token or stop string, or `max_new_tokens` long.
-
-    Greedy where `temperature` is None. Otherwise from softmax(logits / temperature), of which `top_k` keeps so many
-    of the likeliest tokens (0: all), `top_p` the smallest set with that much probability, and `min_p` those with at
-    least that share of the likeliest one's probability. `stop` needs a tokenizer wherever the sampling is used.
-    A back-end tells `watch` of every token, if it can.
-    """
-
-    max_new_tokens: int
-    eos_ids: frozenset[int] = frozenset()
-    temperature: float | None = None
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    watch: Watch | None = field(default=None, compare=False)
-
-
-Prompts = Sequence[Sequence[int]]
-Seeds = Sequence[int] | None
-Backend = Callable[[PreTrainedModel, Prompts, Sampling, PreTrainedTokenizerBase | None, Seeds], list[list[int]]]
-
-
-def sample(
+def write(
     model: PreTrainedModel,
-    prompts: Prompts,
+    requests: Sequence[Request],
     sampling: Sampling,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    seeds: Seeds = None,
     backend: str = "generate",
     batch_size: int | AsManyAsFit | None = None,
-) -> list[list[int]]:
-    """A completion for each prompt, in the prompts' order.
+) -> list[Completion]:
+    """A completion for each request, in the requests' order.
 
     With a `batch_size`, so many are sampled at once, the longest prompts first and each with those of similar length;
     `AsManyAsFit` finds the number, and sampling goes on with half of it where memory runs out.
@@ -82,19 +57,20 @@ def sample(
     sampling = replace(sampling, watch=batches)
     if sampling.stop and tokenizer is None:
         raise UsageError("tokenizer is not set; it must be the model's, to find stop strings")
-    completions: dict[int, list[int]] = {}
-    lengths = [len(prompt) for prompt in prompts]
+    if sampling.temperature is None:  # greedy decoding draws nothing
+        requests = [replace(request, seed=None) for request in requests]
+    completions: dict[int, Completion] = {}
+    lengths = [len(request.prompt) for request in requests]
     fitting = batch_size if isinstance(batch_size, AsManyAsFit) else None
     size = fitting.size(model, lengths, sampling.max_new_tokens) if fitting else cast(int | None, batch_size)
     waiting = batches_by_length(lengths, size)
     while waiting:
         numbers = waiting.pop(0)
         if batches is not None and batches.left and not is_sharded(model):  # of which processes need each other's parts
-            completions.update((number, []) for number in numbers)
+            completions.update((number, Completion([])) for number in numbers)
             continue
-        own = None if seeds is None or sampling.temperature is None else [seeds[number] for number in numbers]
-        write = functools.partial(function, model, [prompts[number] for number in numbers], sampling, tokenizer, own)
-        outputs = fitting.attempt(write, len(numbers), model.device) if fitting else write()
+        answer = functools.partial(function, model, [requests[number] for number in numbers], sampling, tokenizer)
+        outputs = fitting.attempt(answer, len(numbers), model.device) if fitting else answer()
         if outputs is None:
             left = [number for batch in (numbers, *waiting) for number in batch]
             smaller = batches_by_length([lengths[number] for number in left], fitting.most if fitting else None)
@@ -108,20 +84,37 @@ def sample(
         written = [cut(output, sampling, tokenizer) for output in outputs]
         completions.update(zip(numbers, written, strict=True))
         if batches is not None:
-            batches.add(written)
-    return [completions[number] for number in range(len(prompts))]
+            batches.add([completion.tokens for completion in written])
+    return [completions[number] for number in range(len(requests))]
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seeds: Sequence[int] | None = None,
+    backend: str = "generate",
+    batch_size: int | AsManyAsFit | None = None,
+) -> list[list[int]]:
+    """The tokens of a completion for each prompt, drawn by its seed or by torch's own random numbers; see `write`."""
+    own = [None] * len(prompts) if seeds is None else seeds
+    requests = [Request(prompt, seed) for prompt, seed in zip(prompts, own, strict=True)]
+    completions = write(model, requests, sampling, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
+    return [completion.tokens for completion in completions]
 
 
 def generate(
     model: PreTrainedModel,
-    prompts: Prompts,
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     eos_ids: frozenset[int],
     temperature: float | None = None,
     top_p: float = 1.0,
     top_k: int = 0,
-    seeds: Seeds = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """A completion for each prompt by transformers' `generate`, in one batch; see `Sampling`."""
     return sample(model, prompts, Sampling(max_new_tokens, eos_ids, temperature, top_p, top_k), seeds=seeds)
@@ -135,51 +128,25 @@ def batches_by_length(lengths: Sequence[int], size: int | None) -> list[list[int
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def cut(tokens: Sequence[int], sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
-    """The tokens up to the completion's end: what follows is padding, or was written before the end was noticed."""
-    kept = list(tokens[: sampling.max_new_tokens])
-    for position, token in enumerate(kept):
-        if token in sampling.eos_ids:
-            kept = kept[: position + 1]
-            break
-    return kept[: _stopped(kept, sampling, tokenizer)]
-
-
-def finished(tokens: Sequence[int], sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None = None) -> bool:
-    """Whether a completion came to an end of its own, rather than to `max_new_tokens`."""
-    ended = bool(tokens) and tokens[-1] in sampling.eos_ids
-    return ended or _stopped(tokens, sampling, tokenizer) is not None
-
-
-def _stopped(tokens: Sequence[int], sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    return stopped_length(tokens, sampling.stop, tokenizer) if tokenizer is not None else None
-
-
 # Back-ends
 
 
 def by_generate(
     model: PreTrainedModel,
-    prompts: Prompts,
+    requests: Sequence[Request],
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    seeds: Seeds = None,
-) -> list[list[int]]:
+) -> list[Completion]:
     """transformers' `generate`: one batch, prompts padded on the left, which goes on until its last row has ended."""
-    longest = max(map(len, prompts))
-    pad_id = min(sampling.eos_ids, default=0)
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    longest = max(len(request.prompt) for request in requests)
+    ids, mask = padded([request.prompt for request in requests], min(sampling.eos_ids, default=0))
     stopping = StoppingCriteriaList()
     if sampling.stop and tokenizer is not None:
         stopping.append(AtStopString(sampling.stop, tokenizer, longest))
     if sampling.watch is not None:
-        stopping.append(Watched(sampling.watch, len(prompts), sampling.eos_ids, model.device))
-    settings, processors = token_choice(sampling, seeds, model.device)
-    with _generating(model, processors), torch.no_grad():
+        stopping.append(Watched(sampling.watch, len(requests), sampling.eos_ids, model.device))
+    settings, processors, sampler = token_choice(sampling, requests, model.device)
+    with sampling_from(model, sampler), torch.no_grad():
         output = cast(Any, model).generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -189,36 +156,62 @@ def by_generate(
             synced_gpus=is_sharded(model),
             **with_cache(model, roomy_cache(model)),
         )
-    return cast(list[list[int]], output[:, longest:].tolist())
+    return drawn(output[:, longest:].tolist(), sampler)
+
+
+def padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, tokens), padded on the left, and a mask that is 0 where there is padding."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
 
 
 def by_continuous_batching(
     model: PreTrainedModel,
-    prompts: Prompts,
+    requests: Sequence[Request],
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    seeds: Seeds = None,
-) -> list[list[int]]:
+) -> list[Completion]:
     """transformers' continuous batching: no padding, and what has ended makes room for what has not begun."""
     if is_sharded(model):
         raise TrainingError(
             "rollout_backend is 'continuous', and the model's weights are sharded over processes, which would each "
             "take steps of their own; it may be generate"
         )
-    settings, processors = token_choice(sampling, seeds, model.device)
+    settings, processors, sampler = token_choice(sampling, requests, model.device)
     stopped = None
     if sampling.stop and tokenizer is not None:
         stopped = functools.partial(just_stopped, stop=sampling.stop, tokenizer=tokenizer)
-    with _generating(model, processors):
-        return generate_continuously(model, prompts, settings, processors, stopped, sampling.watch)
+    prompts = [request.prompt for request in requests]
+    with sampling_from(model, sampler):
+        return drawn(generate_continuously(model, prompts, settings, processors, stopped, sampling.watch), sampler)
 
 
 def token_choice(
-    sampling: Sampling, seeds: Seeds, device: torch.device
-) -> tuple[GenerationConfig, LogitsProcessorList]:
-    """`sampling` in transformers' words: the one place where it is said how the next token is chosen."""
+    sampling: Sampling, requests: Sequence[Request], device: torch.device
+) -> tuple[GenerationConfig, LogitsProcessorList, RowSampler | None]:
+    """`sampling` in transformers' words: the one place where it is said how the next token is chosen.
+
+    Where requests have seeds, the last processor is a RowSampler, which is given beside them.
+    """
     settings = generation_settings(sampling)
-    return settings, LogitsProcessorList() if seeds is None else sample_rows(settings, seeds, device)
+    seeds = [request.seed for request in requests if request.seed is not None]
+    if len(seeds) < len(requests):
+        return settings, LogitsProcessorList(), None
+    sampler = RowSampler(seeds, device, with_logprobs=sampling.logprobs)
+    return settings, sample_rows(settings, sampler), sampler
+
+
+def drawn(outputs: Sequence[list[int]], sampler: RowSampler | None) -> list[Completion]:
+    """Completions of these tokens, with the log-probabilities that the sampler has kept."""
+    logprobs = None if sampler is None else sampler.logprobs()
+    if logprobs is None:
+        return [Completion(tokens) for tokens in outputs]
+    return [Completion(tokens, of_row) for tokens, of_row in zip(outputs, logprobs, strict=True)]
 
 
 def generation_settings(sampling: Sampling) -> GenerationConfig:
@@ -260,7 +253,7 @@ def is_sharded(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def _generating(model: PreTrainedModel, processors: LogitsProcessorList) -> Iterator[None]:
+def sampling_from(model: PreTrainedModel, sampler: RowSampler | None) -> Iterator[None]:
     """Evaluation mode, and the model's own generation defaults (repetition penalties, top-k and the like) set aside, so
     that tokens come from the distribution that the loss sees; everything as it was afterwards."""
     defaults = model.generation_config
@@ -268,9 +261,8 @@ def _generating(model: PreTrainedModel, processors: LogitsProcessorList) -> Iter
     try:
         with evaluating(model):
             yield
-        for processor in processors:
-            if isinstance(processor, RowSampler):
-                processor.check()
+        if sampler is not None:
+            sampler.check()
     except RuntimeError as error:
         if "probability tensor" in str(error):
             raise TrainingError("the model's logits are no longer finite, so it cannot be sampled") from error

@@ -39,23 +39,40 @@ def seed_of(*entropy: int) -> int:
 class RowSampler(LogitsProcessor):
     """Makes greedy decoding a draw: adds to the scores of each row noise from the row's own generator.
 
-    One seed for each row of the batch, in its order; `scores` are (rows, V) float32, after all other processors.
+    One seed for each row of the batch, in its order; `scores` are (rows, V) float32, after all other processors. It is
+    called once for each token that is drawn. `with_logprobs`, it keeps the log-probability of each.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], device: torch.device, *, with_logprobs: bool = False) -> None:
         self.fill: list[Callable[[Tensor], object]] = [_exponential(seed, device) for seed in seeds]
         self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.with_logprobs = with_logprobs
+        self._logprobs: list[tuple[Sequence[int], Tensor]] = []  # of rows of these numbers, one draw after the other
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.draw(scores, range(len(scores)))
 
     def draw(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
-        """The scores (len(rows), V) with the next noise of the rows of these numbers."""
+        """The scores (len(rows), V) with the next noise of the rows of these numbers: the token is where they peak."""
         self.finite &= scores.amax(-1).isfinite().all()  # read at the end: a look at every token would stall a GPU
         noise = torch.empty_like(scores)
         for row, number in zip(noise, rows, strict=True):
             self.fill[number](row)
-        return torch.sub(scores, noise.log_(), out=noise)
+        noisy = torch.sub(scores, noise.log_(), out=noise)
+        if self.with_logprobs:
+            of_token = scores.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+            self._logprobs.append((rows, of_token - scores.logsumexp(-1)))
+        return noisy
+
+    def logprobs(self) -> list[list[float]] | None:
+        """For each row the log-probabilities of the tokens drawn so far, in nats; None where they are not kept."""
+        if not self.with_logprobs:
+            return None
+        kept: list[list[float]] = [[] for _ in self.fill]
+        for rows, values in self._logprobs:
+            for row, value in zip(rows, values.tolist(), strict=True):
+                kept[row].append(value)
+        return kept
 
     def check(self) -> None:
         """TrainingError if there was nothing to draw from: a NaN, an infinity, or no token left."""
@@ -76,8 +93,8 @@ def _exponential(seed: int, device: torch.device) -> Callable[[Tensor], object]:
     return fill
 
 
-def sample_rows(settings: GenerationConfig, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
-    """Logits processors that sample as `settings` say, each row by its own seed; the last of them is the RowSampler.
+def sample_rows(settings: GenerationConfig, sampler: RowSampler) -> LogitsProcessorList:
+    """Logits processors that sample as `settings` say, each row by its own seed; the last of them is the sampler.
 
     `settings` become greedy: the draw is then the processors'. `generate` applies its own warpers only where it draws
     itself, and after those it is given.
@@ -91,6 +108,6 @@ def sample_rows(settings: GenerationConfig, seeds: Sequence[int], device: torch.
         processors.append(TopPLogitsWarper(settings.top_p))
     if settings.min_p:
         processors.append(MinPLogitsWarper(settings.min_p))
-    processors.append(RowSampler(seeds, device))
+    processors.append(sampler)
     settings.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
     return processors

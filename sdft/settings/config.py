@@ -33,6 +33,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forwa
 NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or over the means of completions
 TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
+CORRECTIONS = ("auto", "none", "truncate")
 DTYPES = ("float32", "bfloat16", "auto")
 AUTO = "auto"  # rollout_batch_size: as many as fit
 
@@ -279,6 +280,11 @@ class MethodSettings(EvalSettings):
         "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
         "sdft.rollouts.generate.register_backend.",
     )
+    rollout_correction: str = setting(
+        "auto",
+        "Weight each token's loss by its probability now over that with which it was drawn, at most importance_clip: "
+        "truncate always does; auto does where the two differ by rounding, as in bfloat16; none never does.",
+    )
     log_completions: int | bool = setting(
         0,
         "Write the rollouts of every so many steps to output_dir/completions.jsonl, with each token's divergence and "
@@ -320,6 +326,12 @@ class MethodSettings(EvalSettings):
         check_from("rollout_min_p", self.rollout_min_p, 0, 1)
         self.rollout_from = chosen("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
         check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
+        self.rollout_correction = chosen("rollout_correction", self.rollout_correction, CORRECTIONS)
+        if self.rollout_correction == "truncate" and self.rollout_from == "teacher":
+            raise UsageError(
+                "rollout_correction is 'truncate' and rollout_from 'teacher'; it must be none or auto, for the weights "
+                "would take back what the teacher's own answers change"
+            )
         if self.rollout_batch_size is not None:
             self.rollout_batch_size = at_least_or("rollout_batch_size", self.rollout_batch_size, 1, AUTO)
         check_texts("rollout_stop", self.rollout_stop)
