@@ -14,25 +14,19 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from sdft._compat import with_cache
 from sdft.errors import TrainingError, UsageError, counted
-from sdft.forward import evaluating
 from sdft.progress.counts import InBatches, Watched
+from sdft.rollouts.choice import drawn, padded, sampling_from, token_choice
 from sdft.rollouts.continuous import generate_continuously
+from sdft.rollouts.drafts import by_drafts
 from sdft.rollouts.fitting import AsManyAsFit
 from sdft.rollouts.interface import Backend, Completion, Request, Sampling, cut
 from sdft.rollouts.kv_cache import roomy_cache
-from sdft.rollouts.row_sampler import RowSampler, sample_rows, seed_of
+from sdft.rollouts.row_sampler import seed_of
 from sdft.rollouts.stop_strings import AtStopString, just_stopped
 
 
@@ -137,7 +131,13 @@ def by_generate(
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Completion]:
-    """transformers' `generate`: one batch, prompts padded on the left, which goes on until its last row has ended."""
+    """transformers' `generate`: one batch, prompts padded on the left, which goes on until its last row has ended.
+
+    Where requests have drafts, `by_drafts` writes the same tokens.
+    """
+    own = sampling.temperature is None or all(request.seed is not None for request in requests)
+    if own and any(request.draft for request in requests):
+        return by_drafts(model, requests, sampling, tokenizer)
     longest = max(len(request.prompt) for request in requests)
     ids, mask = padded([request.prompt for request in requests], min(sampling.eos_ids, default=0))
     stopping = StoppingCriteriaList()
@@ -157,17 +157,6 @@ def by_generate(
             **with_cache(model, roomy_cache(model)),
         )
     return drawn(output[:, longest:].tolist(), sampler)
-
-
-def padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, tokens), padded on the left, and a mask that is 0 where there is padding."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
 
 
 def by_continuous_batching(
@@ -191,48 +180,6 @@ def by_continuous_batching(
         return drawn(generate_continuously(model, prompts, settings, processors, stopped, sampling.watch), sampler)
 
 
-def token_choice(
-    sampling: Sampling, requests: Sequence[Request], device: torch.device
-) -> tuple[GenerationConfig, LogitsProcessorList, RowSampler | None]:
-    """`sampling` in transformers' words: the one place where it is said how the next token is chosen.
-
-    Where requests have seeds, the last processor is a RowSampler, which is given beside them.
-    """
-    settings = generation_settings(sampling)
-    seeds = [request.seed for request in requests if request.seed is not None]
-    if len(seeds) < len(requests):
-        return settings, LogitsProcessorList(), None
-    sampler = RowSampler(seeds, device, with_logprobs=sampling.logprobs)
-    return settings, sample_rows(settings, sampler), sampler
-
-
-def drawn(outputs: Sequence[list[int]], sampler: RowSampler | None) -> list[Completion]:
-    """Completions of these tokens, with the log-probabilities that the sampler has kept."""
-    logprobs = None if sampler is None else sampler.logprobs()
-    if logprobs is None:
-        return [Completion(tokens) for tokens in outputs]
-    return [Completion(tokens, of_row) for tokens, of_row in zip(outputs, logprobs, strict=True)]
-
-
-def generation_settings(sampling: Sampling) -> GenerationConfig:
-    """`sampling` as a GenerationConfig."""
-    settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(sampling.eos_ids) or None,
-        pad_token_id=min(sampling.eos_ids, default=0),
-        use_cache=True,
-    )
-    if sampling.temperature is not None:
-        settings.update(
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p or None,
-        )
-    return settings
-
-
 BACKENDS: dict[str, Backend] = {"generate": by_generate, "continuous": by_continuous_batching}
 
 
@@ -250,25 +197,6 @@ def find_backend(name: str) -> Backend:
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether each process has but a part of the weights, so that all must go on until the last has its answers."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-@contextlib.contextmanager
-def sampling_from(model: PreTrainedModel, sampler: RowSampler | None) -> Iterator[None]:
-    """Evaluation mode, and the model's own generation defaults (repetition penalties, top-k and the like) set aside, so
-    that tokens come from the distribution that the loss sees; everything as it was afterwards."""
-    defaults = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        with evaluating(model):
-            yield
-        if sampler is not None:
-            sampler.check()
-    except RuntimeError as error:
-        if "probability tensor" in str(error):
-            raise TrainingError("the model's logits are no longer finite, so it cannot be sampled") from error
-        raise
-    finally:
-        model.generation_config = defaults
 
 
 @contextlib.contextmanager

@@ -63,12 +63,16 @@ class Completion:
     """What was written to a prompt, and why it ended.
 
     `logprobs` are the log-probabilities, in nats, with which its tokens were drawn: after temperature, top-k, top-p and
-    min-p. They are None where nobody asked, and where the back-end does not know.
+    min-p. They are None where nobody asked, and where the back-end does not know. With a draft, so many of its tokens
+    were read in so many `passes` of the model, and so many of those were right.
     """
 
     tokens: list[int]
     logprobs: list[float] | None = None
     end: str = LENGTH
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
 
 
 Backend = Callable[

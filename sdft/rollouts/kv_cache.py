@@ -36,6 +36,14 @@ class RoomyLayer(DynamicLayer):
         self._value_room, self.values = _append(self._value_room, self.values, value_states)
         return self.keys, self.values
 
+    def keep(self, rows: Tensor, places: Tensor) -> None:
+        """Leave of the cache these rows, and of row r the tokens at `places[r]`, (rows, tokens)."""
+        index = places[:, None, :, None]
+        for name in ("keys", "values"):
+            whole = getattr(self, name).index_select(0, rows)
+            setattr(self, name, whole.gather(2, index.expand(-1, whole.shape[1], -1, whole.shape[3])))
+        self._key_room, self._value_room = self.keys, self.values
+
 
 def _append(room: Tensor, before: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor with room, and its beginning: `before` and after it `new`. It is `room` if both fit there."""
