@@ -274,6 +274,7 @@ def encode_rows(
     *,
     method: str,
     with_demonstration: bool = False,
+    with_draft: bool = False,
     template: list[Message],
     eos_ids: frozenset[int],
     max_completion_length: int,
@@ -282,7 +283,7 @@ def encode_rows(
     """The rows with the token ids that training needs, each checked against what the model can read.
 
     `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
-    it is asked for.
+    it is asked for; `draft_ids`, the demonstration's text alone, where it is asked for.
     """
     if not tokenizer.chat_template:
         logger.warning(
@@ -298,6 +299,8 @@ def encode_rows(
             unlearned.look(row, text)
             ids["completion_ids"] = encode_demonstration(before, text, tokenizer, eos_ids)
             room = max(room, len(ids["completion_ids"]))
+        if with_draft:
+            ids["draft_ids"] = tokenizer(text_of(row["demonstration"]), add_special_tokens=False)["input_ids"]
         check_ids(row, "prompt", ids["prompt_ids"], tokenizer, room, limits)
         if "completion_ids" in ids:
             check_ids(row, "demonstration", ids["completion_ids"], tokenizer, 0, limits)

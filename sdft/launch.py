@@ -19,6 +19,7 @@ from sdft.errors import UsageError
 from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
+from sdft.rollouts.drafts import check_drafts
 from sdft.settings.config import AUTO, SDFTConfig
 from sdft.settings.inherited import REFUSED
 
@@ -28,10 +29,12 @@ logger = logging.getLogger(__name__)
 def prepare(trainer: Trainer) -> None:
     """Before any teacher is made: refuse what cannot work, and give the model what its settings ask for."""
     check_launch(trainer)
-    for sentence in cast(SDFTConfig, trainer.args).without_effect():
+    model, args = causal_lm(cast(nn.Module, trainer.model)), cast(SDFTConfig, trainer.args)
+    for sentence in args.without_effect():
         logger.warning(sentence)
+    check_rollouts(model, args, sharded=trainer.is_fsdp_enabled)
     prepare_packages(trainer)
-    prepare_memory(causal_lm(cast(nn.Module, trainer.model)), cast(SDFTConfig, trainer.args))
+    prepare_memory(model, args)
 
 
 def check_launch(trainer: Trainer) -> None:
@@ -92,6 +95,17 @@ def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:
     if plugin.mixed_precision_policy is not None:
         # By default all that a forward pass returns is rounded to its type: losses and log-probabilities here.
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def check_rollouts(model: PreTrainedModel, args: SDFTConfig, *, sharded: bool) -> None:
+    """UsageError where rollouts cannot have the drafts that are asked for."""
+    if args.rollout_draft == "none" or args.method != "sdft":
+        return
+    reason = "its weights are sharded, and processes would make unlike numbers of passes" if sharded else None
+    if reason := reason or check_drafts(model):
+        raise UsageError(
+            f"rollout_draft is {args.rollout_draft!r}; it must be none for {type(model).__name__}: {reason}"
+        )
 
 
 def prepare_packages(trainer: Trainer) -> None:

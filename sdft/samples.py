@@ -27,6 +27,7 @@ from sdft.repeats import RepeatedRows
 from sdft.rollouts.fitting import AsManyAsFit
 from sdft.rollouts.generate import write
 from sdft.rollouts.interface import LENGTH, Completion, Request, Sampling
+from sdft.rollouts.known_texts import KnownTexts
 from sdft.rollouts.row_sampler import seed_of
 from sdft.teacher import Teacher
 
@@ -141,13 +142,16 @@ class SamplingTrainer(Runs):
             return self.asked_to_stop
 
         sampling = dataclasses.replace(self.sampling, watch=watch, logprobs=self.corrects)
+        numbered = [(row, place % self.args.rollouts_per_prompt) for row, place in zip(rows, places, strict=True)]
         seeds = [seed_of(self.args.seed, self.state.global_step, place) for place in places]
+        drafts = [self.known_texts.draft(row, number) for row, number in numbered]
 
         def answer() -> list[Completion]:
             with self._writer() as (model, prompt_ids):
+                prompts = [row[prompt_ids] for row in rows]
                 return write(
                     model,
-                    [Request(row[prompt_ids], seed) for row, seed in zip(rows, seeds, strict=True)],
+                    [Request(*each) for each in zip(prompts, seeds, drafts, strict=True)],
                     sampling,
                     tokenizer=tokenizer,
                     backend=self.args.rollout_backend,
@@ -162,12 +166,26 @@ class SamplingTrainer(Runs):
                 f"rollout_backend {self.args.rollout_backend!r} does not say with which probability it draws a token, "
                 "and rollout_correction is 'truncate', which takes that; it may be none"
             )
+        for (row, number), completion in zip(numbered, completions, strict=True):
+            self.known_texts.note(row, number, completion)
         self.step_log.add(
             completions=len(rows),
             completion_length=sum(len(completion.tokens) for completion in completions),
             finished=sum(completion.end != LENGTH for completion in completions),
         )
+        with_drafts = [completion for completion in completions if completion.passes]
+        self.step_log.add(
+            drafted=sum(completion.drafted for completion in with_drafts),
+            accepted=sum(completion.accepted for completion in with_drafts),
+            passes=sum(completion.passes for completion in with_drafts),
+            written_by_drafts=sum(len(completion.tokens) for completion in with_drafts),
+        )
         return completions
+
+    @functools.cached_property
+    def known_texts(self) -> KnownTexts:
+        """What rollouts may resemble."""
+        return KnownTexts(self.args.rollout_draft)
 
     @functools.cached_property
     def rollouts_at_once(self) -> int | AsManyAsFit | None:

@@ -79,9 +79,7 @@ class SDFTTrainer(SamplingTrainer):
     ) -> None:
         args = args or SDFTConfig()
         if not isinstance(args, SDFTConfig):
-            raise UsageError(
-                f"args is a {type(args).__name__}; it must be an SDFTConfig, which has its fields and more"
-            )
+            raise UsageError(f"args is a {type(args).__name__}; it must be an SDFTConfig, which has its fields")
         check_arguments(kwargs)
         check_writable(str(args.output_dir))
         learner, processing_class = model_and_tokenizer(model, processing_class)
@@ -173,6 +171,7 @@ class SDFTTrainer(SamplingTrainer):
             tokenizer,
             method=args.method,
             with_demonstration=args.demonstration_weight > 0,
+            with_draft=args.rollout_draft == "demonstration",
             template=parse_template(args.teacher_template),
             eos_ids=eos_token_ids(model, tokenizer),
             max_completion_length=args.max_completion_length,

@@ -57,6 +57,9 @@ class StepLog:
         if sums.get("squared_importance"):
             line["rollout_gap"] = sums["rollout_gap"] / sums["tokens"]
             line["effective_share"] = sums["importance"] ** 2 / (sums["tokens"] * sums["squared_importance"])
+        if sums.get("passes"):
+            line["draft_accepted"] = sums["accepted"] / max(sums["drafted"], 1)
+            line["tokens_per_pass"] = sums["written_by_drafts"] / sums["passes"]
         line |= self._take_maxima()
         if sums.get("completions"):
             line["completion_length"] = sums["completion_length"] / sums["completions"]

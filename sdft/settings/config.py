@@ -33,6 +33,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forwa
 NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or over the means of completions
 TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
+DRAFTS = ("none", "demonstration", "history")
 CORRECTIONS = ("auto", "none", "truncate")
 DTYPES = ("float32", "bfloat16", "auto")
 AUTO = "auto"  # rollout_batch_size: as many as fit
@@ -280,6 +281,12 @@ class MethodSettings(EvalSettings):
         "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
         "sdft.rollouts.generate.register_backend.",
     )
+    rollout_draft: str = setting(
+        "none",
+        "Write rollouts in fewer passes of the model, the same tokens, by a text that they may resemble: demonstration "
+        "(the row's own), history (the rollout of the same prompt in an earlier epoch) or none. With rollout_backend "
+        "generate.",
+    )
     rollout_correction: str = setting(
         "auto",
         "Weight each token's loss by its probability now over that with which it was drawn, at most importance_clip: "
@@ -326,6 +333,12 @@ class MethodSettings(EvalSettings):
         check_from("rollout_min_p", self.rollout_min_p, 0, 1)
         self.rollout_from = chosen("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
         check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
+        self.rollout_draft = chosen("rollout_draft", self.rollout_draft, DRAFTS)
+        if self.rollout_draft != "none" and self.rollout_backend != "generate":
+            raise UsageError(
+                f"rollout_draft is {self.rollout_draft!r}; it must be none where rollout_backend is "
+                f"{self.rollout_backend!r}, for drafts take 'generate'"
+            )
         self.rollout_correction = chosen("rollout_correction", self.rollout_correction, CORRECTIONS)
         if self.rollout_correction == "truncate" and self.rollout_from == "teacher":
             raise UsageError(

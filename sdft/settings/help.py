@@ -142,6 +142,7 @@ GROUPS = {
         "rollout_top_p",
         "rollout_top_k",
         "rollout_min_p",
+        "rollout_draft",
         "rollout_correction",
         "rollout_stop",
         "rollout_from",
