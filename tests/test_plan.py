@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft.cli import main
 from sdft.planning.devices import GIB, memory_of
+from sdft.planning.optimizers import state_of
 from sdft.planning.presets import config_of, preset_of, presets
 from sdft.planning.pretend import Device, attention
 from sdft.planning.report import longest_rollout
@@ -57,6 +58,19 @@ def test_sizes_are_rounded_as_an_allocator_gives_them_out():
     with MemoryTracker(512) as tracker:
         kept = [torch.empty(1, device=META), torch.empty(129, device=META)]
     assert tracker.current == 512 + 1024 and len(kept) == 2
+
+
+def test_host_memory_counts_by_itself():
+    with MemoryTracker() as tracker:
+        on_device = torch.empty(100, device=META)
+        with tracker.in_host_memory(), tracker.part("teacher"):
+            on_host = torch.empty(50, device=META)
+    assert tracker.is_on_host(on_host) and not tracker.is_on_host(on_device)
+    assert (tracker.current, tracker.host_peak) == (400, Peak(200, "", {"teacher": 200}))
+    del on_host
+    with tracker:
+        tracker.forget_peak()
+    assert tracker.host_peak == Peak()
 
 
 def test_graph_is_counted_until_backward_frees_it():
@@ -125,6 +139,17 @@ def measured_on_cpu(step, lengths):
     return most
 
 
+def planned_on_cpu(given, lengths):
+    """The same, as it is planned."""
+    step = Step(*given, Device("cpu"))
+    before = step.tracker.current
+    batch, _ = step._batch(lengths)
+    step.tracker.forget_peak()
+    with step.device.planning():
+        step._micro_batch(batch)
+    return step.tracker.peak.total - before
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize(("mixed", "teacher"), [(False, "base"), (True, "base"), (True, "live"), (True, "ema")])
@@ -135,14 +160,22 @@ def test_planned_peak_is_what_the_allocator_held_on_a_cpu(checkpointing, rank, m
     told.bf16 = mixed  # which transformers takes only where there is a GPU
     given = (config, "float32", LoraArguments(lora_rank=rank), told)
     lengths = Lengths(32, 300, 40)
-    planned = Step(*given, Device("cpu"))
-    before = planned.tracker.current
-    batch, _ = planned._batch(lengths)
-    planned.tracker.forget_peak()
-    with planned.device.planning():
-        planned._micro_batch(batch)
     found = measured_on_cpu(Step(*given, Device("cpu", real=True)), lengths)
-    assert planned.tracker.peak.total - before == pytest.approx(found, rel=0.1)
+    assert planned_on_cpu(given, lengths) == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_planned_peak_is_what_the_allocator_held_where_a_sample_goes_in_tiles(checkpointing):
+    config = tiny_model(hidden_size=128, intermediate_size=1536, num_hidden_layers=4).config
+    lengths, peaks = Lengths(32, 300, 40), {}
+    for tokens in (None, 64):
+        told = settings(activation_checkpointing=checkpointing, max_forward_tokens=tokens)
+        told.per_device_train_batch_size = 1
+        given = (config, "float32", LoraArguments(), told)
+        peaks[tokens] = planned_on_cpu(given, lengths)
+        found = measured_on_cpu(Step(*given, Device("cpu", real=True)), lengths)
+        assert peaks[tokens] == pytest.approx(found, rel=0.1)
+    assert peaks[64] < peaks[None]
 
 
 def test_peak_has_the_parts_of_full_fine_tuning():
@@ -174,6 +207,93 @@ def test_settings_that_save_memory_do():
     assert peak(teacher="live") < whole
     assert peak(dtype="bfloat16") < whole
     assert peak(teacher="ema") >= whole
+
+
+MANY_LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "max_position_embeddings": 8192}
+
+
+def test_offloaded_teacher_has_its_layers_in_host_memory_but_for_one():
+    config = tiny_model(**MANY_LAYERS).config
+
+    def run(**options):
+        step = Step(config, "bfloat16", LoraArguments(), settings(**options))
+        layers = sum(p.numel() for name, p in step.learner.named_parameters() if "layers." in name)
+        return step.run(Lengths(8, 64, 0)), layers
+
+    whole, layers = run()
+    base, _ = run(teacher_offload=True)
+    assert base.host.parts["teacher"] == pytest.approx(2 * layers, rel=0.1)
+    for phase, left in (("forward", 0), ("scoring", 1 / 8)):
+        saved = whole.phases[phase].total - base.phases[phase].total
+        assert saved == pytest.approx(2 * layers * (1 - left), rel=0.1), phase
+    ema, _ = run(teacher_offload=True, teacher="ema")
+    assert ema.host.parts["teacher"] > 2.9 * base.host.parts["teacher"]  # with a float32 average
+    assert ema.phases["forward"].total == pytest.approx(base.phases["forward"].total, rel=0.02)
+
+
+def test_offloaded_activations_are_in_host_memory_but_for_those_in_flight():
+    config, lengths = tiny_model(**MANY_LAYERS).config, Lengths(8, 2040, 0)
+    kept, offloaded = (
+        Step(config, "float32", LoraArguments(), settings(activation_checkpointing=True, activation_offload=on)).run(
+            lengths
+        )
+        for on in (False, True)
+    )
+    inputs = 2 * 2048 * 128 * 4
+    assert offloaded.host.parts["activations"] >= 8 * inputs
+    saved = kept.phases["backward"].total - offloaded.phases["backward"].total
+    assert 5 * inputs <= saved <= 8 * inputs
+
+
+def test_mixed_precision_in_float16_takes_what_it_takes_in_bfloat16():
+    found = {}
+    for name in ("bf16", "fp16"):
+        told = settings()
+        setattr(told, name, True)
+        found[name] = Step(tiny_model().config, "float32", LoraArguments(), told).run(Lengths(8, 64, 16))
+    assert found["bf16"] == found["fp16"]
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("sgd", 0), ("adagrad", 1), ("rmsprop", 1), ("adamw_torch", 2)])
+def test_optimizer_that_torch_has_is_run(name, numbers):
+    step = Step(tiny_model(**MANY_LAYERS).config, "float32", LoraArguments(), settings(optim=name))
+    assert step.tracker.parts.get("optimizer", 0) == pytest.approx(numbers * 4 * step.parameters, rel=0.02)
+
+
+def test_adafactor_keeps_rows_and_columns_and_makes_copies_of_one_parameter_on_the_way():
+    step = Step(tiny_model(**MANY_LAYERS).config, "bfloat16", LoraArguments(), settings(optim="adafactor"))
+    assert step.tracker.parts["optimizer"] < 0.1 * step.parameters
+    assert step.run(Lengths(8, 16, 0)).phases["optimizer step"].parts["optimizer step"] >= 3 * 4 * 128 * 256
+
+
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [
+        ("adamw_bnb_8bit", 2 * (1 + 4 / 256)),
+        ("lion_8bit", 1 + 4 / 256),
+        ("ademamix", 12),
+        ("adamw_torch_4bit", 2 * (1 / 2 + 4 / 128)),
+        ("paged_adamw_32bit", 8),
+    ],
+)
+def test_state_in_few_bits_is_computed(name, each):
+    weight, small = (torch.nn.Parameter(torch.empty(n, 256, dtype=torch.bfloat16, device=META)) for n in (512, 2))
+    state = state_of(name)
+    assert state.bytes_of(weight, embedding=False) == each * 512 * 256
+    bitsandbytes = name != "adamw_torch_4bit"
+    assert state.bytes_of(weight, embedding=True) == (state.numbers * 4 if bitsandbytes else each) * 512 * 256
+    assert state.bytes_of(small, embedding=False) == state.numbers * (4 if bitsandbytes else 2) * 512
+
+
+def test_paged_state_is_in_host_memory():
+    options = tiny_model(**MANY_LAYERS).config, "float32", LoraArguments()
+    there, paged = (Step(*options, settings(optim=name)) for name in ("adamw_8bit", "paged_adamw_8bit"))
+    lengths = Lengths(8, 16, 0)
+    assert paged.run(lengths).host.parts == {"optimizer": there.tracker.parts["optimizer"]}
+    assert "optimizer" not in paged.tracker.parts
 
 
 # The longest rollout
@@ -295,6 +415,7 @@ def test_command_plans_a_folder_that_has_no_weights(folder, tmp_path, capsys):
         ["--rollout_tokens", "1", "--rollout_from", "teacher", "--bf16"],
         ["--max_forward_tokens", "64", "--rollout_batch_size", "2", "--freeze_embeddings"],
         ["--lora_rank", "4", "--teacher", "ema", "--optim", "adamw_torch"],
+        ["--fp16", "--optim", "paged_adamw_8bit", "--teacher_offload", "--activation_checkpointing"],
     ],
 )
 def test_command_plans_every_kind_of_step(folder, words, capsys):
@@ -308,12 +429,9 @@ def test_command_plans_every_kind_of_step(folder, words, capsys):
         (["--gpu", "B52"], "--gpu is 'B52'; it may be a size such as 80GiB, H100, H200, A100, L40S, RTX4090, RTX3090"),
         (["--gpu", "0GiB"], "--gpu is '0GiB'; it may be a size"),
         (["--model", "./nowhere"], "model is './nowhere', whose config.json is not on this machine; it may be"),
-        (["--optim", "adafactor"], "--optim is 'adafactor'; of optimizers sdft plan knows"),
-        (["--teacher_offload"], "--teacher_offload is True, which sdft plan does not know"),
-        (
-            ["--activation_checkpointing", "--activation_offload"],
-            "--activation_offload is True, which sdft plan does not know",
-        ),
+        (["--optim", "galore_adamw"], "--optim is 'galore_adamw'; of optimizers sdft plan knows"),
+        (["--fp16", "--bf16"], "--fp16 and bf16 are True; at most one may be"),
+        (["--teacher_offload", "--lora_rank", "4"], "--teacher_offload is True, and the teacher of a model with an"),
         (["--prompt_tokens", "0"], "--prompt_tokens is 0; it must be a whole number of at least 1"),
         (["--rollout_tokens", "3", "--skip_tokens", "3"], "--rollout_tokens is 3; it must be above skip_tokens"),
         (["nowhere.yaml"], "nowhere.yaml is not there: no such recipe"),

@@ -65,7 +65,7 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
         model_limit=limit,
         settings=settings,
         full_logits=full_logits_bytes(step.loss_tokens(lengths), text.vocab_size) if config.method == "sdft" else 0,
-        notes=notes(config, lengths),
+        notes=notes(config),
     )
     print("\n".join(lines(found)))
     if of_command.output_file:

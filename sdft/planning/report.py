@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdft.planning.devices import GIB, RESERVED
-from sdft.planning.step import EIGHT_BITS, Lengths, Measured
+from sdft.planning.optimizers import is_in_8_bits, state_of
+from sdft.planning.step import Lengths, Measured
+from sdft.planning.tracker import Peak
 from sdft.settings.config import LoraArguments, SDFTConfig
 
 #: Rollouts are looked for up to this length, and to a multiple of this many tokens.
@@ -106,7 +108,7 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
         changes.append(("activation_checkpointing true", lora, changed, dtype))
     if not lora.lora_rank:
         changes.append(("lora_rank 64", replace(lora, lora_rank=64), config, dtype))
-    if str(getattr(config.optim, "value", config.optim)) not in EIGHT_BITS:
+    if not is_in_8_bits(config.optim):
         changes.append(("optim adamw_8bit", lora, _with(config, optim="adamw_8bit"), dtype))
     if config.method == "sdft" and config.teacher != "live":
         changes.append(("teacher live", lora, _with(config, teacher="live"), dtype))
@@ -115,14 +117,12 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
     return changes
 
 
-def notes(config: SDFTConfig, lengths: Lengths) -> list[str]:
+def notes(config: SDFTConfig) -> list[str]:
     """What of the settings is not planned."""
     said = []
-    tokens = lengths.prompt + (lengths.rollout if config.method == "sdft" else lengths.demonstration)
-    if config.max_forward_tokens is not None and tokens > config.max_forward_tokens:
+    if (state := state_of(config.optim)) is not None and state.paged:
         said.append(
-            f"a sample has {tokens} tokens and max_forward_tokens is {config.max_forward_tokens}: it is planned whole, "
-            "and training takes less, in tiles"
+            "the optimizer's state is paged: it is counted in host memory, where it goes if the GPU has no room"
         )
     if config.use_liger_kernel:
         said.append("use_liger_kernel is set, and the step is planned without it: it takes less with it")
@@ -156,6 +156,7 @@ def lines(plan: Plan) -> list[str]:
         "",
         "the peak of each phase:",
         *(f"  {name:16} {_gib(each.total):>8}" for name, each in plan.measured.phases.items()),
+        *([] if not plan.measured.host.total else ["", f"in host memory: {_parts(plan.measured.host)}"]),
         "",
         f"{plan.gpu} has {_gib(plan.memory)}: the step {'fits' if plan.fits else 'does not fit'}, "
         f"with {_gib(abs(plan.memory - RESERVED - peak.total))} {'to spare' if plan.fits else 'too much'}",
@@ -197,6 +198,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "reserved_bytes": RESERVED,
         **{f"{name}_tokens": value for name, value in dataclasses.asdict(plan.lengths).items()},
         "peak": dataclasses.asdict(plan.measured.peak),
+        "host": dataclasses.asdict(plan.measured.host),
         "phases": {name: dataclasses.asdict(peak) for name, peak in plan.measured.phases.items()},
         "fits": plan.fits,
         "longest_rollout_tokens": plan.longest_rollout,
@@ -209,6 +211,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _largest(parts: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(parts.items(), key=lambda item: -item[1])
+
+
+def _parts(peak: Peak) -> str:
+    return ", ".join(f"{name} {_gib(size)}" for name, size in _largest(peak.parts))
 
 
 def _gib(nbytes: int) -> str:

@@ -7,14 +7,13 @@ values, while `MemoryTracker` counts what they would take.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
-from transformers.training_args import OptimizerNames
 
 from sdft._compat import with_cache
 from sdft.batch import Batch, Sample, demonstrations_of, group, lay_out, parts_within
@@ -22,18 +21,14 @@ from sdft.errors import UsageError
 from sdft.forward import autocasting, evaluating
 from sdft.launch import switch_off_dropout
 from sdft.loss import demonstration_loss, distillation_loss
+from sdft.memory.tiles import tile
 from sdft.models.adapters import add_lora, causal_lm
+from sdft.planning.optimizers import StepsOf, check_known
 from sdft.planning.pretend import Device
 from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import LoraArguments, SDFTConfig
 from sdft.teacher import Teacher, make_teacher
-
-#: Optimizers whose state is computed: two numbers of 8 bits for each parameter that trains.
-EIGHT_BITS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")
-#: Optimizers whose state torch makes. The second makes copies of all parameters on the way; the first does not.
-FUSED, FOREACH = "adamw_torch_fused", "adamw_torch"
-OPTIMIZERS = (FUSED, FOREACH, *EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -47,10 +42,11 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step takes: the peak of all, and the peak of each phase."""
+    """What a step takes: the peak of all, the peak of each phase, and that of host memory."""
 
     peak: Peak
     phases: dict[str, Peak]
+    host: Peak = field(default_factory=Peak)
 
 
 class Step:
@@ -76,7 +72,7 @@ class Step:
                 self._update()
             for parameter in self._trained:
                 parameter.grad = None
-        return Measured(self.tracker.peak, self.tracker.peaks)
+        return Measured(self.tracker.peak, self.tracker.peaks, self.tracker.host_peak)
 
     @property
     def parameters(self) -> int:
@@ -96,13 +92,16 @@ class Step:
         with self.tracker.part("adapter"):
             self.learner = add_lora(model, lora)
         switch_off_dropout(self.learner)
+        tile(causal_lm(self.learner), self.config.max_forward_tokens)
         self._trained = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         for parameter in self._trained:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         with self.tracker.part("teacher"):
             self.teacher: Teacher | None = None
             if self.config.method == "sdft":
-                self.teacher = make_teacher(self.config.teacher, self.learner, self.config.ema_rate)
+                self.teacher = make_teacher(
+                    self.config.teacher, self.learner, self.config.ema_rate, offload=self.config.teacher_offload
+                )
         if self.config.activation_checkpointing or self.config.gradient_checkpointing:
             # The older name is that of transformers 5.17.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -111,8 +110,6 @@ class Step:
                     "use_reentrant": False,
                     "preserve_rng_state": False,
                     "determinism_check": "none",  # it compares devices, and the backward pass has left the pretence
-                    # So that layers which run again are on the device again.
-                    "context_fn": lambda: (contextlib.nullcontext(), self.device.pretence()),
                 }
             )
         self.learner.train()
@@ -120,22 +117,8 @@ class Step:
             self._make_optimizer()
 
     def _make_optimizer(self) -> None:
-        self.optimizer: torch.optim.Optimizer | None = None
-        name = OptimizerNames(self.config.optim).value
-        if name in EIGHT_BITS:
-            self._states = [
-                torch.empty(2, p.numel(), dtype=torch.uint8, device=self.device.tensors) for p in self._trained
-            ]
-            return
-        for parameter in self._trained:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer = torch.optim.AdamW(self._trained, foreach=False)
-        optimizer.step()
-        optimizer.zero_grad()
-        for group_ in optimizer.param_groups:
-            group_["foreach"] = self.device.kind == "cuda"
-        self.optimizer = optimizer if name == FOREACH else None
-        self._states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        embeddings = {id(module.weight) for module in self.learner.modules() if isinstance(module, nn.Embedding)}
+        self.optimizer = StepsOf(self.config, self._trained, embeddings, self.device)
 
     def _label_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -184,6 +167,8 @@ class Step:
     @property
     def _mixed(self) -> torch.dtype | None:
         """The type of mixed-precision products, None where there are none."""
+        if self.config.fp16:  # whose scaler works on the gradients in place
+            return torch.float16
         return torch.bfloat16 if self.config.bf16 else None
 
     def _autocast(self) -> torch.autocast:
@@ -240,8 +225,7 @@ class Step:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device.tensors)
 
     def _update(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step()
+        self.optimizer.step()
         if self.teacher is not None:
             self.teacher.update(self.learner)
 
@@ -261,13 +245,6 @@ class _Both(contextlib.ExitStack):
 
 def check_plannable(config: SDFTConfig) -> None:
     """UsageError for what is not planned."""
-    optimizer = OptimizerNames(config.optim).value
-    if optimizer not in OPTIMIZERS:
-        *others, last = OPTIMIZERS
-        raise UsageError(f"optim is {optimizer!r}; of optimizers sdft plan knows {', '.join(others)} and {last}")
-    if config.fp16:
-        raise UsageError("fp16 is True; sdft plan has mixed precision only as bf16, so it must be False")
-    if config.teacher_offload:
-        raise UsageError("teacher_offload is True, which sdft plan does not know; for the plan it must be False")
-    if config.activation_offload:
-        raise UsageError("activation_offload is True, which sdft plan does not know; for the plan it must be False")
+    check_known(config.optim)
+    if config.fp16 and config.bf16:
+        raise UsageError("fp16 and bf16 are True; at most one may be")
