@@ -12,6 +12,7 @@ from sdft.planning.devices import GIB, memory_of
 from sdft.planning.optimizers import state_of
 from sdft.planning.presets import config_of, preset_of, presets
 from sdft.planning.pretend import Device, attention
+from sdft.planning.quantised import QuantisedLinear
 from sdft.planning.report import longest_rollout
 from sdft.planning.step import Lengths, Measured, Step
 from sdft.planning.tracker import MemoryTracker, Peak
@@ -252,6 +253,61 @@ def test_mixed_precision_in_float16_takes_what_it_takes_in_bfloat16():
         setattr(told, name, True)
         found[name] = Step(tiny_model().config, "float32", LoraArguments(), told).run(Lengths(8, 64, 16))
     assert found["bf16"] == found["fp16"]
+
+
+# Weights in few bits
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("told", "each"),
+    [
+        (NF4, 1 / 2 + 4 / 64),
+        (NF4 | {"bnb_4bit_use_double_quant": True}, 1 / 2 + 1 / 64 + 4 / (64 * 256)),
+        ({"load_in_8bit": True}, 1 + 4 / 256),
+    ],
+)
+def test_quantised_weights_have_their_bytes(told, each):
+    options = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 7}
+    config = tiny_model(**options).config
+    plain = Step(config, "bfloat16", LoraArguments(lora_rank=8), settings())
+    layers = sum(p.numel() for name, p in plain.learner.named_parameters() if "base_layer" in name)
+    config.quantization_config = told
+    step = Step(config, "bfloat16", LoraArguments(lora_rank=8), settings())
+    assert step.parameters == plain.parameters
+    saved = plain.tracker.parts["weights"] - step.tracker.parts["weights"]
+    assert saved == pytest.approx((2 - each) * layers, rel=5e-3)  # sizes are rounded up
+    assert step.tracker.parts["adapter"] == plain.tracker.parts["adapter"]
+
+
+def is_packed(module):
+    return isinstance(module, QuantisedLinear)
+
+
+@pytest.mark.parametrize("told", [NF4, {"load_in_8bit": True}])
+def test_quantised_weights_are_unpacked_one_at_a_time(told):
+    config = tiny_model(**MANY_LAYERS).config
+    config.quantization_config = told
+    step = Step(config, "bfloat16", LoraArguments(lora_rank=8), settings(activation_checkpointing=True))
+    one, layers = 2 * 128 * 256, 2 * sum(m.in_features * m.out_features for m in step.learner.modules() if is_packed(m))
+    assert one <= step.run(Lengths(8, 8, 0)).phases["backward"].parts["backward"] < layers / 5
+
+
+@pytest.mark.parametrize(
+    ("told", "rank", "message"),
+    [
+        (NF4, "0", "lora_rank is 0, and the model's weights are in 4 bits, which do not train; it must be at least 1"),
+        ({"quant_method": "gptq", "bits": 4}, "4", "model has a quantization_config of gptq; sdft plan knows that of"),
+    ],
+)
+def test_quantised_model_that_is_not_planned(tmp_path, told, rank, message, capsys):
+    config = tiny_model().config
+    config.quantization_config = told
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--lora_rank", rank]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
 
 
 # Optimizers

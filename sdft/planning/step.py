@@ -25,6 +25,7 @@ from sdft.memory.tiles import tile
 from sdft.models.adapters import add_lora, causal_lm
 from sdft.planning.optimizers import StepsOf, check_known
 from sdft.planning.pretend import Device
+from sdft.planning.quantised import quantisation_of, quantise
 from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import LoraArguments, SDFTConfig
@@ -74,11 +75,6 @@ class Step:
                 parameter.grad = None
         return Measured(self.tracker.peak, self.tracker.peaks, self.tracker.host_peak)
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model has, with its adapter."""
-        return sum(parameter.numel() for parameter in self.learner.parameters())
-
     def loss_tokens(self, lengths: Lengths) -> int:
         """The tokens that the loss compares at once."""
         return len(self._largest_piece(lengths)[0]) * (lengths.rollout - self.config.skip_tokens)
@@ -87,10 +83,21 @@ class Step:
         chosen = model_config.get_text_config().dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         with self.tracker.part("weights"), self.device.tensors:
             model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config, dtype=chosen))
+        if (how := quantisation_of(model_config)) is not None and not lora.lora_rank:
+            raise UsageError(
+                f"lora_rank is 0, and the model's weights are in {how.bits} bits, which do not train; it must be at "
+                "least 1"
+            )
+        numbers = _numel(model)
+        if how is not None:
+            with self.tracker.part("weights"):
+                quantise(model, how)
+        numbers -= _numel(model)
         if self.config.freeze_embeddings:
             cast(nn.Module, model.get_input_embeddings()).requires_grad_(False)
         with self.tracker.part("adapter"):
             self.learner = add_lora(model, lora)
+        self.parameters = numbers + _numel(self.learner)  # how many numbers the model has, with its adapter
         switch_off_dropout(self.learner)
         tile(causal_lm(self.learner), self.config.max_forward_tokens)
         self._trained = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
@@ -241,6 +248,10 @@ class _Both(contextlib.ExitStack):
         for context in self._contexts:
             self.enter_context(context)
         return super().__enter__()
+
+
+def _numel(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_plannable(config: SDFTConfig) -> None:
