@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from sdft._compat import storage_number
 from sdft.cli import main
 from sdft.planning.devices import GIB, memory_of
 from sdft.planning.optimizers import state_of
@@ -14,6 +15,7 @@ from sdft.planning.presets import config_of, preset_of, presets
 from sdft.planning.pretend import Device, attention
 from sdft.planning.quantised import QuantisedLinear
 from sdft.planning.report import longest_rollout
+from sdft.planning.shapes import Shapes
 from sdft.planning.step import Lengths, Measured, Step
 from sdft.planning.tracker import MemoryTracker, Peak
 from sdft.settings.arguments import SDFTConfig
@@ -82,6 +84,21 @@ def test_graph_is_counted_until_backward_frees_it():
         y.backward()
         del y
         assert tracker.current == 2 * 40_000  # x and its gradient
+
+
+def test_results_are_remembered_by_shape_and_memory_is_shared_as_before():
+    shapes, aten = Shapes(), torch.ops.aten
+    for rows in (3, 3, 5):
+        x = torch.empty(rows, 4, device=META)
+        new = shapes.run(aten.exp.default, (x,), {})
+        assert new.shape == x.shape and storage_number(new.untyped_storage()) != storage_number(x.untyped_storage())
+        assert shapes.run(aten.mul_.Tensor, (x, 2), {}) is x
+        view = shapes.run(aten.view.default, (x, [rows * 4]), {})
+        assert storage_number(view.untyped_storage()) == storage_number(x.untyped_storage())
+        assert shapes.run(aten.sum.dim_IntList, (x, [1]), {"dtype": torch.float64}).dtype == torch.float64
+        assert shapes.run(aten.add.Tensor, (x, 1), {}).dtype == torch.float32
+        ids = torch.empty(rows, dtype=torch.long, device=META)
+        assert [shapes.run(aten.add.Tensor, (ids, n), {}).dtype for n in (1, 1.0)] == [torch.long, torch.float32]
 
 
 # Attention

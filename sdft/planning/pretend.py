@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from sdft._compat import READ_NUMBER, storage_number
+from sdft.planning.shapes import Shapes
 from sdft.planning.tracker import MemoryTracker
 from sdft_kernels.backends import select as backends
 from sdft_kernels.backends import torch as plain
@@ -188,6 +189,7 @@ class Device:
         self.kind, self.real = kind, real
         # An allocator on CUDA gives out 512 bytes at a time.
         self.tracker = MemoryTracker(512 if kind == "cuda" else 1, self._run)
+        self._shapes = Shapes()
         self._passes = None if real else PassFor(kind, self.tracker)
 
     @property
@@ -251,7 +253,7 @@ class Device:
             return True  # what should be the same, as a fresh adapter's base is
         if kwargs.get("out") is not None and func.overloadpacket in _PRODUCTS:
             return kwargs["out"]  # torch 2.11 takes `out_dtype` for `beta` on tensors without values
-        return func(*args, **kwargs)
+        return self._shapes.run(func, args, kwargs)
 
 
 @contextlib.contextmanager
