@@ -369,6 +369,31 @@ def test_paged_state_is_in_host_memory():
     assert "optimizer" not in paged.tracker.parts
 
 
+# Other losses
+
+
+def test_full_logits_take_copies_of_them_and_the_step_with_another_loss_has_all_its_other_phases():
+    config = tiny_model(vocab_size=50_001, max_position_embeddings=8192).config
+    step = Step(config, "bfloat16", LoraArguments(), settings())
+    lengths = Lengths(8, 2000, 0)
+    measured = step.run(lengths)
+    logits = 2 * 2000 * 50_001 * 4
+    before = measured.phases["forward"].total
+    full = measured.with_loss("full logits")
+    assert 4 * logits < full.phases["loss"].total - before < 7 * logits
+    tiles = measured.with_loss("TRL's tiles").phases["loss"].total - before
+    assert tiles == pytest.approx((2 * 4 + 2) * 4000 * 32_768, rel=0.05)
+    assert {name: full.phases[name] for name in full.phases if name != "loss"} == {
+        name: phase for name, phase in measured.phases.items() if name != "loss"
+    }
+    assert measured.peak.total < full.peak.total == full.phases["loss"].total
+
+
+def test_supervised_step_has_no_other_loss():
+    step = Step(tiny_model().config, "float32", LoraArguments(), settings(method="sft"))
+    assert step.run(Lengths(8, 16, 16)).other_losses == {}
+
+
 # The longest rollout
 
 
@@ -379,17 +404,21 @@ def test_longest_rollout_is_found_along_lines_that_cross(budget):
     def run(length):
         runs.append(length)
         phases = {"one": Peak(100_000 + 20 * length, "one"), "two": Peak(60 * length, "two")}
-        return Measured(max(phases.values(), key=lambda peak: peak.total), phases)
+        return Measured(phases)
 
     found = longest_rollout(run, 1000, budget, 2**20)
     assert found in runs and run(found).peak.total <= budget
     assert run(found + 128).peak.total > 0.995 * budget
-    assert len(runs) <= 8
+    assert len(runs) <= 7
+    more = []
+    known = {length: run(length) for length in (1000, found, found + 128)}
+    assert longest_rollout(lambda length: more.append(length) or run(length), 1000, budget, 2**20, known) == found
+    assert not more
 
 
 def test_no_rollout_fits_where_the_weights_do_not():
     phases = {"one": Peak(10**9, "one")}
-    assert longest_rollout(lambda length: Measured(phases["one"], phases), 1024, 10**6) == 0
+    assert longest_rollout(lambda length: Measured(phases), 1024, 10**6) == 0
 
 
 # Models and cards
@@ -470,14 +499,18 @@ def test_command_plans_a_folder_that_has_no_weights(folder, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {folder}\ntrain_file: rows.jsonl\nmax_completion_length: 16\nreport_to: none\n")
     out = tmp_path / "plan.json"
+    picture = tmp_path / "plan.png"
     words = ["plan", str(recipe), "--prompt_tokens", "8", "--gpu", "T4", "--compare", "--output_file", str(out)]
-    assert main(words) == 0
+    assert main([*words, "--plot_file", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
+    assert "full logits" in printed and "TRL's tiles" in printed
     assert "not measured" in printed and "T4 has 16.00: the step fits" in printed and "lora_rank 64" in printed
     found = json.loads(out.read_text())
     assert found["measured_on_a_gpu"] is False and found["fits"] and found["rollout_tokens"] == 16
     assert sum(found["peak"]["parts"].values()) == found["peak"]["total"]
-    assert set(found["phases"]) == {"rollouts", "scoring", "forward", "backward", "optimizer step"}
+    assert set(found["phases"]) == {"rollouts", "scoring", "forward", "loss", "backward", "optimizer step"}
+    assert set(found["other_losses"]) == {"full logits", "TRL's tiles"}
 
 
 @pytest.mark.parametrize(

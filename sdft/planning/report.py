@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,15 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class OtherLoss:
+    """The same step with another loss: its peak, and the longest rollout that fits with it."""
+
+    name: str
+    peak: Peak
+    longest_rollout: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a step takes, beside what there is."""
 
@@ -41,7 +50,7 @@ class Plan:
     longest_rollout: int
     model_limit: int  # the longest rollout that the model has positions for
     settings: list[Setting]
-    full_logits: int
+    other_losses: list[OtherLoss]
     notes: list[str]  # what of the settings is not planned
 
     @property
@@ -49,38 +58,53 @@ class Plan:
         return self.measured.peak.total + RESERVED <= self.memory
 
 
-def longest_rollout(run: Callable[[int], Measured], first: int, budget: int, most: int = LONGEST) -> int:
-    """The longest rollout of which a step fits in `budget` bytes, 0 if none does; `run` says what a length takes.
+def longest_rollout(
+    run: Callable[[int], Measured],
+    first: int,
+    budget: int,
+    most: int = LONGEST,
+    known: Mapping[int, Measured] | None = None,
+) -> int:
+    """The longest rollout of which a step fits in `budget` bytes, 0 if none does; `run` says what a length takes, and
+    `known` lengths were run before.
 
-    The memory of each phase grows with the length along a line, or nearly: so the lines through two lengths, one that
-    fits and one that does not, give the next. It is run too, and the answer is always a length that was run.
+    The memory of each phase grows with the length along a line, or nearly: so the lines through two lengths give the
+    next. It is run too, and the answer is always a length that was run.
     """
-    taken: dict[int, Measured] = {}
     most = max(STEP, most // STEP * STEP)
-    length = max(STEP, min(most, first // STEP * STEP))
+    taken = {length: measured for length, measured in (known or {}).items() if length <= most}
     for _ in range(RUNS):
-        taken[length] = run(length)
-        fitting = [each for each, measured in taken.items() if measured.peak.total <= budget]
-        failing = [each for each in taken if each not in fitting]
-        fits, fails = max(fitting, default=0), min(failing, default=most + STEP)
-        if fails - fits <= STEP or (fits and taken[fits].peak.total > 0.995 * budget):
-            return fits
-        if not failing:
-            length = min(most, 16 * fits)
-        elif not fitting:
-            length = max(STEP, fails // 8 // STEP * STEP)
+        if not taken:
+            length: int | None = max(STEP, min(most, first // STEP * STEP))
         else:
-            length = _where(taken[fits], taken[fails], fits, fails, budget) // STEP * STEP
-            length = min(max(length, fits + STEP), fails - STEP)
-    return fits
+            length = _next(taken, budget, most)
+        if length is None:
+            break
+        taken[length] = run(length)
+    return max((length for length, measured in taken.items() if measured.peak.total <= budget), default=0)
 
 
-def _where(fits: Measured, fails: Measured, shorter: int, longer: int, budget: int) -> int:
-    """The length at which the first phase reaches the budget, along the line of each."""
-    reached = longer
-    for name, phase in fails.phases.items():
-        before = fits.phases[name].total
-        if phase.total > budget:
+def _next(taken: dict[int, Measured], budget: int, most: int) -> int | None:
+    """The next length to run, None where the longest is found."""
+    fitting = sorted(length for length, measured in taken.items() if measured.peak.total <= budget)
+    failing = sorted(taken.keys() - set(fitting))
+    fits, fails = fitting[-1] if fitting else 0, failing[0] if failing else most + STEP
+    if fails - fits <= STEP or (fits and taken[fits].peak.total > 0.995 * budget):
+        return None
+    pair = [fits, fails] if fitting and failing else fitting[-2:] or failing[:2]
+    if len(pair) == 2:
+        length = _where(taken[pair[0]], taken[pair[1]], pair[0], pair[1], budget)
+    else:
+        length = 4 * fits if fitting else fails // 4
+    return min(max(length // STEP * STEP, fits + STEP), fails - STEP)
+
+
+def _where(less: Measured, more: Measured, shorter: int, longer: int, budget: int) -> int:
+    """The length at which the first phase reaches the budget, along the line of each; at most 16 times the longer."""
+    reached = 16 * longer
+    for name, phase in more.phases.items():
+        before = less.phases[name].total
+        if phase.total > before:
             reached = min(reached, shorter + (longer - shorter) * (budget - before) // (phase.total - before))
     return reached
 
@@ -90,14 +114,6 @@ def rollout_limit(positions: int | None, prompt: int, demonstration: int | None)
     demonstration, which is as long as the rollout if it is None."""
     room = (positions or LONGEST) - prompt
     return max(1, room // 2 if demonstration is None else room - demonstration)
-
-
-def full_logits_bytes(tokens: int, vocab: int) -> int:
-    """What a loss on whole logits takes more: float32 logits of student and teacher, 4 bytes each, three times.
-
-    The three are the logits, their log-softmax and its gradient.
-    """
-    return 2 * tokens * vocab * 4 * 3
 
 
 def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tuple[str, LoraArguments, Any, str]]:
@@ -169,12 +185,13 @@ def lines(plan: Plan) -> list[str]:
             f"{'less' if setting.peak <= peak.total else 'more'}"
             for setting in plan.settings
         ]
-    if plan.full_logits:
+    if plan.other_losses:
+        said += ["", "the same step with another loss:"]
         said += [
-            "",
-            f"computed: whole logits of student and teacher would add {_gib(plan.full_logits)}, in float32 and three "
-            "times: logits, their log-softmax and its gradient",
+            f"  {other.name:16} {_gib(other.peak.total):>8}   the longest rollout that fits: {other.longest_rollout}"
+            for other in plan.other_losses
         ]
+        said.append("  (full logits: planned, in float32; TRL's tiles: computed, as its DistillationTrainer has them)")
     return said
 
 
@@ -204,7 +221,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "longest_rollout_tokens": plan.longest_rollout,
         "model_limit_tokens": plan.model_limit,
         "settings": {setting.name: setting.peak for setting in plan.settings},
-        "computed_full_logits_bytes": plan.full_logits,
+        "other_losses": {other.name: dataclasses.asdict(other) for other in plan.other_losses},
         "notes": plan.notes,
     }
 

@@ -1,4 +1,4 @@
-"""What operators make of tensors without values, remembered: layers of a model are alike, and torch takes long to say."""
+"""What operators make of tensors without values, remembered: layers are alike, and torch takes long to say."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
+from sdft import loss as losses
 from sdft._compat import with_cache
 from sdft.batch import Batch, Sample, demonstrations_of, group, lay_out, parts_within
 from sdft.errors import UsageError
@@ -23,6 +24,7 @@ from sdft.launch import switch_off_dropout
 from sdft.loss import demonstration_loss, distillation_loss
 from sdft.memory.tiles import tile
 from sdft.models.adapters import add_lora, causal_lm
+from sdft.planning.losses import OTHERS
 from sdft.planning.optimizers import StepsOf, check_known
 from sdft.planning.pretend import Device
 from sdft.planning.quantised import quantisation_of, quantise
@@ -30,6 +32,10 @@ from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import LoraArguments, SDFTConfig
 from sdft.teacher import Teacher, make_teacher
+from sdft_kernels import DivergenceOutput, fused_linear_divergence
+
+#: The phase of the loss, which a step of another loss has otherwise.
+LOSS = "loss"
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,21 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step takes: the peak of all, the peak of each phase, and that of host memory."""
+    """What a step takes: the peak of each phase, that of host memory, and by name those of other losses at the place of
+    this one."""
 
-    peak: Peak
     phases: dict[str, Peak]
     host: Peak = field(default_factory=Peak)
+    other_losses: dict[str, Peak] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> Peak:
+        """The peak of all."""
+        return max(self.phases.values(), key=lambda peak: peak.total)
+
+    def with_loss(self, name: str) -> Measured:
+        """The same step with another loss."""
+        return Measured(self.phases | {LOSS: self.other_losses[name]}, self.host)
 
 
 class Step:
@@ -73,11 +89,7 @@ class Step:
                 self._update()
             for parameter in self._trained:
                 parameter.grad = None
-        return Measured(self.tracker.peak, self.tracker.peaks, self.tracker.host_peak)
-
-    def loss_tokens(self, lengths: Lengths) -> int:
-        """The tokens that the loss compares at once."""
-        return len(self._largest_piece(lengths)[0]) * (lengths.rollout - self.config.skip_tokens)
+        return Measured(self.tracker.peaks, self.tracker.host_peak, self.tracker.asides)
 
     def _make(self, model_config: Any, dtype: str, lora: LoraArguments) -> None:
         chosen = model_config.get_text_config().dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -194,7 +206,8 @@ class Step:
 
     def _micro_batch(self, batch: Batch) -> None:
         tracker, student, share = self.tracker, causal_lm(self.learner), self.config.demonstration_weight
-        with tracker.phase("forward"), tracker.part("activations"), self._autocast():
+        compared = mock.patch.object(losses, "fused_linear_divergence", self._compare)
+        with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared:
             if self.teacher is None:
                 loss = demonstration_loss(student, batch, self.config, self._mixed).total
             else:
@@ -205,6 +218,14 @@ class Step:
                     loss = (1 - share) * loss + share * shown.total
         with tracker.phase("backward"), tracker.part("backward"):
             loss.backward()
+
+    def _compare(self, *tensors: Tensor, **options: Any) -> DivergenceOutput:
+        """The loss; before it, what other losses would take at its place."""
+        for name, loss in OTHERS.items() if not self.device.real else ():
+            with self.tracker.aside(name), self.tracker.part("loss"):
+                loss(*tensors)
+        with self.tracker.phase(LOSS):
+            return fused_linear_divergence(*tensors, **options)
 
     def _batch(self, lengths: Lengths) -> tuple[Batch, bool]:
         """The largest piece of a micro-batch, and whether a step has several."""
