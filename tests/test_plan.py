@@ -1,14 +1,19 @@
 """`sdft plan`: tensors without values are counted as real ones are, and the report says what was found."""
 
 import json
+import random
 
 import pytest
 import torch
+from torch.overrides import _len_torch_function_stack as len_torch_function_stack
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import _len_torch_dispatch_stack as len_torch_dispatch_stack
 from transformers import AutoModelForCausalLM
 
 from sdft._compat import storage_number
 from sdft.cli import main
+from sdft.commands.train import say_what_is_planned
+from sdft.planning.ahead import longest, plan_ahead
 from sdft.planning.devices import GIB, memory_of
 from sdft.planning.optimizers import state_of
 from sdft.planning.presets import config_of, preset_of, presets
@@ -20,7 +25,8 @@ from sdft.planning.step import Lengths, Measured, Step
 from sdft.planning.tracker import MemoryTracker, Peak
 from sdft.settings.arguments import SDFTConfig
 from sdft.settings.config import LoraArguments
-from tests.tiny import tiny_model
+from sdft.trainer import SDFTTrainer
+from tests.tiny import rows, tiny_model, tiny_tokenizer
 
 META = torch.device("meta")
 
@@ -88,16 +94,16 @@ def test_graph_is_counted_until_backward_frees_it():
 
 def test_results_are_remembered_by_shape_and_memory_is_shared_as_before():
     shapes, aten = Shapes(), torch.ops.aten
-    for rows in (3, 3, 5):
-        x = torch.empty(rows, 4, device=META)
+    for count in (3, 3, 5):
+        x = torch.empty(count, 4, device=META)
         new = shapes.run(aten.exp.default, (x,), {})
         assert new.shape == x.shape and storage_number(new.untyped_storage()) != storage_number(x.untyped_storage())
         assert shapes.run(aten.mul_.Tensor, (x, 2), {}) is x
-        view = shapes.run(aten.view.default, (x, [rows * 4]), {})
+        view = shapes.run(aten.view.default, (x, [count * 4]), {})
         assert storage_number(view.untyped_storage()) == storage_number(x.untyped_storage())
         assert shapes.run(aten.sum.dim_IntList, (x, [1]), {"dtype": torch.float64}).dtype == torch.float64
         assert shapes.run(aten.add.Tensor, (x, 1), {}).dtype == torch.float32
-        ids = torch.empty(rows, dtype=torch.long, device=META)
+        ids = torch.empty(count, dtype=torch.long, device=META)
         assert [shapes.run(aten.add.Tensor, (ids, n), {}).dtype for n in (1, 1.0)] == [torch.long, torch.float32]
 
 
@@ -548,3 +554,52 @@ def test_mistake_is_one_sentence(folder, words, message, capsys):
     assert main(["plan", *words, *model]) == 2
     said = capsys.readouterr().err
     assert message.removeprefix("--model ") in said and said.count("\n") == 1
+
+
+# Before a run
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    config = settings(output_dir=str(tmp_path), max_completion_length=24, use_cpu=True)
+    model = tiny_model(max_position_embeddings=512)
+    return SDFTTrainer(model, config, train_dataset=rows(), processing_class=tiny_tokenizer())
+
+
+def numbers_and_modes():
+    return (
+        (torch.initial_seed(), torch.random.get_rng_state().tolist(), random.getstate()),
+        (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_autocast_enabled()),
+        (len_torch_function_stack(), len_torch_dispatch_stack()),
+        (torch.cuda.Stream, torch.nn.functional.scaled_dot_product_attention, torch.clear_autocast_cache),
+    )
+
+
+def test_line_before_a_run_says_what_the_step_takes_and_leaves_the_run_as_it_was(trainer, caplog):
+    before, config = numbers_and_modes(), trainer.student.config.to_dict()
+    line = plan_ahead(trainer, "float32", LoraArguments(), 80 * GIB)
+    assert line == "a step is planned to take 1.0 GiB of 80.0 at most, with completions of 24 tokens"
+    assert numbers_and_modes() == before and trainer.student.config.to_dict() == config
+    assert not caplog.records
+    assert longest(trainer).rollout == 24 and longest(trainer).demonstration > 0
+
+
+def test_step_that_does_not_fit_is_a_warning(trainer, caplog):
+    assert plan_ahead(trainer, "float32", LoraArguments(), GIB)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "sdft plan --compare shows settings that take less" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value", "patience"), [("optim", "galore_adamw", 20.0), ("optim", "sgd", 0.0)])
+def test_plan_that_fails_or_takes_too_long_is_a_line_for_debugging(trainer, caplog, name, value, patience):
+    before = numbers_and_modes()
+    setattr(trainer.args, name, value)
+    with caplog.at_level("DEBUG", logger="sdft.planning.ahead"):
+        assert plan_ahead(trainer, "float32", LoraArguments(), GIB, patience=patience) is None
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+    assert numbers_and_modes() == before
+
+
+def test_nothing_is_planned_before_a_run_on_a_cpu(trainer, capsys):
+    say_what_is_planned(trainer, None, None)
+    assert capsys.readouterr().out == ""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -182,11 +184,12 @@ def on_in_backward(mode: TorchFunctionMode) -> contextlib.AbstractContextManager
 class Device:
     """A device to plan for: "cuda", or "cpu" for comparison with what is measured there.
 
-    `real` tensors are those of this machine's CPU. Otherwise tensors have no values.
+    `real` tensors are those of this machine's CPU. Otherwise tensors have no values. After the time `until`, of
+    `time.monotonic`, operators raise TimeoutError.
     """
 
-    def __init__(self, kind: str = "cuda", *, real: bool = False) -> None:
-        self.kind, self.real = kind, real
+    def __init__(self, kind: str = "cuda", *, real: bool = False, until: float = math.inf) -> None:
+        self.kind, self.real, self._until = kind, real, until
         # An allocator on CUDA gives out 512 bytes at a time.
         self.tracker = MemoryTracker(512 if kind == "cuda" else 1, self._run)
         self._shapes = Shapes()
@@ -240,6 +243,8 @@ class Device:
             yield
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if time.monotonic() > self._until:
+            raise TimeoutError("planning took too long")
         if func is fused_linear_divergence_op:  # whose fake kernel would hide what it takes
             with self.pretence(), self.tracker, self.tracker.part("loss"):
                 return forward(*args, **kwargs)
