@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import linearity, memory, rows, speed
+from benchmarks import linearity, memory, plans, rows, speed
 from benchmarks.methods import METHODS, Shape
 from sdft_kernels.divergences import DIVERGENCES
+from tests.tiny import tiny_model
 
 TINY = Shape("tiny", 8, 16, 64)
 
@@ -106,3 +108,18 @@ def test_linearity_measures_each_point(tmp_path: Path) -> None:
     for point in found:
         assert point.nanoseconds_per_logit == pytest.approx(point.seconds * 1e9 / (point.tokens * point.vocabulary))
     check_files(found, given(tmp_path, "linearity"), linearity.draw)
+
+
+def test_plans_are_longest_rollouts_by_way_of_training_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_model(hidden_size=256, intermediate_size=512, vocab_size=2003).config
+    monkeypatch.setattr(plans, "config_of", lambda _: copy.deepcopy(config))
+    found = [row for way in plans.WAYS for row in plans.plan("tiny", way, ["1.10GiB", "1.05GiB"])]
+    assert [row.training for row in found] == ["full", "full", "LoRA", "LoRA", "QLoRA", "QLoRA"]
+    for row in found:
+        assert 0 < row.with_full_logits < row.longest_rollout
+        assert row.positions_allow == 1  # the prompt takes all that the model has
+    for less, more in zip(found[::2], found[1::2], strict=True):
+        assert (less.gpu, more.gpu) == ("1.05GiB", "1.10GiB") and less.longest_rollout < more.longest_rollout
+    assert plans.table(found).count("\n") == len(found)
+    rows.write(found, argparse.Namespace(json=None, csv=tmp_path / "plans.csv"))
+    assert len(list(csv.DictReader((tmp_path / "plans.csv").open()))) == len(found)
