@@ -527,7 +527,7 @@ def test_command_plans_a_folder_that_has_no_weights(folder, tmp_path, capsys):
         ["--rollout_tokens", "1", "--rollout_from", "teacher", "--bf16"],
         ["--max_forward_tokens", "64", "--rollout_batch_size", "2", "--freeze_embeddings"],
         ["--lora_rank", "4", "--teacher", "ema", "--optim", "adamw_torch"],
-        ["--fp16", "--optim", "paged_adamw_8bit", "--teacher_offload", "--activation_checkpointing"],
+        ["--fp16", "--optim", "paged_adamw_8bit", "--teacher_offload", "--activation_checkpointing", "--compare"],
     ],
 )
 def test_command_plans_every_kind_of_step(folder, words, capsys):
@@ -544,6 +544,7 @@ def test_command_plans_every_kind_of_step(folder, words, capsys):
         (["--optim", "galore_adamw"], "--optim is 'galore_adamw'; of optimizers sdft plan knows"),
         (["--fp16", "--bf16"], "--fp16 and bf16 are True; at most one may be"),
         (["--teacher_offload", "--lora_rank", "4"], "--teacher_offload is True, and the teacher of a model with an"),
+        (["--plot_file", "no/such.png"], "--plot_file is 'no/such.png'; there is no such folder to write it in"),
         (["--prompt_tokens", "0"], "--prompt_tokens is 0; it must be a whole number of at least 1"),
         (["--rollout_tokens", "3", "--skip_tokens", "3"], "--rollout_tokens is 3; it must be above skip_tokens"),
         (["nowhere.yaml"], "nowhere.yaml is not there: no such recipe"),

@@ -123,7 +123,8 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
         changed = _with(config, activation_checkpointing=True)
         changes.append(("activation_checkpointing true", lora, changed, dtype))
     if not lora.lora_rank:
-        changes.append(("lora_rank 64", replace(lora, lora_rank=64), config, dtype))
+        adapter = replace(lora, lora_rank=64), _with(config, teacher_offload=False)  # whose teacher has no weights
+        changes.append(("lora_rank 64", *adapter, dtype))
     if not is_in_8_bits(config.optim):
         changes.append(("optim adamw_8bit", lora, _with(config, optim="adamw_8bit"), dtype))
     if config.method == "sdft" and config.teacher != "live":
