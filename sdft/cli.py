@@ -241,6 +241,9 @@ def _plan(argv: list[str], started: float) -> None:
         command = given.make(PlanCommand)
         memory_of(command.gpu)
         check_output_file("output_file", command.output_file)
+        check_output_file("plot_file", command.plot_file, inputs=[command.output_file])
+        if command.plot_file:
+            check_package(f"plot_file is {command.plot_file!r}", "matplotlib")
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
 

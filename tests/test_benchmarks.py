@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import linearity, long_rollouts, memory, rows, speed
+from benchmarks import linearity, long_rollouts, memory, plans, rows, speed
 from benchmarks.methods import METHODS, Shape
 from sdft_kernels.divergences import DIVERGENCES
+from tests.tiny import tiny_model
 
 TINY = Shape("tiny", 8, 16, 64)
 
@@ -120,3 +122,18 @@ def test_long_rollouts_take_the_median_of_rounds_and_compute_a_length_beyond(tmp
     found.append(long_rollouts.LongRollout(1000, whole, 40.0, 1.5))
     assert long_rollouts.table(found).count("computed") == 1
     check_files(found, given(tmp_path, "long_rollouts"), long_rollouts.draw)
+
+
+def test_plans_are_longest_rollouts_by_way_of_training_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_model(hidden_size=256, intermediate_size=512, vocab_size=2003).config
+    monkeypatch.setattr(plans, "config_of", lambda _: copy.deepcopy(config))
+    found = [row for way in plans.WAYS for row in plans.plan("tiny", way, ["1.10GiB", "1.05GiB"])]
+    assert [row.training for row in found] == ["full", "full", "LoRA", "LoRA", "QLoRA", "QLoRA"]
+    for row in found:
+        assert 0 < row.with_full_logits < row.longest_rollout
+        assert row.positions_allow == 1  # the prompt takes all that the model has
+    for less, more in zip(found[::2], found[1::2], strict=True):
+        assert (less.gpu, more.gpu) == ("1.05GiB", "1.10GiB") and less.longest_rollout < more.longest_rollout
+    assert plans.table(found).count("\n") == len(found)
+    rows.write(found, argparse.Namespace(json=None, csv=tmp_path / "plans.csv"))
+    assert len(list(csv.DictReader((tmp_path / "plans.csv").open()))) == len(found)

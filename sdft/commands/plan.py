@@ -9,13 +9,14 @@ from pathlib import Path
 from sdft.commands.shared import quiet
 from sdft.errors import UsageError
 from sdft.planning.devices import RESERVED, memory_of
+from sdft.planning.plot import draw
 from sdft.planning.presets import config_of
 from sdft.planning.report import (
+    OtherLoss,
     Plan,
     Setting,
     alternatives,
     as_json,
-    full_logits_bytes,
     lines,
     longest_rollout,
     notes,
@@ -48,7 +49,17 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
 
     text = model_config.get_text_config()
     limit = rollout_limit(getattr(text, "max_position_embeddings", None), lengths.prompt, shown)
-    longest = longest_rollout(run, rollout, memory - RESERVED, limit)
+    budget = memory - RESERVED
+    longest = longest_rollout(run, rollout, budget, limit, runs)
+    others = []
+    for name in measured.other_losses:
+        known = {tokens: each.with_loss(name) for tokens, each in runs.items()}
+
+        def run_with(tokens: int, loss: str = name) -> Measured:
+            return run(tokens).with_loss(loss)
+
+        fits = longest_rollout(run_with, rollout, budget, limit, known)
+        others.append(OtherLoss(name, measured.with_loss(name).peak, fits))
     settings = []
     if of_command.compare:
         for name, lora, changed, dtype in alternatives(of_lora, config, of_model.dtype):
@@ -64,10 +75,13 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
         longest_rollout=longest,
         model_limit=limit,
         settings=settings,
-        full_logits=full_logits_bytes(step.loss_tokens(lengths), text.vocab_size) if config.method == "sdft" else 0,
-        notes=notes(config, lengths),
+        other_losses=others,
+        notes=notes(config),
     )
     print("\n".join(lines(found)))
+    if of_command.plot_file:
+        draw(found, of_command.plot_file)
+        print(f"{of_command.plot_file} shows them")
     if of_command.output_file:
         Path(of_command.output_file).write_text(json.dumps(as_json(found), indent=2) + "\n", encoding="utf-8")
         print(f"{of_command.output_file} has these numbers, in bytes")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -92,6 +93,7 @@ def _train(
     trainer = trainer_of(add_lora(model, of_lora), tokenizer, rows, exam, config)
     if nothing_is_left(trainer, claim, folder):
         return 0
+    say_what_is_planned(trainer, of_model, of_lora)
     display = Display(silent=bool(config.disable_tqdm))
     trainer.add_callback(display)
     measure = Measure(trainer, exam)
@@ -220,6 +222,17 @@ def nothing_is_left(trainer: SDFTTrainer, claim: Claim, folder: Path) -> bool:
     if resume and speaks:
         print(f"going on from {resume}, after step {done} of {of}")
     return False
+
+
+def say_what_is_planned(trainer: SDFTTrainer, of_model: ModelArguments, of_lora: LoraArguments) -> None:
+    """On a GPU of its own, what a step is planned to take of it."""
+    device = trainer.args.device
+    if device.type != "cuda" or trainer.args.world_size > 1:
+        return
+    from sdft.planning.ahead import plan_ahead
+
+    if line := plan_ahead(trainer, of_model.dtype, of_lora, torch.cuda.mem_get_info(device)[1]):
+        print(line, flush=True)
 
 
 class Measure:

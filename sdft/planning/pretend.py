@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from sdft._compat import READ_NUMBER, storage_number
+from sdft.planning.shapes import Shapes
 from sdft.planning.tracker import MemoryTracker
 from sdft_kernels.backends import select as backends
 from sdft_kernels.backends import torch as plain
@@ -42,18 +46,18 @@ _LOWERED = (
 class PassFor(TorchFunctionMode):
     """Tensors without values say that they are on `device`, and what is made there is one.
 
-    Where autocast is on, products take their operands in its type, and copies of weights that train are kept until its
-    outermost region ends.
+    Copies to host memory and back are such tensors too, which `tracker` tells apart. Where autocast is on, products
+    take their operands in its type, and copies of weights that train are kept until its outermost region ends.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, tracker: MemoryTracker) -> None:
         super().__init__()
-        self.device = torch.device(device)
+        self.device, self.tracker = torch.device(device), tracker
         self._copies: dict[int, Tensor] = {}  # by weight, in autocast's type
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DEVICE:
-            return self.device
+            return torch.device("cpu") if self.tracker.is_on_host(args[0]) else self.device
         if func == _IS_META:
             return False
         if func == _IS_CUDA:
@@ -63,6 +67,13 @@ class PassFor(TorchFunctionMode):
             return one.shape == other.shape and _storage(one) == _storage(other)
         if func is torch.device:
             return func(*args, **(kwargs or {}))
+        if func == Tensor.pin_memory and self.tracker.is_on_host(args[0]):
+            return args[0]
+        if func == Tensor.to and _IS_META(args[0]):
+            return self._copied(args, kwargs or {})
+        if func is torch.empty and self._is_host((kwargs or {}).get("device")):
+            with self.tracker.in_host_memory():
+                return torch.empty(*args, **{**kwargs, "device": "meta", "pin_memory": False})
         kwargs = {name: self._moved(value) for name, value in kwargs.items()} if kwargs else {}
         if func in _LOWERED and torch.is_autocast_enabled(self.device.type):
             kwargs = {name: self.lowered(value) for name, value in kwargs.items()}
@@ -86,12 +97,77 @@ class PassFor(TorchFunctionMode):
         self._copies.clear()
 
     def _moved(self, value: Any) -> Any:
-        named = isinstance(value, torch.device) or (isinstance(value, str) and value in ("cuda", "cpu"))
-        return "meta" if named and torch.device(value).type == self.device.type else value
+        return "meta" if _names_device(value) and torch.device(value).type == self.device.type else value
+
+    def _is_host(self, value: Any) -> bool:
+        return self.device.type != "cpu" and _names_device(value) and torch.device(value).type == "cpu"
+
+    def _copied(self, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """What `to` gives: a copy where it leaves the device or host memory for the other."""
+        was_there, named = self.tracker.is_on_host(args[0]), list(filter(_names_device, (*args[1:], *kwargs.values())))
+        is_there = was_there if not named else self._is_host(named[0])
+        args = tuple("meta" if _names_device(value) else value for value in args)
+        kwargs = {name: "meta" if _names_device(value) else value for name, value in kwargs.items()}
+        if is_there != was_there:
+            kwargs["copy"] = True
+        with self.tracker.in_host_memory() if is_there else contextlib.nullcontext():
+            return Tensor.to(*args, **kwargs)
+
+
+def _names_device(value: Any) -> bool:
+    return isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] in ("cuda", "cpu"))
 
 
 def _storage(tensor: Tensor) -> int:
     return storage_number(tensor.untyped_storage())
+
+
+class _NoStream:
+    """Stands for a CUDA stream and for an event on one."""
+
+    def __init__(self, *_: Any) -> None:
+        """On no device."""
+
+    def wait_stream(self, other: _NoStream) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: _NoStream) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self) -> _NoStream:
+        return self
+
+
+@contextlib.contextmanager
+def _no_streams() -> Iterator[None]:
+    """Copies on CUDA streams of their own are made at once."""
+    with (
+        mock.patch.object(torch.cuda, "Stream", _NoStream),
+        mock.patch.object(torch.cuda, "current_stream", return_value=_NoStream()),
+        mock.patch.object(torch.cuda, "stream", return_value=contextlib.nullcontext()),
+        mock.patch.object(Tensor, "record_stream", return_value=None),
+    ):
+        yield
+
+
+def _hooks_within(mode: TorchFunctionMode) -> contextlib.AbstractContextManager[Any]:
+    """A context in which hooks of saved tensors run in the mode, which autograd's engine leaves.
+
+    So do layers that are made again in the backward pass, which a hook does.
+    """
+    make = saved_tensors_hooks.__init__
+
+    def within(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def run(value: Any) -> Any:
+            with mode:
+                return hook(value)
+
+        return run
+
+    def init(hooks: saved_tensors_hooks, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+        make(hooks, within(pack), within(unpack))
+
+    return mock.patch.object(saved_tensors_hooks, "__init__", init)
 
 
 def on_in_backward(mode: TorchFunctionMode) -> contextlib.AbstractContextManager[Any]:
@@ -108,14 +184,16 @@ def on_in_backward(mode: TorchFunctionMode) -> contextlib.AbstractContextManager
 class Device:
     """A device to plan for: "cuda", or "cpu" for comparison with what is measured there.
 
-    `real` tensors are those of this machine's CPU. Otherwise tensors have no values.
+    `real` tensors are those of this machine's CPU. Otherwise tensors have no values. After the time `until`, of
+    `time.monotonic`, operators raise TimeoutError.
     """
 
-    def __init__(self, kind: str = "cuda", *, real: bool = False) -> None:
-        self.kind, self.real = kind, real
+    def __init__(self, kind: str = "cuda", *, real: bool = False, until: float = math.inf) -> None:
+        self.kind, self.real, self._until = kind, real, until
         # An allocator on CUDA gives out 512 bytes at a time.
         self.tracker = MemoryTracker(512 if kind == "cuda" else 1, self._run)
-        self._passes = None if real else PassFor(kind)
+        self._shapes = Shapes()
+        self._passes = None if real else PassFor(kind, self.tracker)
 
     @property
     def tensors(self) -> torch.device:
@@ -123,7 +201,7 @@ class Device:
         return torch.device("cpu" if self.real else "meta")
 
     def pretence(self) -> contextlib.AbstractContextManager[Any]:
-        """What has tensors pass for the device's; a backward pass leaves it, and recomputation has to enter it."""
+        """What has tensors pass for the device's."""
         return self._passes or contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -152,8 +230,10 @@ class Device:
 
         with (
             _no_launches(),
+            _no_streams(),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
             on_in_backward(passes),
+            _hooks_within(passes),
             mock.patch.object(torch, "clear_autocast_cache", clear),
             # Autocast asks whether there is a GPU before it lets itself be switched on.
             mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False),
@@ -163,6 +243,8 @@ class Device:
             yield
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if time.monotonic() > self._until:
+            raise TimeoutError("planning took too long")
         if func is fused_linear_divergence_op:  # whose fake kernel would hide what it takes
             with self.pretence(), self.tracker, self.tracker.part("loss"):
                 return forward(*args, **kwargs)
@@ -176,7 +258,7 @@ class Device:
             return True  # what should be the same, as a fresh adapter's base is
         if kwargs.get("out") is not None and func.overloadpacket in _PRODUCTS:
             return kwargs["out"]  # torch 2.11 takes `out_dtype` for `beta` on tensors without values
-        return func(*args, **kwargs)
+        return self._shapes.run(func, args, kwargs)
 
 
 @contextlib.contextmanager

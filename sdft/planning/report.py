@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sdft.planning.devices import GIB, RESERVED
-from sdft.planning.step import EIGHT_BITS, Lengths, Measured
+from sdft.planning.optimizers import is_in_8_bits, state_of
+from sdft.planning.step import Lengths, Measured
+from sdft.planning.tracker import Peak
 from sdft.settings.config import AUTO, LoraArguments, SDFTConfig
 
 #: Rollouts are looked for up to this length, and to a multiple of this many tokens.
@@ -27,6 +29,15 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class OtherLoss:
+    """The same step with another loss: its peak, and the longest rollout that fits with it."""
+
+    name: str
+    peak: Peak
+    longest_rollout: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a step takes, beside what there is."""
 
@@ -39,7 +50,7 @@ class Plan:
     longest_rollout: int
     model_limit: int  # the longest rollout that the model has positions for
     settings: list[Setting]
-    full_logits: int
+    other_losses: list[OtherLoss]
     notes: list[str]  # what of the settings is not planned
 
     @property
@@ -47,38 +58,53 @@ class Plan:
         return self.measured.peak.total + RESERVED <= self.memory
 
 
-def longest_rollout(run: Callable[[int], Measured], first: int, budget: int, most: int = LONGEST) -> int:
-    """The longest rollout of which a step fits in `budget` bytes, 0 if none does; `run` says what a length takes.
+def longest_rollout(
+    run: Callable[[int], Measured],
+    first: int,
+    budget: int,
+    most: int = LONGEST,
+    known: Mapping[int, Measured] | None = None,
+) -> int:
+    """The longest rollout of which a step fits in `budget` bytes, 0 if none does; `run` says what a length takes, and
+    `known` lengths were run before.
 
-    The memory of each phase grows with the length along a line, or nearly: so the lines through two lengths, one that
-    fits and one that does not, give the next. It is run too, and the answer is always a length that was run.
+    The memory of each phase grows with the length along a line, or nearly: so the lines through two lengths give the
+    next. It is run too, and the answer is always a length that was run.
     """
-    taken: dict[int, Measured] = {}
     most = max(STEP, most // STEP * STEP)
-    length = max(STEP, min(most, first // STEP * STEP))
+    taken = {length: measured for length, measured in (known or {}).items() if length <= most}
     for _ in range(RUNS):
-        taken[length] = run(length)
-        fitting = [each for each, measured in taken.items() if measured.peak.total <= budget]
-        failing = [each for each in taken if each not in fitting]
-        fits, fails = max(fitting, default=0), min(failing, default=most + STEP)
-        if fails - fits <= STEP or (fits and taken[fits].peak.total > 0.995 * budget):
-            return fits
-        if not failing:
-            length = min(most, 16 * fits)
-        elif not fitting:
-            length = max(STEP, fails // 8 // STEP * STEP)
+        if not taken:
+            length: int | None = max(STEP, min(most, first // STEP * STEP))
         else:
-            length = _where(taken[fits], taken[fails], fits, fails, budget) // STEP * STEP
-            length = min(max(length, fits + STEP), fails - STEP)
-    return fits
+            length = _next(taken, budget, most)
+        if length is None:
+            break
+        taken[length] = run(length)
+    return max((length for length, measured in taken.items() if measured.peak.total <= budget), default=0)
 
 
-def _where(fits: Measured, fails: Measured, shorter: int, longer: int, budget: int) -> int:
-    """The length at which the first phase reaches the budget, along the line of each."""
-    reached = longer
-    for name, phase in fails.phases.items():
-        before = fits.phases[name].total
-        if phase.total > budget:
+def _next(taken: dict[int, Measured], budget: int, most: int) -> int | None:
+    """The next length to run, None where the longest is found."""
+    fitting = sorted(length for length, measured in taken.items() if measured.peak.total <= budget)
+    failing = sorted(taken.keys() - set(fitting))
+    fits, fails = fitting[-1] if fitting else 0, failing[0] if failing else most + STEP
+    if fails - fits <= STEP or (fits and taken[fits].peak.total > 0.995 * budget):
+        return None
+    pair = [fits, fails] if fitting and failing else fitting[-2:] or failing[:2]
+    if len(pair) == 2:
+        length = _where(taken[pair[0]], taken[pair[1]], pair[0], pair[1], budget)
+    else:
+        length = 4 * fits if fitting else fails // 4
+    return min(max(length // STEP * STEP, fits + STEP), fails - STEP)
+
+
+def _where(less: Measured, more: Measured, shorter: int, longer: int, budget: int) -> int:
+    """The length at which the first phase reaches the budget, along the line of each; at most 16 times the longer."""
+    reached = 16 * longer
+    for name, phase in more.phases.items():
+        before = less.phases[name].total
+        if phase.total > before:
             reached = min(reached, shorter + (longer - shorter) * (budget - before) // (phase.total - before))
     return reached
 
@@ -90,14 +116,6 @@ def rollout_limit(positions: int | None, prompt: int, demonstration: int | None)
     return max(1, room // 2 if demonstration is None else room - demonstration)
 
 
-def full_logits_bytes(tokens: int, vocab: int) -> int:
-    """What a loss on whole logits takes more: float32 logits of student and teacher, 4 bytes each, three times.
-
-    The three are the logits, their log-softmax and its gradient.
-    """
-    return 2 * tokens * vocab * 4 * 3
-
-
 def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tuple[str, LoraArguments, Any, str]]:
     """Settings that would save memory: what each is called, and the settings with it."""
     changes: list[tuple[str, LoraArguments, Any, str]] = []
@@ -105,8 +123,9 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
         changed = _with(config, activation_checkpointing=True)
         changes.append(("activation_checkpointing true", lora, changed, dtype))
     if not lora.lora_rank:
-        changes.append(("lora_rank 64", replace(lora, lora_rank=64), config, dtype))
-    if str(getattr(config.optim, "value", config.optim)) not in EIGHT_BITS:
+        adapter = replace(lora, lora_rank=64), _with(config, teacher_offload=False)  # whose teacher has no weights
+        changes.append(("lora_rank 64", *adapter, dtype))
+    if not is_in_8_bits(config.optim):
         changes.append(("optim adamw_8bit", lora, _with(config, optim="adamw_8bit"), dtype))
     if config.method == "sdft" and config.teacher != "live":
         changes.append(("teacher live", lora, _with(config, teacher="live"), dtype))
@@ -115,14 +134,12 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
     return changes
 
 
-def notes(config: SDFTConfig, lengths: Lengths) -> list[str]:
+def notes(config: SDFTConfig) -> list[str]:
     """What of the settings is not planned."""
     said = []
-    tokens = lengths.prompt + (lengths.rollout if config.method == "sdft" else lengths.demonstration)
-    if config.max_forward_tokens is not None and tokens > config.max_forward_tokens:
+    if (state := state_of(config.optim)) is not None and state.paged:
         said.append(
-            f"a sample has {tokens} tokens and max_forward_tokens is {config.max_forward_tokens}: it is planned whole, "
-            "and training takes less, in tiles"
+            "the optimizer's state is paged: it is counted in host memory, where it goes if the GPU has no room"
         )
     if config.use_liger_kernel:
         said.append("use_liger_kernel is set, and the step is planned without it: it takes less with it")
@@ -158,6 +175,7 @@ def lines(plan: Plan) -> list[str]:
         "",
         "the peak of each phase:",
         *(f"  {name:16} {_gib(each.total):>8}" for name, each in plan.measured.phases.items()),
+        *([] if not plan.measured.host.total else ["", f"in host memory: {_parts(plan.measured.host)}"]),
         "",
         f"{plan.gpu} has {_gib(plan.memory)}: the step {'fits' if plan.fits else 'does not fit'}, "
         f"with {_gib(abs(plan.memory - RESERVED - peak.total))} {'to spare' if plan.fits else 'too much'}",
@@ -170,12 +188,13 @@ def lines(plan: Plan) -> list[str]:
             f"{'less' if setting.peak <= peak.total else 'more'}"
             for setting in plan.settings
         ]
-    if plan.full_logits:
+    if plan.other_losses:
+        said += ["", "the same step with another loss:"]
         said += [
-            "",
-            f"computed: whole logits of student and teacher would add {_gib(plan.full_logits)}, in float32 and three "
-            "times: logits, their log-softmax and its gradient",
+            f"  {other.name:16} {_gib(other.peak.total):>8}   the longest rollout that fits: {other.longest_rollout}"
+            for other in plan.other_losses
         ]
+        said.append("  (full logits: planned, in float32; TRL's tiles: computed, as its DistillationTrainer has them)")
     return said
 
 
@@ -199,18 +218,23 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "reserved_bytes": RESERVED,
         **{f"{name}_tokens": value for name, value in dataclasses.asdict(plan.lengths).items()},
         "peak": dataclasses.asdict(plan.measured.peak),
+        "host": dataclasses.asdict(plan.measured.host),
         "phases": {name: dataclasses.asdict(peak) for name, peak in plan.measured.phases.items()},
         "fits": plan.fits,
         "longest_rollout_tokens": plan.longest_rollout,
         "model_limit_tokens": plan.model_limit,
         "settings": {setting.name: setting.peak for setting in plan.settings},
-        "computed_full_logits_bytes": plan.full_logits,
+        "other_losses": {other.name: dataclasses.asdict(other) for other in plan.other_losses},
         "notes": plan.notes,
     }
 
 
 def _largest(parts: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(parts.items(), key=lambda item: -item[1])
+
+
+def _parts(peak: Peak) -> str:
+    return ", ".join(f"{name} {_gib(size)}" for name, size in _largest(peak.parts))
 
 
 def _gib(nbytes: int) -> str:

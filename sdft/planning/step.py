@@ -7,33 +7,35 @@ values, while `MemoryTracker` counts what they would take.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
-from transformers.training_args import OptimizerNames
 
+from sdft import loss as losses
 from sdft._compat import with_cache
 from sdft.batch import Batch, Sample, demonstrations_of, group, lay_out, parts_within
 from sdft.errors import UsageError
 from sdft.forward import autocasting, evaluating
 from sdft.launch import switch_off_dropout
 from sdft.loss import demonstration_loss, distillation_loss
+from sdft.memory.tiles import tile
 from sdft.models.adapters import add_lora, causal_lm
+from sdft.planning.losses import OTHERS
+from sdft.planning.optimizers import StepsOf, check_known
 from sdft.planning.pretend import Device
+from sdft.planning.quantised import quantisation_of, quantise
 from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import LoraArguments, SDFTConfig
 from sdft.teacher import Teacher, make_teacher
+from sdft_kernels import DivergenceOutput, fused_linear_divergence
 
-#: Optimizers whose state is computed: two numbers of 8 bits for each parameter that trains.
-EIGHT_BITS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")
-#: Optimizers whose state torch makes. The second makes copies of all parameters on the way; the first does not.
-FUSED, FOREACH = "adamw_torch_fused", "adamw_torch"
-OPTIMIZERS = (FUSED, FOREACH, *EIGHT_BITS)
+#: The phase of the loss, which a step of another loss has otherwise.
+LOSS = "loss"
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,21 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step takes: the peak of all, and the peak of each phase."""
+    """What a step takes: the peak of each phase, that of host memory, and by name those of other losses at the place of
+    this one."""
 
-    peak: Peak
     phases: dict[str, Peak]
+    host: Peak = field(default_factory=Peak)
+    other_losses: dict[str, Peak] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> Peak:
+        """The peak of all."""
+        return max(self.phases.values(), key=lambda peak: peak.total)
+
+    def with_loss(self, name: str) -> Measured:
+        """The same step with another loss."""
+        return Measured(self.phases | {LOSS: self.other_losses[name]}, self.host)
 
 
 class Step:
@@ -76,33 +89,38 @@ class Step:
                 self._update()
             for parameter in self._trained:
                 parameter.grad = None
-        return Measured(self.tracker.peak, self.tracker.peaks)
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model has, with its adapter."""
-        return sum(parameter.numel() for parameter in self.learner.parameters())
-
-    def loss_tokens(self, lengths: Lengths) -> int:
-        """The tokens that the loss compares at once."""
-        return len(self._largest_piece(lengths)[0]) * (lengths.rollout - self.config.skip_tokens)
+        return Measured(self.tracker.peaks, self.tracker.host_peak, self.tracker.asides)
 
     def _make(self, model_config: Any, dtype: str, lora: LoraArguments) -> None:
         chosen = model_config.get_text_config().dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         with self.tracker.part("weights"), self.device.tensors:
             model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config, dtype=chosen))
+        if (how := quantisation_of(model_config)) is not None and not lora.lora_rank:
+            raise UsageError(
+                f"lora_rank is 0, and the model's weights are in {how.bits} bits, which do not train; it must be at "
+                "least 1"
+            )
+        numbers = _numel(model)
+        if how is not None:
+            with self.tracker.part("weights"):
+                quantise(model, how)
+        numbers -= _numel(model)
         if self.config.freeze_embeddings:
             cast(nn.Module, model.get_input_embeddings()).requires_grad_(False)
         with self.tracker.part("adapter"):
             self.learner = add_lora(model, lora)
+        self.parameters = numbers + _numel(self.learner)  # how many numbers the model has, with its adapter
         switch_off_dropout(self.learner)
+        tile(causal_lm(self.learner), self.config.max_forward_tokens)
         self._trained = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         for parameter in self._trained:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         with self.tracker.part("teacher"):
             self.teacher: Teacher | None = None
             if self.config.method == "sdft":
-                self.teacher = make_teacher(self.config.teacher, self.learner, self.config.ema_rate)
+                self.teacher = make_teacher(
+                    self.config.teacher, self.learner, self.config.ema_rate, offload=self.config.teacher_offload
+                )
         if self.config.activation_checkpointing or self.config.gradient_checkpointing:
             # The older name is that of transformers 5.17.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -111,8 +129,6 @@ class Step:
                     "use_reentrant": False,
                     "preserve_rng_state": False,
                     "determinism_check": "none",  # it compares devices, and the backward pass has left the pretence
-                    # So that layers which run again are on the device again.
-                    "context_fn": lambda: (contextlib.nullcontext(), self.device.pretence()),
                 }
             )
         self.learner.train()
@@ -120,22 +136,8 @@ class Step:
             self._make_optimizer()
 
     def _make_optimizer(self) -> None:
-        self.optimizer: torch.optim.Optimizer | None = None
-        name = OptimizerNames(self.config.optim).value
-        if name in EIGHT_BITS:
-            self._states = [
-                torch.empty(2, p.numel(), dtype=torch.uint8, device=self.device.tensors) for p in self._trained
-            ]
-            return
-        for parameter in self._trained:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer = torch.optim.AdamW(self._trained, foreach=False)
-        optimizer.step()
-        optimizer.zero_grad()
-        for group_ in optimizer.param_groups:
-            group_["foreach"] = self.device.kind == "cuda"
-        self.optimizer = optimizer if name == FOREACH else None
-        self._states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        embeddings = {id(module.weight) for module in self.learner.modules() if isinstance(module, nn.Embedding)}
+        self.optimizer = StepsOf(self.config, self._trained, embeddings, self.device)
 
     def _label_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -185,6 +187,8 @@ class Step:
     @property
     def _mixed(self) -> torch.dtype | None:
         """The type of mixed-precision products, None where there are none."""
+        if self.config.fp16:  # whose scaler works on the gradients in place
+            return torch.float16
         return torch.bfloat16 if self.config.bf16 else None
 
     def _autocast(self) -> torch.autocast:
@@ -203,7 +207,8 @@ class Step:
 
     def _micro_batch(self, batch: Batch) -> None:
         tracker, student, share = self.tracker, causal_lm(self.learner), self.config.demonstration_weight
-        with tracker.phase("forward"), tracker.part("activations"), self._autocast():
+        compared = mock.patch.object(losses, "fused_linear_divergence", self._compare)
+        with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared:
             if self.teacher is None:
                 loss = demonstration_loss(student, batch, self.config, self._mixed).total
             else:
@@ -214,6 +219,14 @@ class Step:
                     loss = (1 - share) * loss + share * shown.total
         with tracker.phase("backward"), tracker.part("backward"):
             loss.backward()
+
+    def _compare(self, *tensors: Tensor, **options: Any) -> DivergenceOutput:
+        """The loss; before it, what other losses would take at its place."""
+        for name, loss in OTHERS.items() if not self.device.real else ():
+            with self.tracker.aside(name), self.tracker.part("loss"):
+                loss(*tensors)
+        with self.tracker.phase(LOSS):
+            return fused_linear_divergence(*tensors, **options)
 
     def _batch(self, lengths: Lengths) -> tuple[Batch, bool]:
         """The largest piece of a micro-batch, and whether a step has several."""
@@ -241,8 +254,7 @@ class Step:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device.tensors)
 
     def _update(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step()
+        self.optimizer.step()
         if self.teacher is not None:
             self.teacher.update(self.learner)
 
@@ -260,15 +272,12 @@ class _Both(contextlib.ExitStack):
         return super().__enter__()
 
 
+def _numel(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def check_plannable(config: SDFTConfig) -> None:
     """UsageError for what is not planned."""
-    optimizer = OptimizerNames(config.optim).value
-    if optimizer not in OPTIMIZERS:
-        *others, last = OPTIMIZERS
-        raise UsageError(f"optim is {optimizer!r}; of optimizers sdft plan knows {', '.join(others)} and {last}")
-    if config.fp16:
-        raise UsageError("fp16 is True; sdft plan has mixed precision only as bf16, so it must be False")
-    if config.teacher_offload:
-        raise UsageError("teacher_offload is True, which sdft plan does not know; for the plan it must be False")
-    if config.activation_offload:
-        raise UsageError("activation_offload is True, which sdft plan does not know; for the plan it must be False")
+    check_known(config.optim)
+    if config.fp16 and config.bf16:
+        raise UsageError("fp16 and bf16 are True; at most one may be")

@@ -2,7 +2,7 @@
 followed all the same.
 
 A storage counts from the operator that first returns it until nothing refers to it any more, as in torch's own
-allocators. What a kernel takes and gives back within one operator is not seen.
+allocators. What a kernel takes and gives back within one operator is not seen. Host memory is counted by itself.
 """
 
 from __future__ import annotations
@@ -30,6 +30,26 @@ class Peak:
     parts: dict[str, int] = field(default_factory=dict)
 
 
+class _Memory:
+    """What one memory holds now, and the most that it has held."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.parts: Counter[str] = Counter()
+        self.peak = Peak()
+
+    def add(self, part: str, nbytes: int) -> None:
+        self.parts[part] += nbytes
+        self.current += nbytes
+
+    def weigh(self, phase: str) -> None:
+        if self.current > self.peak.total:
+            self.peak = self.now(phase)
+
+    def now(self, phase: str) -> Peak:
+        return Peak(self.current, phase, {name: size for name, size in self.parts.items() if size})
+
+
 class MemoryTracker(TorchDispatchMode):
     """While it is on, counts the bytes of what operators make.
 
@@ -39,14 +59,14 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self, granularity: int = 1, run: Run | None = None) -> None:
         super().__init__()
-        self.current = 0
-        self.peak = Peak()
         self._granularity = granularity
         self._run = run or _call
         self._part, self._phase = "others", ""
-        self._live: dict[int, tuple[str, int]] = {}  # by storage: its part and bytes
-        self._parts: Counter[str] = Counter()
+        self._device, self._host = _Memory(), _Memory()
+        self._place = self._device
+        self._live: dict[int, tuple[_Memory, str, int]] = {}  # by storage: where it is, its part and bytes
         self._peaks: dict[str, Peak] = {}
+        self._aside: dict[str, Peak] = {}
         self._whole: set[Any] = set()  # operators that are not made of others
 
     @contextlib.contextmanager
@@ -68,30 +88,76 @@ class MemoryTracker(TorchDispatchMode):
         finally:
             self._phase = before
 
+    @contextlib.contextmanager
+    def in_host_memory(self) -> Iterator[None]:
+        """What is made within is in host memory, and counts there."""
+        before, self._place = self._place, self._host
+        try:
+            yield
+        finally:
+            self._place = before
+
+    @contextlib.contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """What happens within is no part of the step: its peak is kept in `asides`, and changes no other."""
+        before, peaks = self._device.peak, dict(self._peaks)
+        self._device.peak = Peak()
+        self._weigh()
+        try:
+            yield
+        finally:
+            self._aside[name] = max(self._device.peak, self._aside.get(name, Peak()), key=lambda peak: peak.total)
+            self._device.peak, self._peaks = before, peaks
+
+    @property
+    def current(self) -> int:
+        """The bytes that there are now on the device."""
+        return self._device.current
+
+    @property
+    def peak(self) -> Peak:
+        """The peak on the device."""
+        return self._device.peak
+
+    @property
+    def host_peak(self) -> Peak:
+        """The peak in host memory."""
+        return self._host.peak
+
     @property
     def peaks(self) -> dict[str, Peak]:
-        """The peak of each phase."""
+        """The peak of each phase on the device."""
         return dict(self._peaks)
 
     @property
+    def asides(self) -> dict[str, Peak]:
+        """The peak of what was done aside, by name."""
+        return dict(self._aside)
+
+    @property
     def parts(self) -> dict[str, int]:
-        """The bytes of each part now."""
-        return {name: size for name, size in self._parts.items() if size}
+        """The bytes of each part now on the device."""
+        return self._device.now("").parts
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made in host memory."""
+        return self._live.get(storage_number(tensor.untyped_storage()), (None,))[0] is self._host
 
     def forget_peak(self) -> None:
         """Start over with what there is now."""
-        self.peak = Peak()
+        self._device.peak = self._host.peak = Peak()
         self._peaks.clear()
+        self._aside.clear()
         self._weigh()
 
     def relabel(self, tensor: Tensor, part: str) -> None:
         """Have what is there already be for another part."""
         key = storage_number(tensor.untyped_storage())
         if key in self._live:
-            before, nbytes = self._live[key]
-            self._live[key] = (part, nbytes)
-            self._parts[before] -= nbytes
-            self._parts[part] += nbytes
+            place, before, nbytes = self._live[key]
+            self._live[key] = (place, part, nbytes)
+            place.add(before, -nbytes)
+            place.add(part, nbytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -113,22 +179,20 @@ class MemoryTracker(TorchDispatchMode):
         if key in self._live:
             return
         nbytes = -(-storage.nbytes() // self._granularity) * self._granularity
-        self._live[key] = (self._part, nbytes)
+        self._live[key] = (self._place, self._part, nbytes)
         weakref.finalize(storage, self._drop, key).atexit = False
-        self._parts[self._part] += nbytes
-        self.current += nbytes
+        self._place.add(self._part, nbytes)
         self._weigh()
 
     def _drop(self, key: int) -> None:
-        part, nbytes = self._live.pop(key)
-        self._parts[part] -= nbytes
-        self.current -= nbytes
+        place, part, nbytes = self._live.pop(key)
+        place.add(part, -nbytes)
 
     def _weigh(self) -> None:
-        if self.current > self.peak.total:
-            self.peak = Peak(self.current, self._phase, self.parts)
+        self._device.weigh(self._phase)
+        self._host.weigh(self._phase)
         if self._phase and self.current > self._peaks.get(self._phase, Peak()).total:
-            self._peaks[self._phase] = Peak(self.current, self._phase, self.parts)
+            self._peaks[self._phase] = self._device.now(self._phase)
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:

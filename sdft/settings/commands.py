@@ -111,6 +111,9 @@ class PlanCommand:
     )
     compare: bool = setting(False, "Plan the step with a few other settings too, each of which could save memory.")
     output_file: str | None = setting(None, "Where to write the numbers: JSON.")
+    plot_file: str | None = setting(
+        None, "Where to draw the parts of the peak, beside those with other losses: PNG, which takes matplotlib."
+    )
 
     def __post_init__(self) -> None:
         check_at_least("prompt_tokens", self.prompt_tokens, 1)

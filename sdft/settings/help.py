@@ -116,7 +116,7 @@ GROUPS = {
         "summary_file",
         "output_dir",
     ),
-    "plan": ("gpu", "prompt_tokens", "rollout_tokens", "demonstration_tokens", "compare"),
+    "plan": ("gpu", "prompt_tokens", "rollout_tokens", "demonstration_tokens", "compare", "plot_file"),
     "objective": (
         "method",
         "divergence",
