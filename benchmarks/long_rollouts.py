@@ -152,18 +152,17 @@ def table(rows: list[LongRollout]) -> str:
 
 
 def draw(rows: list[LongRollout], path: Path) -> None:
-    with plots.panels(path, 1, 2, (9, 4)) as axes:
-        for axis, name, unit in ((axes[0][0], "mebibytes", "MiB above the model"), (axes[0][1], "seconds", "seconds")):
-            for way in dict.fromkeys(row.way for row in rows):
-                of_way = sorted((row.tokens, getattr(row, name)) for row in rows if row.way == way)
-                axis.plot(*zip(*of_way, strict=True), marker="o", label=way)
-            if name == "mebibytes":
-                ends = [0, max(row.tokens for row in rows)]
-                kept = [KEPT_BYTES * tokens / MEBIBYTE for tokens in ends]
-                axis.plot(ends, kept, color="grey", linestyle="--", label="inputs of the layers alone (computed)")
-            axis.set_xlabel("tokens of the completion")
-            axis.set_title(unit)
-            axis.set_ylim(bottom=0)
+    with plots.panels(path, 1, 1, (9.5, 4)) as axes:
+        axis = axes[0][0]
+        for way in dict.fromkeys(row.way for row in rows):
+            of_way = sorted((row.tokens, row.mebibytes / 1024) for row in rows if row.way == way)
+            axis.plot(*zip(*of_way, strict=True), marker="o", label=way)
+        ends = [0, max(row.tokens for row in rows)]
+        kept = [KEPT_BYTES * tokens / 2**30 for tokens in ends]
+        axis.plot(ends, kept, color="grey", linestyle="--", label="inputs of the layers alone (computed)")
+        axis.set_xlabel("tokens of the completion")
+        axis.set_ylabel("GiB above the model")
+        axis.set_ylim(bottom=0)
 
 
 def main(argv: list[str] | None = None) -> None:
