@@ -35,7 +35,7 @@ PROMPT = 64
 #: What checkpointing keeps of a token: the input of each of SmolLM2's 30 layers, 576 numbers in float32.
 KEPT_BYTES = 30 * 576 * 4
 
-#: A length that is computed, by the line through those that were measured.
+#: A length that is computed, by the line through the two longest that were measured.
 FURTHER = 32_768
 
 #: What is compared: whether the loss is ours, layers are checkpointed, and the tokens of a tile (0: no tiles).
@@ -131,12 +131,15 @@ def together(rounds: list[LongRollout]) -> LongRollout:
 
 
 def along_the_line(rows: list[LongRollout], way: str, tokens: int = FURTHER) -> float | None:
-    """The mebibytes of `tokens` by the straight line that is nearest to a way's rows; None of fewer than two."""
-    of_way = [(row.tokens, row.mebibytes) for row in rows if row.way == way]
+    """The mebibytes of `tokens` by the line through a way's two longest rows; None where it has but one.
+
+    Short rows would bend it: what is smaller than 4 MiB the C library keeps for itself (sdft.memory.host).
+    """
+    of_way = sorted((row.tokens, row.mebibytes) for row in rows if row.way == way)
     if len(of_way) < 2:
         return None
-    slope, start = statistics.linear_regression(*zip(*of_way, strict=True))
-    return start + slope * tokens
+    (shorter, less), (longer, more) = of_way[-2:]
+    return more + (more - less) / (longer - shorter) * (tokens - longer)
 
 
 def table(rows: list[LongRollout]) -> str:
@@ -144,23 +147,22 @@ def table(rows: list[LongRollout]) -> str:
     lines += [f"{row.tokens:6} {row.way:29} {row.mebibytes:19.0f} {row.seconds:8.1f}" for row in rows]
     for way in dict.fromkeys(row.way for row in rows):
         if (mebibytes := along_the_line(rows, way)) is not None:
-            lines.append(f"{FURTHER:6} {way:29} {mebibytes:19.0f} computed, by the line through those above")
+            lines.append(f"{FURTHER:6} {way:29} {mebibytes:19.0f} computed, by the line through the two longest")
     return "\n".join(lines)
 
 
 def draw(rows: list[LongRollout], path: Path) -> None:
-    with plots.panels(path, 1, 2, (9, 4)) as axes:
-        for axis, name, unit in ((axes[0][0], "mebibytes", "MiB above the model"), (axes[0][1], "seconds", "seconds")):
-            for way in dict.fromkeys(row.way for row in rows):
-                of_way = sorted((row.tokens, getattr(row, name)) for row in rows if row.way == way)
-                axis.plot(*zip(*of_way, strict=True), marker="o", label=way)
-            if name == "mebibytes":
-                ends = [0, max(row.tokens for row in rows)]
-                kept = [KEPT_BYTES * tokens / MEBIBYTE for tokens in ends]
-                axis.plot(ends, kept, color="grey", linestyle="--", label="inputs of the layers alone (computed)")
-            axis.set_xlabel("tokens of the completion")
-            axis.set_title(unit)
-            axis.set_ylim(bottom=0)
+    with plots.panels(path, 1, 1, (9.5, 4)) as axes:
+        axis = axes[0][0]
+        for way in dict.fromkeys(row.way for row in rows):
+            of_way = sorted((row.tokens, row.mebibytes / 1024) for row in rows if row.way == way)
+            axis.plot(*zip(*of_way, strict=True), marker="o", label=way)
+        ends = [0, max(row.tokens for row in rows)]
+        kept = [KEPT_BYTES * tokens / 2**30 for tokens in ends]
+        axis.plot(ends, kept, color="grey", linestyle="--", label="inputs of the layers alone (computed)")
+        axis.set_xlabel("tokens of the completion")
+        axis.set_ylabel("GiB above the model")
+        axis.set_ylim(bottom=0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -175,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     rounds: dict[tuple[str, int], list[LongRollout]] = {case: [] for case in cases}
     for tokens in given.tokens:  # a length's ways in turn, so that what else the machine does meets all of them
         for way in tqdm(given.ways * given.rounds, desc=f"{tokens} tokens", unit="process"):
-            rounds[way, tokens].append(measure_apart(way, tokens, given.threads))
+            row = measure_apart(way, tokens, given.threads)
+            rounds[way, tokens].append(row)
+            tqdm.write(f"{row}")  # a long run that is cut short has said something
     rows = [together(of_case) for of_case in rounds.values()]
     print(machine.heading(), table(rows), sep="\n")
     files.write(rows, given)

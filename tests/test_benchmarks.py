@@ -116,7 +116,8 @@ def test_long_rollouts_take_the_median_of_rounds_and_compute_a_length_beyond(tmp
         long_rollouts.LongRollout(1000, tiles, mebibytes, seconds) for mebibytes, seconds in ((7, 9), (8, 1), (6, 2))
     ]
     found = [long_rollouts.together(rounds), long_rollouts.LongRollout(3000, tiles, 18.0, 5.0)]
-    assert (found[0].mebibytes, found[0].seconds, found[0].rounds) == (8, 2, 3)
+    found.insert(0, long_rollouts.LongRollout(10, tiles, 7.0, 0.1))
+    assert (found[1].mebibytes, found[1].seconds, found[1].rounds) == (8, 2, 3)
     assert long_rollouts.along_the_line(found, tiles) == pytest.approx(3 + 5 * 32.768)
     assert long_rollouts.along_the_line(found, whole) is None
     found.append(long_rollouts.LongRollout(1000, whole, 40.0, 1.5))

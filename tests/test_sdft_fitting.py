@@ -119,14 +119,13 @@ def test_continuous_batching_without_room_for_its_cache_goes_on_with_fewer(monke
 
 
 def test_keys_and_values_of_a_rollout_are_counted_by_layer():
-    model = tiny.tiny_model()
-    rest = fitting.LOGITS * 101 * 4 + fitting.READING * 5 * 32 * 4
-    widest = OF_TOKEN // 2 * (2 + 1) * 25  # two heads ask for each of keys and values, and a copy
-    assert rollout_bytes(model, 5, 20) == OF_TOKEN * (25 + LEAST_SPARE) + widest + rest
-    assert (
-        rollout_bytes(model.to(torch.bfloat16), 5, 20)
-        == (OF_TOKEN * (25 + LEAST_SPARE) + widest + rest - 4040) / 2 + 4040
-    )
+    model, logits = tiny.tiny_model(), fitting.LOGITS * 101 * 4
+    kept = OF_TOKEN * (25 + LEAST_SPARE)
+    attention = OF_TOKEN // 2 * (2 + 1) * 25  # two heads ask for each of keys and values, and a copy
+    reading = fitting.READING * 5 * 32 * 4
+    assert rollout_bytes(model, 1, 24) == kept + attention + logits
+    assert rollout_bytes(model, 5, 20) == kept + reading + logits
+    assert rollout_bytes(model.to(torch.bfloat16), 5, 20) == (kept + reading) / 2 + logits
 
 
 def test_a_layer_with_a_window_keeps_no_more_than_that():

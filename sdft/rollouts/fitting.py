@@ -79,7 +79,7 @@ def rollout_bytes(model: PreTrainedModel, prompt: int, new_tokens: int) -> int:
         widest = max(widest, of_token * copies * tokens)
     logits = LOGITS * config.vocab_size * torch.float32.itemsize
     reading = READING * prompt * config.hidden_size * model.dtype.itemsize
-    return cache + widest + logits + reading
+    return cache + max(widest, reading) + logits
 
 
 @torch.no_grad()
