@@ -43,6 +43,7 @@ class SamplingTrainer(Runs):
     teacher: Teacher | None
     step_log: StepLog
     reused: list[Sample] | None = None  # by the steps that the same samples serve
+    write = staticmethod(write)  # which a benchmark may watch
 
     def show(self, progress: Progress) -> None:
         """Have `progress` told how far the step is that is under way."""
@@ -149,7 +150,7 @@ class SamplingTrainer(Runs):
         def answer() -> list[Completion]:
             with self._writer() as (model, prompt_ids):
                 prompts = [row[prompt_ids] for row in rows]
-                return write(
+                return self.write(
                     model,
                     [Request(*each) for each in zip(prompts, seeds, drafts, strict=True)],
                     sampling,
