@@ -29,6 +29,8 @@ from sdft.data import load_rows
 from sdft.models.load import load_model
 from sdft.rollouts import generate
 from sdft.rollouts.interface import Completion, Request
+from sdft.settings.fields import training_fields
+from sdft.settings.recipe import read
 
 RECIPE = Path(__file__).parent.parent / "examples" / "demo.yaml"
 SOURCES = ("history", "demonstration")
@@ -88,8 +90,7 @@ class Twice:
 def train(draft: str, rows: int, epochs: int, temperature: float) -> list[Step]:
     """A run of the demo on so many rows, and what each of its steps took."""
     recipe = yaml.safe_load(RECIPE.read_text())
-    names = {field.name for field in dataclasses.fields(SDFTConfig)}
-    told = {name: value for name, value in recipe.items() if name in names} | {
+    told = read([str(RECIPE)], training_fields(), command="sdft train", ignored=recipe).values | {
         "rollout_draft": draft,
         "rollout_temperature": temperature,
         "num_train_epochs": epochs,
