@@ -56,10 +56,14 @@ class LongRollout:
     mebibytes: float
     seconds: float
     rounds: int = 1
+    cpu_seconds: float = 0.0
 
 
-def measure(way: str, tokens: int) -> tuple[float, float]:
-    """Peak mebibytes above the loaded model, and seconds, in this process."""
+def measure(way: str, tokens: int) -> tuple[float, float, float]:
+    """Peak mebibytes above the loaded model, seconds, and seconds of all threads together, in this process.
+
+    The last say more where others use the machine too.
+    """
     from peft import LoraConfig, get_peft_model
 
     from sdft.batch import Sample, lay_out
@@ -103,9 +107,10 @@ def measure(way: str, tokens: int) -> tuple[float, float]:
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     step(tokens)
-    return (resident("VmHWM") - before) / MEBIBYTE, time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return (resident("VmHWM") - before) / MEBIBYTE, seconds, cpu_seconds
 
 
 def measure_apart(way: str, tokens: int, threads: int) -> LongRollout:
@@ -119,15 +124,17 @@ def measure_apart(way: str, tokens: int, threads: int) -> LongRollout:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{way} with {tokens} tokens failed: {done.stderr[-2000:]}")
-    mebibytes, seconds = json.loads(done.stdout.splitlines()[-1])
-    return LongRollout(tokens, way, mebibytes, seconds)
+    mebibytes, seconds, cpu_seconds = json.loads(done.stdout.splitlines()[-1])
+    return LongRollout(tokens, way, mebibytes, seconds, cpu_seconds=cpu_seconds)
 
 
 def together(rounds: list[LongRollout]) -> LongRollout:
     """Several rounds of a case as one: the largest memory, the median time."""
     mebibytes = max(row.mebibytes for row in rounds)
     seconds = statistics.median(row.seconds for row in rounds)
-    return LongRollout(rounds[0].tokens, rounds[0].way, round(mebibytes, 1), round(seconds, 2), len(rounds))
+    cpu = statistics.median(row.cpu_seconds for row in rounds)
+    of_case = rounds[0].tokens, rounds[0].way
+    return LongRollout(*of_case, round(mebibytes, 1), round(seconds, 2), len(rounds), round(cpu, 2))
 
 
 def along_the_line(rows: list[LongRollout], way: str, tokens: int = FURTHER) -> float | None:
@@ -143,8 +150,10 @@ def along_the_line(rows: list[LongRollout], way: str, tokens: int = FURTHER) -> 
 
 
 def table(rows: list[LongRollout]) -> str:
-    lines = [f"{'tokens':>6} {'way':29} {'MiB above the model':>19} {'seconds':>8}"]
-    lines += [f"{row.tokens:6} {row.way:29} {row.mebibytes:19.0f} {row.seconds:8.1f}" for row in rows]
+    lines = [f"{'tokens':>6} {'way':29} {'MiB above the model':>19} {'seconds':>8} {'of CPUs':>8}"]
+    lines += [
+        f"{row.tokens:6} {row.way:29} {row.mebibytes:19.0f} {row.seconds:8.1f} {row.cpu_seconds:8.1f}" for row in rows
+    ]
     for way in dict.fromkeys(row.way for row in rows):
         if (mebibytes := along_the_line(rows, way)) is not None:
             lines.append(f"{FURTHER:6} {way:29} {mebibytes:19.0f} computed, by the line through the two longest")
