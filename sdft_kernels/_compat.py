@@ -31,8 +31,9 @@ def backward_runs_again() -> bool:
 
 
 def failing_when_differentiated(message: str, *tensors: Tensor) -> Tensor:
-    """The first tensor, whose derivative in any of them is an error. It is what torch's own `once_differentiable` does,
-    but that decorator is for an `autograd.Function`, and an operator's backward is none."""
+    """Returns the first tensor with a graph node that raises `message` if anyone differentiates it with respect to any
+    of `tensors`. It is what torch's own `once_differentiable` does, but that decorator is for an `autograd.Function`,
+    and an operator's backward is none."""
     return torch._C._functions.DelayedError(message.encode(), len(tensors))(*tensors)[0]
 
 
@@ -42,8 +43,8 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 
 
 def waits_for_itself(kind: type[Tensor]) -> bool:
-    """Whether these tensors are results of a collective that every operator waits for itself. Their class,
-    `AsyncCollectiveTensor`, is private, so it is known by its method."""
+    """Whether this is an `AsyncCollectiveTensor`: the result of a collective, on which any operator first waits. The
+    class is private, so it is known by its method."""
     return hasattr(kind, "trigger_wait")
 
 
@@ -51,6 +52,26 @@ def stands_for_others(kind: type[Tensor]) -> bool:
     """Whether these tensors wrap others, as a DTensor wraps its shard. torch's compiler knows such classes by the same
     method, and there is no public question."""
     return hasattr(kind, "__tensor_flatten__") and not waits_for_itself(kind)
+
+
+def under_grad(tensor: Tensor) -> bool:
+    """Whether torch.func.grad or its like differentiates the tensor. No public function tells."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def under_vmap_with_gradient(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap has wrapped a tensor that takes gradients; what wraps it says that it takes none."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(tensor):
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def interpreted() -> bool:

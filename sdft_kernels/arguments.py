@@ -1,20 +1,25 @@
-"""Every check of the public functions' arguments. An error is one sentence that names the argument, what it was and
-what it may be."""
+"""The checks of the public functions' arguments, but for the labels' range, which takes their values (chunk_loop.py).
+
+An error is one sentence that names the argument, what it was and what it may be.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
+from dataclasses import fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from sdft_kernels._compat import interpreted, stands_for_others
+from sdft_kernels import callers
+from sdft_kernels._compat import interpreted, stands_for_others, under_grad, under_vmap_with_gradient
 from sdft_kernels.backends.cpu import library
 from sdft_kernels.backends.select import BACKENDS
-from sdft_kernels.divergences import DIVERGENCES, is_mixture
+from sdft_kernels.divergences import DIVERGENCES, LogitOptions, is_mixture
 from sdft_kernels.options import LossInputs, LossOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,7 +27,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check(given: LossInputs, options: LossOptions) -> torch.dtype:
-    """Refuses tensors that `fused_linear_divergence` cannot take, or not with these options, which are checked before.
+    """Raises if the tensors are invalid, alone or with `options`; call `check_options` first.
 
     Returns the dtype of the products' operands.
     """
@@ -38,6 +43,7 @@ def check(given: LossInputs, options: LossOptions) -> torch.dtype:
     per_token("labels", given.labels, tokens, device, floating=False)
     per_token("old_logprobs", given.old_logprobs, tokens, device, floating=True)
     same_device("teacher_hidden", given.teacher_hidden, device)
+    differentiated_by_backward(given)
     if given.old_logprobs is not None and given.labels is None:
         raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
     if options.importance_clip is not None and given.old_logprobs is None:
@@ -54,25 +60,53 @@ def check(given: LossInputs, options: LossOptions) -> torch.dtype:
     return dtype
 
 
-def check_options(options: LossOptions) -> None:
-    """Refuses settings that no tensors could make right."""
+def check_options(options: LossOptions) -> LossOptions:
+    """Raises if no tensors could make these settings right. Returns them with Python's own numbers."""
     one_of("divergence", options.divergence, DIVERGENCES)
     one_of("reduction", options.reduction, REDUCTIONS)
-    one_of("backend", options.backend, BACKENDS)
-    if is_mixture(options.divergence) and not LEAST_SHARE <= number("beta", options.beta) <= 1 - LEAST_SHARE:
+    available_backend(options.backend)
+    student = logit_options("student", options.student_logit_scale, options.student_softcap, options.temperature)
+    teacher = logit_options("teacher", options.teacher_logit_scale, options.teacher_softcap, options.temperature)
+    clip = options.importance_clip
+    return replace(
+        options,
+        beta=teachers_share(options.beta, options.divergence),
+        temperature=student.temperature,
+        student_logit_scale=student.scale,
+        teacher_logit_scale=teacher.scale,
+        student_softcap=student.softcap,
+        teacher_softcap=teacher.softcap,
+        importance_clip=None if clip is None else positive("importance_clip", clip),
+        vocab_size=count("vocab_size", options.vocab_size, "tokens"),
+        max_chunk_bytes=count("max_chunk_bytes", options.max_chunk_bytes, "bytes"),
+    )
+
+
+def logit_options(side: str, scale: Any, softcap: Any, temperature: Any) -> LogitOptions:
+    """Options of one model's logits, named `{side}_logit_scale` and so on."""
+    prefix = f"{side}_" if side else ""
+    name, cap_name = f"{prefix}logit_scale", f"{prefix}softcap"
+    scale, temperature = nonzero(name, scale), positive("temperature", temperature)
+    quotient(name, scale, "temperature", temperature)
+    if softcap is not None:
+        softcap = positive(cap_name, softcap)
+        quotient(name, scale, cap_name, softcap)
+        quotient(cap_name, softcap, "temperature", temperature)
+    return LogitOptions(scale, softcap, temperature)
+
+
+def teachers_share(beta: Any, divergence: str) -> float:
+    """The teacher's share of the mixture; a share too where there is no mixture."""
+    beta = number("beta", beta)
+    if is_mixture(divergence) and not LEAST_SHARE <= beta <= 1 - LEAST_SHARE:
         raise ValueError(
-            f"beta must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {options.divergence}, not be "
-            f"{options.beta!r}: nearer the ends float32 hardly tells the mixture from one of the models; for the plain "
-            "divergences ask for 'forward_kl' or 'reverse_kl' by name"
+            f"beta must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {divergence}, not be {beta!r}: nearer "
+            "the ends float32 hardly tells the mixture from one of the models; for the plain divergences ask for "
+            "'forward_kl' or 'reverse_kl' by name"
         )
-    positive("temperature", options.temperature)
-    for name in ("student_logit_scale", "teacher_logit_scale"):
-        nonzero(name, getattr(options, name))
-        slope(name, getattr(options, name), options.temperature)
-    for name in ("student_softcap", "teacher_softcap", "importance_clip"):
-        if getattr(options, name) is not None:
-            positive(name, getattr(options, name))
-    workspace(options.max_chunk_bytes)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie between 0 and 1, not be {beta!r}")
+    return beta
 
 
 def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -110,6 +144,8 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
 
 def readable(name: str, tensor: Tensor) -> None:
     """Refuses a tensor without rows of values of its own, and a tangent, which would be lost in silence."""
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise TypeError(f"{name} must hold values, not be a {type(tensor).__name__}: run its module once before")
     if tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor, not a nested one: take its values first (.values())")
     if tensor.layout is not torch.strided:
@@ -123,6 +159,23 @@ def readable(name: str, tensor: Tensor) -> None:
         raise NotImplementedError(
             f"{name} has a tangent, and there is no forward-mode derivative here: gradients come by backward alone"
         )
+
+
+def differentiated_by_backward(given: LossInputs) -> None:
+    """Refuses tensors that torch.func is to differentiate, of which `requires_grad` says nothing."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for name, tensor in ((field.name, getattr(given, field.name)) for field in fields(given)):
+        if tensor is not None and under_grad(tensor):
+            raise NotImplementedError(
+                f"{name} is under torch.func.grad, vjp or jacrev, and there is no derivative for these here: gradients "
+                "come by backward alone"
+            )
+        if tensor is not None and name.startswith("student") and under_vmap_with_gradient(tensor):
+            raise NotImplementedError(
+                f"{name} takes a gradient and is under torch.func.vmap, where none comes here: call the loss for each "
+                "instead, or once for all tokens"
+            )
 
 
 def per_token(name: str, tensor: Tensor | None, tokens: int, device: torch.device, *, floating: bool) -> None:
@@ -152,59 +205,76 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that float64 holds, not an integer beyond it") from None
 
 
-def positive(name: str, value: Any) -> None:
-    if not 0 < number(name, value) < math.inf:
-        raise ValueError(f"{name} must be positive and finite, not {value!r}")
+def positive(name: str, value: Any) -> float:
+    found = number(name, value)
+    if not 0 < found <= LARGEST_FLOAT32:
+        raise ValueError(f"{name} must be positive and finite in float32, not {value!r}")
+    return found
 
 
-def nonzero(name: str, value: Any) -> None:
-    if not 0 < abs(number(name, value)) < math.inf:
+def nonzero(name: str, value: Any) -> float:
+    found = number(name, value)
+    if not 0 < abs(found) < math.inf:
         raise ValueError(f"{name} must be finite and not 0, not {value!r}")
+    return found
 
 
-def slope(name: str, scale: float, temperature: float) -> None:
-    """Checks the factor of the logits: float32 must hold it, and its product with a masked logit."""
-    if not LEAST_SLOPE <= abs(scale) / temperature <= LARGEST_SLOPE:
+def quotient(name: str, scale: float, divisor_name: str, divisor: float) -> None:
+    """Checks a factor of the logits: its product with a masked one must be large, and float32 must hold it."""
+    if not LEAST_QUOTIENT <= abs(scale) / divisor <= LARGEST_QUOTIENT:
         raise ValueError(
-            f"{name} / temperature must lie between {LEAST_SLOPE:g} and {LARGEST_SLOPE:g} but for its sign, not be "
-            f"{scale!r} / {temperature!r}"
+            f"{name} / {divisor_name} must lie between {LEAST_QUOTIENT:g} and {LARGEST_QUOTIENT:g} but for its sign, "
+            f"not be {scale!r} / {divisor!r}"
         )
 
 
-def workspace(max_chunk_bytes: Any) -> None:
-    if max_chunk_bytes is None:
-        return
-    if isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int):
-        raise TypeError(f"max_chunk_bytes must be a number of bytes or None, not {type(max_chunk_bytes).__name__}")
-    if max_chunk_bytes <= 0:
-        raise ValueError(f"max_chunk_bytes must be positive, not {max_chunk_bytes}")
+def count(name: str, value: Any, of: str) -> int | None:
+    """A number of tokens or bytes, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name} must be a number of {of} or None, not {type(value).__name__}")
+    found = int(value)
+    if not 0 < found <= LARGEST_COUNT:
+        raise ValueError(f"{name} must be positive and under 2^63, not {value}")
+    return found
+
+
+def available_backend(backend: str) -> None:
+    """Checks the name, and that what it asks for is installed."""
+    one_of("backend", backend, BACKENDS)
+    if backend == "compiled" and library.find() is None:
+        raise ValueError(
+            "backend is 'compiled', and the kernels were not built when sdft-kernels was installed, or cannot be "
+            "used: install it again where there is a C compiler, or ask for 'torch'"
+        )
+    if backend == "triton":
+        try:
+            interpreted()
+        except ImportError:
+            raise ValueError(
+                "backend is 'triton', which is not installed: `pip install triton`, or ask for 'torch'"
+            ) from None
 
 
 def supported_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    if backend == "compiled":
-        if device.type != "cpu" or dtype == torch.float64:
-            raise ValueError(
-                f"backend is 'compiled', which computes in float32 on a CPU, and the hidden states are {dtype} on "
-                f"{device}: ask for 'auto' or 'torch'"
-            )
-        if library.find() is None:
-            raise ValueError(
-                "backend is 'compiled', and the kernels were not built when sdft-kernels was installed, or cannot be "
-                "used: install it again where there is a C compiler, or ask for 'torch'"
-            )
+    """Checks that an available back-end takes the tensors."""
+    if backend == "compiled" and (device.type != "cpu" or dtype == torch.float64):
+        raise ValueError(
+            f"backend is 'compiled', which computes in float32 on a CPU, and the products' operands are {dtype} on "
+            f"{device}: ask for 'auto' or 'torch'"
+        )
     if backend != "triton":
         return
-    try:
-        by_interpreter = interpreted()
-    except ImportError:
-        raise ValueError(
-            "backend is 'triton', which is not installed: `pip install triton`, or ask for 'torch'"
-        ) from None
+    by_interpreter = interpreted()
     if device.type != "cuda" and not by_interpreter:
         raise ValueError(
             f"backend is 'triton', which needs CUDA tensors (or TRITON_INTERPRET=1), and the hidden states are on "
@@ -215,12 +285,10 @@ def supported_backend(backend: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
-    """The number of vocabulary entries that are compared: the first ones of both heads."""
+    """The number of vocabulary entries that are compared: the first ones of both heads. `vocab_size` is a count."""
     smaller = min(student, teacher)
     if vocab_size is not None:
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise TypeError(f"vocab_size must be a number of tokens or None, not {type(vocab_size).__name__}")
-        if not 1 <= vocab_size <= smaller:
+        if vocab_size > smaller:
             raise ValueError(f"vocab_size must lie in [1, {smaller}], the smaller head's size, not {vocab_size}")
         return vocab_size
     if student == teacher:
@@ -231,10 +299,9 @@ def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
             "shared prefix with vocab_size"
         )
     if not torch.compiler.is_compiling():
-        warnings.warn(
+        callers.warn(
             f"the heads have {student} and {teacher} entries; comparing the first {smaller}, as for padded heads "
-            "(vocab_size names the shared prefix)",
-            stacklevel=5,
+            "(vocab_size names the shared prefix)"
         )
     return smaller
 
@@ -268,5 +335,9 @@ PADDING_SHARE = 0.01
 #: terms as large as the share, which float32 rounds by 6e-8 of their size: a share of 1e-3 leaves an error of 3e-6.
 LEAST_SHARE = 1e-3
 
-#: The bounds of a logit's scale over the temperature.
-LEAST_SLOPE, LARGEST_SLOPE = 1e-30, 1e6
+#: The bounds of a logit's scale or soft cap over the temperature, and of its scale over the soft cap. A masked logit,
+#: -1e30, then stays 1,000 below the others or at the cap's end, and within float32.
+LEAST_QUOTIENT, LARGEST_QUOTIENT = 1e-27, 1e6
+
+#: What passes to kernels: numbers in float32, counts in int64.
+LARGEST_FLOAT32, LARGEST_COUNT = torch.finfo(torch.float32).max, torch.iinfo(torch.int64).max

@@ -69,14 +69,15 @@ def fused_linear_divergence(
             has no part in the loss. Its logit is -1e30 times the scale's size, so that all stays finite where only one
             model masks: there reverse KL is the student's probability of what only the teacher masks, times some
             1e30 / temperature, and forward KL the other way round, instead of inf. Under a soft cap a bias of -inf
-            only makes the logit -softcap.
+            only makes the logit -softcap. A masked logit is a constant: its bias and its row of the head get a gradient
+            of 0.
         teacher_bias: (Vt,) or None.
         divergence: a name from the table above.
         beta: the teacher's share of the mixture m, between 0.001 and 0.999; unused by the two plain KLs.
         temperature: divides the logits; positive.
         student_logit_scale: multiplies the student's logits (Cohere multiplies; Granite divides: pass 1/x).
         teacher_logit_scale: the teacher's.
-        student_softcap: soft cap of the student's logits (Gemma 2), positive, or None.
+        student_softcap: soft cap of the student's logits (Gemma 2), positive, at most a million temperatures, or None.
         teacher_softcap: the teacher's.
         token_weight: (N,) floating point, or None for all ones. A token of weight 0 contributes exactly
             nothing, whatever its hidden states hold; on the CPU it is not even projected, on a device (where
@@ -132,7 +133,7 @@ def fused_linear_divergence(
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
     )
-    arguments.check_options(options)
+    options = arguments.check_options(options)
     given = LossInputs(
         student_hidden=student_hidden,
         student_weight=student_weight,
@@ -205,7 +206,7 @@ class FusedLinearDivergence(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options = LossOptions(
+        options = LossOptions(
             divergence=divergence,
             beta=beta,
             temperature=temperature,
@@ -219,7 +220,7 @@ class FusedLinearDivergence(nn.Module):
             max_chunk_bytes=max_chunk_bytes,
             backend=backend,
         )
-        arguments.check_options(self.options)
+        self.options = arguments.check_options(options)
 
     def forward(
         self,

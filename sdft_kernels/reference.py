@@ -25,11 +25,11 @@ def logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); scale · b is at least -1e30 · |scale| where b is -inf."""
+    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); where b is -inf, a constant -1e30 · |scale| is capped."""
     y = scale * (hidden @ weight.T)
     if bias is not None:
         bias = bias.to(y)
-        y = y + torch.where(bias > MASKED, scale * bias, abs(scale) * MASKED)
+        y = torch.where(bias > MASKED, y + scale * bias, abs(scale) * MASKED)
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
     return y / temperature

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdft_kernels import arguments, registration
 from sdft_kernels.backends.products import Dtypes
-from sdft_kernels.backends.select import BACKENDS, select
+from sdft_kernels.backends.select import select
 from sdft_kernels.chunk_loop import check_labels, head_operands
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import LogitOptions
@@ -79,13 +79,9 @@ def linear_token_stats(
     """
     arguments.head("", hidden, weight, bias)
     arguments.per_token("labels", labels, hidden.shape[0], hidden.device, floating=False)
-    arguments.positive("temperature", temperature)
-    arguments.nonzero("logit_scale", logit_scale)
-    arguments.slope("logit_scale", logit_scale, temperature)
-    if softcap is not None:
-        arguments.positive("softcap", softcap)
-    arguments.workspace(max_chunk_bytes)
-    arguments.one_of("backend", backend, BACKENDS)
+    options = arguments.logit_options("", logit_scale, softcap, temperature)
+    arguments.available_backend(backend)
+    vocab_size = arguments.count("vocab_size", vocab_size, "tokens")
     vocab = arguments.shared_vocabulary(weight.shape[0], weight.shape[0], vocab_size)
     dtype = arguments.products_dtype(hidden.device, hidden=hidden, weight=weight)
     arguments.supported_backend(backend, hidden.device, dtype)
@@ -94,10 +90,10 @@ def linear_token_stats(
         weight.detach(),
         None if bias is None else bias.detach(),
         labels,
-        *registration.values_of(LogitOptions(logit_scale, softcap, temperature)),
+        *registration.values_of(options),
         vocab,
         dtype,
-        max_chunk_bytes,
+        arguments.count("max_chunk_bytes", max_chunk_bytes, "bytes"),
         backend,
     )
     if labels is None:

@@ -22,6 +22,10 @@ OF_TORCH = [
     ("_C._autograd._get_current_graph_task_keep_graph", "backward_runs_again"),
     ("_C._functions.DelayedError", "failing_when_differentiated"),
     ("_assert_async", "assert_on_device"),
+    ("_C._functorch.is_functorch_wrapped_tensor", "under_grad"),
+    ("_C._functorch.is_gradtrackingtensor", "under_grad"),
+    ("_C._functorch.get_unwrapped", "under_grad"),
+    ("_C._functorch.is_batchedtensor", "under_vmap_with_gradient"),
 ]
 
 

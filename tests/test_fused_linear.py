@@ -343,11 +343,16 @@ MASKS = {"both": (True, True), "student": (True, False), "teacher": (False, True
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("masks", MASKS)
 def test_entries_that_a_bias_masks(masks: str, divergence: str, backend: str) -> None:
-    """Of a model's first entries; what both mask might as well not be there. All stays finite where one does."""
+    """Of a model's first entries; what both mask might as well not be there. All stays finite where one does.
+
+    What the student masks is a constant: it takes no gradient, and none comes through it.
+    """
     case, student, teacher = masked_case(*MASKS[masks], divergence=divergence, backend=backend)
     result = fused(case)
     for tensor in (*result.output[:4], *result.gradients.values()):
         assert tensor is None or tensor.isfinite().all()
+    if masks != "teacher":
+        assert not result.gradients["student_bias"][:9].any() and not result.gradients["student_weight"][:9].any()
     del case.options["backend"]
     # Where the teacher alone masks what is the student's likeliest, scores are relative to one 100 nats away, and
     # rounded as that is: the last digit of 100 is 7.6e-6.
@@ -359,7 +364,6 @@ def test_entries_that_a_bias_masks(masks: str, divergence: str, backend: str) ->
         expected = reference(rest)
         assert_close(Result(result.output, {}), expected, 3e-6, 0)
         gradient = result.gradients["student_weight"]
-        assert gradient is not None and not gradient[:9].any()
         assert relative_error(gradient[9:], expected.gradients["student_weight"]) <= 3e-6
 
 
@@ -369,6 +373,7 @@ def test_a_bias_masks_under_a_negative_scale_too(softcap: float | None, backend:
     scales = {"student_logit_scale": -1.3, "teacher_logit_scale": -0.7}
     case, *_ = masked_case(True, True, backend=backend, **scales, student_softcap=softcap, teacher_softcap=softcap)
     result = fused(case)
+    assert not result.gradients["student_bias"][:9].any()
     del case.options["backend"]
     assert_close(result, reference(case), 3e-6, 3e-6)
     stats = linear_token_stats(
@@ -384,6 +389,15 @@ def test_a_bias_masks_under_a_negative_scale_too(softcap: float | None, backend:
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_the_largest_soft_cap_caps_nothing(backend: str) -> None:
+    """Of a million temperatures, here of 0.7: larger ones are refused."""
+    case, *_ = masked_case(True, True, backend=backend, divergence="forward_kl")
+    plain = fused(case)
+    capped = case.with_options(student_softcap=6e5, teacher_softcap=6e5)
+    assert_close(fused(capped), plain, 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_negative_weights_are_taken_as_they_are(backend: str) -> None:
     case = random_case(5, token_weight=torch.tensor([1.0, -0.5, 0.0, 2.0, -0.25]))
     expected = reference(case)
@@ -396,7 +410,7 @@ def masked_case(masked: bool, masked_by_teacher: bool, **options: Any) -> tuple[
     student[:9] = -torch.inf if masked else 0
     teacher[:9] = torch.finfo(torch.float32).min if masked_by_teacher else 0
     case = random_case(5, labels=torch.randint(9, 1003, (5,)), teacher_bias=teacher, temperature=0.7, **options)
-    case.student_bias = student
+    case.student_bias, case.trainable = student, (*case.trainable, "student_bias")
     return case, student, teacher
 
 

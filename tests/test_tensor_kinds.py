@@ -184,6 +184,23 @@ def test_forward_mode_is_refused_not_dropped(place: int) -> None:
         torch.func.jvp(lambda states: scored(states, tensors[1]), (tensors[0],), (torch.ones(20, 16),))
 
 
+def test_gradients_by_torch_func_are_refused_by_name() -> None:
+    hidden, weight, other = torch.randn(20, 16), torch.randn(100, 16), torch.randn(20, 16)
+
+    def loss(states: Tensor) -> Tensor:
+        return fused_linear_divergence(states, weight, other, weight).loss
+
+    for transform in (torch.func.grad, torch.func.jacrev, lambda call: make_fx(torch.func.grad(call))):
+        with pytest.raises(NotImplementedError, match=r"^student_hidden is under torch.func.grad, vjp or jacrev"):
+            transform(loss)(hidden)
+    both = torch.stack((hidden, other))
+    with pytest.raises(NotImplementedError, match=r"^student_hidden is under torch.func.grad"):
+        torch.func.grad(lambda states: torch.func.vmap(loss)(states).sum())(both)
+    with pytest.raises(NotImplementedError, match=r"^student_hidden takes a gradient and is under torch.func.vmap"):
+        torch.func.vmap(loss)(both.clone().requires_grad_())
+    torch.testing.assert_close(torch.func.vmap(loss)(both), torch.stack((loss(hidden), loss(other))))
+
+
 @pytest.mark.parametrize("of", ["scoring", "loss"])
 def test_forward_mode_is_refused_while_a_graph_is_traced(of: str) -> None:
     hidden, weight = torch.randn(20, 16), torch.randn(100, 16)

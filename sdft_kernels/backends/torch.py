@@ -9,6 +9,7 @@ the pass that subtracts the maximum also multiplies by the factor that turns u i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -19,6 +20,7 @@ from sdft_kernels.backends.interface import ChunkGradients, HeadOperands
 from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunking import TILE_TOKENS, Held
 from sdft_kernels.divergences import (
+    MASKED,
     MIXTURES,
     NATS,
     PLAIN,
@@ -33,7 +35,7 @@ from sdft_kernels.divergences import (
     is_mixture,
     log_ratio_of,
 )
-from sdft_kernels.tokens import TokenRows, TokenScores
+from sdft_kernels.tokens import TokenRows, TokenScores, reads_are_free
 
 #: Bytes of both models' logits in a tile; a call's scratch is twice that. Smaller tiles make slower products, larger
 #: ones leave the cache: of 1, 2, 3 and 4 MiB, 3 was fastest on two cores with 32 MiB of last-level cache.
@@ -138,7 +140,9 @@ def process_chunk(
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, width - tokens))
         factor = factor * (objective.student.scale / objective.student.temperature)
-        _carry_back(columns.student, student, (factor * x).to(dtype), (factor * y).to(dtype), gradients, workspace)
+        masked = _masked(student.bias, objective.student)
+        x, y = (factor * x).to(dtype), (factor * y).to(dtype)
+        _carry_back(columns.student, student, masked, x, y, gradients, workspace)
 
 
 def store_rows(rows: TokenRows, objective: Objective, loss: Tensor, entropy: Tensor, logprob: Tensor | None) -> None:
@@ -182,16 +186,35 @@ def _multiply(weight: Tensor, hidden: Tensor, part: slice, out: Tensor) -> None:
     torch.mm(weight[part].to(hidden.dtype), hidden.T, out=out)
 
 
+def _masked(bias: Tensor | None, options: LogitOptions) -> Tensor | None:
+    """Which entries the bias masks, (V, 1); None if none, as far as the host may look."""
+    if bias is None:
+        return None
+    masked = bias * math.copysign(1.0, options.scale) <= MASKED
+    return None if reads_are_free(masked) and not masked.any() else masked.unsqueeze(1)
+
+
 def _carry_back(
-    hidden: Tensor, head: HeadOperands, x: Tensor, y: Tensor, gradients: ChunkGradients, workspace: LogitTiles
+    hidden: Tensor,
+    head: HeadOperands,
+    masked: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    gradients: ChunkGradients,
+    workspace: LogitTiles,
 ) -> None:
-    """Computes the logits' gradient x A + y B a tile at a time, and multiplies it with head and hidden states."""
+    """Computes the logits' gradient a tile at a time, and multiplies it with head and hidden states.
+
+    It is x A + y B, and 0 at masked entries.
+    """
     width = len(hidden)
     before = 0 if gradients.first else 1
     total = hidden.new_zeros(hidden.T.shape)  # (H, C): products of few tokens run faster into that layout
     for number, (part, kept, passing, _) in enumerate(workspace.tiles(2 * width)):
         a, b = kept.split(width, 1)
         gradient = torch.mul(a, x[number], out=passing.view(2, -1, width)[0]).addcmul_(b, y[number])
+        if masked is not None:
+            gradient.masked_fill_(masked[part], 0)
         if gradients.hidden is not None:
             total.addmm_(head.weight[part].to(hidden.dtype).T, gradient)
         if gradients.weight is not None and gradients.weight.dtype == gradient.dtype:

@@ -142,6 +142,9 @@ INLINE float share_of_exponential_minus_1(float x, float share, float power) {
 
 /* ---- Formulas of divergences.py for one logit ---- */
 
+/* u of a masked entry, where there is no soft cap. */
+static const float MASKED = -1e30f;
+
 /* Log-ratios are bounded so that their exponentials are finite. */
 INLINE float bounded(float log_ratio) {
     log_ratio = log_ratio > 80.0f ? 80.0f : log_ratio;
@@ -388,8 +391,10 @@ INLINE void gradient_block(const float *logits, int rows, long stride, int token
             float p = exponential(z) * p_factor[j], ratio = z - (other - c[j]) * teacher->factor, gradient;
             if (divergence == REVERSE_KL)
                 gradient = p * (ratio - centre[j]);
-            else if (divergence == FORWARD_KL)
+            else if (divergence == FORWARD_KL) { /* of the others p makes a masked entry's gradient 0 */
                 gradient = p - exponential((other - b[j]) * teacher->factor) * q_factor[j];
+                gradient = logits[j] > MASKED ? gradient : 0;
+            }
             else
                 gradient = p * (mixture_score(-ratio, share[j], rest[j], log_share[j], mixture, divergence) - centre[j]);
             gradients[j] = student->capped ? gradient * (1 - logits[j] * logits[j]) : gradient;

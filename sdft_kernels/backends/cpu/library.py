@@ -10,8 +10,9 @@ import functools
 import importlib.util
 import os
 import struct
-import warnings
 from enum import IntEnum
+
+from sdft_kernels import callers
 
 #: The version of the interface between this module and the library: `INTERFACE` in kernels.c.
 INTERFACE = 2
@@ -78,19 +79,17 @@ def find() -> ctypes.CDLL | None:
     """The compiled kernels, or None, with one warning, where they were not built or cannot be used."""
     spec = importlib.util.find_spec("sdft_kernels.backends.cpu._kernels")
     if spec is None or spec.origin is None:
-        warnings.warn(
+        callers.warn(
             "the compiled CPU kernels were not built when sdft-kernels was installed, and the loss on a CPU is slower; "
-            "to mend it, install sdft-kernels again where there is a C compiler",
-            stacklevel=2,
+            "to mend it, install sdft-kernels again where there is a C compiler"
         )
         return None
     try:
         return load(spec.origin)
     except OSError as error:
-        warnings.warn(
+        callers.warn(
             f"the compiled CPU kernels in {spec.origin} are not used, and the loss is slower: {error}; to mend it, "
-            "install sdft-kernels again (pip install --force-reinstall --no-deps)",
-            stacklevel=2,
+            "install sdft-kernels again (pip install --force-reinstall --no-deps)"
         )
         return None
 

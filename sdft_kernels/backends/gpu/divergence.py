@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdft_kernels.backends.gpu.math import (
+    FAR_BELOW,
     form,
     load_logits,
     log_over_mixture,
@@ -278,7 +279,7 @@ def gradient_kernel(
 ):
     """The last pass, over one block of a row: writes factor · p · (g - centre), and p - q for forward KL.
 
-    Where the factor is 0 so is the gradient, also of a token whose logits are no numbers.
+    Where the factor is 0 so is the gradient, also of a token whose logits are no numbers; and a masked entry's is 0.
     """
     row = tl.program_id(0).to(tl.int64)
     constants = constants_pointer + row * ROW
@@ -320,6 +321,8 @@ def gradient_kernel(
         share, rest, log_share = mixture_shares(peak_ratio, beta, rest_of_beta)
         change = (t - at_peak) * teacher_factor - z
         gradient = p * (mixture_score(change, share, rest, log_share, beta, rest_of_beta, DIVERGENCE) - centre)
+    if student_bias_pointer is not None and DIVERGENCE == "forward_kl":  # elsewhere p is 0 there
+        gradient = tl.where(s > FAR_BELOW, gradient, 0.0)
     gradient *= factor
     if STUDENT_FORM == "capped":
         gradient *= 1 - s * s

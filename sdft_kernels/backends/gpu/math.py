@@ -10,7 +10,7 @@ from sdft_kernels.divergences import LARGEST_LOG_RATIO, LARGEST_PEAK_RATIO, MASK
 
 _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
 _LARGEST_PEAK_RATIO = tl.constexpr(LARGEST_PEAK_RATIO)
-#: Stands for u beyond the vocabulary.
+#: Stands for u beyond the vocabulary, and is that of a masked entry, which has no soft cap.
 FAR_BELOW = tl.constexpr(MASKED)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
