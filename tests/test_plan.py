@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 from torch.overrides import _len_torch_function_stack as len_torch_function_stack
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _len_torch_dispatch_stack as len_torch_dispatch_stack
 from transformers import AutoModelForCausalLM
 
+from benchmarks.plan_check import measured, planned
 from sdft._compat import storage_number
 from sdft.cli import main
 from sdft.commands.train import say_what_is_planned
@@ -150,30 +150,6 @@ def settings(**options):
     return SDFTConfig(**given)
 
 
-def measured_on_cpu(step, lengths):
-    """The most that torch's CPU allocator held in the forward pass, the loss and the backward pass, above the start."""
-    batch, _ = step._batch(lengths)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found, step.device.planning():
-        step._micro_batch(batch)
-    now = most = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
-def planned_on_cpu(given, lengths):
-    """The same, as it is planned."""
-    step = Step(*given, Device("cpu"))
-    before = step.tracker.current
-    batch, _ = step._batch(lengths)
-    step.tracker.forget_peak()
-    with step.device.planning():
-        step._micro_batch(batch)
-    return step.tracker.peak.total - before
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize(("mixed", "teacher"), [(False, "base"), (True, "base"), (True, "live"), (True, "ema")])
@@ -184,8 +160,8 @@ def test_planned_peak_is_what_the_allocator_held_on_a_cpu(checkpointing, rank, m
     told.bf16 = mixed  # which transformers takes only where there is a GPU
     given = (config, "float32", LoraArguments(lora_rank=rank), told)
     lengths = Lengths(32, 300, 40)
-    found = measured_on_cpu(Step(*given, Device("cpu", real=True)), lengths)
-    assert planned_on_cpu(given, lengths) == pytest.approx(found, rel=0.1)
+    found = measured(given, lengths)
+    assert planned(given, lengths) == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -196,8 +172,8 @@ def test_planned_peak_is_what_the_allocator_held_where_a_sample_goes_in_tiles(ch
         told = settings(activation_checkpointing=checkpointing, max_forward_tokens=tokens)
         told.per_device_train_batch_size = 1
         given = (config, "float32", LoraArguments(), told)
-        peaks[tokens] = planned_on_cpu(given, lengths)
-        found = measured_on_cpu(Step(*given, Device("cpu", real=True)), lengths)
+        peaks[tokens] = planned(given, lengths)
+        found = measured(given, lengths)
         assert peaks[tokens] == pytest.approx(found, rel=0.1)
     assert peaks[64] < peaks[None]
 

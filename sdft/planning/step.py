@@ -198,14 +198,15 @@ class Step:
         return torch.zeros(rows, tokens, dtype=torch.long, device=self.device.tensors)
 
     def _train(self, lengths: Lengths) -> None:
-        batch, several = self._batch(lengths)
+        batch, several = self.batch(lengths)
         if several:  # all but the first find gradients there, which theirs are added to
             with self.tracker.part("gradients"):
                 for parameter in self._trained:
                     parameter.grad = torch.empty_like(parameter)
-        self._micro_batch(batch)
+        self.micro_batch(batch)
 
-    def _micro_batch(self, batch: Batch) -> None:
+    def micro_batch(self, batch: Batch) -> None:
+        """Scoring, the forward pass with its loss, and the backward pass."""
         tracker, student, share = self.tracker, causal_lm(self.learner), self.config.demonstration_weight
         compared = mock.patch.object(losses, "fused_linear_divergence", self._compare)
         with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared:
@@ -228,7 +229,7 @@ class Step:
         with self.tracker.phase(LOSS):
             return fused_linear_divergence(*tensors, **options)
 
-    def _batch(self, lengths: Lengths) -> tuple[Batch, bool]:
+    def batch(self, lengths: Lengths) -> tuple[Batch, bool]:
         """The largest piece of a micro-batch, and whether a step has several."""
         piece, several = self._largest_piece(lengths)
         with torch.device("cpu"), self.tracker.part("batch"):
