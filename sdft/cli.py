@@ -120,6 +120,7 @@ def _train(argv: list[str], started: float) -> int:
     from sdft.settings import help
     from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
     from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.inherited import check_values
     from sdft.settings.recipe import read
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
@@ -130,6 +131,7 @@ def _train(argv: list[str], started: float) -> int:
         model, lora = given.make(ModelArguments), given.make(LoraArguments)
         data, evaluation = given.make(DataArguments), given.make(EvalArguments)
         method = given.make(MethodSettings)
+        check_values(given.values)
         check_writable(str(method.output_dir))
         check_readable("train_file", data.train_file)
         check_readable("eval_file", evaluation.eval_file)

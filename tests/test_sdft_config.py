@@ -4,6 +4,8 @@ import pickle
 import pytest
 
 from sdft.errors import UsageError
+from sdft.settings import arguments
+from sdft.settings.commands import EvalCommand, PlanCommand
 from sdft.settings.config import EvalSettings, ModelArguments, SDFTConfig
 
 
@@ -27,9 +29,40 @@ from sdft.settings.config import EvalSettings, ModelArguments, SDFTConfig
         ("demonstration_weight", 1.0, "below 1, for at 1"),
         ("teacher_template", "trun", "did you mean 'turn'?"),
         ("ema_rate", 1.5, "above 0 and at most 1"),
-        ("loss_temperature", math.nan, "above 0"),
-        ("loss_temperature", math.inf, "above 0"),
-        ("rollout_temperature", 0.0, "above 0"),
+        ("loss_temperature", math.nan, "from 1e-05 to 100000"),
+        ("loss_temperature", math.inf, "from 1e-05 to 100000"),
+        ("loss_temperature", 1e300, "from 1e-05 to 100000"),
+        ("rollout_temperature", 0.0, "from 1e-05 to 100000"),
+        ("rollout_temperature", 1e-300, "from 1e-05 to 100000"),
+        ("eval_temperature", 1e-300, "from 1e-05 to 100000"),
+        ("importance_clip", 1e39, "finite in float32"),
+        ("max_chunk_bytes", 10**20, "at most 9223372036854775807"),
+        ("freeze_embeddings", "false", "True or False"),
+        ("teacher_offload", "false", "True or False"),
+        ("activation_offload", "no", "True or False"),
+        ("activation_checkpointing", "no", "True or False"),
+        ("overwrite_output_dir", 0, "True or False"),
+        ("max_steps", 0, "at least 1, or -1"),
+        ("max_steps", -5, "at least 1, or -1"),
+        ("max_steps", 2.5, "at least 1, or -1"),
+        ("num_train_epochs", -1, "above 0"),
+        ("num_train_epochs", math.nan, "above 0"),
+        ("learning_rate", "1e-5", "at least 0"),
+        ("learning_rate", 1e300, "finite in float32"),
+        ("adam_beta1", 2.0, "at least 0 and below 1"),
+        ("warmup_steps", -1, "at least 0"),
+        ("seed", -1, "at least 0"),
+        ("seed", 10**20, "at most 4294967295"),
+        ("save_steps", 0, "above 0"),
+        ("dataloader_num_workers", -1, "at least 0"),
+        ("gradient_accumulation_steps", None, "a number"),
+        ("activation_checkpointing_kwargs", 3, "a mapping"),
+        ("lr_scheduler_kwargs", "{", "a mapping"),
+        ("accelerator_config", "absent.json", "a mapping, or a JSON file that is there"),
+        ("accelerator_config", {"a": 1}, "unexpected keyword argument 'a'"),
+        ("log_level", "nope", "warning"),
+        ("debug", "x", "underflow_overflow or tpu_metrics_debug"),
+        ("ddp_backend", "x", "nccl"),
         ("rollout_top_p", "0.9", "number"),
         ("rollout_top_k", -1, "at least 0"),
         ("rollout_min_p", 1.5, "from 0 to 1"),
@@ -85,6 +118,25 @@ def test_model_and_evaluation_settings_are_checked():
         ModelArguments(model="x", dtype="int8")
     with pytest.raises(UsageError, match="eval_completion_length is 0"):
         EvalSettings(eval_completion_length=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (ModelArguments, {"model": "x", "trust_remote_code": "false"}),
+        (EvalCommand, {"teacher": "false"}),
+        (PlanCommand, {"compare": "false"}),
+    ],
+)
+def test_a_text_is_no_switch(settings, options):
+    with pytest.raises(UsageError, match=f"^{list(options)[-1]} is 'false'; it must be True or False"):
+        settings(**options)
+
+
+def test_bf16_on_a_machine_without_such_a_gpu_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(UsageError, match="bf16 is True, and there is no GPU here that computes in it; use_cpu may be"):
+        SDFTConfig(output_dir=str(tmp_path), bf16=True)
 
 
 def test_a_live_teacher_cannot_be_offloaded(tmp_path):

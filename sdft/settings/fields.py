@@ -19,7 +19,7 @@ from typing import Any
 from sdft.errors import UsageError
 from sdft.settings.checks import chosen
 from sdft.settings.config import MethodSettings
-from sdft.settings.inherited import help_here
+from sdft.settings.inherited import CHOICES, help_here
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -125,7 +125,7 @@ def training_fields() -> dict[str, Field]:
     for name, annotation, value in _assignments(classes["TrainingArguments"]):
         kinds = _kinds(annotation)
         enums = [classes[kind] for kind in kinds if kind in classes]
-        choices = tuple(ast.literal_eval(value) for enum in enums for value in _values(enum))
+        choices = tuple(ast.literal_eval(value) for enum in enums for value in _values(enum)) or CHOICES.get(name, ())
         default, text = _default_and_help(value)
         found.setdefault(name, Field(name, kinds, choices, default, help_here(name, text), inherited=True))
     # transformers 5.17 has it by an older name alone; see sdft._compat.
