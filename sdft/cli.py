@@ -154,7 +154,7 @@ def _train(argv: list[str], started: float) -> int:
 
 def _eval(argv: list[str], started: float) -> None:
     from sdft.early_checks import check_output_file, check_readable
-    from sdft.models.files import check_model
+    from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_eval
     from sdft.settings import help
     from sdft.settings.checks import matching
@@ -184,8 +184,10 @@ def _eval(argv: list[str], started: float) -> None:
         inputs = [evaluation.eval_file, evaluation.general_file]
         check_output_file("output_file", command.output_file, inputs=inputs)
         check_output_file("summary_file", command.summary_file, inputs=[*inputs, command.output_file])
-        for name in {model.model, command.base_model or model.model}:
-            check_model(name)
+        check_model(model.model)
+        if command.base_model:
+            with named_by("base_model"):
+                check_model(command.base_model)
         rows = rows_of_eval(model, evaluation, command)
 
         from sdft.commands.evaluate import evaluate

@@ -364,7 +364,7 @@ def model_and_tokenizer(
     model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model that learns, loaded if it is given by name, and its tokenizer. UsageError for what cannot learn."""
-    learner, own = load_model(model) if isinstance(model, str) else (model, None)
+    learner, own = (model, None) if isinstance(model, nn.Module) else load_model(model)
     tokenizer = tokenizer or own
     if is_compiled(learner):
         raise UsageError(
