@@ -22,6 +22,7 @@ from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.settings.config import AUTO, SDFTConfig
+from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inherited import REFUSED
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,13 @@ logger = logging.getLogger(__name__)
 OF_MODEL = {"params", "model", "optimizer_dict"}
 
 
-def prepare(trainer: Trainer) -> None:
-    """Before any teacher is made: refuse what cannot work, and give the model what its settings ask for."""
+def prepare(trainer: Trainer, *, corrects: bool) -> None:
+    """Before any teacher is made: refuse what cannot work, and give the model what its settings ask for.
+
+    What was set and does nothing is said; `corrects` is whether the rollouts' probabilities correct the loss.
+    """
     check_launch(trainer)
-    for sentence in cast(SDFTConfig, trainer.args).without_effect():
+    for sentence in without_effect(OF_TRAINING, trainer.args, corrects=corrects):
         logger.warning(sentence)
     prepare_packages(trainer)
     prepare_memory(causal_lm(cast(nn.Module, trainer.model)), cast(SDFTConfig, trainer.args))
@@ -121,8 +125,8 @@ def prepare_packages(trainer: Trainer) -> None:
         with installed(said(args, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")):
             steps = max(args.max_steps, 1)
             optimizer = torch.optim.SGD(few_weights(args.device), args.learning_rate)
-            options = args.lr_scheduler_kwargs
-            get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, options)
+            of_schedule = cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
+            get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, of_schedule)
 
 
 def few_weights(device: torch.device) -> list[nn.Parameter]:
@@ -142,7 +146,7 @@ def said(args: SDFTConfig, first: str, *others: str) -> str:
 
 def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
     """Have the model keep to the settings that save memory, and say which of them have no effect here."""
-    if options := args.activation_checkpointing_kwargs:
+    if options := cast(dict[str, Any] | None, args.activation_checkpointing_kwargs):
         with installed(said(args, "activation_checkpointing_kwargs")):
             checkpoint(torch.clone, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
     tiled = tile(model, args.max_forward_tokens)
@@ -155,8 +159,9 @@ def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
         )
     if args.device.type == "cpu":
         give_back_at_once()
-        if args.activation_offload:
-            logger.warning("activation_offload has no effect on a CPU: what layers keep is in host memory anyway")
+        for name in ("activation_offload", "teacher_offload"):
+            if getattr(args, name):
+                logger.warning("%s has no effect on a CPU: everything is in host memory anyway", name)
 
 
 def check_for_liger(device: torch.device) -> None:

@@ -115,7 +115,7 @@ class SDFTTrainer(SamplingTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-        prepare(self)
+        prepare(self, corrects=self.corrects)
         if not self.place_model_on_device and not self.is_model_parallel:
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)

@@ -5,8 +5,9 @@ import pytest
 
 from sdft.errors import UsageError
 from sdft.settings import arguments
-from sdft.settings.commands import EvalCommand, PlanCommand
-from sdft.settings.config import EvalSettings, ModelArguments, SDFTConfig
+from sdft.settings.commands import EvalCommand, GenerateCommand, PlanCommand
+from sdft.settings.config import EvalArguments, EvalSettings, LoraArguments, MethodSettings, ModelArguments, SDFTConfig
+from sdft.settings.idle import OF_EVAL, OF_GENERATE, OF_TRAINING, without_effect
 
 
 @pytest.mark.parametrize(
@@ -154,12 +155,72 @@ def test_a_live_teacher_cannot_be_offloaded(tmp_path):
             {"demonstration_weight": 0.1, "method": "sft"},
             "demonstration_weight is 0.1 and does nothing: method is 'sft'",
         ),
+        (
+            {"method": "sft", "divergence": "jsd", "teacher": "ema", "ema_rate": 0.3, "beta": 0.3},
+            "divergence, beta, teacher and ema_rate do nothing: method is 'sft'",
+        ),
+        (
+            {"importance_clip": 5.0},
+            "importance_clip is 5.0 and does nothing: num_iterations is 1 and rollouts take no correction",
+        ),
+        ({"eval_steps": 5}, "eval_steps is 5 and does nothing: eval_strategy is 'no'"),
+        ({"save_strategy": "no", "save_steps": 5}, "save_steps is 5 and does nothing: save_strategy is 'no'"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "load_best_model_at_end is True and does nothing: eval_strategy is 'no'",
+        ),
         ({"beta": 0.3, "divergence": "jsd", "ema_rate": 0.1, "teacher": "ema", "demonstration_weight": 0.1}, None),
         ({}, None),
     ],
 )
 def test_what_was_set_and_does_nothing_is_said(options, said, tmp_path):
-    assert SDFTConfig(output_dir=str(tmp_path), **options).without_effect() == ([said] if said else [])
+    config = SDFTConfig(output_dir=str(tmp_path), **options)
+    assert without_effect(OF_TRAINING, config, corrects=False) == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("rules", "settings", "said"),
+    [
+        (OF_TRAINING, [LoraArguments(lora_alpha=3)], "lora_alpha is 3 and does nothing: lora_rank is 0"),
+        (
+            OF_TRAINING,
+            [LoraArguments(lora_rank=2), MethodSettings(freeze_embeddings=True)],
+            "freeze_embeddings is True and does nothing: lora_rank is 2",
+        ),
+        (
+            OF_TRAINING,
+            [EvalArguments(), EvalSettings(scorer="json", eval_temperature=1.0, eval_samples=3)],
+            "scorer, eval_temperature and eval_samples do nothing: eval_file is not set",
+        ),
+        (
+            OF_EVAL,
+            [EvalCommand(teacher_template="turn")],
+            "teacher_template is 'turn' and does nothing: teacher is False",
+        ),
+        (
+            OF_EVAL,
+            [EvalArguments(eval_file="x"), EvalCommand(base_model="m")],
+            "base_model is 'm' and does nothing: general_file is not set",
+        ),
+        (OF_GENERATE, [GenerateCommand(prompt="a", seed=5)], "seed is 5 and does nothing: temperature is not set"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_what_does_nothing_beside_settings_of_other_kinds_is_said(rules, settings, said):
+    assert without_effect(rules, *settings) == [said]
+    assert without_effect(rules, *settings, only=["model"]) == []
+
+
+def test_rules_name_settings_that_there_are(tmp_path):
+    of_training = [LoraArguments(), EvalArguments(), SDFTConfig(output_dir=str(tmp_path))]
+    of_eval = [EvalArguments(), EvalCommand()]
+    for rules, settings in (
+        (OF_TRAINING, of_training),
+        (OF_EVAL, of_eval),
+        (OF_GENERATE, [GenerateCommand(prompt="a")]),
+    ):
+        names = {name for each in settings for name in vars(each)} | {"corrects"}
+        assert {name for group, beside in rules for name in (*group, *beside)} <= names
 
 
 @pytest.mark.parametrize("options", [{"teacher": "ema"}, {"method": "sft"}, {"teacher_offload": True}], ids=str)

@@ -38,15 +38,6 @@ DTYPES = ("float32", "bfloat16", "auto")
 AUTO = "auto"  # rollout_batch_size: as many as fit
 
 
-#: Settings that do nothing unless another has one of these values.
-COUNTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "beta": ("divergence", ("jsd", "skew_reverse_kl", "skew_forward_kl")),
-    "ema_rate": ("teacher", ("ema",)),
-    "ema_interval": ("teacher", ("ema",)),
-    "demonstration_weight": ("method", ("sdft",)),
-}
-
-
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
@@ -366,15 +357,6 @@ class MethodSettings(EvalSettings):
             )
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
-
-    def without_effect(self) -> list[str]:
-        """A sentence for each setting that was given a value and does nothing."""
-        return [
-            f"{name} is {getattr(self, name)} and does nothing: {beside} is {getattr(self, beside)!r}"
-            for name, (beside, values) in COUNTS_WITH.items()
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default
-            and getattr(self, beside) not in values
-        ]
 
     def _check_teacher_cache(self) -> None:
         if self.teacher_cache_gib == 0:
