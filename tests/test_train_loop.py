@@ -66,5 +66,5 @@ def test_it_draws_from_the_students_own_distribution(loop):
 
 def test_it_says_what_it_takes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_loop.py"])
-    with pytest.raises(SystemExit, match="usage: train_loop.py MODEL ROWS.jsonl OUTPUT_FOLDER"):
+    with pytest.raises(SystemExit, match=r"train_loop\.py MODEL ROWS\.jsonl OUTPUT_FOLDER"):
         runpy.run_path(str(PATH), run_name="__main__")
