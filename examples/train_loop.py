@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sdft_kernels import fused_linear_divergence
 
@@ -47,11 +47,24 @@ def prompts_of(row: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int
 
 @torch.no_grad()
 def answer(student: Any, prompt: list[int]) -> list[int]:
-    """The student's own answer, sampled, with its end-of-turn token."""
-    ids = torch.tensor([prompt], device=student.device)
-    output = student.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST_ANSWER, do_sample=True, top_k=0, top_p=1.0
+    """The student's own answer, drawn from its own distribution, with its end-of-turn token.
+
+    Of the settings that come with the model (a temperature, a penalty) only the tokens that end an answer are taken.
+    """
+    own = student.generation_config
+    settings = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=LONGEST_ANSWER,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
     )
+    ids = torch.tensor([prompt], device=student.device)
+    student.generation_config = settings
+    try:
+        output = student.generate(ids, attention_mask=torch.ones_like(ids))
+    finally:
+        student.generation_config = own
     return output[0, len(prompt) :].tolist()
 
 
@@ -107,4 +120,6 @@ def main(name: str, file: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    if len(sys.argv) != 4:
+        sys.exit(f"usage: {sys.argv[0]} MODEL ROWS.jsonl OUTPUT_FOLDER")
+    main(*sys.argv[1:])

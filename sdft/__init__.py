@@ -12,7 +12,7 @@ WHERE = {"SDFTConfig": "sdft.settings.arguments", "SDFTTrainer": "sdft.trainer",
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ from sdft.errors import Terminated
 if TYPE_CHECKING:
     from sdft.settings.fields import Field
     from sdft.settings.recipe import Written
+
+logger = logging.getLogger(__name__)
 
 HELP_FLAGS = ("-h", "--help", "--help-all")
 #: By each of these a user tells CUDA's allocator what to do. torch 2.11 and 2.13 read the first where the others, which
@@ -120,6 +123,8 @@ def _train(argv: list[str], started: float) -> int:
     from sdft.settings import help
     from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
     from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.idle import OF_TRAINING, without_effect
+    from sdft.settings.inherited import check_values
     from sdft.settings.recipe import read
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
@@ -130,6 +135,7 @@ def _train(argv: list[str], started: float) -> int:
         model, lora = given.make(ModelArguments), given.make(LoraArguments)
         data, evaluation = given.make(DataArguments), given.make(EvalArguments)
         method = given.make(MethodSettings)
+        check_values(given.values)
         check_writable(str(method.output_dir))
         check_readable("train_file", data.train_file)
         check_readable("eval_file", evaluation.eval_file)
@@ -143,6 +149,10 @@ def _train(argv: list[str], started: float) -> int:
         from sdft.settings.arguments import SDFTConfig
 
         config = given.make(SDFTConfig)
+        of_config = without_effect(OF_TRAINING, config)  # which the trainer says
+        for sentence in without_effect(OF_TRAINING, lora, evaluation, config):
+            if sentence not in of_config:
+                logger.warning(sentence)
 
         from sdft.commands.train import train
 
@@ -152,13 +162,14 @@ def _train(argv: list[str], started: float) -> int:
 
 def _eval(argv: list[str], started: float) -> None:
     from sdft.early_checks import check_output_file, check_readable
-    from sdft.models.files import check_model
+    from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_eval
     from sdft.settings import help
     from sdft.settings.checks import matching
     from sdft.settings.commands import EvalCommand
     from sdft.settings.config import EvalArguments, ModelArguments
     from sdft.settings.fields import own_fields
+    from sdft.settings.idle import OF_EVAL, without_effect
     from sdft.settings.recipe import read
     from sdft.templates import TEMPLATES
 
@@ -182,9 +193,13 @@ def _eval(argv: list[str], started: float) -> None:
         inputs = [evaluation.eval_file, evaluation.general_file]
         check_output_file("output_file", command.output_file, inputs=inputs)
         check_output_file("summary_file", command.summary_file, inputs=[*inputs, command.output_file])
-        for name in {model.model, command.base_model or model.model}:
-            check_model(name)
+        check_model(model.model)
+        if command.base_model:
+            with named_by("base_model"):
+                check_model(command.base_model)
         rows = rows_of_eval(model, evaluation, command)
+        for sentence in without_effect(OF_EVAL, evaluation, command, only=given.flags):
+            logger.warning(sentence)
 
         from sdft.commands.evaluate import evaluate
 
@@ -199,6 +214,7 @@ def _generate(argv: list[str], started: float) -> None:
     from sdft.settings.commands import GenerateCommand
     from sdft.settings.config import ModelArguments
     from sdft.settings.fields import own_fields
+    from sdft.settings.idle import OF_GENERATE, without_effect
     from sdft.settings.recipe import read
 
     fields = own_fields(ModelArguments, GenerateCommand)
@@ -212,6 +228,8 @@ def _generate(argv: list[str], started: float) -> None:
         check_model(model.model)
         source = command.prompt_file or [{"prompt": command.prompt}]
         rows = load_rows(source, name="prompt", need=("prompt",))
+        for sentence in without_effect(OF_GENERATE, command, only=given.flags):
+            logger.warning(sentence)
 
         from sdft.commands.generate import generate
 

@@ -88,13 +88,25 @@ def _read_file(path: Path) -> list[tuple[int, Any]]:
 
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=lambda pairs: _object(pairs, where))
+    except UsageError:
+        raise
     except json.JSONDecodeError as error:
         raise UsageError(f"{where} is not JSON: {error} (a file is JSONL, with a row a line, or Parquet)") from error
     except RecursionError as error:
         raise UsageError(f"{where} is not a row: it is nested too deeply") from error
     except ValueError as error:  # Python reads no number of more than 4,300 digits
         raise UsageError(f"{where} cannot be read: {str(error).partition(';')[0]}") from error
+
+
+def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """An object of a row, which has each of its names once."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise UsageError(f"{where} has {name} twice; it must have it once")
+        found[name] = value
+    return found
 
 
 def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
@@ -112,12 +124,11 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
             raise UsageError(f"{where} has no {field}; it has {', '.join(given) or 'nothing'}")
         if row[field] in ("", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has an empty {field}")
-    for field in ("prompt", "demonstration"):
+    for field, messages in (("prompt", "a list of messages, each"), ("demonstration", "one message by 'assistant'")):
         value = row.get(field)
         if value is not None and not isinstance(value, str) and not is_messages(value):
             raise UsageError(
-                f"{where}: {field} is {kind_of(value)}; it must be text or a list of messages, each with a role and a "
-                "content"
+                f"{where}: {field} is {kind_of(value)}; it must be text or {messages} with a role and a content"
             )
     demonstration = row.get("demonstration")
     if isinstance(demonstration, list) and (roles := [m["role"] for m in demonstration]) != ["assistant"]:

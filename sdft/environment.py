@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -71,7 +72,9 @@ def _backend(device: torch.device) -> str:
     if module is not torch_backend:
         return "Triton kernels"
     if device.type == "cpu":
-        return "plain torch, for the kernels in C were not built (reinstall the package where a C compiler is)"
+        built = importlib.util.find_spec("sdft_kernels.backends.cpu._kernels") is not None
+        why = "that are there cannot be used" if built else "were not built"
+        return f"plain torch, for the kernels in C {why} (reinstall the package where a C compiler is)"
     return "plain torch, for triton is not installed (pip install triton)"
 
 

@@ -4,6 +4,9 @@
 ValueError and RuntimeError that they are.
 """
 
+import reprlib
+from typing import Any
+
 
 class UsageError(ValueError):
     """A setting, a recipe, a file or a row that cannot be used as it is."""
@@ -34,3 +37,9 @@ def kind_of(value: object) -> str:
 def counted(number: int, noun: str) -> str:
     """The number and its noun, which takes an s unless there is one."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """A value as an error shows it: what is long is cut."""
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # aliases can make a list that never ends
+    return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"

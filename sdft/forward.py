@@ -1,8 +1,8 @@
-"""How a module's forward pass is run: as what else, and in which mode.
+"""Runs the loss as if it were the model's forward pass, and switches models to evaluation mode.
 
-DDP and FSDP prepare parameters and collect gradients around a module's forward pass. The loss is none of the forward
-passes that a model comes with: it needs the backbone's hidden states and the head's weight. It is therefore run as
-the forward pass of the model, and the products with the head as the forward pass of the head.
+DDP and FSDP prepare parameters and collect gradients around a module's forward pass. The loss is not the model's own
+forward pass: it takes the backbone's hidden states and the head's weight. It is therefore run as the forward pass of
+the model, and the products with the head as the forward pass of the head.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sdft.errors import TrainingError
+from sdft.errors import TrainingError, UsageError
 from sdft.forward import Result, as_forward_of, autocasting, evaluating
 from sdft.launch import is_noise
 from sdft.models.adapters import is_adapted
@@ -51,7 +51,7 @@ def find_head(model: PreTrainedModel) -> Head:
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if is_adapted(layer) and not hasattr(layer, "modules_to_save"):
-        raise TrainingError(
+        raise UsageError(
             f"{type(model).__name__} has an adapter in its output head, whose weight is not one matrix then; leave out "
             "of the adapter (target_modules, trainable_token_indices) the head, and embeddings that it is tied to, or "
             "name them in modules_to_save"

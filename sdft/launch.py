@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import logging
 from collections.abc import Iterator
 from typing import Any, cast
@@ -11,26 +12,34 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.training_args import OptimizerNames
 
-from sdft.errors import UsageError
+from sdft.errors import SettingsError, TrainingError, UsageError
 from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.rollouts.drafts import check_drafts
 from sdft.settings.config import AUTO, SDFTConfig
+from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inherited import REFUSED
 
 logger = logging.getLogger(__name__)
 
+#: Among an optimizer's arguments: it is made for the model itself, or its layers.
+OF_MODEL = {"params", "model", "optimizer_dict"}
 
-def prepare(trainer: Trainer) -> None:
-    """Before any teacher is made: refuse what cannot work, and give the model what its settings ask for."""
+
+def prepare(trainer: Trainer, *, corrects: bool) -> None:
+    """Before any teacher is made: refuse what cannot work, and give the model what its settings ask for.
+
+    What was set and does nothing is said; `corrects` is whether the rollouts' probabilities correct the loss.
+    """
     check_launch(trainer)
     model, args = causal_lm(cast(nn.Module, trainer.model)), cast(SDFTConfig, trainer.args)
-    for sentence in args.without_effect():
+    for sentence in without_effect(OF_TRAINING, args, corrects=corrects):
         logger.warning(sentence)
     check_rollouts(model, args, sharded=trainer.is_fsdp_enabled)
     prepare_packages(trainer)
@@ -56,6 +65,8 @@ def check_launch(trainer: Trainer) -> None:
             "FSDP2"
         )
     model = cast(nn.Module, trainer.model)
+    if trainer.train_dataset is not None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("the model has no parameter that trains (requires_grad); at least one must")
     half = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), None)
     if half is not None:
         raise UsageError(
@@ -109,23 +120,49 @@ def check_rollouts(model: PreTrainedModel, args: SDFTConfig, *, sharded: bool) -
 
 
 def prepare_packages(trainer: Trainer) -> None:
-    """Use liger-kernel where it is asked for, and find out whether the optimizer is installed.
+    """Use liger-kernel where it is asked for, and find out whether the optimizer and its schedule can be made.
 
-    The Trainer does both when training begins: after teachers were copied, which would keep the model's own modules,
-    and after all that is measured before.
+    The Trainer does all of it when training begins: after teachers were copied, which would keep the model's own
+    modules, and after all that is measured before.
     """
-    args = trainer.args
+    args = cast(SDFTConfig, trainer.args)
     with installed(f"use_liger_kernel is {args.use_liger_kernel}"):
         if args.use_liger_kernel:
             check_for_liger(args.device)
             apply_liger_kernel(trainer.model, args.liger_kernel_config)
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-        with installed(f"optim is '{OptimizerNames(args.optim).value}'"):
-            trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, trainer.model))
+        with installed(said(args, "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")):
+            made, options = trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, trainer.model))
+            if isinstance(made, type) and issubclass(made, Optimizer) and not options.keys() & OF_MODEL:
+                made(few_weights(args.device), **options)
+    if trainer.lr_scheduler is None:
+        with installed(said(args, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")):
+            steps = max(args.max_steps, 1)
+            optimizer = torch.optim.SGD(few_weights(args.device), args.learning_rate)
+            of_schedule = cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
+            get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, of_schedule)
+
+
+def few_weights(device: torch.device) -> list[nn.Parameter]:
+    """What an optimizer can be made for in no time."""
+    return [nn.Parameter(torch.zeros(2, 2, device=device))]
+
+
+def said(args: SDFTConfig, first: str, *others: str) -> str:
+    """The first of the settings and those of the others that are not as they come, with their values."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    values = {name: getattr(args, name) for name in (first, *others)}
+    plain = {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}
+    return f"{first} is {plain[first]!r}" + "".join(
+        f", {name} is {value!r}" for name, value in plain.items() if name != first and value != defaults[name]
+    )
 
 
 def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
     """Have the model keep to the settings that save memory, and say which of them have no effect here."""
+    if options := cast(dict[str, Any] | None, args.activation_checkpointing_kwargs):
+        with installed(said(args, "activation_checkpointing_kwargs")):
+            checkpoint(torch.clone, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
     tiled = tile(model, args.max_forward_tokens)
     if args.max_forward_tokens is not None and not tiled:
         logger.warning(
@@ -136,8 +173,9 @@ def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
         )
     if args.device.type == "cpu":
         give_back_at_once()
-        if args.activation_offload:
-            logger.warning("activation_offload has no effect on a CPU: what layers keep is in host memory anyway")
+        for name in ("activation_offload", "teacher_offload"):
+            if getattr(args, name):
+                logger.warning("%s has no effect on a CPU: everything is in host memory anyway", name)
 
 
 def check_for_liger(device: torch.device) -> None:
@@ -148,13 +186,14 @@ def check_for_liger(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def installed(asked: str) -> Iterator[None]:
-    """UsageError where what was asked for is not to be had."""
+    """UsageError where what was asked for is not to be had, whatever the packages that would make it raise."""
     try:
         yield
-    except UsageError:
+    except (UsageError, TrainingError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{asked}, which cannot be had here: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SettingsError(f"{asked}, which cannot be had here: {reason}") from error
 
 
 def is_noise(name: str, value: Any) -> bool:

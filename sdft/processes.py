@@ -25,8 +25,9 @@ def each_batch(
 ) -> list[Result]:
     """What `work` makes of each batch, in the batches' order; `progress` describes a bar, None is no bar.
 
-    With `share` every process calls this with the same batches, does some of them and gets the results of all. Each
-    does as many as any other, if need be one that another does too: sharded weights are there only while all compute.
+    With `share` every process calls this with the same batches, does some of them and gets the results of all. All
+    processes do the same number of batches, since sharded weights are there only while all compute; where the batches
+    do not divide evenly, some are done twice.
     """
     count, process = (processes(), dist.get_rank()) if share and processes() > 1 else (1, 0)
     turns = range(process, process + len(batches), count)

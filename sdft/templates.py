@@ -19,7 +19,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from sdft.errors import UsageError
+from sdft.errors import UsageError, shown
 
 Message = dict[str, str]
 PLACEHOLDERS = ("{prompt}", "{demonstration}")
@@ -60,20 +60,19 @@ def parse_template(template: Any) -> list[Message]:
                 messages = json.loads(template)
     if not is_messages(messages):
         raise UsageError(
-            f"teacher_template is {template!r}; it may be {' or '.join(map(repr, TEMPLATES))}, a text, "
+            f"teacher_template is {shown(template)}; it may be {' or '.join(map(repr, TEMPLATES))}, a text, "
             "or a list of messages, each with a role and a content"
         )
     text = "\n".join(message["content"] for message in messages)
     missing = [placeholder for placeholder in PLACEHOLDERS if placeholder not in text]
-    if len(missing) == len(PLACEHOLDERS) and (
-        close := get_close_matches(str(template).strip().lower(), TEMPLATES, n=1)
-    ):
-        raise UsageError(f"teacher_template is {template!r}; did you mean {close[0]!r}?")
     if missing:
-        raise UsageError(
-            f"teacher_template is {template!r}, without {' and '.join(missing)}; it may be "
-            f"{' or '.join(map(repr, TEMPLATES))}, or a text or messages with both {{prompt}} and {{demonstration}}"
-        )
+        close = get_close_matches(str(template).strip().lower(), TEMPLATES, n=1)
+        if close and len(missing) == len(PLACEHOLDERS):
+            others = f"did you mean {close[0]!r}?"
+        else:
+            names = " or ".join(map(repr, TEMPLATES))
+            others = f"it may be {names}, or a text or messages with both {{prompt}} and {{demonstration}}"
+        raise UsageError(f"teacher_template is {shown(template)}, without {' and '.join(missing)}; {others}")
     if messages[-1]["role"] != "user":
         raise UsageError(
             f"teacher_template ends with a message by {messages[-1]['role']!r}; its last message must be by 'user', "

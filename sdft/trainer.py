@@ -113,7 +113,7 @@ class SDFTTrainer(SamplingTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-        prepare(self)
+        prepare(self, corrects=self.corrects)
         if not self.place_model_on_device and not self.is_model_parallel:
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)
@@ -363,7 +363,7 @@ def model_and_tokenizer(
     model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model that learns, loaded if it is given by name, and its tokenizer. UsageError for what cannot learn."""
-    learner, own = load_model(model) if isinstance(model, str) else (model, None)
+    learner, own = (model, None) if isinstance(model, nn.Module) else load_model(model)
     tokenizer = tokenizer or own
     if is_compiled(learner):
         raise UsageError(

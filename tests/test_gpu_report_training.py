@@ -19,6 +19,7 @@ from benchmarks.gpu_report.models import SIZES, random_model
 from benchmarks.gpu_report.stage import Row, Settings
 from benchmarks.ledger import OURS
 from sdft.rollouts.generate import BACKENDS
+from sdft.rollouts.interface import Completion
 
 GPU = Settings("cuda", False, 0)
 
@@ -265,11 +266,11 @@ def test_what_is_measured_is_as_long_as_what_went_before(monkeypatch: pytest.Mon
 
 
 def test_a_back_end_that_breaks_does_not_stop_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(*_: Any) -> list[list[int]]:
+    def breaks(*_: Any) -> list[Completion]:
         raise RuntimeError("refused\nand why")
 
-    def too_short(model: Any, prompts: Any, *_: Any) -> list[list[int]]:
-        return [[5]] * len(prompts)
+    def too_short(model: Any, requests: Any, *_: Any) -> list[Completion]:
+        return [Completion([5])] * len(requests)
 
     monkeypatch.setitem(BACKENDS, "generate", breaks)
     monkeypatch.setitem(BACKENDS, "continuous", too_short)

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from sdft.checkpoints.claim import claimed
 from sdft.checkpoints.resume import last_checkpoint, run_of
@@ -76,6 +77,23 @@ def test_the_results_of_another_run_are_kept_unless_they_are_to_go(tmp_path):
     trained(tmp_path, **SAVING, max_steps=3, overwrite_output_dir=True)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-3", "run.json"]
     assert {run_of(tmp_path / name) for name in ("checkpoint-2", "checkpoint-3", ".")} == {run_of(tmp_path)}
+
+
+def test_a_run_whose_optimizer_cannot_be_made_costs_no_other_run(tmp_path):
+    trained(tmp_path, **SAVING)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    broken = {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"betas": (2.0, 0.9)})}
+    with pytest.raises(ValueError, match="Invalid beta"):
+        trained(tmp_path, overwrite_output_dir=True, arguments=broken)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert {**after, "run.json": None} == {**before, "run.json": None}
+    assert run_of(tmp_path) == run_of(tmp_path / "checkpoint-4")
+
+
+def test_rows_that_make_no_batch_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="dataloader_drop_last is True, and the rows do not make one batch"):
+        trained(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=100)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_model_that_is_no_runs_is_kept_too(tmp_path):

@@ -1,5 +1,6 @@
 """The command: what it leaves behind when it works, and the one line and the exit code when it does not."""
 
+import importlib.util
 import io
 import json
 import os
@@ -545,6 +546,9 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
         (["generate", "recipe.yaml", "--prompt", "a", "--top_p", "0.9"], ["top_p is 0.9", "temperature"]),
         (["generate", "recipe.yaml", "--prompt", "a", "--temperature", "nan"], ["temperature is nan"]),
         (["generate", "recipe.yaml", "--prompt", "a", "--zzz", "1"], ["--zzz", "sdft generate --help"]),
+        (["generate", "recipe.yaml", "--prompt", " "], ["prompt is ' '; it must be a text"]),
+        (["generate", "recipe.yaml", "--prompt", "a", "--temperature", "0", "--top_k", "3"], ["temperature is 0.0"]),
+        (["eval", "recipe.yaml", "--base_model", "./absent"], ["--base_model is './absent': no such folder"]),
         (["generate", "recipe.yaml", "--prompt", "a" * 200], ["prompt, row 1", "context of 160"]),
         (["generate", "--prompt", "a"], ["model is not set"]),
     ],
@@ -853,8 +857,13 @@ def test_env_says_what_is_installed_and_what_the_loss_runs_on(capsys, monkeypatc
     assert f"\n  torch         {torch.__version__}\n" in printed
     assert "kernels in C, built when" in printed or not library.find()
     monkeypatch.setattr(library, "find", lambda: None)
-    assert main(["env"]) == 0
-    assert "plain torch, for the kernels in C were not built" in capsys.readouterr().out
+    find_spec = importlib.util.find_spec
+    for there, said in ((True, "that are there cannot be used"), (None, "were not built")):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, there=there: there if "_kernels" in name else find_spec(name)
+        )
+        assert main(["env"]) == 0
+        assert f"plain torch, for the kernels in C {said}" in capsys.readouterr().out
     assert "one argument too many" in fails(capsys, ["env", "more"], 2)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("sdft 0.")
@@ -863,7 +872,7 @@ def test_env_says_what_is_installed_and_what_the_loss_runs_on(capsys, monkeypatc
 def test_the_lazy_names_are_there_for_tab_completion():
     import sdft
 
-    assert {"SDFTConfig", "SDFTTrainer"} <= set(dir(sdft))
+    assert [name for name in dir(sdft) if not name.startswith("__")] == ["SDFTConfig", "SDFTTrainer", "load_model"]
 
 
 def test_one_step_is_no_plural():

@@ -56,6 +56,8 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{"prompt": 3, "demonstration": "b"}], "row 1: prompt is a number"),
         ([{"prompt": [{"role": "user"}], "demonstration": "b"}], "row 1: prompt is a list"),
         ([{"prompt": " \n", "demonstration": "b"}], "row 1 has an empty prompt"),
+        ([{**GOOD, "demonstration": ["z"]}], "row 1: demonstration is a list; it must be text or one message by 'assi"),
+        ([GOOD, '{"prompt": "a", "prompt": "c", "demonstration": "b"}\n'], "row 2 has prompt twice"),
         ([{**GOOD, "answer": "  "}], "row 1: answer is '  '"),
         ([{**GOOD, "answer": 3}], "row 1: answer is a number"),
         ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),

@@ -87,6 +87,15 @@ def test_the_divergences_are_those_of_the_kernels() -> None:
             "line 4: load_best_model_at_end requires the save and eval strategy to match, except when "
             'save_strategy="best", but found - Evaluation strategy: no - Save strategy: steps',
         ),
+        ("num_train_epochs: nan", "recipe.yaml, line 3: num_train_epochs is nan; it must be a number above 0"),
+        ("seed: -1", "recipe.yaml, line 3: seed is -1; it must be a whole number of at least 0 and at most 4294967295"),
+        ("debug: x", "recipe.yaml, line 3: debug is 'x'; it may be underflow_overflow or tpu_metrics_debug"),
+        ("log_level: nope", "recipe.yaml, line 3: log_level is 'nope'; it may be detail, debug"),
+        (
+            "accelerator_config: abc",
+            "recipe.yaml, line 3: accelerator_config is 'abc'; it must be a mapping, or a JSON",
+        ),
+        ("output_dir: ''", "recipe.yaml, line 3: output_dir is ''; it must be a folder to write to"),
         ("output_dir: " + "a" * 300, "which cannot be written: File name too long"),
     ],
     ids=lambda value: value[:40],
@@ -205,6 +214,7 @@ def test_case_hyphens_and_underscores_do_not_count_in_a_choice(written: str) -> 
         (["train", "--model", "m", "--train_file", __file__, "--output_dir", "/proc/foo"], 2),
         (["train", "--model", "./absent.gguf", "--train_file", __file__], 2),
         (["train", "--model", "m", "--train_file", __file__, "--beta", "2"], 2),
+        (["train", "--model", "m", "--train_file", __file__, "--activation_checkpointing_kwargs", "3"], 2),
         (["eval", "--model", "m", "--eval_file", "absent"], 2),
         (["generate", "--model", "m", "--prompt", "x", "--output_file", "no/such"], 2),
     ],

@@ -7,12 +7,14 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
 
 from sdft import SDFTConfig
 from sdft.errors import TrainingError, UsageError
 from sdft.models.adapters import ADAPTERS, LORA_OPTIONS, REFUSED_ADAPTERS, REFUSED_LORA, check_adapter
 from sdft.models.load import load_model
-from sdft.settings.inherited import NO_BEARING, REFUSED, REFUSED_ARGUMENTS, WORKS
+from sdft.settings.fields import training_fields
+from sdft.settings.inherited import CHOICES, DEBUG, NO_BEARING, NUMBERS, REFUSED, REFUSED_ARGUMENTS, WORKS
 from tests import tiny
 from tests.test_sdft_trainer import trainer
 
@@ -49,6 +51,19 @@ def test_each_setting_of_the_trainer_stands_in_one_list():
     fields = [field.name for field in dataclasses.fields(TrainingArguments)]
     lists = [WORKS, frozenset(REFUSED), NO_BEARING]
     assert {name: sum(name in names for names in lists) for name in fields} == dict.fromkeys(fields, 1)
+
+
+def test_each_number_of_the_trainers_has_what_it_may_be():
+    numbers = {name for name, field in training_fields().items() if field.inherited and field.kinds & {"int", "float"}}
+    assert numbers - NUMBERS.keys() <= NO_BEARING | REFUSED.keys()
+    assert NUMBERS.keys() <= WORKS
+
+
+def test_the_words_of_the_trainers_are_those_that_it_knows():
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    for name, choices in CHOICES.items():
+        assert set(choices) <= set(fields[name].metadata["choices"]), name
+    assert tuple(option.value for option in DebugOption) == DEBUG
 
 
 def test_each_type_of_adapter_stands_in_one_list():

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from sdft import SDFTTrainer
 from sdft.cli import main
-from sdft.errors import TrainingError, UsageError
+from sdft.errors import UsageError
 from sdft.head import check_head
 from sdft.models.adapters import add_lora, causal_lm
 from sdft.models.files import base_of, check_apart, check_model
@@ -235,8 +235,12 @@ def test_one_layer_is_named_by_its_ending_or_a_pattern(target):
 
 
 def test_an_adapter_in_the_head_is_refused():
-    model = with_adapter(lora_target_modules=["lm_head", "q_proj"])
-    with pytest.raises(TrainingError, match="adapter in its output head"):
+    with pytest.raises(
+        UsageError, match=r"lora_target_modules is \['lm_head', 'q_proj'\]; it must leave out the output"
+    ):
+        with_adapter(lora_target_modules=["lm_head", "q_proj"])
+    model = peft.get_peft_model(tiny.tiny_model(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(UsageError, match="adapter in its output head"):
         check_head(causal_lm(model), IDS)
     model = peft.get_peft_model(
         tiny.tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
@@ -340,7 +344,7 @@ def test_a_head_for_new_tokens_that_would_not_be_saved_is_refused(tmp_path):
 @pytest.mark.parametrize("options", [{"trainable_token_indices": [5]}, {"target_modules": ["q_proj", "lm_head"]}])
 def test_trained_tokens_of_a_tied_head_are_refused_with_the_way_out(options, tmp_path):
     words = r"leave out of the adapter \(target_modules, trainable_token_indices\) the head, and embeddings that it is"
-    with pytest.raises(TrainingError, match=words):
+    with pytest.raises(UsageError, match=words):
         with_new_tokens(tmp_path, True, **options)
 
 

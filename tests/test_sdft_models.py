@@ -29,11 +29,24 @@ from tests import tiny
 def test_a_local_folder_loads_in_the_type_asked_for(tmp_path):
     tiny.tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
     tiny.tiny_tokenizer().save_pretrained(tmp_path)
-    for dtype, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.bfloat16)):
-        model, tokenizer = load_model(str(tmp_path), dtype)
+    for dtype, expected in (("float32", torch.float32), (torch.bfloat16, torch.bfloat16), ("auto", torch.bfloat16)):
+        model, tokenizer = load_model(tmp_path, dtype)
         assert model.dtype == expected
         assert tokenizer.eos_token == "<eos>"
     assert limits(model) == (160, 101)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "int9"}, "dtype is 'int9'; it may be a type of torch's"),
+        ({"allow_pickle": "false"}, "allow_pickle is 'false'; it must be True or False"),
+    ],
+    ids=str,
+)
+def test_how_a_model_is_loaded_is_checked(options, said):
+    with pytest.raises(UsageError, match=said):
+        load_model("absent", **options)
 
 
 def answering(error):

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -286,7 +287,7 @@ def test_what_would_not_train_as_it_should_is_refused_before_it_begins(tmp_path)
     pytest.importorskip("liger_kernel")
     for options, words in (
         ({"use_liger_kernel": True}, "use_liger_kernel is True; on a CPU it must be False"),
-        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a finite number"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a number of at least 0, and finite in float32"),
         ({"save_strategy": "best"}, "save_strategy is 'best', and eval_strategy is 'no'"),
         ({"model": torch.compile(tiny.tiny_model())}, r"model is what torch.compile returns; .* model\.compile\(\)"),
         ({"model": tiny.tiny_model().half()}, "embed_tokens.weight trains in float16, .* float32 or bfloat16"),
@@ -341,6 +342,25 @@ def test_liger_kernels_are_in_the_student_and_in_its_teacher(tmp_path, monkeypat
 def test_an_optimizer_that_is_not_installed_is_refused_before_training(tmp_path):
     with pytest.raises(UsageError, match=r"optim is 'adamw_bnb_8bit', which cannot be had here: .*bitsandbytes"):
         trainer(tmp_path, optim="adamw_bnb_8bit")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optim_args": "abc"}, "optim is 'adamw_torch_fused', optim_args is 'abc', which cannot be had here"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_type is 'linear', lr_scheduler_kwargs is {'a': 1}, which"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type is 'cosine_with_min_lr', which cannot be had"),
+        ({"activation_checkpointing_kwargs": {"a": 1}}, "activation_checkpointing_kwargs is {'a': 1}, which cannot be"),
+        ({"push_to_hub": True}, "push_to_hub is True, which cannot be had here"),
+        ({"arguments": {"peft_config": {"r": 2}}}, "peft_config is an object; it must be a configuration of peft's"),
+        ({"model": tiny.tiny_model().requires_grad_(False)}, "the model has no parameter that trains"),
+        ({"model": 3}, "model is a number; it must be a name or a path"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_made_is_refused_before_training(options, said, tmp_path):
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}"):
+        trainer(tmp_path, **options)
 
 
 def test_the_base_teacher_of_a_resumed_run_is_the_original_model(tmp_path):

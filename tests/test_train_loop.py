@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,20 @@ def test_it_trains_and_saves(loop, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("step 1 of 3: loss ")
     saved = loop.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not torch.equal(saved.lm_head.weight, tiny.tiny_model().lm_head.weight)
+
+
+def test_it_draws_from_the_students_own_distribution(loop):
+    model, prompt, drawn = tiny.tiny_model(), [5, 6, 7], []
+    for options in ({}, {"temperature": 0.01, "repetition_penalty": 5.0, "min_p": 0.9}):
+        model.generation_config.update(**options)
+        own = model.generation_config.to_dict()
+        torch.manual_seed(0)
+        drawn.append(loop.answer(model, prompt))
+        assert model.generation_config.to_dict() == own
+    assert drawn[0] == drawn[1]
+
+
+def test_it_says_what_it_takes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_loop.py"])
+    with pytest.raises(SystemExit, match=r"train_loop\.py MODEL ROWS\.jsonl OUTPUT_FOLDER"):
+        runpy.run_path(str(PATH), run_name="__main__")

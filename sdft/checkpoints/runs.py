@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from sdft._compat import load_best_model, optimizer_steps
-from sdft.checkpoints.claim import claimed
+from sdft.checkpoints.claim import Claim, claimed
 from sdft.checkpoints.files import write_text
 from sdft.checkpoints.resume import RECORD, Resuming, steps_done
 from sdft.checkpoints.signals import FinishOnSignal
@@ -76,12 +76,16 @@ class Runs(WholeSaves):
                     f"resume_from_checkpoint is {resume_from_checkpoint!r}, and the run in {claim.folder} ended after "
                     f"{claim.steps} steps: it has left its model there, and no checkpoint to go on from"
                 )
+            if self.args.dataloader_drop_last:
+                self.total_steps()
             self._run, self.newest = claim.run, claim.resume
-            if claim.resume is None or not self.is_complete(claim.resume):
-                claim.begin()
             resuming = stack.enter_context(Resuming(claim.resume))
-            self.add_callback(resuming)
+            begins = Begins(claim)
+            # Whether the checkpoint fits is asked before the folder becomes this run's, and both before any other
+            # callback cuts its reports.
+            self.callback_handler.callbacks[:0] = [resuming, begins]
             stack.callback(self.remove_callback, resuming)
+            stack.callback(self.remove_callback, begins)
             self.phases.failed = None
             try:
                 with explained(self.phases):
@@ -102,12 +106,13 @@ class Runs(WholeSaves):
             write_text(os.path.join(folder, RECORD), json.dumps({"run": self._run}) + "\n")
 
     def total_steps(self) -> int:
-        """How many optimizer steps the whole run has."""
+        """How many optimizer steps the whole run has; UsageError where the rows make no batch."""
+        if not len(self.get_train_dataloader()):
+            raise UsageError(
+                f"dataloader_drop_last is True, and the rows do not make one batch for each process "
+                f"(per_device_train_batch_size is {self.args.per_device_train_batch_size}): there is no step to make"
+            )
         return optimizer_steps(self)
-
-    def is_complete(self, checkpoint: str) -> bool:
-        """Whether the checkpoint is of the run's last step, or a later one."""
-        return steps_done(checkpoint) >= self.total_steps()
 
     @property
     def _listening(self) -> list[FinishOnSignal]:
@@ -139,22 +144,28 @@ class Runs(WholeSaves):
         return TrainOutput(self.state.global_step, math.nan, {})
 
 
-class BetweenSteps(TrainerCallback):
-    """Ends the phase of a step, and leaves before the first if none is left: the Trainer makes one before it looks.
+class Begins(TrainerCallback):
+    """Makes the folder the run's once the optimizer and its schedule are there, so that settings which these refuse
+    cost no earlier run; leaves before that if no step is left: the Trainer makes one before it looks."""
 
-    `restore` gives the random numbers back as the last step left them.
-    """
-
-    restore: Callable[[], None]
-
-    def __init__(self, phases: Phases) -> None:
-        self.phases = phases
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step >= state.max_steps:
             raise Left
+        self.claim.begin()
+
+
+class BetweenSteps(TrainerCallback):
+    """Ends the phase of a step. `restore` gives the random numbers back as the last step left them."""
+
+    restore: Callable[[], None]
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.phases.begin(None)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from sdft.checkpoints import files as checkpoint
+from sdft.launch import installed
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.models.files import local_path
 
@@ -36,6 +37,10 @@ class WholeSaves(Trainer):
 
     def load_beside(self, folder: str) -> None:
         """Take that back."""
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with installed("push_to_hub is True"):
+            super().init_hf_repo(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_in or super()._get_output_dir(trial)

@@ -16,6 +16,7 @@ from sdft.evaluation.report import (
     write_summary,
     wrong_answers,
 )
+from sdft.models.files import named_by
 from sdft.models.load import load_model
 from sdft.rows import Rows
 from sdft.settings.commands import EvalCommand
@@ -61,7 +62,8 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
         general = exam.general(model, tokenizer, "general prompts", made=into_file(1 + len(templates), "general"))
     forgetting = None
     if general is not None and has_base:
-        base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
+        with named_by("base_model"):
+            base, _ = load_model(str(of_command.base_model), of_model.dtype, device, **of_model.trust)
         forgetting = exam.forgetting(model, tokenizer, Teacher(base), shown=True)
     scores = Scores(
         model=of_model.model,

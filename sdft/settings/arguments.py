@@ -5,19 +5,23 @@ Learning rate, scheduler, accumulation, mixed precision, checkpoints, logging: e
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_torch_bf16_gpu_available
 
 from sdft._compat import Arguments
 from sdft.errors import SettingsError, UsageError
 from sdft.rollouts.generate import BACKENDS
-from sdft.settings.checks import check_at_least, chosen
+from sdft.settings.checks import chosen
 from sdft.settings.config import MethodSettings
-from sdft.settings.inherited import SAMPLING_STRATEGIES, check_settings
+from sdft.settings.inherited import CHOICES, NUMBERS, check_settings, check_values, parsed
 from sdft_kernels.arguments import LEAST_SHARE
 
 METRICS = ("accuracy", "forgetting")
@@ -39,14 +43,15 @@ class SDFTConfig(MethodSettings, Arguments):
                 "which float32 does not tell the mixture from one of the models"
             )
         self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 0 <= value < math.inf:  # NaN is refused too
-                raise UsageError(f"{name} is {value!r}; it must be a finite number of at least 0")
+        for field in dataclasses.fields(self):
+            if field.name in NUMBERS and getattr(self, field.name) is None and field.default is not None:
+                raise UsageError(f"{field.name} is None; it must be a number")
+        check_values(vars(self))
         check_settings(self)
-        order = chosen("train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING_STRATEGIES)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) is not None:
+                setattr(self, name, chosen(name, getattr(self, name), choices))
+        order = self.train_sampling_strategy
         if order == "sequential" and self.num_iterations > 1:
             raise UsageError(
                 f"train_sampling_strategy is 'sequential' and num_iterations {self.num_iterations}; rows that serve "
@@ -55,6 +60,10 @@ class SDFTConfig(MethodSettings, Arguments):
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise UsageError("save_strategy is 'best', and eval_strategy is 'no', which says of no model that it is")
         self._choose_metric()
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise UsageError("bf16 is True, and there is no GPU here that computes in it; use_cpu may be set beside it")
+        if self.accelerator_config is not None:
+            self.accelerator_config = accelerator_config(self.accelerator_config)
         try:
             Arguments.__post_init__(self)
         except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
@@ -89,6 +98,17 @@ class SDFTConfig(MethodSettings, Arguments):
         self.metric_for_best_model = chosen("metric_for_best_model", metric, METRICS)
         if self.greater_is_better is None:
             self.greater_is_better = self.metric_for_best_model == "accuracy"
+
+
+def accelerator_config(given: Any) -> Any:
+    """accelerate's settings, of a mapping or of a JSON file that has one; UsageError where it has others."""
+    if isinstance(given, AcceleratorConfig):
+        return given
+    try:
+        found = parsed(given)
+        return AcceleratorConfig(**(found if isinstance(found, dict) else json.loads(Path(given).read_text("utf-8"))))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"accelerator_config is {given!r}, which accelerate does not take: {error}") from error
 
 
 def check_installed(name: str, trackers: Any) -> None:

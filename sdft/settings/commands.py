@@ -9,10 +9,12 @@ from sdft.errors import UsageError
 from sdft.settings.checks import (
     check_at_least,
     check_between,
+    check_switches,
     check_temperature,
     matching,
 )
 from sdft.settings.config import EvalSettings, setting
+from sdft.settings.inherited import LARGEST_SEED
 from sdft.templates import TEMPLATES, parse_template
 
 if TYPE_CHECKING:
@@ -50,9 +52,10 @@ class EvalCommand(EvalSettings):
     seed: int = setting(42, "Seed of sampled answers.")
 
     def __post_init__(self) -> None:
+        check_switches(self)
         super().__post_init__()
         check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
-        check_at_least("seed", self.seed, 0)
+        check_at_least("seed", self.seed, 0, LARGEST_SEED)
         if self.teacher_template is not None:
             self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
             parse_template(self.teacher_template)
@@ -77,23 +80,23 @@ class GenerateCommand:
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
 
     def __post_init__(self) -> None:
-        if self.prompt == "":
-            raise UsageError("prompt is ''; it must be a text to answer")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UsageError(f"prompt is {self.prompt!r}; it must be a text to answer")
         if bool(self.prompt) == bool(self.prompt_file):
             what = "both set" if self.prompt else "not set"
             raise UsageError(f"prompt and prompt_file are {what}; exactly one must be, the text or the file to answer")
         if self.prompt_file and not self.output_file:
             raise UsageError("output_file is not set; with prompt_file it must be the JSONL file to write")
-        check_temperature("temperature", self.temperature)
+        check_temperature("temperature", self.temperature, or_greedy=True)
         check_between("top_p", self.top_p, 0, 1, closed_above=True)
-        for name in ("top_k", "seed"):
-            check_at_least(name, getattr(self, name), 0)
+        check_at_least("top_k", self.top_k, 0)
+        check_at_least("seed", self.seed, 0, LARGEST_SEED)
         for name in ("max_completion_length", "per_device_eval_batch_size"):
             check_at_least(name, getattr(self, name), 1)
         if not self.temperature and (self.top_p, self.top_k) != (1.0, 0):
             raise UsageError(
-                f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is not set; they are for sampling, "
-                "which takes a temperature above 0"
+                f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is {self.temperature!r}; they are for "
+                "sampling, which takes a temperature above 0"
             )
 
 
@@ -116,6 +119,7 @@ class PlanCommand:
     )
 
     def __post_init__(self) -> None:
+        check_switches(self)
         check_at_least("prompt_tokens", self.prompt_tokens, 1)
         if self.rollout_tokens is not None:
             check_at_least("rollout_tokens", self.rollout_tokens, 1)

@@ -7,7 +7,6 @@ in `sdft.settings.arguments` and here once asked for.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -18,6 +17,7 @@ from sdft.settings.checks import (
     check_at_least,
     check_between,
     check_from,
+    check_switches,
     check_temperature,
     check_texts,
     chosen,
@@ -37,15 +37,6 @@ DRAFTS = ("none", "demonstration", "history")
 CORRECTIONS = ("auto", "none", "truncate")
 DTYPES = ("float32", "bfloat16", "auto")
 AUTO = "auto"  # rollout_batch_size: as many as fit
-
-
-#: Settings that do nothing unless another has one of these values.
-COUNTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "beta": ("divergence", ("jsd", "skew_reverse_kl", "skew_forward_kl")),
-    "ema_rate": ("teacher", ("ema",)),
-    "ema_interval": ("teacher", ("ema",)),
-    "demonstration_weight": ("method", ("sdft",)),
-}
 
 
 def setting(default: Any, help: str) -> Any:
@@ -93,6 +84,7 @@ class ModelArguments:
         return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
     def __post_init__(self) -> None:
+        check_switches(self)
         if not self.model:
             raise UsageError("model is not set; it may be a hub name, a folder, a GGUF file or smollm2-135m-instruct")
         self.dtype = chosen("dtype", self.dtype, DTYPES)
@@ -162,7 +154,7 @@ class EvalSettings:
     def __post_init__(self) -> None:
         for name in ("scorer", "general_scorer"):
             setattr(self, name, chosen(name, getattr(self, name), SCORERS))
-        check_temperature("eval_temperature", self.eval_temperature)
+        check_temperature("eval_temperature", self.eval_temperature, or_greedy=True)
         for name in ("eval_samples", "eval_completion_length", "general_completion_length"):
             check_at_least(name, getattr(self, name), 1)
         if self.eval_samples > 1 and not self.eval_temperature:
@@ -320,14 +312,17 @@ class MethodSettings(EvalSettings):
     remove_unused_columns: bool = setting(False, "Drop columns that the model's forward does not take; stays off.")
 
     def __post_init__(self) -> None:
+        check_switches(self)
         EvalSettings.__post_init__(self)
+        if self.output_dir == "":
+            raise UsageError("output_dir is ''; it must be a folder to write to")
         self.method = chosen("method", self.method, METHODS)
         self.divergence = chosen("divergence", self.divergence, DIVERGENCES)
         self.teacher = chosen("teacher", self.teacher, TEACHERS)
         check_from("beta", self.beta, 0.001, 0.999)
         check_between("ema_rate", self.ema_rate, 0, 1, closed_above=True)
-        check_between("loss_temperature", self.loss_temperature, 0, math.inf)
-        check_between("rollout_temperature", self.rollout_temperature, 0, math.inf)
+        check_temperature("loss_temperature", self.loss_temperature)
+        check_temperature("rollout_temperature", self.rollout_temperature)
         check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
         check_at_least("rollout_top_k", self.rollout_top_k, 0)
         check_from("rollout_min_p", self.rollout_min_p, 0, 1)
@@ -359,7 +354,7 @@ class MethodSettings(EvalSettings):
                 "cross-entropy counts, and method sft has that without rollouts"
             )
         check_at_least("num_iterations", self.num_iterations, 1)
-        check_between("importance_clip", self.importance_clip, 0, math.inf)
+        check_between("importance_clip", self.importance_clip, 0)
         check_at_least("ema_interval", self.ema_interval, 1)
         if self.teacher_offload and self.teacher == "live":
             raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
@@ -376,19 +371,10 @@ class MethodSettings(EvalSettings):
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
 
-    def without_effect(self) -> list[str]:
-        """A sentence for each setting that was given a value and does nothing."""
-        return [
-            f"{name} is {getattr(self, name)} and does nothing: {beside} is {getattr(self, beside)!r}"
-            for name, (beside, values) in COUNTS_WITH.items()
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default
-            and getattr(self, beside) not in values
-        ]
-
     def _check_teacher_cache(self) -> None:
         if self.teacher_cache_gib == 0:
             return
-        check_between("teacher_cache_gib", self.teacher_cache_gib, 0, math.inf)
+        check_between("teacher_cache_gib", self.teacher_cache_gib, 0)
         for name, needed in (("method", "sdft"), ("teacher", "base"), ("teacher_offload", False)):
             if (value := getattr(self, name)) != needed:
                 raise UsageError(

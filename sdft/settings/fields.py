@@ -10,16 +10,15 @@ import ast
 import dataclasses
 import importlib.util
 import json
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdft.errors import UsageError
+from sdft.errors import UsageError, shown
 from sdft.settings.checks import chosen
 from sdft.settings.config import MethodSettings
-from sdft.settings.inherited import help_here
+from sdft.settings.inherited import CHOICES, help_here
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -94,12 +93,6 @@ class Field:
         return UsageError(f"{self.name} is {shown(value)}; it must be {', '.join(allowed)}")
 
 
-def shown(value: Any, width: int = 60) -> str:
-    """A value as an error shows it: what is long is cut."""
-    text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # aliases can make a list that never ends
-    return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"
-
-
 def own_fields(*settings: Any) -> dict[str, Field]:
     """The fields of dataclasses of `sdft.settings.config` by name."""
     found = {}
@@ -125,7 +118,7 @@ def training_fields() -> dict[str, Field]:
     for name, annotation, value in _assignments(classes["TrainingArguments"]):
         kinds = _kinds(annotation)
         enums = [classes[kind] for kind in kinds if kind in classes]
-        choices = tuple(ast.literal_eval(value) for enum in enums for value in _values(enum))
+        choices = tuple(ast.literal_eval(value) for enum in enums for value in _values(enum)) or CHOICES.get(name, ())
         default, text = _default_and_help(value)
         found.setdefault(name, Field(name, kinds, choices, default, help_here(name, text), inherited=True))
     # transformers 5.17 has it by an older name alone; see sdft._compat.

@@ -7,10 +7,14 @@ release against them). What is refused would do nothing, or something else than 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sdft.errors import UsageError
+from sdft.errors import UsageError, shown
+from sdft.settings.checks import check_at_least, check_between, check_not_below, chosen
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -84,7 +88,72 @@ REFUSED_ARGUMENTS = {
     "model_init": "the teacher is made from one model",
 }
 
-SAMPLING_STRATEGIES = ("random", "sequential")
+LARGEST_SEED = 2**32 - 1  # that numpy takes
+
+
+def _max_steps(name: str, value: Any) -> None:
+    if value != -1:
+        try:
+            check_at_least(name, value, 1)
+        except UsageError as error:
+            raise UsageError(f"{error}, or -1, with which num_train_epochs counts") from error
+
+
+#: What a number of transformers' may be, by its check; each that is taken stands here. None is taken where it is the
+#: default.
+NUMBERS: dict[str, Callable[[str, Any], None]] = {
+    "max_steps": _max_steps,
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), partial(check_between, low=0)),
+    **dict.fromkeys(
+        (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "adam_epsilon",
+            "warmup_steps",
+            "eval_delay",
+            "neftune_noise_alpha",
+        ),
+        partial(check_not_below, low=0),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), partial(check_not_below, low=0, high=1)),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "torch_empty_cache_steps",
+            "dataloader_prefetch_factor",
+            "ddp_bucket_cap_mb",
+            "ddp_timeout",
+        ),
+        partial(check_at_least, low=1),
+    ),
+    **dict.fromkeys(("dataloader_num_workers", "save_total_limit"), partial(check_at_least, low=0)),
+    **dict.fromkeys(("seed", "data_seed"), partial(check_at_least, low=0, high=LARGEST_SEED)),
+    "local_rank": partial(check_at_least, low=-1),
+}
+
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+#: What a word of transformers' may be, where its type does not say so.
+CHOICES = {
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "train_sampling_strategy": ("random", "sequential"),
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+    "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
+}
+#: What `debug` may have, one or several of them.
+DEBUG = ("underflow_overflow", "tpu_metrics_debug")
+
+#: Mappings, and those of which a JSON file may be named instead.
+MAPPINGS = (
+    "lr_scheduler_kwargs",
+    "liger_kernel_config",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+)
+MAPPINGS_OR_FILES = ("accelerator_config", "fsdp_config")
 
 
 def help_here(name: str, text: str) -> str:
@@ -94,12 +163,40 @@ def help_here(name: str, text: str) -> str:
     return "Has no bearing here." if name in NO_BEARING else SAID_HERE.get(name, text)
 
 
+def check_values(values: Mapping[str, Any]) -> None:
+    """UsageError for a value of transformers' settings that it would take and fail at, or do something else by."""
+    for name, value in values.items():
+        if value is None:  # where that is no value, its field says so
+            continue
+        if name in NUMBERS:
+            NUMBERS[name](name, value)
+        elif name in CHOICES:
+            chosen(name, value, CHOICES[name])
+        elif name == "debug":
+            for word in value.split() if isinstance(value, str) else value:
+                chosen(name, word, DEBUG)
+        elif name in MAPPINGS and not isinstance(parsed(value), dict):
+            raise UsageError(f"{name} is {shown(value)}; it must be a mapping")
+        elif name in MAPPINGS_OR_FILES and isinstance(parsed(value), str) and not Path(value).is_file():
+            raise UsageError(f"{name} is {shown(value)}; it must be a mapping, or a JSON file that is there")
+
+
+def parsed(value: Any) -> Any:
+    """The mapping that a text in JSON is; any other value as it is."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
 def check_settings(config: TrainingArguments) -> None:
     """UsageError for a setting of transformers' that this loop does not apply."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, reason in REFUSED.items():
         if name in defaults and (value := getattr(config, name)) != defaults[name]:
-            raise UsageError(f"{name} is {value!r}; it must be {defaults[name]!r}: {reason}")
+            raise UsageError(f"{name} is {shown(value)}; it must be {defaults[name]!r}: {reason}")
 
 
 def check_arguments(names: Collection[str]) -> None:

@@ -49,6 +49,11 @@ class Given:
     values: dict[str, Any]
     places: dict[str, str]
 
+    @property
+    def flags(self) -> list[str]:
+        """The fields that the command line has set; a recipe's may be meant for another command."""
+        return [name for name, place in self.places.items() if place.startswith("--")]
+
     def make(self, settings: type[Settings]) -> Settings:
         """A dataclass of the values that it has fields for."""
         names = {field.name for field in dataclasses.fields(settings) if field.init}  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""What was set and does nothing, which is said: the setting counts only beside another, which has another value."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Collection, Mapping
+from operator import not_
+from typing import Any
+
+from sdft.errors import shown
+
+#: Settings, and what the values of others are where they do nothing.
+Rules = tuple[tuple[tuple[str, ...], Mapping[str, Callable[[Any], bool]]], ...]
+
+
+def _is(value: Any) -> Callable[[Any], bool]:
+    return lambda other: bool(other == value)
+
+
+def _is_not(value: Any) -> Callable[[Any], bool]:
+    return lambda other: bool(other != value)
+
+
+_OF_EVAL_FILE = ("scorer", "eval_temperature", "eval_samples", "eval_completion_length")
+_OF_GENERAL_FILE = ("general_scorer", "general_completion_length")
+#: What `sft` knows nothing of: the teacher, the rollouts and their loss.
+_OF_SDFT = (
+    *("divergence", "beta", "loss_temperature", "demonstration_weight", "importance_clip"),
+    *("teacher", "ema_rate", "ema_interval"),
+    *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_stop", "rollout_from"),
+    *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
+    *("log_completions",),
+)
+
+#: `corrects` is whether the rollouts' probabilities correct the loss, which the trainer knows.
+OF_TRAINING: Rules = (
+    (_OF_SDFT, {"method": _is("sft")}),
+    (("beta",), {"divergence": lambda divergence: divergence in ("reverse_kl", "forward_kl")}),
+    (("ema_rate", "ema_interval"), {"teacher": _is_not("ema")}),
+    (("importance_clip",), {"num_iterations": _is(1), "corrects": not_}),
+    (("lora_alpha", "lora_target_modules"), {"lora_rank": _is(0)}),
+    (("freeze_embeddings",), {"lora_rank": bool}),
+    (_OF_EVAL_FILE, {"eval_file": not_}),
+    (_OF_GENERAL_FILE, {"general_file": not_}),
+    (("eval_delay", "load_best_model_at_end"), {"eval_strategy": _is("no")}),
+    (("eval_steps",), {"eval_strategy": _is_not("steps")}),
+    (("save_steps",), {"save_strategy": _is_not("steps")}),
+    (("logging_steps",), {"logging_strategy": _is_not("steps")}),
+)
+OF_EVAL: Rules = (
+    (_OF_EVAL_FILE, {"eval_file": not_}),
+    (_OF_GENERAL_FILE, {"general_file": not_}),
+    (("base_model",), {"general_file": not_}),
+    (("teacher_template",), {"teacher": not_}),
+    (("seed",), {"eval_temperature": not_}),
+)
+OF_GENERATE: Rules = ((("seed",), {"temperature": not_}),)
+
+_WORDS = {"corrects": "rollouts take no correction"}
+
+
+def without_effect(rules: Rules, *settings: Any, only: Collection[str] | None = None, **known: Any) -> list[str]:
+    """A sentence for each reason why settings do nothing that are not as they come.
+
+    `settings` are dataclasses, and `known` what else is known beside them; a rule on anything else is left out. `only`
+    are the names to look at.
+    """
+    values, defaults = dict(known), dict(known)
+    for each in settings:
+        for field in dataclasses.fields(each):
+            values[field.name] = getattr(each, field.name)
+            made = field.default_factory
+            defaults[field.name] = field.default if made is dataclasses.MISSING else made()
+    found: list[str] = []
+    told: set[str] = set()
+    for names, beside in rules:
+        if not all(name in values and idle(values[name]) for name, idle in beside.items()):
+            continue
+        given = [name for name in names if name in values and values[name] != defaults[name] and name not in told]
+        given = [name for name in given if only is None or name in only]
+        if given:
+            told.update(given)
+            reason = " and ".join(_WORDS.get(name) or _said(name, values[name]) for name in beside)
+            found.append(f"{_subject(given, values)}: {reason}")
+    return found
+
+
+def _subject(names: list[str], values: Mapping[str, Any]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last} do nothing" if others else f"{_said(last, values[last])} and does nothing"
+
+
+def _said(name: str, value: Any) -> str:
+    if value is None or value == "":
+        return f"{name} is not set"
+    return f"{name} is {shown(value.value if isinstance(value, enum.Enum) else value)}"
