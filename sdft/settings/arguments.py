@@ -16,7 +16,7 @@ from sdft._compat import Arguments
 from sdft.errors import SettingsError, UsageError
 from sdft.rollouts.generate import BACKENDS
 from sdft.settings.checks import check_at_least, chosen
-from sdft.settings.config import MethodSettings
+from sdft.settings.config import VLLM, MethodSettings
 from sdft.settings.inherited import SAMPLING_STRATEGIES, check_settings
 from sdft_kernels.arguments import LEAST_SHARE
 
@@ -38,7 +38,7 @@ class SDFTConfig(MethodSettings, Arguments):
                 f"beta is {self.beta!r}; it must be at least {LEAST_SHARE:g} and at most 1 - {LEAST_SHARE:g}, beyond "
                 "which float32 does not tell the mixture from one of the models"
             )
-        self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
+        self.rollout_backend = chosen("rollout_backend", self.rollout_backend, (*BACKENDS, VLLM))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):

@@ -35,6 +35,7 @@ TEACHERS = ("base", "ema", "live")
 ROLLOUT_SOURCES = ("student", "teacher")
 CORRECTIONS = ("auto", "none", "truncate")
 DTYPES = ("float32", "bfloat16", "auto")
+VLLM = "vllm"  # rollout_backend: the one that is made for a model
 AUTO = "auto"  # rollout_batch_size: as many as fit
 
 
@@ -44,6 +45,7 @@ COUNTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "ema_rate": ("teacher", ("ema",)),
     "ema_interval": ("teacher", ("ema",)),
     "demonstration_weight": ("method", ("sdft",)),
+    "vllm_memory_share": ("rollout_backend", ("vllm",)),
 }
 
 
@@ -277,8 +279,14 @@ class MethodSettings(EvalSettings):
     rollout_backend: str = setting(
         "generate",
         "What samples the rollouts: generate (transformers, one padded batch), continuous (transformers' continuous "
-        "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
+        "batching: no padding, and a finished rollout makes room for the next), vllm (an engine of vLLM's in this "
+        "process, which is given the student's weights before it answers), or one you have registered with "
         "sdft.rollouts.generate.register_backend.",
+    )
+    vllm_memory_share: float = setting(
+        0.3,
+        "rollout_backend vllm: the share of the GPU's memory that its weights, keys and values may take; on a CPU its "
+        "keys and values, of the free memory.",
     )
     rollout_correction: str = setting(
         "auto",
@@ -327,6 +335,12 @@ class MethodSettings(EvalSettings):
         self.rollout_from = chosen("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
         check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
         self.rollout_correction = chosen("rollout_correction", self.rollout_correction, CORRECTIONS)
+        check_between("vllm_memory_share", self.vllm_memory_share, 0, 1)
+        self.rollout_backend = matching(self.rollout_backend, (VLLM,)) or self.rollout_backend
+        if self.rollout_backend == VLLM and self.rollout_from == "teacher":
+            raise UsageError(
+                "rollout_backend is 'vllm' and rollout_from 'teacher'; it must be student, whose weights vLLM is given"
+            )
         if self.rollout_correction == "truncate" and self.rollout_from == "teacher":
             raise UsageError(
                 "rollout_correction is 'truncate' and rollout_from 'teacher'; it must be none or auto, for the weights "
