@@ -123,8 +123,8 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def names_in_files(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as `save_pretrained` would write them, which offers no way to that but a file. A model may have others
-    in memory, as of all experts in one tensor."""
+    """The weights as `save_pretrained` would write them, which offers no way to that but a file. In memory they may be
+    others: of all experts in one tensor."""
     return revert_weight_conversion(model, weights)
 
 
@@ -199,11 +199,15 @@ def fatal_error(manager: Any) -> Exception | None:
 
 
 def keep_vllm_from_packing_weights() -> None:
-    """Have vLLM multiply by weights as they are. On a CPU it packs copies for oneDNN, which no setting keeps it from: a
-    head that is tied to the embeddings keeps its old copy when new weights are loaded."""
-    from vllm import _custom_ops
+    """Have vLLM multiply by weights as they are, in engines that are made after this. On a CPU it packs copies for
+    oneDNN and other kernels, which no setting keeps it from: new weights then find no place, and a head that is tied to
+    the embeddings keeps its old copy and says nothing."""
+    from vllm.model_executor.layers import utils
 
-    _custom_ops._supports_onednn = False
+    def multiply_plainly(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = multiply_plainly
 
 
 # Planning

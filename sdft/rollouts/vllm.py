@@ -220,10 +220,11 @@ def _completion(output: Any, sampling: Sampling) -> Completion:
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Random numbers and torch's number of threads as they were afterwards: vLLM seeds the one and sets the other.
+    """Random numbers and torch's number of threads, afterwards, as they were: vLLM seeds the one and sets the other.
 
-    On a CPU it draws from torch's own random numbers whatever seeds it is given, and takes `torch.set_num_threads` away. The process group that it starts stays: its engine uses it. It
-    is of one process, and accelerate has found out before that there is but one.
+    On a CPU it draws from torch's random numbers even for requests with seeds, and takes `torch.set_num_threads` away.
+    The process group that it starts stays, for its engine uses it: a group of one process, which accelerate, whose
+    launch is told by the environment, does not take for a distributed run.
     """
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # which vLLM seeds too
