@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import linearity, long_rollouts, memory, rows, speed
+from benchmarks import linearity, long_rollouts, memory, rollout_speed, rows, speed
 from benchmarks.methods import METHODS, Shape
+from sdft.rollouts.generate import BACKENDS
+from sdft.rollouts.interface import Request
 from sdft_kernels.divergences import DIVERGENCES
+from tests import tiny
 
 TINY = Shape("tiny", 8, 16, 64)
 
@@ -120,3 +123,12 @@ def test_long_rollouts_take_the_median_of_rounds_and_compute_a_length_beyond(tmp
     found.append(long_rollouts.LongRollout(1000, whole, 40.0, 1.5))
     assert long_rollouts.table(found).count("computed") == 1
     check_files(found, given(tmp_path, "long_rollouts"), long_rollouts.draw)
+
+
+def test_rollout_speed_has_a_row_for_each_back_end(tmp_path: Path) -> None:
+    requests, model = [Request([5, 6], 1), Request([7], 2)], tiny.tiny_model()
+    backends = {name: make for name, make in rollout_speed.backends_of(model, requests, 4).items() if name in BACKENDS}
+    found = rollout_speed.compare(model, backends, requests, 4, rounds=2)
+    assert [row.backend for row in found] == ["generate", "continuous"]
+    assert all(row.tokens_per_second == 8 / row.seconds for row in found)
+    assert rollout_speed.table(found).count("\n") == 3

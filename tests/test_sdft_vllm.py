@@ -79,11 +79,14 @@ def vllm(monkeypatch):
     module.LLM, module.SamplingParams = LLM, SimpleNamespace
     layers = ModuleType("vllm.model_executor.layers")
     layers.utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=None)
-    for name, part in (("vllm", module), ("vllm.model_executor", ModuleType("m")), (layers.__name__, layers)):
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(device_type="cpu")
+    parts = {part.__name__: part for part in (module, ModuleType("vllm.model_executor"), layers, platforms)}
+    for name, part in parts.items():
         monkeypatch.setitem(sys.modules, name, part)
     for name in (*ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING"):
         monkeypatch.setenv(name, "1")
-    return layers.utils
+    return SimpleNamespace(utils=layers.utils, platform=platforms.current_platform)
 
 
 def engine(of, **options):
@@ -99,7 +102,7 @@ def test_the_engine_is_made_of_the_configuration_alone(vllm):
     options = {"load_format": "dummy", "dtype": "float32", "max_model_len": 40, "enforce_eager": True}
     assert made.options.items() >= options.items() and made.options["kv_cache_memory_bytes"] > 0
     layer = torch.nn.Linear(2, 3)
-    vllm.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    vllm.utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     given = torch.ones(1, 2)
     assert torch.equal(layer.cpu_linear(given, layer.weight, layer.bias), layer(given))
 
@@ -212,15 +215,18 @@ def test_an_adapter_is_merged_into_what_is_pushed_and_stays(tied, options):
     engine(learner.get_base_model())  # whose check finds the same log-probabilities
 
 
-def test_what_cannot_be_served_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_served_is_refused_in_a_sentence(tmp_path, monkeypatch, vllm):
     with pytest.raises(UsageError, match=r"^rollout_backend is 'vllm' and rollout_from 'teacher'; it must be student"):
         SDFTConfig(output_dir=str(tmp_path), rollout_backend="vllm", rollout_from="teacher")
     with pytest.raises(
         UsageError,
         match=r"^rollout_backend is 'vllm', which cannot serve LlamaForCausalLM in torch.float32"
-        r" on cpu: heads of 4 are not served; it may be generate$",
+        r" on cpu: heads of 4 are not served \(it may be generate, and vllm_memory_share, .* is 0.1\)$",
     ):
         engine(tiny.tiny_model(head_dim=4))
+    vllm.platform.device_type = "cuda"
+    with pytest.raises(UsageError, match="which is installed for cuda, and the model is on cpu; it may be generate"):
+        engine(tiny.tiny_model())
     run = trainer(tmp_path / "run")
     run.args.rollout_backend = "vllm"
     run.is_fsdp_enabled = True

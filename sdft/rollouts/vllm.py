@@ -3,7 +3,7 @@
 The engine is made once, with weights of no meaning, from the model's configuration: no hub is asked, and models from
 GGUF files are served too. Every `serving` then gives it all of the student's weights, an adapter merged into copies of
 the layers that it is in. A push that leaves a layer as it was raises no error by itself. So the weights that the engine
-has loaded are compared with those it has, and at the first push and every so many the log-probabilities of a short
+has loaded are compared with those it has, and at the first push and after some others the log-probabilities of a short
 completion with the model's own.
 
 vLLM ends a completion at its end-of-sequence tokens. Stop strings are found in the text afterwards
@@ -35,7 +35,7 @@ from sdft.models.adapters import is_adapted, is_tied, merged_weights
 from sdft.rollouts.interface import Backend, Completion, Request, Sampling
 
 PROBE_TOKENS = 32  # of the completion that engine and model are compared by
-CHECK_EVERY = 50  # pushes
+CHECK_EVERY = 50  # pushes; and after those whose number is a power of two, for what is wrong shows early
 #: What vLLM reads from the environment: an engine in this process, whose threads stay free and which reports to nobody.
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -74,7 +74,8 @@ class VllmRollouts:
         except Exception as error:  # vLLM has no error of its own for a model that it cannot serve
             raise UsageError(
                 f"rollout_backend is 'vllm', which cannot serve {type(model).__name__} in {dtype} on "
-                f"{model.device.type}: {' '.join(str(error).split()) or type(error).__name__}; it may be generate"
+                f"{model.device.type}: {' '.join(str(error).split()) or type(error).__name__} (it may be generate, and "
+                f"vllm_memory_share, vLLM's gpu_memory_utilization, is {memory_share:g})"
             ) from error
 
     @contextlib.contextmanager
@@ -85,7 +86,7 @@ class VllmRollouts:
             give_back(model.device)
             self.llm.wake_up()
         self.push(model)
-        if self.pushes == 1 or self.pushes % CHECK_EVERY == 0:
+        if self.pushes % CHECK_EVERY == 0 or self.pushes & (self.pushes - 1) == 0:  # or 1, 2, 4, 8 and so on
             self.check(model)
         yield self.answer
         if sleeps:
@@ -165,7 +166,13 @@ def _engine(model: PreTrainedModel, longest: int, dtype: torch.dtype, memory_sha
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    if (built_for := current_platform.device_type) != model.device.type:
+        raise UsageError(
+            f"rollout_backend is 'vllm', which is installed for {built_for}, and the model is on {model.device.type}; "
+            "it may be generate"
+        )
     options: dict[str, Any] = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True}
     if model.device.type == "cpu":
         _compat.keep_vllm_from_packing_weights()
