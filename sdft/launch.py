@@ -22,7 +22,7 @@ from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.rollouts.drafts import check_drafts
-from sdft.settings.config import AUTO, SDFTConfig
+from sdft.settings.config import AUTO, VLLM, SDFTConfig
 from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inherited import REFUSED
 
@@ -79,9 +79,20 @@ def check_launch(trainer: Trainer) -> None:
             "the model is quantised by bitsandbytes and trains on a CPU; it must be on a GPU, for on a CPU its weights "
             "are rounded again each time rollouts and training alternate"
         )
+    args = cast(SDFTConfig, trainer.args)
+    if args.rollout_backend == VLLM:
+        _check_vllm(args, quantised is not None, fsdp=trainer.is_fsdp_enabled)
     if trainer.is_fsdp_enabled:
         adapter = has_adapter(cast(nn.Module, trainer.model))
         _check_fsdp(trainer.accelerator.state.fsdp_plugin, adapter, cast(SDFTConfig, trainer.args))
+
+
+def _check_vllm(args: SDFTConfig, quantised: bool, *, fsdp: bool) -> None:
+    others = "the run is under FSDP" if fsdp else f"the run has {args.world_size} processes"
+    if fsdp or args.world_size > 1:
+        raise UsageError(f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process")
+    if quantised:
+        raise UsageError("rollout_backend is 'vllm', and the model is quantised; it must be generate or continuous")
 
 
 def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:

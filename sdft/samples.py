@@ -26,9 +26,11 @@ from sdft.progress.step_log import StepLog
 from sdft.repeats import RepeatedRows
 from sdft.rollouts.fitting import AsManyAsFit
 from sdft.rollouts.generate import write
-from sdft.rollouts.interface import LENGTH, Completion, Request, Sampling
+from sdft.rollouts.interface import LENGTH, Backend, Completion, Request, Sampling
 from sdft.rollouts.known_texts import KnownTexts
 from sdft.rollouts.row_sampler import seed_of
+from sdft.rollouts.vllm import VllmRollouts
+from sdft.settings.config import VLLM
 from sdft.teacher import Teacher
 
 #: Back-ends that draw from the student itself, whose probabilities in float32 are those of the loss.
@@ -42,6 +44,7 @@ class SamplingTrainer(Runs):
     sampling: Sampling
     teacher: Teacher | None
     step_log: StepLog
+    vllm: VllmRollouts | None = None
     reused: list[Sample] | None = None  # by the steps that the same samples serve
     write = staticmethod(write)  # which a benchmark may watch
 
@@ -148,14 +151,14 @@ class SamplingTrainer(Runs):
         drafts = [self.known_texts.draft(row, number) for row, number in numbered]
 
         def answer() -> list[Completion]:
-            with self._writer() as (model, prompt_ids):
+            with self._writer() as (model, prompt_ids), self._backend(model) as backend:
                 prompts = [row[prompt_ids] for row in rows]
                 return self.write(
                     model,
                     [Request(*each) for each in zip(prompts, seeds, drafts, strict=True)],
                     sampling,
                     tokenizer=tokenizer,
-                    backend=self.args.rollout_backend,
+                    backend=backend,
                     batch_size=self.rollouts_at_once,
                 )
 
@@ -213,6 +216,25 @@ class SamplingTrainer(Runs):
                 yield model, "teacher_prompt_ids"
         else:
             yield self.student, "prompt_ids"
+
+    def _backend(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[str | Backend]:
+        """What samples the rollouts: a back-end's name, or vLLM's engine with the weights that the model has now."""
+        return contextlib.nullcontext(self.args.rollout_backend) if self.vllm is None else self.vllm.serving(model)
+
+    def make_engine(self, rows: list[Row]) -> None:
+        """Have vLLM serve the student, where it is to answer the prompts of these rows."""
+        args = self.args
+        if args.method != "sdft" or args.rollout_backend != VLLM or not rows:
+            return
+        make = functools.partial(
+            VllmRollouts,
+            self.student,
+            longest=max(len(row["prompt_ids"]) for row in rows) + args.max_completion_length,
+            dtype=self.autocast_type or self.student.dtype,
+            memory_share=args.vllm_memory_share,
+            probe=rows[0]["prompt_ids"][:16],
+        )
+        self.vllm = self.with_student(make)
 
     def _places(self, count: int) -> list[int]:
         """The place in the step's batch, over all processes, of each of this process's rows.

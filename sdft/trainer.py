@@ -130,10 +130,10 @@ class SDFTTrainer(SamplingTrainer):
         self.prompt_cache = self._prompt_cache(rows)
         self.completions: CompletionsFile | None = None
         if args.method == "sdft" and args.log_completions:
-            self.completions = CompletionsFile(
-                str(args.output_dir), args.log_completions, processing_class, args.skip_tokens
-            )
+            folder = str(args.output_dir)
+            self.completions = CompletionsFile(folder, args.log_completions, processing_class, args.skip_tokens)
             self.add_callback(self.completions)
+        self.make_engine(rows or [])
         self._pieces = (0, 0)
 
     def _some_tokens(self, rows: list[Row] | None) -> list[int]:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import linearity, long_rollouts, memory, plans, rows, speed
+from benchmarks import linearity, long_rollouts, memory, plans, rollout_speed, rows, speed
 from benchmarks.methods import METHODS, Shape
+from sdft.rollouts.generate import BACKENDS
+from sdft.rollouts.interface import Request
 from sdft_kernels.divergences import DIVERGENCES
-from tests.tiny import tiny_model
+from tests import tiny
 
 TINY = Shape("tiny", 8, 16, 64)
 
@@ -126,7 +128,7 @@ def test_long_rollouts_take_the_median_of_rounds_and_compute_a_length_beyond(tmp
 
 
 def test_plans_are_longest_rollouts_by_way_of_training_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_model(hidden_size=256, intermediate_size=512, vocab_size=2003).config
+    config = tiny.tiny_model(hidden_size=256, intermediate_size=512, vocab_size=2003).config
     monkeypatch.setattr(plans, "config_of", lambda _: copy.deepcopy(config))
     found = [row for way in plans.WAYS for row in plans.plan("tiny", way, ["1.10GiB", "1.05GiB"])]
     assert [row.training for row in found] == ["full", "full", "LoRA", "LoRA", "QLoRA", "QLoRA"]
@@ -138,3 +140,12 @@ def test_plans_are_longest_rollouts_by_way_of_training_and_gpu(tmp_path: Path, m
     assert plans.table(found).count("\n") == len(found)
     rows.write(found, argparse.Namespace(json=None, csv=tmp_path / "plans.csv"))
     assert len(list(csv.DictReader((tmp_path / "plans.csv").open()))) == len(found)
+
+
+def test_rollout_speed_has_a_row_for_each_back_end(tmp_path: Path) -> None:
+    requests, model = [Request([5, 6], 1), Request([7], 2)], tiny.tiny_model()
+    backends = {name: make for name, make in rollout_speed.backends_of(model, requests, 4).items() if name in BACKENDS}
+    found = rollout_speed.compare(model, backends, requests, 4, rounds=2)
+    assert [row.backend for row in found] == ["generate", "continuous"]
+    assert all(row.tokens_per_second == 8 / row.seconds for row in found)
+    assert rollout_speed.table(found).count("\n") == 3

@@ -511,6 +511,12 @@ def test_command_plans_every_kind_of_step(folder, words, capsys):
     assert "the longest rollout that fits" in capsys.readouterr().out
 
 
+def test_a_plan_says_that_vllms_engine_is_not_in_it(folder, capsys):
+    words = ["--max_completion_length", "4", "--prompt_tokens", "8", "--rollout_backend", "vllm"]
+    assert main(["plan", "--model", folder, *words, "--vllm_memory_share", "0.4"]) == 0
+    assert "vLLM's engine is not in these numbers: 0.4 of the GPU during rollouts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

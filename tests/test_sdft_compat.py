@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers import core_model_loading as loading
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
 
@@ -72,6 +82,22 @@ def test_accelerate_keeps_the_forward_pass_that_it_wraps() -> None:
 
 def test_quantised_models_keep_their_conversions_where_they_are_removed() -> None:
     assert "model._weight_conversions" in inspect.getsource(loading), f"{HERE} has other names: see dequantized"
+
+
+def test_weights_get_the_names_that_they_have_in_files(tmp_path: Path) -> None:
+    shape = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_local_experts": 2,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**shape, num_attention_heads=2, num_key_value_heads=1))
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    named = _compat.names_in_files(model, model.state_dict())
+    assert named.keys() == written.keys() != model.state_dict().keys(), f"{HERE} saves by other names than these"
+    assert all(torch.equal(named[name], weight) for name, weight in written.items())
 
 
 def test_fsdp_marks_checkpointed_modules_by_this_name() -> None:

@@ -6,7 +6,9 @@ installed peft against them). A type or an option that is in none is refused.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -254,6 +256,28 @@ def _merge(adapted: Any, folder: str) -> PreTrainedModel:
                 f"by {moved / expected.float().norm():.2g}, where {limit:.2g} is rounding"
             )
     return merged
+
+
+@torch.no_grad()
+def merged_weights(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The model's weights by name, as they would be with its adapter merged; the model stays as it is.
+
+    They come in parts: the weights without an adapter, then those of a layer at a time, merged in a copy of it.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, layer in model.named_modules():
+        if is_adapted(layer) and not any(name.startswith(f"{outer}.") for outer in layers):
+            layers[name] = layer
+    prefixes = tuple(f"{name}." for name in layers)
+    yield {name: weight for name, weight in model.state_dict().items() if not name.startswith(prefixes)}
+    for name, layer in layers.items():
+        own: Any = copy.deepcopy(layer)
+        if hasattr(own, "unload_and_optionally_merge_module"):  # modules_to_save, trained tokens
+            own = own.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            own.merge()
+            own = own.get_base_layer()
+        yield {f"{name}.{of}": weight for of, weight in own.state_dict().items()}
 
 
 def _first(output: Any) -> Tensor:

@@ -36,7 +36,7 @@ def write(
     sampling: Sampling,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    backend: str = "generate",
+    backend: str | Backend = "generate",
     batch_size: int | AsManyAsFit | None = None,
 ) -> list[Completion]:
     """A completion for each request, in the requests' order.
@@ -46,7 +46,7 @@ def write(
     Raises UsageError for an unknown back-end or stop strings without a tokenizer, TrainingError for a model whose
     logits are not finite.
     """
-    function = find_backend(backend)
+    function = find_backend(backend) if isinstance(backend, str) else backend
     batches = None if sampling.watch is None else InBatches(sampling.watch)
     sampling = replace(sampling, watch=batches)
     if sampling.stop and tokenizer is None:

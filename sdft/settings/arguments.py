@@ -20,7 +20,7 @@ from sdft._compat import Arguments
 from sdft.errors import SettingsError, UsageError
 from sdft.rollouts.generate import BACKENDS
 from sdft.settings.checks import chosen
-from sdft.settings.config import MethodSettings
+from sdft.settings.config import VLLM, MethodSettings
 from sdft.settings.inherited import CHOICES, NUMBERS, check_settings, check_values, parsed
 from sdft_kernels.arguments import LEAST_SHARE
 
@@ -42,7 +42,7 @@ class SDFTConfig(MethodSettings, Arguments):
                 f"beta is {self.beta!r}; it must be at least {LEAST_SHARE:g} and at most 1 - {LEAST_SHARE:g}, beyond "
                 "which float32 does not tell the mixture from one of the models"
             )
-        self.rollout_backend = chosen("rollout_backend", self.rollout_backend, BACKENDS)
+        self.rollout_backend = chosen("rollout_backend", self.rollout_backend, (*BACKENDS, VLLM))
         for field in dataclasses.fields(self):
             if field.name in NUMBERS and getattr(self, field.name) is None and field.default is not None:
                 raise UsageError(f"{field.name} is None; it must be a number")

@@ -36,6 +36,7 @@ ROLLOUT_SOURCES = ("student", "teacher")
 DRAFTS = ("none", "demonstration", "history")
 CORRECTIONS = ("auto", "none", "truncate")
 DTYPES = ("float32", "bfloat16", "auto")
+VLLM = "vllm"  # rollout_backend: the one that is made for a model
 AUTO = "auto"  # rollout_batch_size: as many as fit
 
 
@@ -270,7 +271,8 @@ class MethodSettings(EvalSettings):
     rollout_backend: str = setting(
         "generate",
         "What samples the rollouts: generate (transformers, one padded batch), continuous (transformers' continuous "
-        "batching: no padding, and a finished rollout makes room for the next), or one you have registered with "
+        "batching: no padding, and a finished rollout makes room for the next), vllm (an engine of vLLM's in this "
+        "process, which is given the student's weights before it answers), or one you have registered with "
         "sdft.rollouts.generate.register_backend.",
     )
     rollout_draft: str = setting(
@@ -278,6 +280,11 @@ class MethodSettings(EvalSettings):
         "Write rollouts in fewer passes of the model, the same tokens, by a text that they may resemble: demonstration "
         "(the row's own), history (the rollout of the same prompt in an earlier epoch) or none. With rollout_backend "
         "generate.",
+    )
+    vllm_memory_share: float = setting(
+        0.3,
+        "rollout_backend vllm: the share of the GPU's memory that its weights, keys and values may take; on a CPU its "
+        "keys and values, of the free memory.",
     )
     rollout_correction: str = setting(
         "auto",
@@ -335,6 +342,12 @@ class MethodSettings(EvalSettings):
                 f"{self.rollout_backend!r}, for drafts take 'generate'"
             )
         self.rollout_correction = chosen("rollout_correction", self.rollout_correction, CORRECTIONS)
+        check_between("vllm_memory_share", self.vllm_memory_share, 0, 1)
+        self.rollout_backend = matching(self.rollout_backend, (VLLM,)) or self.rollout_backend
+        if self.rollout_backend == VLLM and self.rollout_from == "teacher":
+            raise UsageError(
+                "rollout_backend is 'vllm' and rollout_from 'teacher'; it must be student, whose weights vLLM is given"
+            )
         if self.rollout_correction == "truncate" and self.rollout_from == "teacher":
             raise UsageError(
                 "rollout_correction is 'truncate' and rollout_from 'teacher'; it must be none or auto, for the weights "

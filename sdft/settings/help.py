@@ -149,6 +149,7 @@ GROUPS = {
         "rollouts_per_prompt",
         "rollout_batch_size",
         "rollout_backend",
+        "vllm_memory_share",
         "log_completions",
     ),
     "what trains": ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_embeddings"),

@@ -1,0 +1,245 @@
+"""vLLM as a rollout back-end: an engine in the trainer's process, which is given the student's weights before rollouts.
+
+The engine is made once, with weights of no meaning, from the model's configuration: no hub is asked, and models from
+GGUF files are served too. Every `serving` then gives it all of the student's weights, an adapter merged into copies of
+the layers that it is in. A push that leaves a layer as it was raises no error by itself. So the weights that the engine
+has loaded are compared with those it has, and at the first push and after some others the log-probabilities of a short
+completion with the model's own.
+
+vLLM ends a completion at its end-of-sequence tokens. Stop strings are found in the text afterwards
+(`sdft.rollouts.interface.cut`), so that a completion with one is written to its full length first. Nothing is told to
+`watch` before a batch is done. It raises temperatures below 0.01 to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sdft import _compat
+from sdft.early_checks import check_package
+from sdft.errors import TrainingError, UsageError
+from sdft.forward import autocasting, evaluating
+from sdft.memory.free import free_memory, give_back
+from sdft.models.adapters import is_adapted, is_tied, merged_weights
+from sdft.rollouts.interface import Backend, Completion, Request, Sampling
+
+PROBE_TOKENS = 32  # of the completion that engine and model are compared by
+CHECK_EVERY = 50  # pushes; and after those whose number is a power of two, for what is wrong shows early
+#: What vLLM reads from the environment: an engine in this process, whose threads stay free and which reports to nobody.
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmRollouts:
+    """An engine for `model`, whose requests have at most `longest` tokens with their completions.
+
+    `dtype` is the type of its weights and products, `memory_share` the share of the GPU's memory that it may take, or
+    on a CPU of the free memory for its cache of keys and values, and `probe` the prompt of the comparison.
+    Raises UsageError for a model that vLLM cannot serve, TrainingError where its log-probabilities are others.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        longest: int,
+        dtype: torch.dtype,
+        memory_share: float,
+        probe: Sequence[int],
+    ) -> None:
+        check_package("rollout_backend is 'vllm'", "vllm")
+        self.dtype, self.probe, self.pushes = dtype, probe, 0
+        self.probe_sampling = Sampling(min(PROBE_TOKENS, longest - len(probe)), temperature=1.0, logprobs=True)
+        try:
+            with _undisturbed(model.device):
+                self.llm = _engine(model, longest, dtype, memory_share)
+            with self.serving(model):
+                pass
+        except (TrainingError, UsageError):
+            raise
+        except Exception as error:  # vLLM has no error of its own for a model that it cannot serve
+            raise UsageError(
+                f"rollout_backend is 'vllm', which cannot serve {type(model).__name__} in {dtype} on "
+                f"{model.device.type}: {' '.join(str(error).split()) or type(error).__name__} (it may be generate, and "
+                f"vllm_memory_share, vLLM's gpu_memory_utilization, is {memory_share:g})"
+            ) from error
+
+    @contextlib.contextmanager
+    def serving(self, model: PreTrainedModel) -> Iterator[Backend]:
+        """The engine with the weights that the model has now, as a back-end; afterwards it gives GPU memory back."""
+        sleeps = model.device.type == "cuda"
+        if sleeps and self.pushes:
+            give_back(model.device)
+            self.llm.wake_up()
+        self.push(model)
+        if self.pushes % CHECK_EVERY == 0 or self.pushes & (self.pushes - 1) == 0:  # or 1, 2, 4, 8 and so on
+            self.check(model)
+        yield self.answer
+        if sleeps:
+            self.llm.sleep(level=1)
+
+    def push(self, model: PreTrainedModel) -> None:
+        """Give the engine all of the model's weights, and have it forget what it computed from the last ones."""
+        self.llm.apply_model(lambda served: _load(served, weights_of(model)))
+        self.llm.reset_prefix_cache()
+        self.pushes += 1
+
+    def answer(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> list[Completion]:
+        """A completion for each request, by the engine's weights: those of `model` when they were last pushed."""
+        prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+        settings = [_translated(request, sampling) for request in requests]
+        with _undisturbed(model.device), autocasting(model.device, None):
+            outputs = self.llm.generate(prompts, settings, use_tqdm=False)
+        return [_completion(output.outputs[0], sampling) for output in outputs]
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel) -> None:
+        """TrainingError if the engine draws tokens with other probabilities than the model's, beyond rounding."""
+        request = Request(self.probe, seed=self.pushes)
+        (written,) = self.answer(model, [request], self.probe_sampling)
+        input_ids = torch.tensor([[*self.probe, *written.tokens]], device=model.device)
+        with evaluating(model):
+            logits = model(input_ids=input_ids, use_cache=False).logits[0, len(self.probe) - 1 : -1].float()
+        own = logits.log_softmax(-1).gather(-1, input_ids[0, len(self.probe) :, None])[:, 0]
+        gap = (own.cpu() - torch.tensor(written.logprobs)).abs().mean().item()
+        if not gap <= (limit := largest_gap(self.dtype, model.device)):
+            raise TrainingError(
+                f"vLLM draws tokens with other log-probabilities than {type(model).__name__} has: they differ by "
+                f"{gap:.2g} nats in the mean of {len(own)} tokens after push {self.pushes} of its weights, where "
+                f"{limit:g} is rounding in {self.dtype}; rollout_backend may be generate"
+            )
+
+
+def largest_gap(dtype: torch.dtype, device: torch.device) -> float:
+    """By how many nats a token's log-probability in the engine may differ from the model's own, in the mean.
+
+    Two ways to compute SmolLM2 in bfloat16 were 0.05 apart. On a GPU products in float32 may be of TF32, whose numbers
+    have an eighth of bfloat16's error.
+    """
+    if dtype != torch.float32:
+        return 0.25
+    return 0.03 if device.type == "cuda" else 1e-3
+
+
+def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights by the names that they have in its files, without an adapter's layers around them."""
+    tied = set() if _is_untied_by_adapter(model) else set(model.all_tied_weights_keys)
+    for weights in merged_weights(model):
+        yield from _compat.names_in_files(model, {n: w for n, w in weights.items() if n not in tied}).items()
+
+
+def _is_untied_by_adapter(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head, which are tied, may come to differ by an adapter in one of them."""
+    return is_tied(model) and (is_adapted(model.get_input_embeddings()) or is_adapted(model.get_output_embeddings()))
+
+
+def _load(served: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
+    loaded = served.load_weights(weights)  # type: ignore[operator]  # which each of vLLM's models has
+    missing = {name for name, _ in served.named_parameters()} - set(loaded)
+    if missing:
+        raise TrainingError(f"vLLM has loaded the student's weights, but not {', '.join(sorted(missing)[:3])}")
+
+
+def _engine(model: PreTrainedModel, longest: int, dtype: torch.dtype, memory_share: float) -> Any:
+    """vLLM's engine for a model of this configuration; its weights have no meaning yet."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if (built_for := current_platform.device_type) != model.device.type:
+        raise UsageError(
+            f"rollout_backend is 'vllm', which is installed for {built_for}, and the model is on {model.device.type}; "
+            "it may be generate"
+        )
+    options: dict[str, Any] = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True}
+    if model.device.type == "cpu":
+        _compat.keep_vllm_from_packing_weights()
+        options = {"kv_cache_memory_bytes": int(memory_share * (free_memory(model.device) or 2**32))}
+        options["enforce_eager"] = True
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if _is_untied_by_adapter(model):
+        config.tie_word_embeddings = False
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return LLM(
+            model=folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=longest,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            **options,
+        )
+
+
+def _translated(request: Request, sampling: Sampling) -> Any:
+    """How to answer the request, in vLLM's words. Without a seed it is drawn by one of torch's own random numbers."""
+    from vllm import SamplingParams
+
+    seed = request.seed
+    if seed is None and sampling.temperature is not None:
+        seed = int(torch.randint(2**62, ()))
+
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature or 0.0,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=seed,
+        stop_token_ids=sorted(sampling.eos_ids),
+        ignore_eos=True,  # of vLLM's own knowledge
+        logprobs=0 if sampling.logprobs else None,  # 0: those of the tokens drawn, and no others
+        detokenize=False,
+    )
+
+
+def _completion(output: Any, sampling: Sampling) -> Completion:
+    tokens = list(output.token_ids)
+    if not sampling.logprobs:
+        return Completion(tokens)
+    return Completion(tokens, [of[token].logprob for token, of in zip(tokens, output.logprobs, strict=True)])
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Random numbers and torch's number of threads, afterwards, as they were: vLLM seeds the one and sets the other.
+
+    On a CPU it draws from torch's random numbers even for requests with seeds, and takes `torch.set_num_threads` away.
+    The process group that it starts stays, for its engine uses it: a group of one process, which accelerate, whose
+    launch is told by the environment, does not take for a distributed run.
+    """
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # which vLLM seeds too
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        setattr(torch, "set_num_threads", set_threads)  # noqa: B010  # which mypy does not let a program assign
+        set_threads(threads)
