@@ -207,7 +207,7 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
     ],
 )
 def test_a_chat_template_that_never_ends_or_fails_is_one_sentence(template, message, monkeypatch):
-    monkeypatch.setattr("sdft.data.TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr("sdft.data.encode.TEMPLATE_SECONDS", 0.1)
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UsageError, match=rf"^rows, row 3: the tokenizer's chat template {message}"):
