@@ -52,7 +52,7 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{"demonstration": "b", "promt": "a"}], "row 1 has no prompt; it has demonstration, promt"),
         ([{}], "row 1 has no prompt; it has nothing"),
         ([GOOD, "{not json\n"], "row 2 is not JSON"),
-        ([[1, 2]], "row 1 is a list"),
+        ([[1, 2]], "row 1 is a number"),
         ([{"prompt": 3, "demonstration": "b"}], "row 1: prompt is a number"),
         ([{"prompt": [{"role": "user"}], "demonstration": "b"}], "row 1: prompt is a list"),
         ([{"prompt": " \n", "demonstration": "b"}], "row 1 has an empty prompt"),

@@ -20,7 +20,7 @@ from sdft.models.files import named_by
 from sdft.models.load import load_model
 from sdft.rows import Rows
 from sdft.settings.commands import EvalCommand
-from sdft.settings.config import ModelArguments
+from sdft.settings.inputs import ModelArguments
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
 

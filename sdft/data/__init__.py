@@ -9,6 +9,8 @@ from sdft.data.encode import (
     encode_demonstration,
     encode_prompt,
     encode_rows,
+    opening,
+    openings_ids,
     teacher_chat,
     written,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "encode_prompt",
     "encode_rows",
     "load_rows",
+    "opening",
+    "openings_ids",
     "teacher_chat",
     "written",
 ]

@@ -35,7 +35,7 @@ def encode_prompt(
 
     `where` is what errors call the row that it is from.
     """
-    return _opening_ids(opening(prompt, tokenizer, where), tokenizer)
+    return opening_ids(opening(prompt, tokenizer, where), tokenizer)
 
 
 def opening(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None) -> str:
@@ -45,8 +45,12 @@ def opening(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, whe
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
 
 
-def _opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without a chat template, which has its own, what the tokenizer puts before a text; never what it puts after."""
+def opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the text that an answer follows.
+
+    Without a chat template, which has its own, they begin with what the tokenizer puts before a text; what it puts
+    after is never there.
+    """
     bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.chat_template:
         return bare
@@ -54,6 +58,13 @@ def _opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     starts = range(len(whole) - len(bare) + 1)
     start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
     return whole if start is None else whole[: start + len(bare)]
+
+
+def openings_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The same of many texts, on all cores where the tokenizer can."""
+    if tokenizer.chat_template:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [opening_ids(text, tokenizer) for text in texts]
 
 
 def _answer_ids(before: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -181,7 +192,7 @@ def encode_rows(
             check_ids(row, "demonstration", ids["completion_ids"], tokenizer, 0, limits)
         if method != "sft":
             text = opening(teacher_chat(row, template), tokenizer, row[WHERE])
-            ids["teacher_prompt_ids"] = _opening_ids(text, tokenizer)
+            ids["teacher_prompt_ids"] = opening_ids(text, tokenizer)
             check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
             unseen.look(row, text)
         encoded.append(ids)

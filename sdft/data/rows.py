@@ -7,17 +7,19 @@ A row has `prompt` (text or chat messages), `demonstration` (text or one message
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft.data.files import read_file
+from sdft.data.columns import COLUMNS as COLUMNS
+from sdft.data.columns import named
+from sdft.data.files import read_source
 from sdft.errors import UsageError, counted, kind_of
 from sdft.templates import as_messages, is_messages
 
 Row = dict[str, Any]
 WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
-COLUMNS = ("prompt", "demonstration", "answer")
 #: What other trainers read of a row, and would change what the model sees: refused where a row has it.
 UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 
@@ -26,25 +28,53 @@ class Place(str):
     """A checked row's file and number. A row that says so itself, under the same key, is not believed."""
 
 
-def load_rows(source: Any, *, name: str | None = None, need: Sequence[str] = ("prompt", "demonstration")) -> list[Row]:
-    """The checked rows of a JSONL or Parquet file, of a `datasets.Dataset`, or of any sequence of dictionaries.
+def load_rows(
+    source: Any,
+    *,
+    name: str | None = None,
+    need: Sequence[str] = ("prompt", "demonstration"),
+    columns: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """The checked rows of a source: the name of a file, a folder or a hub dataset (see `sdft.data.files`), a list of
+    such names or a mapping of them to weights, a `datasets.Dataset`, or any sequence of dictionaries.
 
-    `need` names the fields that every row must have; `name` is what errors call a source that is not a file.
+    `need` names the fields that every row must have, `columns` the source's columns for them (`sdft.data.columns`), and
+    `name` is what errors call a source without a name. Of a source with a weight, each row is there that many times,
+    and for a fraction so many of its rows, drawn by `seed`.
     """
+    if isinstance(source, Mapping):
+        return _mixture(source, need, columns, seed)
+    if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
+        return [row for each in source for row in load_rows(each, need=need, columns=columns)]
     if isinstance(source, str | Path):
         name = str(source)
-        numbered = read_file(Path(source))
+        numbered = read_source(source)
     elif isinstance(source, Iterable) and hasattr(source, "__len__"):
         name = name or "dataset"
-        numbered = [(number, row) for number, row in enumerate(source, start=1)]
+        numbered = list(enumerate(source, start=1))
     else:
         raise UsageError(
-            f"{name or 'dataset'} is a {type(source).__name__}; it may be a JSONL or Parquet file, a datasets.Dataset "
-            "or a list of rows"
+            f"{name or 'dataset'} is a {type(source).__name__}; it may be a file's name, a datasets.Dataset or a list "
+            "of rows"
         )
     if not numbered:
         raise UsageError(f"{name} is empty: it has no rows")
-    return [_check_row(row, f"{name}, row {number}", need) for number, row in numbered]
+    return [_check_row(row, f"{name}, row {number}", need) for number, row in named(numbered, name, need, columns)]
+
+
+def _mixture(
+    weights: Mapping[Any, float], need: Sequence[str], columns: Mapping[str, str] | None, seed: int
+) -> list[Row]:
+    found: list[Row] = []
+    for source, weight in weights.items():
+        rows = load_rows(source, need=need, columns=columns)
+        whole, rest = divmod(weight, 1)
+        part = sorted(random.Random(f"{seed} {source}").sample(range(len(rows)), round(rest * len(rows))))
+        found += rows * int(whole) + [rows[place] for place in part]
+    if not found:
+        raise UsageError(f"{', '.join(map(str, weights))} have no rows by their weights, {[*weights.values()]}")
+    return found
 
 
 def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
