@@ -117,15 +117,16 @@ def _let_segments_grow() -> None:
 
 def _train(argv: list[str], started: float) -> int:
     _let_segments_grow()
-    from sdft.early_checks import check_package, check_readable, check_writable
+    from sdft.early_checks import check_package, check_readable, check_vllm, check_writable
     from sdft.models.files import check_model
     from sdft.rows import rows_of_train
     from sdft.settings import help
-    from sdft.settings.config import VLLM, DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
+    from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
     from sdft.settings.fields import own_fields, training_fields
     from sdft.settings.idle import OF_TRAINING, without_effect
     from sdft.settings.inherited import check_values
     from sdft.settings.recipe import read
+    from sdft.settings.rollouts import VLLM
 
     fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
     if _helped("sdft train", help.TRAIN, fields, argv):
@@ -145,7 +146,7 @@ def _train(argv: list[str], started: float) -> int:
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
         if method.rollout_backend == VLLM:
-            check_package("rollout_backend is 'vllm'", "vllm")
+            check_vllm(method.rollout_server)
         rows = rows_of_train(data, evaluation, method)
 
         from sdft.settings.arguments import SDFTConfig

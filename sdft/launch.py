@@ -22,9 +22,10 @@ from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.rollouts.drafts import check_drafts
-from sdft.settings.config import AUTO, VLLM, SDFTConfig
+from sdft.settings.config import SDFTConfig
 from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inherited import REFUSED
+from sdft.settings.rollouts import AUTO, VLLM
 
 logger = logging.getLogger(__name__)
 

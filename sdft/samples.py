@@ -24,13 +24,15 @@ from sdft.progress.counts import Count
 from sdft.progress.display import Progress
 from sdft.progress.step_log import StepLog
 from sdft.repeats import RepeatedRows
+from sdft.rollouts.engine import Engine
 from sdft.rollouts.fitting import AsManyAsFit
 from sdft.rollouts.generate import write
 from sdft.rollouts.interface import LENGTH, Backend, Completion, Request, Sampling
 from sdft.rollouts.known_texts import KnownTexts
 from sdft.rollouts.row_sampler import seed_of
+from sdft.rollouts.server import ServerRollouts
 from sdft.rollouts.vllm import VllmRollouts
-from sdft.settings.config import VLLM
+from sdft.settings.rollouts import VLLM
 from sdft.teacher import Teacher
 
 #: Back-ends that draw from the student itself, whose probabilities in float32 are those of the loss.
@@ -44,7 +46,7 @@ class SamplingTrainer(Runs):
     sampling: Sampling
     teacher: Teacher | None
     step_log: StepLog
-    vllm: VllmRollouts | None = None
+    engine: Engine | None = None
     reused: list[Sample] | None = None  # by the steps that the same samples serve
     write = staticmethod(write)  # which a benchmark may watch
 
@@ -218,23 +220,24 @@ class SamplingTrainer(Runs):
             yield self.student, "prompt_ids"
 
     def _backend(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[str | Backend]:
-        """What samples the rollouts: a back-end's name, or vLLM's engine with the weights that the model has now."""
-        return contextlib.nullcontext(self.args.rollout_backend) if self.vllm is None else self.vllm.serving(model)
+        """What samples the rollouts: a back-end's name, or an engine with the weights that the model has now."""
+        return contextlib.nullcontext(self.args.rollout_backend) if self.engine is None else self.engine.serving(model)
 
     def make_engine(self, rows: list[Row]) -> None:
         """Have vLLM serve the student, where it is to answer the prompts of these rows."""
         args = self.args
         if args.method != "sdft" or args.rollout_backend != VLLM or not rows:
             return
-        make = functools.partial(
-            VllmRollouts,
-            self.student,
-            longest=max(len(row["prompt_ids"]) for row in rows) + args.max_completion_length,
-            dtype=self.autocast_type or self.student.dtype,
-            memory_share=args.vllm_memory_share,
-            probe=rows[0]["prompt_ids"][:16],
-        )
-        self.vllm = self.with_student(make)
+        longest = max(len(row["prompt_ids"]) for row in rows) + args.max_completion_length
+        probe = rows[0]["prompt_ids"][:16]
+
+        def make() -> Engine:
+            if args.rollout_server is not None:
+                return ServerRollouts(args.rollout_server, self.student, longest=longest, probe=probe)
+            dtype, share = self.autocast_type or self.student.dtype, args.vllm_memory_share
+            return VllmRollouts(self.student, longest=longest, dtype=dtype, memory_share=share, probe=probe)
+
+        self.engine = self.with_student(make)
 
     def _places(self, count: int) -> list[int]:
         """The place in the step's batch, over all processes, of each of this process's rows.

@@ -23,10 +23,12 @@ from sdft.early_checks import check_package
 from sdft.errors import TrainingError, UsageError
 from sdft.launch import check_launch
 from sdft.models.adapters import merged_weights
+from sdft.rollouts import engine as engines
 from sdft.rollouts import vllm as by_vllm
+from sdft.rollouts.engine import largest_gap, weights_of
 from sdft.rollouts.generate import write
 from sdft.rollouts.interface import Request, Sampling
-from sdft.rollouts.vllm import ENVIRONMENT, VllmRollouts, largest_gap, weights_of
+from sdft.rollouts.vllm import ENVIRONMENT, VllmRollouts
 from tests import tiny
 from tests.test_sdft_trainer import trained, trainer
 
@@ -162,7 +164,7 @@ def test_a_layer_that_keeps_its_weights_is_found(monkeypatch):
         served.check(model)
     with pytest.raises(TrainingError, match="after push 1 of its weights"):
         engine(model)
-    monkeypatch.setattr(by_vllm, "CHECK_EVERY", 3)
+    monkeypatch.setattr(engines, "CHECK_EVERY", 3)
     with pytest.raises(TrainingError, match="after push 3 of its weights"), served.serving(model):
         pass
     monkeypatch.setattr(by_vllm, "weights_of", lambda of: (pair for pair in whole(of) if "mlp.up" not in pair[0]))

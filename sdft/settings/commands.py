@@ -13,8 +13,9 @@ from sdft.settings.checks import (
     check_temperature,
     matching,
 )
-from sdft.settings.config import EvalSettings, setting
+from sdft.settings.config import EvalSettings
 from sdft.settings.inherited import LARGEST_SEED
+from sdft.settings.setting import setting
 from sdft.templates import TEMPLATES, parse_template
 
 if TYPE_CHECKING:

@@ -149,6 +149,7 @@ GROUPS = {
         "rollouts_per_prompt",
         "rollout_batch_size",
         "rollout_backend",
+        "rollout_server",
         "vllm_memory_share",
         "log_completions",
     ),

@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
+from sdft.rollouts import engine as engines
 from sdft.rollouts import vllm as by_vllm
 from sdft.rollouts.generate import write
 from sdft.rollouts.interface import LENGTH, TOKEN, Request, Sampling
@@ -144,7 +145,7 @@ def test_an_adapter_is_served_and_stays_as_it_is(tied, options):
 def test_weights_that_were_not_pushed_are_found(monkeypatch):
     learner = model()
     served = engine(learner)
-    whole = by_vllm.weights_of
+    whole = engines.weights_of
     monkeypatch.setattr(by_vllm, "weights_of", lambda of: (p for p in whole(of) if "layers.1.mlp.down" not in p[0]))
     with pytest.raises(TrainingError, match=r"not model.layers.1.mlp.down_proj.weight"):
         served.push(learner)
