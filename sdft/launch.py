@@ -43,6 +43,8 @@ def prepare(trainer: Trainer, *, corrects: bool) -> None:
     for sentence in without_effect(OF_TRAINING, args, corrects=corrects):
         logger.warning(sentence)
     check_rollouts(model, args, sharded=trainer.is_fsdp_enabled)
+    if args.rollout_lag and args.method == "sdft":
+        _check_lag(args, corrects)
     prepare_packages(trainer)
     prepare_memory(model, args)
 
@@ -94,6 +96,19 @@ def _check_vllm(args: SDFTConfig, quantised: bool, *, fsdp: bool) -> None:
         raise UsageError(f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process")
     if quantised:
         raise UsageError("rollout_backend is 'vllm', and the model is quantised; it must be generate or continuous")
+
+
+def _check_lag(args: SDFTConfig, corrects: bool) -> None:
+    if not corrects:
+        raise UsageError(
+            "rollout_lag is 1, and rollout_correction 'auto' corrects nothing where tokens are drawn from another "
+            "distribution than the loss compares; it must be 0, or rollout_correction truncate"
+        )
+    if args.device.type == "cuda" and args.rollout_server is None:
+        raise UsageError(
+            "rollout_lag is 1, and vLLM's engine in this process sleeps while the student learns on a GPU; it must be "
+            "0, or rollout_server the URL of a vLLM server"
+        )
 
 
 def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:

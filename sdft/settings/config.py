@@ -284,6 +284,11 @@ class MethodSettings(EvalSettings, RolloutSettings):
                 "cross-entropy counts, and method sft has that without rollouts"
             )
         check_at_least("num_iterations", self.num_iterations, 1)
+        if self.rollout_lag and self.num_iterations > 1:
+            raise UsageError(
+                f"rollout_lag is 1 and num_iterations {self.num_iterations}; it must be 0, for rollouts that serve "
+                "several steps are written in few of them"
+            )
         check_between("importance_clip", self.importance_clip, 0)
         check_at_least("ema_interval", self.ema_interval, 1)
         if self.teacher_offload and self.teacher == "live":

@@ -151,6 +151,7 @@ GROUPS = {
         "rollout_backend",
         "rollout_server",
         "vllm_memory_share",
+        "rollout_lag",
         "log_completions",
     ),
     "what trains": ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_embeddings"),

@@ -76,6 +76,11 @@ class RolloutSettings:
         "rollout_backend vllm: the share of the GPU's memory that its weights, keys and values may take; on a CPU its "
         "keys and values, of the free memory.",
     )
+    rollout_lag: int = setting(
+        0,
+        "1: the next step's rollouts are written while this one learns, by the weights before its update, which "
+        "rollout_correction makes up for. With rollout_backend vllm, on a GPU with a rollout_server.",
+    )
     rollout_correction: str = setting(
         "auto",
         "Weight each token's loss by its probability now over that with which it was drawn, at most importance_clip: "
@@ -110,6 +115,22 @@ class RolloutSettings:
                 "rollout_correction is 'truncate' and rollout_from 'teacher'; it must be none or auto, for the weights "
                 "would take back what the teacher's own answers change"
             )
+        self._check_lag()
         if self.rollout_batch_size is not None:
             self.rollout_batch_size = at_least_or("rollout_batch_size", self.rollout_batch_size, 1, AUTO)
         check_texts("rollout_stop", self.rollout_stop)
+
+    def _check_lag(self) -> None:
+        check_at_least("rollout_lag", self.rollout_lag, 0, 1)
+        if not self.rollout_lag:
+            return
+        if self.rollout_backend != VLLM:
+            raise UsageError(
+                f"rollout_lag is 1 and rollout_backend {self.rollout_backend!r}; it must be 0, or the back-end vllm, "
+                "whose weights stay as they are while the student's are updated"
+            )
+        if self.rollout_correction == "none":
+            raise UsageError(
+                "rollout_lag is 1 and rollout_correction 'none'; it must be 0, or rollout_correction auto or truncate, "
+                "for the rollouts are drawn by the weights before an update"
+            )
