@@ -24,6 +24,7 @@ from tests.vllm.test_vllm import (
     DRAWN,
     PROMPTS,
     assert_writes_as_generate,
+    check_a_step_ahead,
     losses,
     model,
     moved,
@@ -125,3 +126,7 @@ def test_training_with_it_is_training_with_generate(url, tmp_path):
     theirs = losses(tmp_path / "server", "vllm", rollout_server=url, **options)
     assert len(theirs) == 5 and len({line["loss"] for line in theirs}) == 5
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], abs=1e-4)
+
+
+def test_a_step_ahead(url, tmp_path):
+    check_a_step_ahead(tmp_path, rollout_server=url, make=lambda: model(tied=True))
