@@ -164,7 +164,7 @@ def _train(argv: list[str], started: float) -> int:
 
 
 def _eval(argv: list[str], started: float) -> None:
-    from sdft.early_checks import check_output_file, check_readable
+    from sdft.early_checks import check_output_file, check_readable, check_vllm
     from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_eval
     from sdft.settings import help
@@ -174,6 +174,7 @@ def _eval(argv: list[str], started: float) -> None:
     from sdft.settings.fields import own_fields
     from sdft.settings.idle import OF_EVAL, without_effect
     from sdft.settings.recipe import read
+    from sdft.settings.rollouts import VLLM
     from sdft.templates import TEMPLATES
 
     def adapt(recipe: dict[str, Written]) -> None:
@@ -200,6 +201,8 @@ def _eval(argv: list[str], started: float) -> None:
         if command.base_model:
             with named_by("base_model"):
                 check_model(command.base_model)
+        if command.rollout_backend == VLLM:
+            check_vllm(command.rollout_server)
         rows = rows_of_eval(model, evaluation, command)
         for sentence in without_effect(OF_EVAL, evaluation, command, only=given.flags):
             logger.warning(sentence)
@@ -211,7 +214,7 @@ def _eval(argv: list[str], started: float) -> None:
 
 def _generate(argv: list[str], started: float) -> None:
     from sdft.data import load_rows
-    from sdft.early_checks import check_output_file, check_readable
+    from sdft.early_checks import check_output_file, check_readable, check_vllm
     from sdft.models.files import check_model
     from sdft.settings import help
     from sdft.settings.commands import GenerateCommand
@@ -219,6 +222,7 @@ def _generate(argv: list[str], started: float) -> None:
     from sdft.settings.fields import own_fields
     from sdft.settings.idle import OF_GENERATE, without_effect
     from sdft.settings.recipe import read
+    from sdft.settings.rollouts import VLLM
 
     fields = own_fields(ModelArguments, GenerateCommand)
     if _helped("sdft generate", help.GENERATE, fields, argv):
@@ -229,6 +233,8 @@ def _generate(argv: list[str], started: float) -> None:
         check_readable("prompt_file", command.prompt_file)
         check_output_file("output_file", command.output_file, inputs=[command.prompt_file])
         check_model(model.model)
+        if command.rollout_backend == VLLM:
+            check_vllm(command.rollout_server)
         source = command.prompt_file or [{"prompt": command.prompt}]
         rows = load_rows(source, name="prompt", need=("prompt",))
         for sentence in without_effect(OF_GENERATE, command, only=given.flags):

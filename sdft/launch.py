@@ -22,6 +22,7 @@ from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.rollouts.drafts import check_drafts
+from sdft.rollouts.writer import check_weights
 from sdft.settings.config import SDFTConfig
 from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inherited import REFUSED
@@ -84,18 +85,17 @@ def check_launch(trainer: Trainer) -> None:
         )
     args = cast(SDFTConfig, trainer.args)
     if args.rollout_backend == VLLM:
-        _check_vllm(args, quantised is not None, fsdp=trainer.is_fsdp_enabled)
+        _check_vllm(args, fsdp=trainer.is_fsdp_enabled)
+        check_weights(causal_lm(cast(nn.Module, trainer.model)))
     if trainer.is_fsdp_enabled:
         adapter = has_adapter(cast(nn.Module, trainer.model))
         _check_fsdp(trainer.accelerator.state.fsdp_plugin, adapter, cast(SDFTConfig, trainer.args))
 
 
-def _check_vllm(args: SDFTConfig, quantised: bool, *, fsdp: bool) -> None:
+def _check_vllm(args: SDFTConfig, *, fsdp: bool) -> None:
     others = "the run is under FSDP" if fsdp else f"the run has {args.world_size} processes"
     if fsdp or args.world_size > 1:
         raise UsageError(f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process")
-    if quantised:
-        raise UsageError("rollout_backend is 'vllm', and the model is quantised; it must be generate or continuous")
 
 
 def _check_lag(args: SDFTConfig, corrects: bool) -> None:

@@ -18,6 +18,7 @@ from sdft.batch import Sample, group, lay_out, parts_within
 from sdft.checkpoints.runs import Runs
 from sdft.data import Row
 from sdft.errors import TrainingError
+from sdft.evaluation.exam import Exam
 from sdft.forward import Result, as_forward_of
 from sdft.loss import completion_logprobs
 from sdft.models.adapters import causal_lm
@@ -32,8 +33,7 @@ from sdft.rollouts.generate import write
 from sdft.rollouts.interface import LENGTH, Backend, Completion, Request, Sampling
 from sdft.rollouts.known_texts import KnownTexts
 from sdft.rollouts.row_sampler import seed_of
-from sdft.rollouts.server import ServerRollouts
-from sdft.rollouts.vllm import VllmRollouts
+from sdft.rollouts.writer import make_engine
 from sdft.settings.rollouts import VLLM
 from sdft.teacher import Teacher
 
@@ -48,6 +48,7 @@ class SamplingTrainer(Runs):
     sampling: Sampling
     teacher: Teacher | None
     step_log: StepLog
+    exam: Exam
     engine: Engine | None = None
     ahead: RolloutsAhead | None = None
     reused: list[Sample] | None = None  # by the steps that the same samples serve
@@ -262,20 +263,30 @@ class SamplingTrainer(Runs):
         """What samples the rollouts: a back-end's name, or an engine with the weights that the model has now."""
         return contextlib.nullcontext(self.args.rollout_backend) if self.engine is None else self.engine.serving(model)
 
+    @contextlib.contextmanager
+    def answering(self, exam: Exam) -> Iterator[str | Backend]:
+        """What writes the answers of an exam: what writes the rollouts; `generate` where vLLM has no room for them."""
+        engine, backend = self.engine, self.args.rollout_backend
+        if engine is not None and exam.longest <= engine.longest:
+            with engine.serving(self.student) as answer:
+                yield answer
+        else:
+            yield "generate" if backend == VLLM or self.args.method == "sft" else backend
+
     def make_engine(self, rows: list[Row]) -> None:
         """Have vLLM serve the student, where it is to answer the prompts of these rows."""
         args = self.args
         if args.method != "sdft" or args.rollout_backend != VLLM or not rows:
             return
         longest = max(len(row["prompt_ids"]) for row in rows) + args.max_completion_length
-        probe = rows[0]["prompt_ids"][:16]
-
-        def make() -> Engine:
-            if args.rollout_server is not None:
-                return ServerRollouts(args.rollout_server, self.student, longest=longest, probe=probe)
-            dtype, share = self.autocast_type or self.student.dtype, args.vllm_memory_share
-            return VllmRollouts(self.student, longest=longest, dtype=dtype, memory_share=share, probe=probe)
-
+        make = functools.partial(
+            make_engine,
+            args,
+            self.student,
+            longest=max(longest, self.exam.longest),
+            dtype=self.autocast_type or self.student.dtype,
+            probe=rows[0]["prompt_ids"],
+        )
         self.engine = self.with_student(make)
         if args.rollout_lag:
             self.ahead = RolloutsAhead(self._write_ahead, self.phases)

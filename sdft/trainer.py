@@ -313,7 +313,8 @@ class SDFTTrainer(SamplingTrainer):
             exam.check(self.student, tokenizer)
 
         def measure() -> dict[str, float | None]:
-            held_out = exam.held_out(self.student, tokenizer)
+            with self.answering(exam) as backend:
+                held_out = exam.held_out(self.student, tokenizer, backend=backend)
             return {
                 "accuracy": None if held_out is None else held_out.accuracy,
                 "forgetting": None if self.starting_model is None else self.forgetting(self.starting_model),

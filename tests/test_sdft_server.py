@@ -258,3 +258,46 @@ def test_several_processes_take_another_back_end(tmp_path, monkeypatch):
     monkeypatch.setattr(type(run.args), "world_size", 2)
     with pytest.raises(UsageError, match="and the run has 2 processes; it must be generate"):
         check_launch(run)
+
+
+# Evaluation and the commands
+
+
+def test_answers_of_an_evaluation_are_written_by_what_writes_the_rollouts(tmp_path, stand_in):
+    """The stand-in draws as `generate` does; a prompt that is longer than it was asked for is left to that."""
+    options = {"eval_dataset": tiny.rows(), "eval_strategy": "steps", "eval_temperature": 1.0, "eval_samples": 2}
+    served = {"rollout_backend": "vllm", "rollout_server": stand_in.url, "rollout_correction": "none"}
+    ways = {"generate": {}, "continuous": {"rollout_backend": "continuous"}, "server": served}
+    runs = {way: trainer(tmp_path / way, eval_completion_length=8, **options, **of) for way, of in ways.items()}
+    measured = {way: run.evaluate()["eval_accuracy"] for way, run in runs.items()}
+    assert measured["generate"] == measured["continuous"] == measured["server"]
+    answered = [body["max_tokens"] for path, body in stand_in.asked if path == "/v1/completions"]
+    assert answered.count(8) == 16 + 2  # with those of the comparison
+    runs["server"].evaluate([{"prompt": "a" * 50, "answer": "b"}])
+    assert len([path for path, _ in stand_in.asked if path == "/v1/completions"]) == len(answered)
+
+
+def test_eval_and_generate_take_the_same_back_ends(tmp_path, stand_in, capsys, caplog):
+    stand_in.described["max_model_len"] = 200
+    stand_in.begin()
+    model = tiny.saved(tmp_path / "model", tiny.tiny_model())
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(2)))
+    ways = {"generate": (), "continuous": ("--rollout_backend", "continuous")}
+    ways["server"] = ("--rollout_backend", "vllm", "--rollout_server", stand_in.url)
+    sampled = ("--eval_temperature", "1", "--eval_samples", "2", "--eval_completion_length", "9")
+    said, scores = {}, {}
+    for way, words in ways.items():
+        files = ("--output_file", str(tmp_path / f"{way}.jsonl"))
+        assert main(["eval", "--model", model, "--eval_file", str(data), *sampled, *files, *words]) == 0
+        scores[way] = (tmp_path / f"{way}.jsonl").read_text()
+        capsys.readouterr()
+        assert main(["generate", "--model", model, "--prompt", "say a", "--max_completion_length", "20", *words]) == 0
+        said[way] = capsys.readouterr().out
+    assert scores["generate"] == scores["continuous"] == scores["server"] and scores["generate"].count("\n") == 4
+    assert said["generate"] == said["continuous"] == said["server"]
+    assert {body["max_tokens"] for path, body in stand_in.asked if path == "/v1/completions"} == {9, 20}
+    assert main(["generate", "--model", model, "--prompt", "a", "--rollout_backend", "sglang"]) == 2
+    assert "--rollout_backend is 'sglang'; it may be generate, continuous or vllm" in capsys.readouterr().err
+    assert main(["eval", "--model", model, "--eval_file", str(data), "--rollout_server", "http://localhost:1"]) == 0
+    assert "rollout_server is 'http://localhost:1' and does nothing: rollout_backend is 'generate'" in caplog.text

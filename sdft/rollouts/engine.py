@@ -31,7 +31,7 @@ class Engine(ABC):
     """
 
     def __init__(self, *, longest: int, dtype: torch.dtype, device: torch.device, probe: Sequence[int]) -> None:
-        self.dtype, self.device, self.probe, self.pushes = dtype, device, probe, 0
+        self.longest, self.dtype, self.device, self.probe, self.pushes = longest, dtype, device, probe, 0
         self.probe_sampling = Sampling(min(PROBE_TOKENS, longest - len(probe)), temperature=1.0, logprobs=True)
 
     @contextlib.contextmanager

@@ -63,7 +63,7 @@ class ServerRollouts(Engine):
             )
         if about["longest"] < longest:
             raise self._unfit(
-                f"takes {about['longest']} tokens, and the longest prompt has {longest} with max_completion_length; "
+                f"takes {about['longest']} tokens, and the longest prompt has {longest} with its completion; "
                 f"--max-model-len {longest} would do"
             )
         if about["logprobs"] != "processed_logprobs":

@@ -26,7 +26,36 @@ AUTO = "auto"  # rollout_batch_size: as many as fit
 
 
 @dataclass
-class RolloutSettings:
+class BackendSettings:
+    """What writes rollouts, and the answers of an evaluation."""
+
+    rollout_backend: str = setting(
+        "generate",
+        "What writes the rollouts, and the answers of an evaluation: generate (transformers, one padded batch), "
+        "continuous (transformers' continuous batching: no padding, and a finished rollout makes room for the next), "
+        "vllm (an engine of vLLM's in this process, which is given the model's weights before it answers), or in "
+        "training one you have registered with sdft.rollouts.generate.register_backend.",
+    )
+    rollout_server: str | None = setting(
+        None,
+        "rollout_backend vllm: the URL of a vLLM server that writes the rollouts, such as http://localhost:8000, in "
+        "place of an engine in this process; docs/rollouts.md says how it is started.",
+    )
+    vllm_memory_share: float = setting(
+        0.3,
+        "rollout_backend vllm: the share of the GPU's memory that its weights, keys and values may take; on a CPU its "
+        "keys and values, of the free memory.",
+    )
+
+    def __post_init__(self) -> None:
+        check_between("vllm_memory_share", self.vllm_memory_share, 0, 1)
+        check_url("rollout_server", self.rollout_server)
+        self.rollout_server = self.rollout_server and self.rollout_server.rstrip("/")
+        self.rollout_backend = matching(self.rollout_backend, (VLLM,)) or self.rollout_backend
+
+
+@dataclass
+class RolloutSettings(BackendSettings):
     """What the student's answers are drawn from, by whom, and how many at once."""
 
     max_completion_length: int = setting(256, "The most tokens in a rollout.")
@@ -53,28 +82,11 @@ class RolloutSettings:
         "Rollouts sampled at once, those of similar prompt length together; all of the step's when not set. auto is as "
         "many as the free memory takes, and half as many each time that it runs out all the same.",
     )
-    rollout_backend: str = setting(
-        "generate",
-        "What samples the rollouts: generate (transformers, one padded batch), continuous (transformers' continuous "
-        "batching: no padding, and a finished rollout makes room for the next), vllm (an engine of vLLM's in this "
-        "process, which is given the student's weights before it answers), or one you have registered with "
-        "sdft.rollouts.generate.register_backend.",
-    )
     rollout_draft: str = setting(
         "none",
         "Write rollouts in fewer passes of the model, the same tokens, by a text that they may resemble: demonstration "
         "(the row's own), history (the rollout of the same prompt in an earlier epoch) or none. With rollout_backend "
         "generate.",
-    )
-    rollout_server: str | None = setting(
-        None,
-        "rollout_backend vllm: the URL of a vLLM server that writes the rollouts, such as http://localhost:8000, in "
-        "place of an engine in this process; docs/rollouts.md says how it is started.",
-    )
-    vllm_memory_share: float = setting(
-        0.3,
-        "rollout_backend vllm: the share of the GPU's memory that its weights, keys and values may take; on a CPU its "
-        "keys and values, of the free memory.",
     )
     rollout_lag: int = setting(
         0,
@@ -88,6 +100,7 @@ class RolloutSettings:
     )
 
     def __post_init__(self) -> None:
+        BackendSettings.__post_init__(self)
         check_at_least("max_completion_length", self.max_completion_length, 1)
         check_temperature("rollout_temperature", self.rollout_temperature)
         check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
@@ -102,10 +115,6 @@ class RolloutSettings:
                 f"{self.rollout_backend!r}, for drafts take 'generate'"
             )
         self.rollout_correction = chosen("rollout_correction", self.rollout_correction, CORRECTIONS)
-        check_between("vllm_memory_share", self.vllm_memory_share, 0, 1)
-        check_url("rollout_server", self.rollout_server)
-        self.rollout_server = self.rollout_server and self.rollout_server.rstrip("/")
-        self.rollout_backend = matching(self.rollout_backend, (VLLM,)) or self.rollout_backend
         if self.rollout_backend == VLLM and self.rollout_from == "teacher":
             raise UsageError(
                 "rollout_backend is 'vllm' and rollout_from 'teacher'; it must be student, whose weights vLLM is given"
