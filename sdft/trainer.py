@@ -13,7 +13,6 @@ not the checkpoint, and loads the checkpoint into the student.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any, cast
@@ -184,7 +183,7 @@ class SDFTTrainer(SamplingTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The step's micro-batches, with the students' answers in them, and what its summed loss is divided by."""
-        batches: list[list[Row]] = list(itertools.islice(epoch_iterator, num_batches))
+        batches = self.step_batches(epoch_iterator, num_batches)
         if not batches:
             return [], None
         self.use_weights("train")
@@ -314,7 +313,8 @@ class SDFTTrainer(SamplingTrainer):
             exam.check(self.student, tokenizer)
 
         def measure() -> dict[str, float | None]:
-            held_out = exam.held_out(self.student, tokenizer)
+            with self.answering(exam) as backend:
+                held_out = exam.held_out(self.student, tokenizer, backend=backend)
             return {
                 "accuracy": None if held_out is None else held_out.accuracy,
                 "forgetting": None if self.starting_model is None else self.forgetting(self.starting_model),

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -245,13 +245,18 @@ class Measure:
 
     def held_out(self, when: str, template: list[Message] | None = None) -> Answers | None:
         """Answers to the held-out prompts, with a template by the teacher."""
-        return self._run(
-            lambda: self.exam.held_out(self.trainer.student, self.tokenizer, f"{when}, held-out prompts", template)
-        )
+        return self._answers(self.exam.held_out, f"{when}, held-out prompts", template)
 
     def general(self, when: str) -> Answers | None:
         """Answers to the general prompts."""
-        return self._run(lambda: self.exam.general(self.trainer.student, self.tokenizer, f"{when}, general prompts"))
+        return self._answers(self.exam.general, f"{when}, general prompts")
+
+    def _answers(self, ask: Callable[..., Answers | None], *told: Any) -> Answers | None:
+        def measure() -> Answers | None:
+            with self.trainer.answering(self.exam) as backend:
+                return ask(self.trainer.student, self.tokenizer, *told, backend=backend)
+
+        return self._run(measure)
 
     def forgetting(self, of_model: ModelArguments) -> float | None:
         """Nats a token from the model that training started from, which is loaded again where nobody kept it."""

@@ -89,7 +89,7 @@ def sample(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seeds: Sequence[int] | None = None,
-    backend: str = "generate",
+    backend: str | Backend = "generate",
     batch_size: int | AsManyAsFit | None = None,
 ) -> list[list[int]]:
     """The tokens of a completion for each prompt, drawn by its seed or by torch's own random numbers; see `write`."""

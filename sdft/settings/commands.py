@@ -11,10 +11,13 @@ from sdft.settings.checks import (
     check_between,
     check_switches,
     check_temperature,
+    chosen,
     matching,
 )
-from sdft.settings.config import EvalSettings, setting
+from sdft.settings.config import EvalSettings
 from sdft.settings.inherited import LARGEST_SEED
+from sdft.settings.rollouts import VLLM, BackendSettings
+from sdft.settings.setting import setting
 from sdft.templates import TEMPLATES, parse_template
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvalCommand(EvalSettings):
+class EvalCommand(EvalSettings, BackendSettings):
     """What `sdft eval` alone is told."""
 
     base_model: str | None = setting(
@@ -53,7 +56,8 @@ class EvalCommand(EvalSettings):
 
     def __post_init__(self) -> None:
         check_switches(self)
-        super().__post_init__()
+        EvalSettings.__post_init__(self)
+        _check_backend(self)
         check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
         check_at_least("seed", self.seed, 0, LARGEST_SEED)
         if self.teacher_template is not None:
@@ -62,7 +66,7 @@ class EvalCommand(EvalSettings):
 
 
 @dataclass
-class GenerateCommand:
+class GenerateCommand(BackendSettings):
     """What `sdft generate` alone is told."""
 
     prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
@@ -80,6 +84,7 @@ class GenerateCommand:
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
 
     def __post_init__(self) -> None:
+        _check_backend(self)
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError(f"prompt is {self.prompt!r}; it must be a text to answer")
         if bool(self.prompt) == bool(self.prompt_file):
@@ -98,6 +103,11 @@ class GenerateCommand:
                 f"top_p is {self.top_p} and top_k {self.top_k}, and temperature is {self.temperature!r}; they are for "
                 "sampling, which takes a temperature above 0"
             )
+
+
+def _check_backend(command: BackendSettings) -> None:
+    command.rollout_backend = chosen("rollout_backend", command.rollout_backend, ("generate", "continuous", VLLM))
+    BackendSettings.__post_init__(command)
 
 
 @dataclass
