@@ -202,6 +202,7 @@ def _eval(argv: list[str], started: float) -> None:
     if _helped("sdft eval", help.EVAL, fields, argv):
         return
     given = read(argv, fields, command="sdft eval", ignored=_every_field(), adapt=adapt)
+    given = given.after_run()
     with given.located():
         model, evaluation = given.make(ModelArguments), given.make(EvalArguments)
         command = given.make(EvalCommand)
@@ -241,6 +242,7 @@ def _generate(argv: list[str], started: float) -> None:
     if _helped("sdft generate", help.GENERATE, fields, argv):
         return
     given = read(argv, fields, command="sdft generate", ignored=_every_field())
+    given = given.after_run()
     with given.located():
         model, command = given.make(ModelArguments), given.make(GenerateCommand)
         check_rows("prompt_file", command.prompt_file)

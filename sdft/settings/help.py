@@ -122,6 +122,9 @@ GROUPS = {
     "data": (
         "train_file",
         "columns",
+        "overlong",
+        "chat_template_kwargs",
+        "teacher_chat_template_kwargs",
         "rows",
         "eval_file",
         "general_file",
