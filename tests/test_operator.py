@@ -200,6 +200,8 @@ def test_a_token_of_weight_zero_contributes_nothing_on_a_device(
     as_on_a_device(monkeypatch)
     actual = fused(case, backend=backend)
     for name, value in actual.output._asdict().items():
+        if value is None:
+            continue
         assert relative_error(value, getattr(expected.output, name)) < 1e-6, name
     for name, gradient in actual.gradients.items():
         assert relative_error(gradient, expected.gradients[name]) < 2e-6, name
