@@ -16,9 +16,8 @@ import torch
 
 from benchmarks.methods import METHODS, Inputs, Method, Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
-from sdft_kernels import fused_linear_divergence
+from sdft_kernels import autograd, fused_linear_divergence
 from sdft_kernels.chunking import BLOCK_TOKENS, Held, plan_chunks
-from sdft_kernels.operator import forward, fused_linear_divergence_op, scale, scale_op
 
 _TRL_STATISTICS = (
     *("s_max_ptr", "s_sum_ptr", "s_x_sum_ptr"),
@@ -80,8 +79,8 @@ TRAFFIC = {
 
 #: The custom operators' fake kernels would hide what they do.
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
-    fused_linear_divergence_op: forward,
-    scale_op: scale,
+    **autograd.IMPLEMENTATIONS,
+    autograd.scale_op: autograd.scale,
 }
 
 #: Tokens that the peers work on at once, as their code has it (checked in tests/test_ledger.py).

@@ -20,7 +20,7 @@ from sdft_kernels._compat import interpreted, stands_for_others, under_grad, und
 from sdft_kernels.backends.cpu import library
 from sdft_kernels.backends.select import BACKENDS
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, is_mixture
-from sdft_kernels.options import LossInputs, LossOptions
+from sdft_kernels.options import CrossEntropyInputs, CrossEntropyOptions, LossInputs, LossOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -77,6 +77,39 @@ def check_options(options: LossOptions) -> LossOptions:
         student_softcap=student.softcap,
         teacher_softcap=teacher.softcap,
         importance_clip=None if clip is None else positive("importance_clip", clip),
+        vocab_size=count("vocab_size", options.vocab_size, "tokens"),
+        max_chunk_bytes=count("max_chunk_bytes", options.max_chunk_bytes, "bytes"),
+    )
+
+
+def check_cross_entropy(given: CrossEntropyInputs, options: CrossEntropyOptions) -> torch.dtype:
+    """As `check`; `token_weight` may still be None."""
+    head("", given.hidden, given.weight, given.bias)
+    tokens, device = given.hidden.shape[0], given.hidden.device
+    if given.labels is None:
+        raise TypeError("labels must be a tensor of shape (N,), not NoneType")
+    per_token("labels", given.labels, tokens, device, floating=False)
+    per_token("token_weight", given.token_weight, tokens, device, floating=True)
+    differentiated_by_backward(given)
+    shared_vocabulary(given.weight.shape[0], given.weight.shape[0], options.vocab_size)
+    dtype = products_dtype(device, hidden=given.hidden, weight=given.weight)
+    supported_backend(options.backend, device, dtype)
+    return dtype
+
+
+def check_cross_entropy_options(options: CrossEntropyOptions) -> CrossEntropyOptions:
+    """As `check_options`."""
+    one_of("reduction", options.reduction, REDUCTIONS)
+    available_backend(options.backend)
+    logits = logit_options("", options.logit_scale, options.softcap, options.temperature)
+    return replace(
+        options,
+        temperature=logits.temperature,
+        logit_scale=logits.scale,
+        softcap=logits.softcap,
+        label_smoothing=between("label_smoothing", options.label_smoothing, 0, 1),
+        z_loss=between("z_loss", options.z_loss, 0, LARGEST_FLOAT32),
+        entropy_weight=between("entropy_weight", options.entropy_weight, -LARGEST_FLOAT32, LARGEST_FLOAT32),
         vocab_size=count("vocab_size", options.vocab_size, "tokens"),
         max_chunk_bytes=count("max_chunk_bytes", options.max_chunk_bytes, "bytes"),
     )
@@ -161,17 +194,19 @@ def readable(name: str, tensor: Tensor) -> None:
         )
 
 
-def differentiated_by_backward(given: LossInputs) -> None:
-    """Refuses tensors that torch.func is to differentiate, of which `requires_grad` says nothing."""
+def differentiated_by_backward(given: LossInputs | CrossEntropyInputs) -> None:
+    """Refuses tensors that torch.func is to differentiate, of which `requires_grad` says nothing; gradients reach the
+    first three."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    for name, tensor in ((field.name, getattr(given, field.name)) for field in fields(given)):
+    for place, field in enumerate(fields(given)):
+        name, tensor = field.name, getattr(given, field.name)
         if tensor is not None and under_grad(tensor):
             raise NotImplementedError(
                 f"{name} is under torch.func.grad, vjp or jacrev, and there is no derivative for these here: gradients "
                 "come by backward alone"
             )
-        if tensor is not None and name.startswith("student") and under_vmap_with_gradient(tensor):
+        if tensor is not None and place < 3 and under_vmap_with_gradient(tensor):
             raise NotImplementedError(
                 f"{name} takes a gradient and is under torch.func.vmap, where none comes here: call the loss for each "
                 "instead, or once for all tokens"
@@ -211,6 +246,21 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number that float64 holds, not an integer beyond it") from None
+
+
+def between(name: str, value: Any, least: float, most: float) -> float:
+    found = number(name, value)
+    if not least <= found <= most:
+        raise ValueError(f"{name} must lie between {least:g} and {most:g}, not be {value!r}")
+    return found
+
+
+def integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if abs(found := int(value)) > LARGEST_COUNT:
+        raise ValueError(f"{name} must be a number that int64 holds, not {value}")
+    return found
 
 
 def positive(name: str, value: Any) -> float:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-import torch
 from torch import Tensor, nn
 
 from sdft_kernels import arguments
-from sdft_kernels.chunk_loop import Wanted
-from sdft_kernels.operator import fused_linear_divergence_op, gradients_deferred
+from sdft_kernels.autograd import wanted_gradients
+from sdft_kernels.operator import fused_linear_divergence_op
 from sdft_kernels.options import LossInputs, LossOptions
 from sdft_kernels.outputs import DivergenceOutput
 from sdft_kernels.registration import values_of
@@ -152,10 +151,7 @@ def _divergence(given: LossInputs, options: LossOptions) -> DivergenceOutput:
     """Checks the tensors, and calls the operator, which sees of the teacher's side and the weights no graph."""
     operands = arguments.check(given, options)
     trained = (given.student_hidden, given.student_weight, given.student_bias)
-    with_graph = torch.is_grad_enabled()
-    wanted = Wanted(*(with_graph and tensor is not None and tensor.requires_grad for tensor in trained))
-    if gradients_deferred(options.reduction, wanted.weight, wanted.bias):
-        wanted = Wanted(hidden=False, weight=False, bias=False)
+    wanted = wanted_gradients(options.reduction, *trained)
     others = values_of(given)[len(trained) :]
     loss, token_loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob, *_ = (
         fused_linear_divergence_op(

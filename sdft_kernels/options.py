@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdft_kernels.divergences import LogitOptions, Objective
+from sdft_kernels.divergences import CROSS_ENTROPY, HardTerm, LogitOptions, Objective
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,41 @@ class LossOptions:
             LogitOptions(self.student_logit_scale, self.student_softcap, self.temperature),
             LogitOptions(self.teacher_logit_scale, self.teacher_softcap, self.temperature),
             self.importance_clip,
+        )
+
+
+@dataclass(frozen=True)
+class CrossEntropyInputs:
+    """The tensors of `fused_linear_cross_entropy`, in the operator's order. There `token_weight` is given, and 0 where the
+    label is ignored."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    token_weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class CrossEntropyOptions:
+    """The settings of `fused_linear_cross_entropy`, which says what each means."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+    entropy_weight: float
+    reduction: str
+    vocab_size: int | None
+    max_chunk_bytes: int | None
+    backend: str
+
+    @property
+    def objective(self) -> Objective:
+        """What is computed for each token."""
+        return Objective(
+            CROSS_ENTROPY,
+            student=LogitOptions(self.logit_scale, self.softcap, self.temperature),
+            hard=HardTerm(self.temperature, self.label_smoothing, self.z_loss, self.entropy_weight),
         )

@@ -15,7 +15,7 @@ from enum import IntEnum
 from sdft_kernels import callers
 
 #: The version of the interface between this module and the library: `INTERFACE` in kernels.c.
-INTERFACE = 2
+INTERFACE = 3
 
 
 class Constant(IntEnum):
@@ -31,6 +31,8 @@ class Constant(IntEnum):
     SHARE = 7
     REST = 8
     LOG_SHARE = 9
+    SLOPE = 10
+    UNIFORM = 11
 
 
 class Options(ctypes.Structure):
@@ -66,6 +68,8 @@ class Carry(ctypes.Structure):
         ("head_gradient", ctypes.c_void_p),
         ("bias_gradient", ctypes.c_void_p),
         ("hidden_gradient", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
         ("hidden_size", ctypes.c_long),
         ("head_stride", ctypes.c_long),
         ("head_gradient_stride", ctypes.c_long),
@@ -105,11 +109,10 @@ def load(path: str) -> ctypes.CDLL:
     logits, options = (pointer, size, size, size), ctypes.POINTER(Options)
     pair = (*logits, options, options, number, ctypes.c_double)
     models = ctypes.POINTER(Model)
-    found.fold.argtypes = (*logits, options, models, pointer, number)
-    found.fold_pair.argtypes = (*pair, models, number, pointer, number)
+    found.fold.argtypes = (*pair, models, number, pointer, number)
     found.fold_mixture.argtypes = (*pair, pointer, pointer, number)
     found.carry_back.argtypes = (*pair, pointer, ctypes.POINTER(Carry), pointer, number)
-    for kernel in (found.fold, found.fold_pair, found.fold_mixture, found.carry_back):
+    for kernel in (found.fold, found.fold_mixture, found.carry_back):
         kernel.restype = None
     found.carry_back_scratch.argtypes, found.carry_back_scratch.restype = (size,), size
     return found
