@@ -52,10 +52,12 @@ TRAFFIC = {
             "teacher_entropy_pointer",
             "student_logprob_pointer",
             "teacher_logprob_pointer",
+            "logsumexp_pointer",
         ),
     ),
     "divergence.gradient_kernel": Traffic(
-        ("student_pointer", "teacher_pointer", *_BIASES, "constants_pointer"), ("gradient_pointer",)
+        ("student_pointer", "teacher_pointer", *_BIASES, "constants_pointer", "hard_labels_pointer"),
+        ("gradient_pointer",),
     ),
     # By an upstream gradient of 1, as `loss.backward()` has it: nothing else is read, and nothing written.
     "scaling.scale_kernel": Traffic(("factor_pointer",), ()),

@@ -41,10 +41,10 @@ def fused_linear_cross_entropy(
     (or y), z = c / temperature, in float32 whatever the inputs, a chunk of tokens at a time. Of each token, with p the
     softmax of z over V entries, the loss is
 
-        -(1 - label_smoothing) log p(label) - label_smoothing Σ log p / V + z_loss · logsumexp(z)² - entropy_weight · H(p)
+        -(1 - s) log p(label) - s Σ log p / V + z_loss · logsumexp(z)² - entropy_weight · H(p),  s = label_smoothing
 
-    Gradients reach `hidden`, `weight` and `bias`, each computed only where it is required, in the forward pass while the
-    chunk's logits are there: three matrix products in all, two with a frozen head. Weight gradients accumulate in
+    Gradients reach `hidden`, `weight` and `bias`, each computed only where it is required, in the forward pass while
+    the chunk's logits are there: three matrix products in all, two with a frozen head. Weight gradients accumulate in
     float32.
 
     Args:

@@ -62,8 +62,10 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class CrossEntropyInputs:
-    """The tensors of `fused_linear_cross_entropy`, in the operator's order. There `token_weight` is given, and 0 where the
-    label is ignored."""
+    """The tensors of `fused_linear_cross_entropy`, in the operator's order.
+
+    The operator is given a `token_weight`, which is 0 where the label is ignored.
+    """
 
     hidden: Tensor
     weight: Tensor

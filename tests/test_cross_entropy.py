@@ -1,9 +1,63 @@
 """Cross-entropy straight from hidden states and a head, alone and as a divergence's hard term."""
 
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.ledger import IMPLEMENTATIONS, TRAFFIC
+from benchmarks.recorder import record
+from sdft_kernels import CrossEntropyOutput, fused_linear_cross_entropy
+from sdft_kernels.cross_entropy import fused_linear_cross_entropy_op
 from sdft_kernels.reference import reference_cross_entropy, reference_divergence
+from tests.cases import relative_error
+
+BACKENDS = ("torch", "compiled", "triton")
+
+EVERY_OPTION = {
+    "temperature": 1.3,
+    "logit_scale": 1.2,
+    "softcap": 9.0,
+    "label_smoothing": 0.1,
+    "z_loss": 1e-3,
+    "entropy_weight": 0.3,
+}
+OPTIONS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "all": EVERY_OPTION,
+    "smoothed, negated": {"label_smoothing": 0.2, "logit_scale": -1.1},
+    "sharpened": {"entropy_weight": -0.4, "z_loss": 0.01},
+}
+
+
+def inputs(tokens: int, vocab: int, dtype: torch.dtype = torch.float32, size: int = 48) -> tuple[Tensor, ...]:
+    """Hidden states, head, bias, labels, of which some are ignored, and token weights, of which some are 0."""
+    labels, weight = torch.randint(0, vocab, (tokens,)), torch.rand(tokens) + 0.1
+    labels[1::5], weight[2::5] = -100, 0
+    head = torch.randn(vocab, size) * 2 / size**0.5
+    return torch.randn(tokens, size).to(dtype), head.to(dtype), torch.randn(vocab).to(dtype), labels, weight
+
+
+def run(function: Any, given: tuple[Tensor, ...], upstream: Tensor, **options: Any) -> dict[str, Tensor]:
+    """Every value, and the gradients of what requires one."""
+    hidden, head, bias, labels, weight = given
+    trained = [tensor.detach().clone().requires_grad_() for tensor in (hidden, head, bias)]
+    out: CrossEntropyOutput = function(*trained[:2], labels, bias=trained[2], token_weight=weight, **options)
+    out.loss.backward(upstream.to(out.loss.dtype))
+    names = ("hidden", "weight", "bias")
+    return out._asdict() | {f"grad of {name}": tensor.grad for name, tensor in zip(names, trained, strict=True)}
+
+
+def assert_matches(given: tuple[Tensor, ...], reduction: str, options: dict[str, Any], limit: float = 3e-6, **of: Any):
+    upstream = torch.randn(len(given[0])) if reduction == "none" else torch.tensor(0.7)
+    wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in given)
+    expected = run(reference_cross_entropy, wide, upstream, reduction=reduction, **options)
+    actual = run(fused_linear_cross_entropy, given, upstream, reduction=reduction, **options, **of)
+    for name, value in actual.items():
+        most = limit if name.startswith("grad") else 3e-6
+        assert relative_error(value, expected[name]) <= most, (name, relative_error(value, expected[name]))
 
 
 def test_the_definition_is_torchs_cross_entropy() -> None:
@@ -13,15 +67,14 @@ def test_the_definition_is_torchs_cross_entropy() -> None:
     z = 1.5 * hidden @ weight.T / 0.8
     for reduction in ("mean", "sum", "none"):
         for smoothing in (0.0, 0.2):
-            options = {"reduction": reduction, "label_smoothing": smoothing}
+            options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
             found = reference_cross_entropy(hidden, weight, labels, logit_scale=1.5, temperature=0.8, **options)
             torch.testing.assert_close(found.loss, functional.cross_entropy(z, labels, **options))
 
 
 def test_the_definition_adds_the_hard_term_to_the_divergence() -> None:
     """At its own temperature, with the weights of the tokens, which divide the mean."""
-    inputs = [torch.randn(5, 4).double(), torch.randn(7, 4).double(), torch.randn(5, 3).double(), torch.randn(7, 3)]
-    inputs[3] = inputs[3].double()
+    inputs = [torch.randn(*shape).double() for shape in ((5, 4), (7, 4), (5, 3), (7, 3))]
     labels, weight, hard = torch.randint(0, 7, (5,)), torch.rand(5).double(), torch.rand(5).double()
     labels[1] = -100
     alone = reference_divergence(*inputs, temperature=2.0, token_weight=weight)
@@ -32,3 +85,125 @@ def test_the_definition_adds_the_hard_term_to_the_divergence() -> None:
     assert both.hard_loss is not None
     torch.testing.assert_close(both.hard_loss, entropy)
     torch.testing.assert_close(both.loss, alone.loss + (weight * hard * entropy).sum() / weight.sum())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_float64_reference(backend: str, options: dict[str, float]) -> None:
+    for number, (tokens, vocab) in enumerate(((1, 1003), (63, 1008), (64, 1003), (129, 1008))):
+        if backend == "triton":
+            tokens = min(tokens, 6)
+        reduction = ("mean", "none", "sum")[number % 3]
+        assert_matches(inputs(tokens, vocab), reduction, options, backend=backend, max_chunk_bytes=100_000)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision(backend: str, dtype: torch.dtype, limit: float) -> None:
+    """Gradients are rounded once, on their way out."""
+    assert_matches(inputs(7, 1003, dtype), "mean", EVERY_OPTION, limit, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(reduction: str) -> None:
+    *trained, labels, weight = inputs(5, 11, torch.float64, size=4)
+
+    def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
+        options: dict[str, Any] = {**EVERY_OPTION, "reduction": reduction, "max_chunk_bytes": 300}
+        return fused_linear_cross_entropy(hidden, head, labels, bias=bias, token_weight=weight, **options).loss
+
+    assert torch.autograd.gradcheck(loss, [tensor.requires_grad_() for tensor in trained])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_tokens_contribute_nothing_whatever_they_hold(backend: str) -> None:
+    hidden, head, _, labels, weight = inputs(8, 1003)
+    counted = (labels != -100) & (weight != 0)
+    poisoned = torch.where(counted.unsqueeze(1), hidden, torch.nan).requires_grad_()
+    other = torch.where(counted, labels, 7)  # another index for the same tokens
+    out = fused_linear_cross_entropy(
+        poisoned, head, torch.where(other == 7, -1, other), token_weight=weight, ignore_index=-1, backend=backend
+    )
+    out.loss.backward()
+    expected = fused_linear_cross_entropy(
+        hidden[counted], head, labels[counted], token_weight=weight[counted], backend=backend
+    )
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert poisoned.grad is not None
+    for values in (*out[1:], poisoned.grad):
+        assert (values[~counted] == 0).all() and values[counted].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_no_token_that_counts_gives_zeros(tokens: int) -> None:
+    hidden, head = torch.randn(tokens, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    out = fused_linear_cross_entropy(hidden, head, torch.full((tokens,), -100))
+    out.loss.backward()
+    assert out.loss == 0
+    assert hidden.grad is not None and head.grad is not None and not hidden.grad.any() and not head.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masked_entry_has_no_gradient_even_as_a_label(backend: str) -> None:
+    hidden, head, bias, labels, _ = inputs(4, 1003)
+    bias[[5, 8]], labels[:] = -torch.inf, torch.tensor([5, 1, 5, 2])
+    assert_matches((hidden, head, bias, labels, torch.ones(4)), "sum", {}, backend=backend)
+
+
+def test_only_the_first_entries_take_part() -> None:
+    hidden, head, bias, _, weight = inputs(6, 1003)
+    labels = torch.randint(0, 900, (6,))
+    assert_matches((hidden, head, bias, labels, weight), "mean", {**EVERY_OPTION, "vocab_size": 900})
+
+
+def test_under_autocast_and_without_gradients() -> None:
+    hidden, head, bias, labels, weight = inputs(6, 1003)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = fused_linear_cross_entropy(hidden, head, labels, token_weight=weight)
+    rounded = fused_linear_cross_entropy(hidden.bfloat16(), head.bfloat16(), labels, token_weight=weight)
+    torch.testing.assert_close(lowered.loss, rounded.loss)
+    for backend in BACKENDS:
+        with torch.no_grad():
+            found = fused_linear_cross_entropy(hidden, head, labels, bias=bias, backend=backend, **EVERY_OPTION)
+        expected = reference_cross_entropy(hidden.double(), head.double(), labels, bias=bias.double(), **EVERY_OPTION)
+        assert not found.loss.requires_grad
+        assert all(relative_error(a, b) <= 3e-6 for a, b in zip(found, expected, strict=True))
+
+
+def test_the_operator_is_one_of_torchs() -> None:
+    hidden, head, _, labels, weight = inputs(3, 50, size=8)
+    given = (hidden.requires_grad_(), head, None, labels.clamp(min=0), weight)
+    options = (1.0, 1.0, None, 0.1, 0.0, 0.0, "mean", None, None, "torch", torch.float32)
+    torch.library.opcheck(fused_linear_cross_entropy_op, (*given, *options, True, False, False))
+
+
+@pytest.mark.parametrize("trainable_head", [True, False])
+def test_it_takes_three_products_or_two_with_a_frozen_head(trainable_head: bool) -> None:
+    tokens, size, vocab = 2048, 256, 32_768
+    hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    head = torch.empty(vocab, size, dtype=torch.bfloat16, device="meta", requires_grad=trainable_head)
+    labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+    noted = record(lambda: fused_linear_cross_entropy(hidden, head, labels).loss.backward(), TRAFFIC, IMPLEMENTATIONS)
+    assert sum(op.flops for op in noted.ops) == (3 if trainable_head else 2) * 2 * tokens * size * vocab
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (ValueError, "labels run from -5 to", {"labels": torch.tensor([1, -5, 3])}),
+        (TypeError, "labels must be int64", {"labels": torch.ones(3)}),
+        (TypeError, "labels must be a tensor", {"labels": None}),
+        (ValueError, r"token_weight must have shape \(3,\)", {"token_weight": torch.ones(4)}),
+        (ValueError, "label_smoothing must lie between 0 and 1, not be 1.5", {"label_smoothing": 1.5}),
+        (ValueError, "z_loss must lie between 0", {"z_loss": -1.0}),
+        (ValueError, "entropy_weight must lie between", {"entropy_weight": float("nan")}),
+        (TypeError, "ignore_index must be a whole number, not float", {"ignore_index": 0.5}),
+        (ValueError, "reduction must be one of", {"reduction": "max"}),
+        (ValueError, "temperature must be positive", {"temperature": 0.0}),
+        (ValueError, "vocab_size must lie in", {"vocab_size": 60}),
+    ],
+)
+def test_a_wrong_argument_is_named(error: type[Exception], message: str, changed: dict[str, Any]) -> None:
+    given = {"hidden": torch.randn(3, 8), "weight": torch.randn(50, 8), "labels": torch.tensor([1, 2, -100]), **changed}
+    with pytest.raises(error, match=message):
+        fused_linear_cross_entropy(**given)

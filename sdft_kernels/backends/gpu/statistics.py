@@ -15,7 +15,7 @@ from sdft_kernels.backends.gpu.math import (
     mixture_shares,
     split_columns,
 )
-from sdft_kernels.backends.gpu.sums import RECORD, fold_pair, merge_softmax, store_pair
+from sdft_kernels.backends.gpu.sums import RECORD, fold, fold_pair, merge_softmax, store_pair
 
 
 @triton.jit
@@ -41,11 +41,13 @@ def partials_kernel(
     BLOCK: tl.constexpr,
 ):
     """One pass over a split of a row of both models' logits: writes the split's record (see `fold_pair`), and a row's
-    first split u at its label, where `combine_kernel` expects them."""
+    first split u at its label, where `combine_kernel` expects them. Without a teacher, the record has the sum of all u
+    where a divergence's own sum would be."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     student_pointer += row * student_stride
-    teacher_pointer += row * teacher_stride
+    if DIVERGENCE != "cross_entropy":
+        teacher_pointer += row * teacher_stride
     if labels_pointer is not None:
         label = tl.load(labels_pointer + row)
         student_label = load_logit(
@@ -56,16 +58,17 @@ def partials_kernel(
             student_inner,
             STUDENT_FORM,
         )
-        teacher_label = load_logit(
-            teacher_pointer,
-            teacher_bias_pointer,
-            label,
-            vocab,
-            teacher_inner,
-            TEACHER_FORM,
-        )
         tl.store(student_logprob_pointer + row, student_label, mask=split == 0)
-        tl.store(teacher_logprob_pointer + row, teacher_label, mask=split == 0)
+        if DIVERGENCE != "cross_entropy":
+            teacher_label = load_logit(
+                teacher_pointer,
+                teacher_bias_pointer,
+                label,
+                vocab,
+                teacher_inner,
+                TEACHER_FORM,
+            )
+            tl.store(teacher_logprob_pointer + row, teacher_label, mask=split == 0)
     a = tl.full([1, 1], float("-inf"), tl.float32)
     b = tl.full([1, 1], float("-inf"), tl.float32)
     at_peak = tl.zeros([1, 1], tl.float32)
@@ -86,30 +89,34 @@ def partials_kernel(
             student_inner,
             STUDENT_FORM,
         )
-        t = load_logits(
-            teacher_pointer,
-            teacher_bias_pointer,
-            teacher_stride,
-            columns,
-            vocab,
-            teacher_inner,
-            TEACHER_FORM,
-        )
-        a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
-            s,
-            t,
-            a,
-            student_sum,
-            student_dot,
-            b,
-            teacher_sum,
-            teacher_dot,
-            cross,
-            at_peak,
-            student_factor,
-            teacher_factor,
-            DIVERGENCE,
-        )
+        if DIVERGENCE == "cross_entropy":
+            a, student_sum, student_dot, _, _, _ = fold(s, a, student_sum, student_dot, student_factor)
+            cross += tl.where(columns < vocab, s, 0.0)
+        else:
+            t = load_logits(
+                teacher_pointer,
+                teacher_bias_pointer,
+                teacher_stride,
+                columns,
+                vocab,
+                teacher_inner,
+                TEACHER_FORM,
+            )
+            a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak = fold_pair(
+                s,
+                t,
+                a,
+                student_sum,
+                student_dot,
+                b,
+                teacher_sum,
+                teacher_dot,
+                cross,
+                at_peak,
+                student_factor,
+                teacher_factor,
+                DIVERGENCE,
+            )
     record = partial_pointer + (row * tl.num_programs(1) + split + tl.arange(0, 1)[:, None]) * RECORD
     store_pair(record, None, a, student_sum, student_dot, b, teacher_sum, teacher_dot, cross, at_peak)
 
