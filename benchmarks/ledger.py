@@ -30,8 +30,14 @@ _BIASES = ("student_bias_pointer", "teacher_bias_pointer")
 #: again, a bias, is taken to be in the L2 cache.
 TRAFFIC = {
     "statistics.partials_kernel": Traffic(
-        ("student_pointer", "teacher_pointer", *_BIASES, "labels_pointer"),
-        ("partial_pointer", "student_logprob_pointer", "teacher_logprob_pointer"),
+        ("student_pointer", "teacher_pointer", *_BIASES, "labels_pointer", "hard_labels_pointer"),
+        (
+            "partial_pointer",
+            "student_logprob_pointer",
+            "teacher_logprob_pointer",
+            "hard_loss_pointer",
+            "hard_sums_pointer",
+        ),
     ),
     "statistics.mixture_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "partial_pointer"), ("mixture_pointer",)
@@ -40,6 +46,9 @@ TRAFFIC = {
         (
             "partial_pointer",
             "mixture_pointer",
+            "hard_sums_pointer",
+            "hard_weight_pointer",
+            "hard_loss_pointer",
             "weight_pointer",
             "old_logprobs_pointer",
             "student_logprob_pointer",
@@ -53,6 +62,7 @@ TRAFFIC = {
             "student_logprob_pointer",
             "teacher_logprob_pointer",
             "logsumexp_pointer",
+            "hard_loss_pointer",
         ),
     ),
     "divergence.gradient_kernel": Traffic(

@@ -187,11 +187,11 @@ def token_weights(
     return weight.div(unit).to(wide), (unit / total).to(wide)
 
 
-def check_labels(labels: Tensor, vocab: int) -> None:
+def check_labels(labels: Tensor, vocab: int, name: str = "labels") -> None:
     """Checks that labels of live tokens lie in the compared vocabulary: at once on the CPU, else by the device."""
     inside = ((labels >= 0) & (labels < vocab)).all()
     if not reads_are_free(labels):
-        assert_on_device(inside, f"labels must lie in [0, {vocab})")
+        assert_on_device(inside, f"{name} must lie in [0, {vocab})")
     elif not inside:
         low, high = labels.min().item(), labels.max().item()
-        raise ValueError(f"labels run from {low} to {high}, but must lie in [0, {vocab})")
+        raise ValueError(f"{name} run from {low} to {high}, but must lie in [0, {vocab})")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_kernels import arguments, autograd, registration
+from sdft_kernels import arguments, autograd, checks, registration
 from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, token_weights
 from sdft_kernels.options import CrossEntropyInputs, CrossEntropyOptions
@@ -100,7 +100,7 @@ def fused_linear_cross_entropy(
     )
     given = CrossEntropyInputs(hidden=hidden, weight=weight, bias=bias, labels=labels, token_weight=token_weight)
     operands = arguments.check_cross_entropy(given, options)
-    ignored = labels == arguments.integer("ignore_index", ignore_index)
+    ignored = labels == checks.integer("ignore_index", ignore_index)
     if token_weight is None:
         token_weight = torch.ones_like(labels, dtype=torch.float32)
     wanted = autograd.wanted_gradients(options.reduction, hidden, weight, bias)
@@ -132,7 +132,7 @@ def _forward(
     labels = live.take(given.labels).contiguous()
     check_labels(labels, vocab)
     loss, entropy, logprob, logsumexp = (hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(4))
-    rows = TokenRows(weight, labels, None, loss, entropy, None, logprob, None, logsumexp)
+    rows = TokenRows(weight, labels, None, loss, entropy, None, logprob, None, logsumexp, hard_labels=labels)
     with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         side = Side(hidden, given.weight, given.bias)
         gradients = run_chunks(side, None, live, rows, options, vocab, dtypes, wanted)

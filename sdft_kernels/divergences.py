@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,9 +120,19 @@ class Objective:
         return self.divergence != CROSS_ENTROPY
 
     @property
+    def hard_logits(self) -> LogitOptions:
+        """The student's logits as the hard term has them."""
+        return self.student if self.hard is None else replace(self.student, temperature=self.hard.temperature)
+
+    @property
     def hard_ratio(self) -> float:
-        """The hard term's logits over the student's: 1 where both are of the same temperature."""
-        return 1.0 if self.hard is None else self.student.temperature / self.hard.temperature
+        """The hard term's logits over the student's."""
+        return self.student.temperature / self.hard_logits.temperature
+
+    @property
+    def hard_apart(self) -> bool:
+        """Whether the hard term needs a softmax of its own: that of another temperature."""
+        return self.hard_ratio != 1
 
 
 @dataclass

@@ -14,7 +14,7 @@ from sdft_kernels.chunk_loop import Side, Wanted, check_labels, run_chunks, toke
 from sdft_kernels.options import LossInputs, LossOptions
 from sdft_kernels.tokens import LiveTokens, TokenRows, on_its_device
 
-OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+OpResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @registration.flat
@@ -24,7 +24,7 @@ def forward(
     operands: torch.dtype,
     wanted: Wanted,
 ) -> OpResult:
-    """Returns the loss, five vectors over tokens, the gradients of hidden states, head and bias, and the factor that
+    """Returns the loss, six vectors over tokens, the gradients of hidden states, head and bias, and the factor that
     these gradients are still to be multiplied with.
 
     What is not wanted comes back empty. `operands` is the dtype of the products' operands.
@@ -42,6 +42,11 @@ def forward(
     loss, student_entropy, teacher_entropy = (hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(3))
     logprobs = [None if labels is None else torch.empty_like(loss) for _ in range(2)]
     rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, *logprobs)
+    if given.hard_labels is not None and given.hard_weight is not None:
+        rows.hard_labels = live.take(given.hard_labels).contiguous()
+        rows.hard_weight = live.take(given.hard_weight).to(dtypes.wide).contiguous()
+        rows.hard_loss = torch.empty_like(loss)
+        check_labels(rows.hard_labels, vocab, "hard_labels")
     # Autocast has had its say in `operands`; from here on it would lower the softmax arithmetic as well.
     with on_its_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         gradients = run_chunks(
@@ -54,8 +59,11 @@ def forward(
             dtypes,
             wanted,
         )
-    weighted = live.spread(rows.weight * loss)
-    student_logprob, teacher_logprob = (loss.new_empty(0) if v is None else live.spread(v) for v in logprobs)
+    hard = 0 if rows.hard_weight is None or rows.hard_loss is None else rows.hard_weight * rows.hard_loss
+    weighted = live.spread(rows.weight * (loss + hard))
+    student_logprob, teacher_logprob, hard_loss = (
+        loss.new_empty(0) if v is None else live.spread(v) for v in (*logprobs, rows.hard_loss)
+    )
     return (
         (weighted if options.reduction == "none" else weighted.sum()) * missing_factor,
         live.spread(loss),
@@ -63,6 +71,7 @@ def forward(
         live.spread(teacher_entropy),
         student_logprob,
         teacher_logprob,
+        hard_loss,
         gradients.hidden,
         gradients.weight.to(dtypes.head_gradient),
         gradients.bias,
@@ -83,6 +92,7 @@ def _fake(*values: Any) -> OpResult:
         hidden.new_empty(tokens, dtype=wide),
         hidden.new_empty(labelled, dtype=wide),
         hidden.new_empty(labelled, dtype=wide),
+        hidden.new_empty(0 if given["hard_labels"] is None else tokens, dtype=wide),
         *autograd.empty_gradients(given, hidden, weight),
     )
 

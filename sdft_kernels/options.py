@@ -14,7 +14,11 @@ from sdft_kernels.divergences import CROSS_ENTROPY, HardTerm, LogitOptions, Obje
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The tensors of `fused_linear_divergence`, which says what each is, in the operator's order."""
+    """The tensors of `fused_linear_divergence`, which says what each is, in the operator's order.
+
+    Both of the hard term are given, or none. The operator is given a hard weight of 0 and any label in its range where
+    the label is ignored.
+    """
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -25,11 +29,16 @@ class LossInputs:
     token_weight: Tensor | None
     labels: Tensor | None
     old_logprobs: Tensor | None
+    hard_labels: Tensor | None = None
+    hard_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The settings of `fused_linear_divergence`, which says what each means."""
+    """The settings of `fused_linear_divergence`, which says what each means.
+
+    Without a hard term, `hard_temperature` is None.
+    """
 
     divergence: str
     beta: float
@@ -43,6 +52,7 @@ class LossOptions:
     vocab_size: int | None
     max_chunk_bytes: int | None
     backend: str
+    hard_temperature: float | None = None
 
     def compared(self, student_weight: Tensor, teacher_weight: Tensor) -> int:
         """The number of vocabulary entries that are compared: the first ones of both heads."""
@@ -57,6 +67,7 @@ class LossOptions:
             LogitOptions(self.student_logit_scale, self.student_softcap, self.temperature),
             LogitOptions(self.teacher_logit_scale, self.teacher_softcap, self.temperature),
             self.importance_clip,
+            None if self.hard_temperature is None else HardTerm(self.hard_temperature),
         )
 
 

@@ -46,8 +46,9 @@ class TokenRows(_Vectors):
     """What the loss reads and writes for each token, (N,), on one device.
 
     `weight` is read as the factor of each token's gradient and multiplied in place by its importance weight.
-    The vectors from `loss` to `teacher_logprob` are written, and `hard_loss` and `logsumexp`. All but labels are in the
-    accumulation dtype. Without a teacher there is nothing of one, and `loss` is the cross-entropy of `labels`.
+    The vectors from `loss` to `logsumexp` are written, and `hard_loss`. All but labels are in the accumulation dtype.
+    `hard_weight` times `hard_loss` is the hard term of a divergence. Without a teacher there is nothing of one, and
+    `loss` is the cross-entropy of `labels`.
     """
 
     weight: Tensor
@@ -59,6 +60,9 @@ class TokenRows(_Vectors):
     student_logprob: Tensor | None
     teacher_logprob: Tensor | None
     logsumexp: Tensor | None = None
+    hard_labels: Tensor | None = None
+    hard_weight: Tensor | None = None
+    hard_loss: Tensor | None = None
 
 
 @dataclass

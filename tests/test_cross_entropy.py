@@ -9,10 +9,10 @@ from torch.nn import functional
 
 from benchmarks.ledger import IMPLEMENTATIONS, TRAFFIC
 from benchmarks.recorder import record
-from sdft_kernels import CrossEntropyOutput, fused_linear_cross_entropy
+from sdft_kernels import CrossEntropyOutput, FusedLinearDivergence, fused_linear_cross_entropy, fused_linear_divergence
 from sdft_kernels.cross_entropy import fused_linear_cross_entropy_op
 from sdft_kernels.reference import reference_cross_entropy, reference_divergence
-from tests.cases import relative_error
+from tests.cases import DIVERGENCES, assert_close, every_option, fused, random_case, reference, relative_error
 
 BACKENDS = ("torch", "compiled", "triton")
 
@@ -207,3 +207,105 @@ def test_a_wrong_argument_is_named(error: type[Exception], message: str, changed
     given = {"hidden": torch.randn(3, 8), "weight": torch.randn(50, 8), "labels": torch.tensor([1, 2, -100]), **changed}
     with pytest.raises(error, match=message):
         fused_linear_cross_entropy(**given)
+
+
+#: Temperatures of the divergence and of the hard term, and a soft cap.
+HARD = {"the same": (1.3, 1.3, None), "sharper, capped": (2.0, 1.0, 9.0), "softer": (0.7, 1.9, None)}
+
+
+@pytest.mark.parametrize(("temperature", "hard_temperature", "softcap"), HARD.values(), ids=HARD)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_hard_term(
+    backend: str, divergence: str, temperature: float, hard_temperature: float, softcap: float | None
+) -> None:
+    """Beside every other option, of a number and of a weight for each token."""
+    tokens, vocab = (9, 1008) if softcap else (7, 1003)
+    labels = torch.randint(0, vocab, (tokens,))
+    labels[2] = -100
+    options = every_option(tokens, vocab) | {"temperature": temperature, "student_softcap": softcap}
+    options |= {"hard_labels": labels, "hard_temperature": hard_temperature, "divergence": divergence}
+    for reduction, weight, upstream in (("mean", 0.7, None), ("none", torch.rand(tokens), torch.randn(tokens))):
+        case = random_case(tokens, vocab=vocab, bias=True, reduction=reduction, hard_weight=weight, **options)
+        actual = fused(case, upstream, backend=backend, max_chunk_bytes=60_000)
+        assert_close(actual, reference(case, upstream), 3e-6, 3e-6)
+        assert actual.output.hard_loss is not None and actual.output.hard_loss[2] == 0
+
+
+@pytest.mark.parametrize("hard_temperature", [1.0, 0.8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_hard_term_where_most_tokens_are_masked(backend: str, hard_temperature: float) -> None:
+    case = random_case(4, vocab=1003, bias=True, hard_weight=2.0, hard_temperature=hard_temperature)
+    assert case.student_bias is not None
+    case.student_bias[100:] = -torch.inf
+    case.options |= {"hard_labels": torch.tensor([3, 50, 99, 0]), "divergence": "forward_kl"}
+    case.options["teacher_bias"] = torch.where(case.student_bias == -torch.inf, -torch.inf, 0)
+    assert_close(fused(case, backend=backend), reference(case), 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_hard_term_in_half_precision_and_without_gradients(backend: str, dtype: torch.dtype) -> None:
+    options = {"hard_labels": torch.randint(0, 1003, (5,)), "hard_weight": 0.5, "temperature": 2.0}
+    case = random_case(5, vocab=1003, dtype=dtype, **options)
+    assert_close(fused(case, backend=backend), reference(case), 3e-6, 5e-3)
+    case.trainable = ()
+    assert_close(fused(case, backend=backend), reference(case), 3e-6, 5e-3)
+
+
+def test_a_hard_term_of_weight_zero_only_reports_its_loss() -> None:
+    case, labels = random_case(5), torch.randint(0, 1003, (5,))
+    alone, beside = fused(case), fused(case.with_options(hard_labels=labels))
+    assert alone.output.hard_loss is None and beside.output.hard_loss is not None
+    torch.testing.assert_close(beside.output.loss, alone.output.loss)
+    logprob = fused(case.with_options(labels=labels)).output.student_logprob
+    assert logprob is not None
+    torch.testing.assert_close(beside.output.hard_loss, -logprob)
+
+
+def test_the_module_has_a_hard_term_where_it_is_given_labels() -> None:
+    case, labels = random_case(5), torch.tensor([1, -1, 3, 4, 5])
+    given = (case.student_hidden, case.student_weight, case.teacher_hidden, case.teacher_weight)
+    criterion = FusedLinearDivergence("jsd", hard_temperature=0.5, ignore_index=-1)
+    options: dict[str, Any] = {"hard_labels": labels, "hard_weight": 0.3}
+    expected = fused_linear_divergence(*given, divergence="jsd", hard_temperature=0.5, ignore_index=-1, **options)
+    assert torch.equal(criterion(*given, **options).loss, expected.loss)
+    assert criterion(*given).hard_loss is None
+
+
+def test_the_hard_term_takes_no_product_and_no_launch_more() -> None:
+    tokens, size, vocab = 1024, 256, 32_768
+    hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    head = torch.empty(vocab, size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    given = (hidden, head, hidden.detach(), head.detach())
+    labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+
+    def kernels_and_flops(**options: Any) -> tuple[list[str], int]:
+        call = lambda: fused_linear_divergence(*given, **options).loss.backward()  # noqa: E731
+        ops = record(call, TRAFFIC, IMPLEMENTATIONS).ops
+        return [op.name for op in ops if op.name in TRAFFIC], sum(op.flops for op in ops)
+
+    alone = kernels_and_flops(temperature=2.0)
+    assert kernels_and_flops(temperature=2.0, hard_labels=labels, hard_weight=0.5) == alone
+    of_labels = record(
+        lambda: fused_linear_cross_entropy(hidden, head, labels).loss.backward(), TRAFFIC, IMPLEMENTATIONS
+    )
+    assert len([op for op in of_labels.ops if op.name in TRAFFIC]) <= len(alone[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (ValueError, "hard_weight needs hard_labels", {"hard_labels": None}),
+        (ValueError, "hard_weight must lie between", {"hard_weight": float("inf")}),
+        (TypeError, "hard_weight must be a number, not str", {"hard_weight": "1"}),
+        (ValueError, r"hard_weight must have shape \(3,\)", {"hard_weight": torch.ones(2)}),
+        (TypeError, "hard_labels must be int64", {"hard_labels": torch.ones(3)}),
+        (ValueError, "hard_labels run from 1 to 99", {"hard_labels": torch.tensor([1, 99, 2])}),
+        (ValueError, "hard_temperature must be positive", {"hard_temperature": 0}),
+    ],
+)
+def test_a_wrong_hard_term_is_named(error: type[Exception], message: str, changed: dict[str, Any]) -> None:
+    options = {"hard_labels": torch.tensor([1, 2, -100]), "hard_weight": 1.0, **changed}
+    with pytest.raises(error, match=message):
+        fused(random_case(3, vocab=50), **options)

@@ -68,10 +68,20 @@ def softmax_of(
     `labels` count from the tile's start. The label's logit means nothing for a label outside the tile.
     """
     peak = logits.amax(0)
-    label = None if labels is None else logits.gather(0, labels.clamp(0, len(logits) - 1).unsqueeze(0)).squeeze(0)
+    label = None if labels is None else at_labels(logits, labels)
     torch.add(-peak * unit, logits, alpha=unit, out=logits)
     torch.exp2(logits, out=exponentials)
     return TileSoftmax(peak, exponentials.sum(0), column_dot(exponentials, logits, scratch), label)
+
+
+def at_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """A tile's logits at labels that count from its start, (C,); of a label outside the tile it means nothing."""
+    return logits.gather(0, labels.clamp(0, len(logits) - 1).unsqueeze(0)).squeeze(0)
+
+
+def of_tiles(values: list[Tensor], labels: Tensor, tile: int) -> Tensor:
+    """The value, (C,), of the tile that has each label."""
+    return torch.stack(values).gather(0, (labels // tile).unsqueeze(0)).squeeze(0)
 
 
 class WholeSoftmax:
@@ -97,8 +107,7 @@ class WholeSoftmax:
         self.logprob: Tensor | None = None
         self.label_u: Tensor | None = None
         if labels is not None:
-            label = torch.stack([t.label for t in tiles if t.label is not None])
-            label = label.gather(0, (labels // tile).unsqueeze(0)).squeeze(0)
+            label = of_tiles([t.label for t in tiles if t.label is not None], labels, tile)
             self.label_u = label
             self.top1 = label >= peaks.amax(0)
             self.logprob = NATS * unit * label.double() - self.logsumexp

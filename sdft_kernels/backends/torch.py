@@ -24,10 +24,12 @@ from sdft_kernels.backends.tiles import (
     WholeSoftmax,
     aligned,
     apply_slope,
+    at_labels,
     bits,
     carry_back,
     masked_entries,
     multiply,
+    of_tiles,
     padded,
     padded_labels,
     slope_of,
@@ -57,9 +59,10 @@ TEACHER_MAY_BE_ANYTHING = False
 
 def arrays(objective: Objective, *, with_gradient: bool) -> int:
     """How many arrays of a model's logits are held: both models' logits, in whose place the gradient's A and B are
-    left; of cross-entropy p, and where the entropy or the mean of all logits has a gradient, p z and ones."""
+    left, and p of a hard term that is apart; of cross-entropy p, and where the entropy or the mean of all logits has a
+    gradient, p z and ones."""
     if objective.has_teacher:
-        return 2
+        return 3 if objective.hard_apart else 2
     assert objective.hard is not None
     extra = (objective.hard.entropy_weight, objective.hard.label_smoothing)
     return 1 + (sum(value != 0 for value in extra) if with_gradient else 0)
@@ -108,7 +111,7 @@ def _process_pair(
 ) -> GradientParts:
     """Fills `rows` with a divergence, and leaves A and B in the workspace."""
     dtype, width = rows.loss.dtype, len(columns.student)
-    labels = padded_labels(rows.labels, width, models=2)
+    labels, hard_labels = padded_labels(rows.labels, width, models=2), padded_labels(rows.hard_labels, width, models=1)
     capped = objective.student.softcap is not None and with_gradient
     mixture = is_mixture(objective.divergence)
     unit = bits(objective.student, dtype)
@@ -116,32 +119,42 @@ def _process_pair(
     seen: list[TileSoftmax] = []
     sums: list[Sums] = []
     at_peaks: list[Tensor] = []
-    for part, kept, passing, scratch in workspace.tiles(2 * width):
+    hard_seen: list[TileSoftmax] = []
+    hard_u: list[Tensor] = []
+    hard_unit, both = bits(objective.hard_logits, dtype), slice(2 * width)
+    count = arrays(objective, with_gradient=with_gradient) * width
+    for part, kept, passing, scratch in workspace.tiles(count):
         # A mixture's second pass starts from logits.
-        logits, exponentials = (kept, passing) if mixture else (passing, kept)
+        logits, exponentials = (kept[:, both], passing[:, both]) if mixture else (passing[:, both], kept[:, both])
         columns.multiply(part, logits)
         student_logits, teacher_logits = logits.split(width, 1)
         transform(student_logits, columns.bias, part, objective.student)
         transform(teacher_logits, columns.teacher_bias, part, objective.teacher)
         if teacher_unit != unit:
             teacher_logits.mul_(teacher_unit / unit)
-        seen.append(softmax_of(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
+        if hard_labels is not None:
+            hard_u.append(at_labels(student_logits, hard_labels - part.start))
+        if objective.hard_apart:
+            apart, own = passing[:, 2 * width :].copy_(student_logits), kept[:, 2 * width :]
+            hard_seen.append(softmax_of(apart, own, scratch[:, 2 * width :], hard_unit, None))
+        of_tile = None if labels is None else labels - part.start
+        seen.append(softmax_of(logits, exponentials, scratch[:, both], unit, of_tile))
         if mixture:
             at_peaks.append(_at_peak(student_logits, teacher_logits))
         else:
             slope = slope_of(student_logits, seen[-1], unit, scratch) if capped else None
             sums.append(PLAIN[objective.divergence](_tile(logits, exponentials, seen[-1])))
             if slope is not None:
-                apply_slope(slope, exponentials)
+                apply_slope(slope, kept)
     softmax = WholeSoftmax(seen, labels, workspace.tile, unit)
     shares = softmax.shares(at_peaks)
     if mixture:
-        for number, (_, kept, passing, scratch) in enumerate(workspace.tiles(2 * width)):
-            student_logits, teacher_logits = kept.split(width, 1)
+        for number, (_, kept, passing, scratch) in enumerate(workspace.tiles(count)):
+            student_logits, teacher_logits = kept[:, both].split(width, 1)
             slope = slope_of(student_logits, seen[number], unit, scratch) if capped else None
-            tile = _tile(passing, kept, seen[number])
+            tile = _tile(passing[:, both], kept[:, both], seen[number])
             log_ratio = log_ratio_of(student_logits, teacher_logits, shares.log_ratio[number].to(dtype), tile.teacher)
-            kept.exp2_()
+            kept[:, both].exp2_()
             assert shares.peak_ratio is not None
             sums.append(MIXTURES[objective.divergence](tile, log_ratio, shares.peak_ratio, objective.beta))
             if slope is not None:
@@ -149,7 +162,17 @@ def _process_pair(
 
     loss, x, y = finish(objective.divergence, objective.beta, _stack(sums), shares)
     store_rows(rows, objective, loss, softmax.entropy, softmax.logprob)
-    return GradientParts([x, y])
+    if hard_labels is None or rows.hard_weight is None or rows.hard_loss is None:
+        return GradientParts([x, y])
+    u = of_tiles(hard_u, hard_labels, workspace.tile)
+    hard, of_student = softmax, slice(width)
+    if objective.hard_apart:
+        hard = WholeSoftmax(hard_seen, None, workspace.tile, hard_unit)
+    rows.hard_loss.copy_((hard.logsumexp[of_student] - NATS * hard_unit * u.double())[: len(rows.hard_loss)])
+    weight = objective.hard_ratio * torch.nn.functional.pad(rows.hard_weight.double(), (0, width - len(rows.weight)))
+    of_p = weight * hard.share[:, of_student]
+    coefficients = [x, y, of_p] if objective.hard_apart else [x + of_p, y]
+    return GradientParts(coefficients, Target.of(hard_labels, u, objective.student, weight))
 
 
 def _process_labels(

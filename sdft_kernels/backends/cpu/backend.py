@@ -113,12 +113,15 @@ def process_chunk(
         columns = _columns(hidden, padded(teacher_hidden, chunk.width, torch.float32), student, teacher)
     labels = padded_labels(rows.labels, chunk.width, models=chunk.models)
     label_logits = hidden.new_zeros(chunk.models * chunk.width)
+    hard_labels, hard_u = padded_labels(rows.hard_labels, chunk.width, models=1), hidden.new_zeros(chunk.width)
     records = _new_records(label_logits, chunk.width)
     for part, logits in chunk.tiles():
         models = (Model * len(columns))(*(some.model(part) for some in columns))
         chunk.run("fold", part, logits, models, len(models), address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
+        if hard_labels is not None:
+            _look_up(hard_labels, logits[:, : chunk.width], part, hard_u)
     p = _MergedSoftmax(records[:, STUDENT], objective.student)
     if objective.has_teacher:
         q = _MergedSoftmax(records[:, TEACHER], objective.teacher)
@@ -129,18 +132,21 @@ def process_chunk(
             of_models = zip((p, q), label_logits.chunk(2), strict=True)
             logprob = torch.cat([of.logprob(labelled) for of, labelled in of_models])
         store_rows(rows, objective, loss, torch.cat((p.entropy, q.entropy)), logprob)
+        labels, label_logits = hard_labels, hard_u
+        target = _add_hard_term(rows, p, records[:, Field.HARD_SUM], hard_u, objective, constants)
     else:
         logprob = p.logprob(label_logits)
         loss, constants = _combine_labels(p, records[:, Field.CROSS].sum(0), logprob, objective, len(student.weight))
         store_rows(rows, objective, loss, p.entropy, logprob, p.logsumexp)
+        target = torch.ones_like(loss) - objective.hard.label_smoothing if objective.hard is not None else None
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, chunk.width - len(rows.weight)))
         factor *= objective.student.scale / objective.student.temperature
-        constants[[Constant.P_FACTOR, Constant.Q_FACTOR, Constant.UNIFORM]] *= factor
-        target = None
-        if objective.hard is not None and labels is not None:
-            target = Target.of(labels, label_logits, objective.student, factor * (1 - objective.hard.label_smoothing))
-        _carry_back(hidden, chunk, constants.float(), target, gradients)
+        constants[[Constant.P_FACTOR, Constant.Q_FACTOR, Constant.UNIFORM, Constant.HARD_FACTOR]] *= factor
+        missing = None
+        if target is not None and labels is not None:
+            missing = Target.of(labels, label_logits, objective.student, factor * target)
+        _carry_back(hidden, chunk, constants.float(), missing, gradients)
 
 
 class _Columns:
@@ -240,6 +246,26 @@ def _combine_labels(
     return loss, constants
 
 
+def _add_hard_term(
+    rows: TokenRows, p: _MergedSoftmax, sums: Tensor, u: Tensor, objective: Objective, constants: Tensor
+) -> Tensor | None:
+    """Fills the rows' hard loss and adds the hard term to a divergence's constants, from each thread's sum of its
+    exponentials, (threads, width), if they are apart, and the labels' u. Returns what the labels' gradients lack."""
+    if rows.hard_weight is None or rows.hard_loss is None:
+        return None
+    ratio, factor = objective.hard_ratio, objective.hard_logits.factor
+    total = ((ratio * p.shift).exp() * sums).sum(0) if objective.hard_apart else p.total
+    rows.hard_loss.copy_((total.log() - factor * (u.double() - p.peak))[: len(rows.hard_loss)])
+    weight = ratio * torch.nn.functional.pad(rows.hard_weight.double(), (0, len(u) - len(rows.hard_weight)))
+    if objective.hard_apart:
+        constants[Constant.HARD_FACTOR] = weight / total
+    elif objective.divergence == "forward_kl":
+        constants[Constant.P_FACTOR] *= 1 + weight
+    else:
+        constants[Constant.CENTRE] -= weight
+    return weight
+
+
 def _carry_back(
     hidden: Tensor, chunk: _Chunk, constants: Tensor, target: Target | None, gradients: ChunkGradients
 ) -> None:
@@ -299,7 +325,7 @@ class _Chunk:
         """A kernel on a tile's logits, with `arguments` as it takes them, on as many threads as torch takes."""
         getattr(kernels(), kernel)(
             *(address(logits), len(logits), logits.stride(0), self.width),
-            _options(self.objective.student, self.head.bias, part),
+            _options(self.objective.student, self.head.bias, part, self.objective),
             _options(self.objective.teacher, self._teacher_bias, part),
             library.divergence_codes()[self.objective.divergence],
             self.objective.beta,
@@ -383,11 +409,13 @@ def _look_up(labels: Tensor, logits: Tensor, part: slice, found: Tensor) -> None
     found.copy_(torch.where(here, logits.gather(0, rows.unsqueeze(0)).squeeze(0), found))
 
 
-def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> Options:
-    """The options of a tile of the vocabulary, as the kernels take them; `bias` is the whole head's."""
+def _options(options: LogitOptions, bias: Tensor | None, part: slice, objective: Objective | None = None) -> Options:
+    """The options of a tile of the vocabulary, as the kernels take them; `bias` is the whole head's, and of the student
+    an objective may have a hard term apart."""
     return Options(
         None if bias is None else address(bias[part]),
         options.factor,
         options.inner,
+        objective.hard_ratio if objective is not None and objective.hard_apart else 0.0,
         options.softcap is not None,
     )

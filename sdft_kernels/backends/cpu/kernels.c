@@ -41,13 +41,29 @@ enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL,
 
 /* A record: for each token its largest u, sum e and sum e z, with z = factor (u - largest) and e = exp(z), of the
  * student; the same of the teacher; the divergence's own sum, which is that of u for cross-entropy; the teacher's u where
- * the student's is largest. */
-enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, FIELDS };
+ * the student's is largest; the sum of a hard term's own e. */
+enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, HARD_SUM, FIELDS };
 
 /* What a token's gradient needs: both largest u and the teacher's at the student's; weights of exp(z) for both models;
  * the centre. Of a mixture where the student's logit is largest also log p - log q, the teacher's share of it, what
- * that lacks to 1, and its logarithm. Of cross-entropy the weight of z, and what each entry's gradient lacks. */
-enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, SHARE, REST, LOG_SHARE, SLOPE, UNIFORM, CONSTANTS };
+ * that lacks to 1, and its logarithm. Of cross-entropy the weight of z, and what each entry's gradient lacks. Of a hard
+ * term the weight of its own exp(z). */
+enum constant {
+    A,
+    B,
+    C,
+    P_FACTOR,
+    Q_FACTOR,
+    CENTRE,
+    PEAK_RATIO,
+    SHARE,
+    REST,
+    LOG_SHARE,
+    SLOPE,
+    UNIFORM,
+    HARD_FACTOR,
+    CONSTANTS
+};
 
 /* The teacher's part of a mixture, the student's, and their quotient, each with all its digits. */
 struct mixture {
@@ -59,14 +75,14 @@ static struct mixture mixture_of(double beta) {
 }
 
 /* How logits come from products y, to which the bias is added first: factor u, where u = inner y, or tanh(inner y) under
- * a soft cap, and factor > 0.
+ * a soft cap, and factor > 0. Those of a hard term at another temperature are hard_ratio times as large; else that is 0.
  *
  * Kernels take differences of u before they multiply: two numbers side by side lose nothing then, and what is the
  * largest is exactly 0. A difference of products would be rounded as the largest of them is, or half of it where the
  * compiler makes one instruction of a product and a sum: differently in each pass. */
 struct options {
     const float *bias;
-    float factor, inner;
+    float factor, inner, hard_ratio;
     int32_t capped;
 };
 
@@ -232,6 +248,16 @@ INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tok
     }
 }
 
+/* Of a hard term's own z to its sum. */
+INLINE void add_hard_exponentials(const struct block *z, int rows, int tokens, float ratio, double *sum) {
+    float sums[TOKENS] = {0};
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < tokens; j++)
+            sums[j] += exponential(z->z[r][j] * ratio);
+    for (int j = 0; j < tokens; j++)
+        sum[j] += sums[j];
+}
+
 /* How far the old largest logit lies above the new one; before the first there are no sums to move. */
 static double shift_of(double old, float peak, float factor) { return old == -INFINITY ? 0 : factor * (old - peak); }
 
@@ -255,6 +281,7 @@ static void move_record(double *record, long width, const struct options *studen
         *field[CROSS] = rebased(*field[TEACHER_SUM], *field[CROSS], teacher_shift, teacher_shift - shift);
     *field[DOT] = rebased(*field[SUM], *field[DOT], shift, shift);
     *field[SUM] *= exp(shift);
+    *field[HARD_SUM] *= exp(shift * student->hard_ratio);
     *field[TEACHER_DOT] = rebased(*field[TEACHER_SUM], *field[TEACHER_DOT], teacher_shift, teacher_shift);
     *field[TEACHER_SUM] *= exp(teacher_shift);
     *field[PEAK] = a;
@@ -294,6 +321,8 @@ INLINE void fold_pair_block(float *logits, int rows, long stride, int tokens, lo
                 cross[j] += e.z[r][j] * (t.z[r][j] - s.z[r][j]);
     for (int j = 0; j < tokens; j++)
         record[CROSS * width + j] += cross[j];
+    if (student->hard_ratio != 0)
+        add_hard_exponentials(&s, rows, tokens, student->hard_ratio, record + HARD_SUM * width);
 }
 
 /* Some rows of a tile for both models; `records` are the thread's own. Whole blocks have loops of known length. */
@@ -437,6 +466,17 @@ INLINE void gradient_rows(const float *logits, long rows, long stride, long widt
     }
 }
 
+/* Adds to it the gradient of a hard term that has its own softmax, but for what it lacks at labels. */
+INLINE void hard_rows(const float *logits, long rows, long stride, long width, const struct options *student,
+                      const float *constants, float *restrict gradients, long gradient_stride) {
+    const float *a = constants + A * width, *weight = constants + HARD_FACTOR * width;
+    for (long row = 0; row < rows; row++, logits += stride, gradients += gradient_stride)
+        for (long j = 0; j < width; j++) {
+            float p = exponential((logits[j] - a[j]) * student->factor * student->hard_ratio) * weight[j];
+            gradients[j] += student->capped ? p * (1 - logits[j] * logits[j]) : p;
+        }
+}
+
 /* ---- For each instruction set, and each divergence ---- */
 
 EACH_PROCESSOR void fold_share(float *logits, long rows, long stride, long width, const struct options *student,
@@ -491,6 +531,8 @@ EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long w
         CASE(CROSS_ENTROPY);
     }
 #undef CASE
+    if (student->hard_ratio != 0)
+        hard_rows(logits, rows, stride, width, student, constants, gradients, gradient_stride);
 }
 
 /* ---- Matrix products ---- */

@@ -33,6 +33,7 @@ class Constant(IntEnum):
     LOG_SHARE = 9
     SLOPE = 10
     UNIFORM = 11
+    HARD_FACTOR = 12
 
 
 class Options(ctypes.Structure):
@@ -42,6 +43,7 @@ class Options(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("factor", ctypes.c_float),
         ("inner", ctypes.c_float),
+        ("hard_ratio", ctypes.c_float),
         ("capped", ctypes.c_int32),
     )
 

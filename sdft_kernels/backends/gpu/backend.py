@@ -61,10 +61,10 @@ def _gradient_apart(dtypes: Dtypes, with_gradient: bool) -> bool:
 def _without_logits(dtypes: Dtypes, objective: Objective, with_gradient: bool) -> bool:
     """Whether the loss needs each logit once, and a kernel that multiplies takes the operands.
 
-    A gradient and a mixture read logits again: without a buffer of them, every product would be made twice. What has no
-    teacher is rarely asked for without a gradient, and scoring does it then.
+    A gradient and a mixture read logits again: without a buffer of them, every product would be made twice. Losses of
+    labels are rarely asked for without a gradient.
     """
-    plain = objective.has_teacher and not is_mixture(objective.divergence)
+    plain = objective.hard is None and not is_mixture(objective.divergence)
     return multiplies(dtypes.operands) and not with_gradient and plain
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdft_kernels.backends.gpu.math import (
     FAR_BELOW,
+    exp,
     form,
     load_logits,
     log_over_mixture,
@@ -97,8 +98,19 @@ def process_rows(
     logits = (student, teacher, student_bias, teacher_bias, student.stride(0), teacher_stride, vocab)
     settings = kernel_settings(objective)
     grid = (tokens, splits)
-    label_logits = (rows.labels, rows.student_logprob, rows.teacher_logprob)
-    partials_kernel[grid](*logits, partial, *label_logits, **settings, BLOCK=block, num_warps=WARPS)
+    label_logits = (rows.labels, rows.student_logprob, rows.teacher_logprob, rows.hard_labels, rows.hard_loss)
+    apart = objective.has_teacher and objective.hard_apart
+    hard_sums = student.new_empty((tokens, splits)) if apart else None
+    partials_kernel[grid](
+        *logits,
+        partial,
+        *label_logits,
+        hard_sums,
+        objective.hard_ratio,
+        **settings,
+        BLOCK=block,
+        num_warps=WARPS,
+    )
     if mixes:
         mixture_kernel[grid](
             *logits,
@@ -111,7 +123,7 @@ def process_rows(
             BLOCK=NARROW_BLOCK,
             num_warps=WARPS,
         )
-    combine(partial, mixture, constants, rows, objective, vocab)
+    combine(partial, mixture, hard_sums, constants, rows, objective, vocab)
     if gradient is not None:
         block = NARROW_BLOCK if mixes else block
         gradient_kernel[(tokens, triton.cdiv(vocab, block))](
@@ -119,9 +131,12 @@ def process_rows(
             gradient,
             gradient.stride(0),
             constants,
-            None if objective.hard is None else rows.labels,
+            rows.hard_labels,
+            hard_sums,
+            splits,
             objective.beta,
             1 - objective.beta,
+            objective.hard_ratio,
             *(hard.label_smoothing / vocab, hard.entropy_weight),
             **settings,
             BLOCK=block,
@@ -132,31 +147,34 @@ def process_rows(
 def combine(
     partial: Tensor,
     mixture: Tensor | None,
+    hard_sums: Tensor | None,
     constants: Tensor | None,
     rows: TokenRows,
     objective: Objective,
     vocab: int,
 ) -> None:
-    """Fills `rows` from the records of their splits, (R, splits, 8), and those of a mixture, (R, splits, 2).
+    """Fills `rows` from the records of their splits, (R, splits, 8), those of a mixture, (R, splits, 2), and the sums
+    of a hard term that is apart, (R, splits), the first of which becomes the logarithm of the row's.
 
-    Where labels are given, both models' u at them lie in `rows.student_logprob` and `rows.teacher_logprob`.
-    `constants`, (R, 8), receives what the gradient needs.
+    Where labels are given, both models' u at them lie in `rows.student_logprob` and `rows.teacher_logprob`, and the
+    student's at hard labels in `rows.hard_loss`. `constants`, (R, 8), receives what the gradient needs.
     """
     tokens, splits, _ = partial.shape
     hard = objective.hard or HardTerm()
     combine_kernel[(tokens,)](
         partial,
         mixture,
+        hard_sums,
         constants,
         *(rows.weight, rows.old_logprobs, rows.loss, rows.student_entropy, rows.teacher_entropy),
-        *(rows.student_logprob, rows.teacher_logprob, rows.logsumexp),
+        *(rows.student_logprob, rows.teacher_logprob, rows.logsumexp, rows.hard_weight, rows.hard_loss),
         objective.beta,
         1 - objective.beta,
         float("inf") if objective.importance_clip is None else objective.importance_clip,
         objective.student.scale / objective.student.temperature,
         objective.student.factor,
         objective.teacher.factor,
-        *(hard.label_smoothing, hard.label_smoothing / vocab, hard.entropy_weight, hard.z_loss),
+        *(hard.label_smoothing, hard.label_smoothing / vocab, hard.entropy_weight, hard.z_loss, objective.hard_ratio),
         DIVERGENCE=objective.divergence,
         SPLITS=splits,
         num_warps=1,
@@ -189,6 +207,7 @@ def kernel_settings(objective: Objective) -> dict[str, Any]:
 def combine_kernel(
     partial_pointer,
     mixture_pointer,
+    hard_sums_pointer,
     constants_pointer,
     weight_pointer,
     old_logprobs_pointer,
@@ -198,6 +217,8 @@ def combine_kernel(
     student_logprob_pointer,
     teacher_logprob_pointer,
     logsumexp_pointer,
+    hard_weight_pointer,
+    hard_loss_pointer,
     beta,
     rest_of_beta,
     importance_clip,
@@ -208,6 +229,7 @@ def combine_kernel(
     of_entries,
     entropy_weight,
     z_loss,
+    hard_ratio,
     DIVERGENCE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -263,6 +285,17 @@ def combine_kernel(
             loss = centre + rest_of_beta * log_over_mixture(-peak_ratio, beta, rest_of_beta) + beta * loss
     tl.store(loss_pointer + row, loss)
 
+    target = 1 - smoothing
+    if hard_loss_pointer is not None:
+        hard_log_sum = student_log_sum
+        if hard_sums_pointer is not None:
+            sums = tl.load(hard_sums_pointer + row * SPLITS + tl.arange(0, SPLITS))
+            hard_log_sum = tl.log(tl.sum(exp(student_shift * hard_ratio) * sums, 0))
+            tl.store(hard_sums_pointer + row * SPLITS, hard_log_sum)
+        label_z = (tl.load(hard_loss_pointer + row) - a) * student_factor * hard_ratio
+        tl.store(hard_loss_pointer + row, hard_log_sum - label_z)
+        target = tl.load(hard_weight_pointer + row) * hard_ratio
+
     weight = tl.load(weight_pointer + row)
     if student_logprob_pointer is not None:
         student_logprob = (tl.load(student_logprob_pointer + row) - a) * student_factor - student_log_sum
@@ -282,8 +315,8 @@ def combine_kernel(
         tl.store(constants + ROW_TEACHER_AT_PEAK, at_peak)
         tl.store(constants + ROW_CENTRE, centre)
         tl.store(constants + ROW_FACTOR, weight * slope)
-        if DIVERGENCE == "cross_entropy":
-            tl.store(constants + ROW_TARGET, 1 - smoothing)
+        if hard_loss_pointer is not None or DIVERGENCE == "cross_entropy":
+            tl.store(constants + ROW_TARGET, target)
 
 
 @triton.jit
@@ -299,8 +332,11 @@ def gradient_kernel(
     gradient_stride,
     constants_pointer,
     hard_labels_pointer,
+    hard_sums_pointer,
+    splits,
     beta,
     rest_of_beta,
+    hard_ratio,
     of_entries,
     entropy_weight,
     student_inner,
@@ -362,6 +398,10 @@ def gradient_kernel(
         gradient = p * (mixture_score(change, share, rest, log_share, beta, rest_of_beta, DIVERGENCE) - centre)
     if hard_labels_pointer is not None:
         target = tl.load(constants + ROW_TARGET)
+        if hard_sums_pointer is not None:
+            gradient += target * tl.exp(z * hard_ratio - tl.load(hard_sums_pointer + row * splits))
+        elif DIVERGENCE != "cross_entropy":
+            gradient += target * p
         gradient -= tl.where(columns == tl.load(hard_labels_pointer + row), target, 0.0)
     if student_bias_pointer is not None and (DIVERGENCE == "forward_kl" or hard_labels_pointer is not None):
         gradient = tl.where(s > FAR_BELOW, gradient, 0.0)  # elsewhere p is 0 there
