@@ -43,6 +43,7 @@ class Variant:
     gradient: str | None = "float32"
     tokens: int = 2048  # few tokens: rows split over several programs
     vocab: int = VOCABULARIES[0]
+    hard: bool = False  # a hard term at a temperature of its own
 
 
 def variants(quick: bool) -> Iterator[AnyVariant]:
@@ -63,7 +64,8 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
     if quick:
         for divergence in (*DIVERGENCES, CROSS_ENTROPY):
             yield Variant(divergence)
-            yield Variant(divergence, True, True, True, True, True, "bfloat16", tokens=61, vocab=VOCABULARIES[1])
+            hard = divergence != CROSS_ENTROPY
+            yield Variant(divergence, True, True, True, True, True, "bfloat16", 61, VOCABULARIES[1], hard)
         return
     for capped, gradient, bias, vocab in product(
         (False, True), ("float32", "bfloat16", "float16"), (False, True), VOCABULARIES
@@ -75,8 +77,8 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
         DIVERGENCES, (False, True), (False, True), VOCABULARIES
     ):
         of_both = Variant(divergence, student_capped, teacher_capped, vocab=vocab)
-        for gradient, bias in product(("float32", "bfloat16", "float16"), (False, True)):
-            yield replace(of_both, gradient=gradient, bias=bias, labels=bias)
+        for gradient, bias, hard in product(("float32", "bfloat16", "float16"), (False, True), (False, True)):
+            yield replace(of_both, gradient=gradient, bias=bias, labels=bias, hard=hard)
         for tokens in (61, 64, 128, 256, 512, 2048):
             for labels, importance in ((False, False), (True, False), (True, True)):
                 yield replace(of_both, labels=labels, importance=importance, gradient=None, tokens=tokens)
@@ -105,13 +107,17 @@ def call(variant: Variant) -> None:
         student_logprob=written if variant.labels or of_labels else None,
         teacher_logprob=written if variant.labels and not of_labels else None,
         logsumexp=written if of_labels else None,
+        hard_labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.hard or of_labels else None,
+        hard_weight=given if variant.hard else None,
+        hard_loss=written if variant.hard else None,
     )
+    hard = HardTerm(temperature=0.5) if variant.hard else None
     objective = Objective(
         variant.divergence,
         student=LogitOptions(softcap=30.0 if variant.student_capped else None),
         teacher=LogitOptions(softcap=30.0 if variant.teacher_capped else None),
         importance_clip=2.0 if variant.importance else None,
-        hard=HardTerm(label_smoothing=0.1, z_loss=1e-4, entropy_weight=0.1) if of_labels else None,
+        hard=HardTerm(label_smoothing=0.1, z_loss=1e-4, entropy_weight=0.1) if of_labels else hard,
     )
     if of_labels:
         triton_divergence.process_rows(student, None, rows, objective, gradient, bias)

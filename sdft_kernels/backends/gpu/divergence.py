@@ -371,8 +371,6 @@ def gradient_kernel(
         student_inner,
         STUDENT_FORM,
     )
-    z = (s - a) * student_factor
-    p = tl.exp(z - student_log_sum)
     t = s
     if DIVERGENCE != "cross_entropy":
         t = load_logits(
@@ -384,6 +382,8 @@ def gradient_kernel(
             teacher_inner,
             TEACHER_FORM,
         )
+    z = (s - a) * student_factor
+    p = tl.exp(z - student_log_sum)
     if DIVERGENCE == "cross_entropy":
         gradient = p * (z * entropy_weight - centre) - of_entries
     elif DIVERGENCE == "reverse_kl":
