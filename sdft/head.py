@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -35,15 +35,9 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits themselves; for the self-check, and for cross-entropy on a few positions at a time."""
+        """The logits themselves, for the self-check."""
         logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def to(self, dtype: torch.dtype | None) -> Head:
-        """The same head in another type (None: as it is); gradients flow back to the original."""
-        dtype = dtype or self.weight.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Head(self.weight.to(dtype), bias, self.scale, self.softcap)
 
 
 def find_head(model: PreTrainedModel) -> Head:
@@ -110,7 +104,8 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dt
             f"{type(model).__name__} has hidden states of size {hidden.shape[-1]} and a head for size "
             f"{head.weight.shape[-1]}, with something between them that the loss cannot reproduce"
         )
-    measured = head.to(torch.float32).logits(hidden.float())
+    bias = None if head.bias is None else head.bias.float()
+    measured = replace(head, weight=head.weight.float(), bias=bias).logits(hidden.float())
     if expected.shape != measured.shape:
         raise TrainingError(
             f"{type(model).__name__} has logits of shape {tuple(expected.shape)} where its head gives "

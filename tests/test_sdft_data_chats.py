@@ -83,6 +83,8 @@ def test_content_in_parts_is_text():
     [
         ({"tools": "{not"}, "row 1: tools is a text that is not JSON"),
         ({"tools": {"name": "f"}}, "row 1: tools is an object; it must be a list of objects"),
+        ({"prompt": 0}, "row 1: prompt is a number; it must be text or"),
+        ({"demonstration": False}, "row 1: demonstration is false; it must be text or"),
         ({"prompt": [USER, {"role": "system", "content": "x"}]}, "must be by 'user' or 'tool'"),
         ({"prompt": [{"role": "user", "content": [{"text": 3}]}]}, "row 1: prompt is a list; it must be text or"),
         ({"teacher_prompt": [{"role": "assistant", "content": "x"}]}, "the last message of the teacher_prompt is by"),

@@ -100,7 +100,10 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
         "teacher_prompt": "a list of messages, each",
         "demonstration": "one message by 'assistant'",
     }
-    row = {**row, **{field: _chat(row[field], field, where, chats[field]) for field in chats if row.get(field)}}
+    row = {
+        **row,
+        **{field: _chat(row[field], field, where, chats[field]) for field in chats if row.get(field) is not None},
+    }
     demonstration = row.get("demonstration")
     if isinstance(demonstration, list) and (roles := [m["role"] for m in demonstration]) != ["assistant"]:
         raise UsageError(
@@ -112,7 +115,7 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
         raise UsageError(f"{where}: answer is {row['answer']!r}; it must be text, or be left out")
     for field in ("prompt", "teacher_prompt"):
-        if row.get(field) and (last := as_messages(row[field])[-1]["role"]) not in ("user", "tool"):
+        if row.get(field) is not None and (last := as_messages(row[field])[-1]["role"]) not in ("user", "tool"):
             raise UsageError(f"{where}: the last message of the {field} is by {last!r}; it must be by 'user' or 'tool'")
     if row.get("tools") is not None:
         row["tools"] = _tools(row["tools"], where)
