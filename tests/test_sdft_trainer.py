@@ -287,7 +287,10 @@ def test_what_would_not_train_as_it_should_is_refused_before_it_begins(tmp_path)
     pytest.importorskip("liger_kernel")
     for options, words in (
         ({"use_liger_kernel": True}, "use_liger_kernel is True; on a CPU it must be False"),
-        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a number of at least 0, and finite in float32"),
+        (
+            {"learning_rate": float("inf")},
+            "learning_rate is inf; it must be a number of at least 0, and finite in float32",
+        ),
         ({"save_strategy": "best"}, "save_strategy is 'best', and eval_strategy is 'no'"),
         ({"model": torch.compile(tiny.tiny_model())}, r"model is what torch.compile returns; .* model\.compile\(\)"),
         ({"model": tiny.tiny_model().half()}, "embed_tokens.weight trains in float16, .* float32 or bfloat16"),
