@@ -8,6 +8,7 @@ forward pass of the model, and the products with a head as the forward pass of t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -155,8 +156,13 @@ def named(beta: float) -> dict[str, Any]:
     return {"divergence": "jsd", "beta": beta}
 
 
-def check_head(model: Any, wrapper: nn.Module | None = None) -> None:
-    """ValueError for a model whose logits are not its backbone's hidden states times one matrix, as `View` has them."""
+def check_head(
+    model: Any, wrapper: nn.Module | None = None, precision: AbstractContextManager[Any] | None = None
+) -> None:
+    """ValueError for a model whose logits are not its backbone's hidden states times one matrix, as `View` has them.
+
+    `wrapper` is around a model that is prepared for training already; `precision` is what both compute in.
+    """
     name, bare = type(text_model(model)).__name__, text_model(model)
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ValueError(
@@ -172,14 +178,16 @@ def check_head(model: Any, wrapper: nn.Module | None = None) -> None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), precision or nullcontext():
+            mixed = torch.is_autocast_enabled(bare.device.type)
+            dtype = torch.get_autocast_dtype(bare.device.type) if mixed else bare.dtype
             expected = wrapper(input_ids=tokens, use_cache=False).logits.float()
             measured = as_forward_of(
                 wrapper, model, lambda: View.of(model, hidden_states(model, input_ids=tokens)).logits()
             )
     finally:
         model.train(training)
-    tolerance = max(1e-4, 4 * torch.finfo(bare.dtype).eps)
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
     if expected.shape != measured.shape or not (measured - expected).abs().max() <= tolerance * expected.abs().max():
         raise ValueError(
             f"{name} has logits that its hidden states and its output head do not give, with the factor and the "

@@ -31,8 +31,9 @@ class Labelled(Trainer):
         if named.get("compute_metrics") is not None or named.get("preprocess_logits_for_metrics") is not None:
             raise refusals.no_logits(self)
         super().__init__(*positional, **named)
-        check_head(self.model)
-        check_head(self.accelerator.unwrap_model(self.teacher_model), self.teacher_model)
+        check_head(self.model, precision=self.accelerator.autocast())
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        check_head(teacher, self.teacher_model, self.accelerator.autocast())
 
     def check_settings(self, args: Any) -> None:
         """ValueError for what a trainer has besides the divergence of two local models."""

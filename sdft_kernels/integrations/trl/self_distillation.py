@@ -38,7 +38,7 @@ class SelfDistillation(Trainer):
         if args is not None:  # which TRL refuses
             self.check_settings(args)
         super().__init__(*positional, **named)
-        check_head(self.model)
+        check_head(self.model, precision=self.accelerator.autocast())
 
     def check_settings(self, args: Any) -> None:
         """ValueError for another loss than the divergence of two local models."""
