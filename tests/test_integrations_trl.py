@@ -153,6 +153,20 @@ def test_no_logits_are_made(pairs, name):
             del head.forward
 
 
+@pytest.mark.parametrize("name", ["sdft", "gkd"])
+def test_mixed_precision_is_trls_but_for_the_rounding_of_logits(folder, name):
+    found, types = [], set()
+    for kind in TRAINERS[name][:2]:
+        trainer = build(name, folder, kind, bf16=True, max_steps=1)
+        layer = trainer.model.base_model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    assert types == {torch.bfloat16}
+    for key in ("loss", "grad_norm"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=5e-3) and found[1][key] != found[0][key], key
+
+
 REFUSED = [
     ("sdft", {"distillation_mode": "topk_logits"}, "distillation_mode is 'topk_logits'; it must be 'full_logits' here"),
     ("sdft", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}, "distillation_mode is 'sampled_token'"),
