@@ -253,9 +253,11 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     cases = [(name, vocab, tokens) for tokens in given.tokens for vocab in given.vocabs for name in given.trainers]
-    rows = [compare(name, vocab, tokens, given) for name, vocab, tokens in tqdm(cases, unit="pair")]
+    rows: list[Row] = []
+    for name, vocab, tokens in tqdm(cases, unit="pair"):
+        rows.append(compare(name, vocab, tokens, given))
+        files.write(rows, given)  # a run that is cut short leaves what it has
     print(machine.heading(), table(rows), sep="\n")
-    files.write(rows, given)
 
 
 if __name__ == "__main__":

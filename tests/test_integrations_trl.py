@@ -253,12 +253,14 @@ def test_trls_classes_construct_ours_until_that_is_undone(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_trls_do(folder):
+@pytest.mark.parametrize("wrapped", ["DDP", "FSDP2"])
+def test_two_processes_train_as_trls_do(folder, wrapped):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FSDP")}
+    inherited |= {"FSDP": "1"} if wrapped == "FSDP2" else {}
     done = subprocess.run(
         [sys.executable, *launch, str(ROOT / "tests" / "trl_trainers.py"), str(folder)],
         env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

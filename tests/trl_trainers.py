@@ -25,6 +25,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from sdft_kernels.integrations import trl as ours
 from tests import tiny
+from tests.process_worker import shard_on_the_cpu
 
 FULL = {"distillation_mode": "full_logits"}
 #: For each trainer: TRL's class, ours, its configuration, and settings with which both compute the same.
@@ -36,6 +37,10 @@ TRAINERS = {
     "gold": (GOLDTrainer, ours.FusedGOLDTrainer, GOLDConfig, {"use_uld_loss": False}),
     "iw_opd": (IWOPDTrainer, ours.FusedIWOPDTrainer, IWOPDConfig, {"distillation_objective": "jsd", "loss_top_k": 0}),
 }
+#: In two processes: one trainer of each module of ours.
+IN_TWO = ("sdft", "gkd", "distillation")
+#: Whether each of the two has a part of each weight.
+SHARDED = bool(os.environ.get("FSDP"))
 LORA = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 
 
@@ -133,20 +138,21 @@ def learnt(trainer):
         for entry in trainer.state.log_history
     ]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {"logged": logged, "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}}
-
-
-#: In two processes: one trainer of each module of ours.
-IN_TWO = ("sdft", "gkd", "distillation")
+    trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    whole = {name: weight.full_tensor() if SHARDED else weight for name, weight in trained.items()}
+    return {"logged": logged, "weights": whole}
 
 
 def main(folder):
+    if SHARDED:
+        shard_on_the_cpu()
     for name in IN_TWO:
         theirs, fused, *_ = TRAINERS[name]
         for kind in (theirs, fused):
-            trainer = build(name, folder, kind, gradient_accumulation_steps=2)
+            trainer = build(name, folder, kind, gradient_accumulation_steps=2, fsdp=SHARDED)
             found = learnt(trainer)
             assert trainer.accelerator.num_processes == 2
+            assert ("FSDP" in type(trainer.model).__name__) == SHARDED
             if trainer.accelerator.is_main_process:
                 torch.save(found, folder / f"{name}-{'ours' if kind is fused else 'theirs'}.pt")
 
