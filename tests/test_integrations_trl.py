@@ -193,7 +193,7 @@ def test_outputs_with_logits_are_refused(pairs, folder):
     with pytest.raises(ValueError, match="FusedGKDTrainer has no logits to return"):
         ours.compute_loss(ours.model, inputs, return_outputs=True)
     with pytest.raises(ValueError, match="FusedGKDTrainer has no logits to return"):
-        type(ours)("no such model", args=config("gkd", folder), compute_metrics=print)
+        type(ours)("no such model", None, config("gkd", folder), compute_metrics=print)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ class Labelled(Trainer):
     """Between one of TRL's trainers and a class below: `compute_loss` without logits."""
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        args = refusals.settings_of(super().__init__, positional, named)
-        if args is not None:  # which TRL refuses
+        given = refusals.given_to(super().__init__, positional, named)
+        if (args := given.get("args")) is not None:  # TRL refuses that
             self.check_settings(args)
             refusals.check_share(args, "beta")
-        if named.get("compute_metrics") is not None or named.get("preprocess_logits_for_metrics") is not None:
+        if given.get("compute_metrics") is not None or given.get("preprocess_logits_for_metrics") is not None:
             raise refusals.no_logits(self)
         super().__init__(*positional, **named)
         check_head(self.model, precision=self.accelerator.autocast())

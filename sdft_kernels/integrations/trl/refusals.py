@@ -15,9 +15,9 @@ SAMPLED = (
 )
 
 
-def settings_of(construct: Callable[..., None], positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """The trainer's configuration among the arguments that construct it; None where TRL makes one."""
-    return inspect.signature(construct).bind(*positional, **named).arguments.get("args")
+def given_to(construct: Callable[..., None], positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that construct a trainer, by their names; its configuration is `args`, or TRL makes one."""
+    return inspect.signature(construct).bind(*positional, **named).arguments
 
 
 def must_be(args: Any, name: str, needed: Any, reason: str) -> None:

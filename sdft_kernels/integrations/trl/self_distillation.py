@@ -34,8 +34,7 @@ class SelfDistillation(Trainer):
     """
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        args = refusals.settings_of(super().__init__, positional, named)
-        if args is not None:  # which TRL refuses
+        if (args := refusals.given_to(super().__init__, positional, named).get("args")) is not None:  # TRL refuses that
             self.check_settings(args)
         super().__init__(*positional, **named)
         check_head(self.model, precision=self.accelerator.autocast())
