@@ -20,9 +20,7 @@ from sdft.errors import TrainingError, UsageError
 from sdft.forward import Result, as_forward_of, autocasting, evaluating
 from sdft.launch import is_noise
 from sdft.models.adapters import is_adapted
-
-#: What configurations call the soft-cap of the logits: Gemma and most others, RecurrentGemma, xLSTM.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+from sdft_kernels.integrations.models import logit_settings
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,7 @@ def find_head(model: PreTrainedModel) -> Head:
         )
     if not isinstance(weight, Tensor):
         raise TrainingError(f"{type(model).__name__} has no linear output head, and the loss needs one")
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # so does Falcon H1
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
-    return Head(weight, getattr(layer, "bias", None), scale, softcap)
+    return Head(weight, getattr(layer, "bias", None), *logit_settings(model.config.get_text_config()))
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
