@@ -22,6 +22,7 @@ from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.rollouts.drafts import check_drafts
+from sdft.rollouts.kv_cache import check_static_cache
 from sdft.rollouts.writer import check_weights
 from sdft.settings.config import SDFTConfig
 from sdft.settings.idle import OF_TRAINING, without_effect
@@ -136,14 +137,19 @@ def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:
 
 
 def check_rollouts(model: PreTrainedModel, args: SDFTConfig, *, sharded: bool) -> None:
-    """UsageError where rollouts cannot have the drafts that are asked for."""
-    if args.rollout_draft == "none" or args.method != "sdft":
+    """UsageError where rollouts cannot have the drafts that are asked for, or the compiled passes."""
+    if args.method != "sdft":
         return
-    reason = "its weights are sharded, and processes would make unlike numbers of passes" if sharded else None
-    if reason := reason or check_drafts(model):
-        raise UsageError(
-            f"rollout_draft is {args.rollout_draft!r}; it must be none for {type(model).__name__}: {reason}"
-        )
+    if args.rollout_draft != "none":
+        reason = "its weights are sharded, and processes would make unlike numbers of passes" if sharded else None
+        if reason := reason or check_drafts(model):
+            raise UsageError(
+                f"rollout_draft is {args.rollout_draft!r}; it must be none for {type(model).__name__}: {reason}"
+            )
+    if args.rollout_compile:
+        reason = "its weights are sharded, and gathered for each pass" if sharded else check_static_cache(model)
+        if reason:
+            raise UsageError(f"rollout_compile is True; it must be False for {type(model).__name__}: {reason}")
 
 
 def prepare_packages(trainer: Trainer) -> None:
@@ -203,6 +209,8 @@ def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
         for name in ("activation_offload", "teacher_offload"):
             if getattr(args, name):
                 logger.warning("%s has no effect on a CPU: everything is in host memory anyway", name)
+        if args.rollout_compile:
+            logger.warning("rollout_compile has no effect on a CPU: transformers compiles passes on GPUs alone")
 
 
 def check_for_liger(device: torch.device) -> None:
