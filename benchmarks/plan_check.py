@@ -24,7 +24,8 @@ from benchmarks.memory import MEBIBYTE
 from sdft.planning.presets import config_of
 from sdft.planning.pretend import Device
 from sdft.planning.step import Lengths, Step
-from sdft.settings.config import LoraArguments, SDFTConfig
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inputs import LoraArguments
 
 PROMPT = 64
 MODELS = ("SmolLM2-135M", "4 layers of 512")
@@ -120,16 +121,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="completion lengths")
     parser.add_argument("--ranks", type=int, nargs="+", default=[0, 16], help="of the adapter; 0 trains all weights")
+    parser.add_argument("--checkpointed", nargs="+", choices=("yes", "no"), default=["yes", "no"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     files.add_arguments(parser, "plan_check")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     cases = [
-        (model, tokens, rank, checkpointed)
+        (model, tokens, rank, checkpointed == "yes")
         for tokens in given.tokens
         for model in given.models
         for rank in given.ranks
-        for checkpointed in (True, False)
+        for checkpointed in given.checkpointed
     ]
     rows = []
     for case in tqdm(cases, unit="case"):

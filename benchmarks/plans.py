@@ -20,7 +20,8 @@ from sdft.planning.devices import GIB, RESERVED, memory_of
 from sdft.planning.presets import config_of
 from sdft.planning.report import LONGEST, longest_rollout, rollout_limit
 from sdft.planning.step import Lengths, Measured, Step
-from sdft.settings.config import LoraArguments, SDFTConfig
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inputs import LoraArguments
 
 MODELS = ("Qwen3-4B", "Qwen2.5-7B", "Qwen3-8B", "Llama-3.1-8B", "gemma-3-12b", "Qwen2.5-32B")
 GPUS = ("16GiB", "24GiB", "48GiB", "80GiB", "141GB")

@@ -70,20 +70,14 @@ def linked(markdown: str, folder: PurePosixPath, source: str) -> str:
 
 def field_tables() -> str:
     """A table for each group of fields of `sdft train`: name, default, and what --help-all says."""
-    from sdft.settings.config import (
-        DataArguments,
-        EvalArguments,
-        EvalSettings,
-        LoraArguments,
-        MethodSettings,
-        ModelArguments,
-    )
+    from sdft.settings.config import EvalSettings, MethodSettings
+    from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 
     scoring = {field.name for field in dataclasses.fields(EvalSettings)}
     groups = {
         "The model": dataclasses.fields(ModelArguments),
         "An adapter": dataclasses.fields(LoraArguments),
-        "Data": [*dataclasses.fields(DataArguments), *dataclasses.fields(EvalArguments)],
+        "Data": [each for kind in (DataArguments, ColumnArguments, EvalArguments) for each in dataclasses.fields(kind)],
         "Answers and their scoring": dataclasses.fields(EvalSettings),
         "Method and training": [each for each in dataclasses.fields(MethodSettings) if each.name not in scoring],
     }

@@ -117,37 +117,41 @@ def _let_segments_grow() -> None:
 
 def _train(argv: list[str], started: float) -> int:
     _let_segments_grow()
-    from sdft.early_checks import check_package, check_readable, check_vllm, check_writable
+    from sdft.early_checks import check_package, check_rows, check_vllm, check_writable
     from sdft.models.files import check_model
     from sdft.rows import rows_of_train
     from sdft.settings import help
-    from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, MethodSettings, ModelArguments
+    from sdft.settings.config import MethodSettings
     from sdft.settings.fields import own_fields, training_fields
     from sdft.settings.idle import OF_TRAINING, without_effect
     from sdft.settings.inherited import check_values
+    from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
     from sdft.settings.recipe import read
     from sdft.settings.rollouts import VLLM
 
-    fields = own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields()
+    fields = (
+        own_fields(ModelArguments, LoraArguments, DataArguments, ColumnArguments, EvalArguments) | training_fields()
+    )
     if _helped("sdft train", help.TRAIN, fields, argv):
         return 0
     given = read(argv, fields, command="sdft train")
     with given.located():
         model, lora = given.make(ModelArguments), given.make(LoraArguments)
         data, evaluation = given.make(DataArguments), given.make(EvalArguments)
+        columns = given.make(ColumnArguments).columns
         method = given.make(MethodSettings)
         check_values(given.values)
         check_writable(str(method.output_dir))
-        check_readable("train_file", data.train_file)
-        check_readable("eval_file", evaluation.eval_file)
-        check_readable("general_file", evaluation.general_file)
+        check_rows("train_file", data.train_file)
+        check_rows("eval_file", evaluation.eval_file)
+        check_rows("general_file", evaluation.general_file)
         check_model(model.model)
         check_package("sdft train draws curves", "matplotlib")
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
         if method.rollout_backend == VLLM:
             check_vllm(method.rollout_server)
-        rows = rows_of_train(data, evaluation, method)
+        rows = rows_of_train(data, evaluation, method, columns, given.values.get("seed", 0))
 
         from sdft.settings.arguments import SDFTConfig
 
@@ -159,20 +163,29 @@ def _train(argv: list[str], started: float) -> int:
 
         from sdft.commands.train import train
 
-        recipe = given.resolved(ModelArguments, LoraArguments, DataArguments, EvalArguments, MethodSettings, SDFTConfig)
+        kinds = (
+            ModelArguments,
+            LoraArguments,
+            DataArguments,
+            ColumnArguments,
+            EvalArguments,
+            MethodSettings,
+            SDFTConfig,
+        )
+        recipe = given.resolved(*kinds)
         return train(model, lora, rows, config, started=started, command=["sdft", "train", *argv], recipe=recipe)
 
 
 def _eval(argv: list[str], started: float) -> None:
-    from sdft.early_checks import check_output_file, check_readable, check_vllm
+    from sdft.early_checks import check_output_file, check_rows, check_vllm
     from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_eval
     from sdft.settings import help
     from sdft.settings.checks import matching
     from sdft.settings.commands import EvalCommand
-    from sdft.settings.config import EvalArguments, ModelArguments
     from sdft.settings.fields import own_fields
     from sdft.settings.idle import OF_EVAL, without_effect
+    from sdft.settings.inputs import ColumnArguments, EvalArguments, ModelArguments
     from sdft.settings.recipe import read
     from sdft.settings.rollouts import VLLM
     from sdft.templates import TEMPLATES
@@ -185,15 +198,15 @@ def _eval(argv: list[str], started: float) -> None:
         if "teacher_template" in recipe and matching(recipe["teacher_template"].value, TEMPLATES):
             del recipe["teacher_template"]
 
-    fields = own_fields(ModelArguments, EvalArguments, EvalCommand)
+    fields = own_fields(ModelArguments, EvalArguments, ColumnArguments, EvalCommand)
     if _helped("sdft eval", help.EVAL, fields, argv):
         return
     given = read(argv, fields, command="sdft eval", ignored=_every_field(), adapt=adapt)
     with given.located():
         model, evaluation = given.make(ModelArguments), given.make(EvalArguments)
         command = given.make(EvalCommand)
-        check_readable("eval_file", evaluation.eval_file)
-        check_readable("general_file", evaluation.general_file)
+        check_rows("eval_file", evaluation.eval_file)
+        check_rows("general_file", evaluation.general_file)
         inputs = [evaluation.eval_file, evaluation.general_file]
         check_output_file("output_file", command.output_file, inputs=inputs)
         check_output_file("summary_file", command.summary_file, inputs=[*inputs, command.output_file])
@@ -203,7 +216,7 @@ def _eval(argv: list[str], started: float) -> None:
                 check_model(command.base_model)
         if command.rollout_backend == VLLM:
             check_vllm(command.rollout_server)
-        rows = rows_of_eval(model, evaluation, command)
+        rows = rows_of_eval(model, evaluation, command, given.make(ColumnArguments).columns)
         for sentence in without_effect(OF_EVAL, evaluation, command, only=given.flags):
             logger.warning(sentence)
 
@@ -214,35 +227,64 @@ def _eval(argv: list[str], started: float) -> None:
 
 def _generate(argv: list[str], started: float) -> None:
     from sdft.data import load_rows
-    from sdft.early_checks import check_output_file, check_readable, check_vllm
+    from sdft.early_checks import check_output_file, check_rows, check_vllm
     from sdft.models.files import check_model
     from sdft.settings import help
     from sdft.settings.commands import GenerateCommand
-    from sdft.settings.config import ModelArguments
     from sdft.settings.fields import own_fields
     from sdft.settings.idle import OF_GENERATE, without_effect
+    from sdft.settings.inputs import ColumnArguments, ModelArguments
     from sdft.settings.recipe import read
     from sdft.settings.rollouts import VLLM
 
-    fields = own_fields(ModelArguments, GenerateCommand)
+    fields = own_fields(ModelArguments, ColumnArguments, GenerateCommand)
     if _helped("sdft generate", help.GENERATE, fields, argv):
         return
     given = read(argv, fields, command="sdft generate", ignored=_every_field())
     with given.located():
         model, command = given.make(ModelArguments), given.make(GenerateCommand)
-        check_readable("prompt_file", command.prompt_file)
+        check_rows("prompt_file", command.prompt_file)
         check_output_file("output_file", command.output_file, inputs=[command.prompt_file])
         check_model(model.model)
         if command.rollout_backend == VLLM:
             check_vllm(command.rollout_server)
         source = command.prompt_file or [{"prompt": command.prompt}]
-        rows = load_rows(source, name="prompt", need=("prompt",))
+        rows = load_rows(source, name="prompt", need=("prompt",), columns=given.make(ColumnArguments).columns)
         for sentence in without_effect(OF_GENERATE, command, only=given.flags):
             logger.warning(sentence)
 
         from sdft.commands.generate import generate
 
         generate(model, rows, command)
+
+
+def _data(argv: list[str], started: float) -> None:
+    from sdft.data import load_rows
+    from sdft.data.files import is_hub_name, is_rows_file, is_saved_folder
+    from sdft.early_checks import check_rows
+    from sdft.models.files import check_model
+    from sdft.settings import help
+    from sdft.settings.commands import DataCommand
+    from sdft.settings.fields import own_fields
+    from sdft.settings.inputs import ColumnArguments, DataArguments
+    from sdft.settings.recipe import read
+
+    fields = own_fields(DataArguments, ColumnArguments, DataCommand)
+    if _helped("sdft data", help.DATA, fields, argv):
+        return
+    if argv and any(known(argv[0]) for known in (is_rows_file, is_saved_folder, is_hub_name)):
+        argv = ["--train_file", *argv]
+    given = read(argv, fields, command="sdft data", ignored=_every_field())
+    with given.located():
+        data, columns, command = given.make(DataArguments), given.make(ColumnArguments), given.make(DataCommand)
+        check_rows("train_file", data.train_file)
+        if command.model:
+            check_model(command.model)
+        rows = load_rows(data.train_file, columns=columns.columns, seed=given.values.get("seed", 0))
+
+        from sdft.commands.data import show
+
+        show(rows, command)
 
 
 def _plan(argv: list[str], started: float) -> None:
@@ -252,8 +294,9 @@ def _plan(argv: list[str], started: float) -> None:
     from sdft.planning.devices import HARDWARE, memory_of
     from sdft.settings import help
     from sdft.settings.commands import PlanCommand
-    from sdft.settings.config import LoraArguments, MethodSettings, ModelArguments
+    from sdft.settings.config import MethodSettings
     from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.inputs import LoraArguments, ModelArguments
     from sdft.settings.recipe import read
 
     of_command = own_fields(PlanCommand)
@@ -304,6 +347,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "data": _data,
     "plan": _plan,
     "env": _env,
 }
@@ -323,10 +367,11 @@ def _every_field() -> set[str]:
     """The names of all fields of all commands: a recipe may have them, whichever command it is given to."""
     from dataclasses import fields, is_dataclass
 
-    from sdft.settings import config
+    from sdft.settings import config, inputs
     from sdft.settings.fields import training_fields
 
-    own = {field.name for kind in vars(config).values() if is_dataclass(kind) for field in fields(kind)}
+    kinds = [*vars(config).values(), *vars(inputs).values()]
+    own = {field.name for kind in kinds if is_dataclass(kind) for field in fields(kind)}
     return own | training_fields().keys()
 
 

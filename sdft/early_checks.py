@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from sdft.data.files import is_hub_name, is_saved_folder
 from sdft.errors import UsageError
 from sdft.rollouts.server_calls import describe
 
@@ -39,6 +40,17 @@ def check_readable(field: str, name: str | None) -> None:
         raise UsageError(f"{field} is {name!r}; {what}")
     if not os.access(name, os.R_OK):
         raise UsageError(f"{field} is {name!r}, which may not be read")
+
+
+def check_rows(field: str, source: str | Collection[str] | None) -> None:
+    """UsageError if a source of rows, or one of several, is not there or cannot be read."""
+    for name in [source] if isinstance(source, str) else source or ():
+        if is_hub_name(name):
+            check_package(f"{field} is {name!r}, a dataset of the hub", "datasets")
+        elif is_saved_folder(name):
+            check_package(f"{field} is {name!r}, which datasets has saved", "datasets")
+        else:
+            check_readable(field, name)
 
 
 def check_writable(folder: str | Path) -> None:

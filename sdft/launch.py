@@ -193,9 +193,10 @@ def said(args: SDFTConfig, first: str, *others: str) -> str:
 
 def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
     """Have the model keep to the settings that save memory, and say which of them have no effect here."""
-    if options := cast(dict[str, Any] | None, args.activation_checkpointing_kwargs):
-        with installed(said(args, "activation_checkpointing_kwargs")):
-            checkpoint(torch.clone, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # transformers 5.17 has the last
+        if options := getattr(args, name, None):
+            with installed(said(args, name)):
+                checkpoint(torch.clone, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
     tiled = tile(model, args.max_forward_tokens)
     if args.max_forward_tokens is not None and not tiled:
         logger.warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,11 @@ from sdft.data import WHERE, Row, load_rows, teacher_chat
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
 from sdft.settings.commands import EvalCommand
-from sdft.settings.config import DataArguments, EvalArguments, EvalSettings, MethodSettings, ModelArguments
+from sdft.settings.config import EvalSettings, MethodSettings
+from sdft.settings.inputs import DataArguments, EvalArguments, ModelArguments
 from sdft.templates import Message, parse_template
+
+Columns = Mapping[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,16 @@ class Rows:
     general: list[Row] = field(default_factory=list)
 
 
-def rows_of_train(of_data: DataArguments, of_eval: EvalArguments, settings: MethodSettings) -> Rows:
-    """The rows of `sdft train`."""
-    train = load_rows(of_data.train_file)
-    held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, settings)
+def rows_of_train(
+    of_data: DataArguments,
+    of_eval: EvalArguments,
+    settings: MethodSettings,
+    columns: Columns = None,
+    seed: int = 0,
+) -> Rows:
+    """The rows of `sdft train`; by `seed` those of a file are drawn of which a part is taken."""
+    train = load_rows(of_data.train_file, columns=columns, seed=seed)
+    held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, settings, columns)
     template = parse_template(settings.teacher_template)
     if settings.method == "sdft":
         _check_teacher(train, template)
@@ -35,9 +44,11 @@ def rows_of_train(of_data: DataArguments, of_eval: EvalArguments, settings: Meth
     return Rows(train, held_out, general)
 
 
-def rows_of_eval(of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand) -> Rows:
+def rows_of_eval(
+    of_model: ModelArguments, of_eval: EvalArguments, of_command: EvalCommand, columns: Columns = None
+) -> Rows:
     """The rows of `sdft eval`, which must have what is asked for."""
-    held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, of_command)
+    held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, of_command, columns)
     if not held_out and not general:
         raise UsageError("eval_file and general_file are not set; at least one must be, or there is nothing to score")
     to_score = any(row.get("answer") for row in general)
@@ -59,18 +70,23 @@ def rows_of_eval(of_model: ModelArguments, of_eval: EvalArguments, of_command: E
     return Rows(held_out=held_out, general=general)
 
 
-def exam_rows(held_out: Any, general: Any, settings: EvalSettings) -> tuple[list[Row], list[Row]]:
+def exam_rows(
+    held_out: Any, general: Any, settings: EvalSettings, columns: Columns = None
+) -> tuple[list[Row], list[Row]]:
     """The held-out and the general prompts, each from what `load_rows` takes or None, with answers that can be found.
 
     The scorers of `settings` could find each in some completion.
     """
-    found = (
-        [] if held_out is None else load_rows(held_out, name="eval_dataset", need=("prompt", "answer")),
-        [] if general is None else load_rows(general, name="general_dataset", need=("prompt",)),
+    found = tuple(
+        [] if source is None else load_rows(source, name=name, need=need, columns=columns)
+        for source, name, need in (
+            (held_out, "eval_dataset", ("prompt", "answer")),
+            (general, "general_dataset", ("prompt",)),
+        )
     )
     for rows, scorer in zip(found, (settings.scorer, settings.general_scorer), strict=True):
         check_answers(rows, scorer)
-    return found
+    return found[0], found[1]
 
 
 def have_demonstrations(rows: Sequence[Row]) -> bool:

@@ -53,7 +53,7 @@ class SDFTTrainer(SamplingTrainer):
     `model` is a transformers model, with a peft adapter or without, or a name for `sdft.load_model`;
     `peft_config` gives it an adapter. What trains is the adapter where there is one. `processing_class` is the
     tokenizer (found with a name);
-    `train_dataset` a `datasets.Dataset`, a list of rows, or a JSONL or Parquet file; `eval_dataset` the same with
+    `train_dataset` a `datasets.Dataset`, a list of rows, or a file's name; `eval_dataset` the same with
     `prompt` and `answer`, for the accuracy that `evaluate` reports; `general_dataset` the same with `prompt`, of other
     kinds, for how far the model has moved from where it started. An `exam` has the two in one, read and checked
     before; the starting model is then kept only where `eval_strategy` asks for it. Other arguments are the Trainer's.

@@ -83,7 +83,7 @@ def test_commands_and_recipes_on_a_page_are_ones_that_there_are(page: Path) -> N
         if language == "yaml":
             for field, value in yaml.safe_load(block).items():
                 kind = FIELDS["train"][field]
-                kind.read(value if isinstance(value, list) else str(value))
+                kind.read(value if isinstance(value, list | dict) else str(value))
         commands = [line.partition("  #")[0] for line in block.splitlines() if line.startswith("sdft ")]
         for _, command, *words in map(shlex.split, commands if not language else []):
             for word in words:

@@ -24,7 +24,7 @@ from sdft.planning.shapes import Shapes
 from sdft.planning.step import Lengths, Measured, Step
 from sdft.planning.tracker import MemoryTracker, Peak
 from sdft.settings.arguments import SDFTConfig
-from sdft.settings.config import LoraArguments
+from sdft.settings.inputs import LoraArguments
 from sdft.trainer import SDFTTrainer
 from tests.tiny import rows, tiny_model, tiny_tokenizer
 

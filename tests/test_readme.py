@@ -13,9 +13,9 @@ import yaml
 
 from sdft import cli
 from sdft.early_checks import check_readable
-from sdft.settings.commands import EvalCommand, GenerateCommand, PlanCommand
-from sdft.settings.config import DataArguments, EvalArguments, LoraArguments, ModelArguments
+from sdft.settings.commands import DataCommand, EvalCommand, GenerateCommand, PlanCommand
 from sdft.settings.fields import own_fields, training_fields
+from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 from tests.cases import relative_error
 
 ROOT = Path(__file__).parent.parent
@@ -30,9 +30,11 @@ def blocks(language: str) -> list[str]:
 LINES = [line.partition("  #")[0].strip() for block in blocks("") for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("sdft ")]
 FIELDS = {
-    "train": own_fields(ModelArguments, LoraArguments, DataArguments, EvalArguments) | training_fields(),
-    "eval": own_fields(ModelArguments, EvalArguments, EvalCommand),
-    "generate": own_fields(ModelArguments, GenerateCommand),
+    "train": own_fields(ModelArguments, LoraArguments, DataArguments, ColumnArguments, EvalArguments)
+    | training_fields(),
+    "eval": own_fields(ModelArguments, EvalArguments, ColumnArguments, EvalCommand),
+    "generate": own_fields(ModelArguments, ColumnArguments, GenerateCommand),
+    "data": own_fields(DataArguments, ColumnArguments, DataCommand),
     "plan": own_fields(ModelArguments, LoraArguments, PlanCommand) | training_fields(),
 }
 
@@ -78,7 +80,7 @@ def test_each_command_is_one_that_there_is(command: str, capsys: pytest.CaptureF
 
 
 def test_settings_and_pages_that_are_named_are_there() -> None:
-    table = README.split("\n## Ten settings that matter\n")[1].split("\n## ")[0]
+    table = README.split("\n## What settings cost and give\n")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert len(named) == 10 and named[0] == "max_forward_tokens" and set(named) <= FIELDS["train"].keys()
     for page in re.findall(r"\]\(([^)]+)\)", README):

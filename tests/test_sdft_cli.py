@@ -809,8 +809,9 @@ def test_every_name_in_the_reports_is_in_their_documentation(recipe, tmp_path):
 
 
 def test_the_demo_recipe_is_valid():
-    from sdft.settings.config import DataArguments, EvalArguments, ModelArguments, SDFTConfig
+    from sdft.settings.config import SDFTConfig
     from sdft.settings.fields import own_fields, training_fields
+    from sdft.settings.inputs import DataArguments, EvalArguments, ModelArguments
     from sdft.settings.recipe import read
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

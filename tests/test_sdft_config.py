@@ -6,8 +6,9 @@ import pytest
 from sdft.errors import UsageError
 from sdft.settings import arguments
 from sdft.settings.commands import EvalCommand, GenerateCommand, PlanCommand
-from sdft.settings.config import EvalArguments, EvalSettings, LoraArguments, MethodSettings, ModelArguments, SDFTConfig
+from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
 from sdft.settings.idle import OF_EVAL, OF_GENERATE, OF_TRAINING, without_effect
+from sdft.settings.inputs import EvalArguments, LoraArguments, ModelArguments
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{"demonstration": "b", "promt": "a"}], "row 1 has no prompt; it has demonstration, promt"),
         ([{}], "row 1 has no prompt; it has nothing"),
         ([GOOD, "{not json\n"], "row 2 is not JSON"),
-        ([[1, 2]], "row 1 is a list"),
+        ([[1, 2]], "row 1 is a number"),
         ([{"prompt": 3, "demonstration": "b"}], "row 1: prompt is a number"),
         ([{"prompt": [{"role": "user"}], "demonstration": "b"}], "row 1: prompt is a list"),
         ([{"prompt": " \n", "demonstration": "b"}], "row 1 has an empty prompt"),
@@ -207,7 +207,7 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
     ],
 )
 def test_a_chat_template_that_never_ends_or_fails_is_one_sentence(template, message, monkeypatch):
-    monkeypatch.setattr("sdft.data.TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr("sdft.data.encode.TEMPLATE_SECONDS", 0.1)
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UsageError, match=rf"^rows, row 3: the tokenizer's chat template {message}"):

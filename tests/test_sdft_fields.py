@@ -16,8 +16,9 @@ from sdft import SDFTConfig
 from sdft.cli import main
 from sdft.errors import UsageError
 from sdft.settings.checks import matching
-from sdft.settings.config import DIVERGENCES, MethodSettings, ModelArguments
+from sdft.settings.config import DIVERGENCES, MethodSettings
 from sdft.settings.fields import own_fields, training_fields
+from sdft.settings.inputs import ModelArguments
 from sdft.settings.recipe import read, read_flags, read_recipe
 from sdft_kernels import divergences
 
@@ -184,7 +185,7 @@ def test_flags_and_recipes_are_read_as_they_are_meant(tmp_path: Path) -> None:
 
 
 def _lora() -> type:
-    from sdft.settings.config import LoraArguments
+    from sdft.settings.inputs import LoraArguments
 
     return LoraArguments
 

@@ -89,7 +89,7 @@ def recipes(random: random.Random, settings: dict[str, Any], folder: Path) -> It
             path.write_bytes(start + "\n".join(lines).encode())
             yield argv, ["recipe.yaml"]
             continue
-        elif text is not None and text and not text.startswith("--"):
+        elif text is not None and text and not text.startswith("--") and not fields[name].is_list:
             argv += [f"--{name.replace('_', random.choice('_-'))}={text}"]
             name = argv[-1].split("=")[0]
         else:
@@ -127,7 +127,7 @@ def rows(random: random.Random, settings: dict[str, Any], folder: Path) -> Itera
         )
         write_rows(folder / "wrong.jsonl", [*good[:place], bad, *good[place:]])
         command = random.choice(["train", "eval", "generate"])
-        yield argv, [f"wrong.jsonl, row {place + 1}"]
+        yield argv, [f"wrong.jsonl, row {place + 1}", *(["wrong.jsonl is not"] if str(bad).startswith("[") else [])]
 
 
 def folders(random: random.Random, settings: dict[str, Any], folder: Path) -> Iterator[Case]:

@@ -16,7 +16,7 @@ from sdft.head import check_head
 from sdft.models.adapters import add_lora, causal_lm
 from sdft.models.files import base_of, check_apart, check_model
 from sdft.models.load import load_model
-from sdft.settings.config import LoraArguments
+from sdft.settings.inputs import LoraArguments
 from sdft.teacher import make_teacher
 from tests import tiny
 from tests.test_sdft_trainer import Gradients, assert_equal_weights, full_logits, trained, trainer, weights

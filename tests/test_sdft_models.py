@@ -21,7 +21,8 @@ from sdft.models.adapters import add_lora
 from sdft.models.gguf_cache import cache_folder
 from sdft.models.load import BUILT_IN, eos_token_ids, limits, load_model, resolve
 from sdft.rollouts.generate import generate
-from sdft.settings.config import LoraArguments, SDFTConfig
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inputs import LoraArguments
 from sdft.teacher import Teacher, frozen_copy
 from tests import tiny
 

@@ -38,9 +38,9 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """What `sdft train RECIPE` hands to the run, by field."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        early_checks, "check_readable", lambda field, name: None
+        early_checks, "check_rows", lambda field, source: None
     )  # a recipe names files that are the user's
-    monkeypatch.setattr(rows, "rows_of_train", lambda data, of_eval, _: SimpleNamespace(**vars(data), **vars(of_eval)))
+    monkeypatch.setattr(rows, "rows_of_train", lambda data, of_eval, *_: SimpleNamespace(**vars(data), **vars(of_eval)))
 
     def read(name: str) -> dict[str, Any]:
         handed: list[Any] = []

@@ -21,7 +21,7 @@ from sdft.models.load import load_model
 from sdft.rollouts.writer import writer_for
 from sdft.rows import Rows
 from sdft.settings.commands import EvalCommand
-from sdft.settings.config import ModelArguments
+from sdft.settings.inputs import ModelArguments
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES, Message, parse_template
 

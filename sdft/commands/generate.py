@@ -16,7 +16,7 @@ from sdft.evaluation.report import (
 from sdft.models.load import load_model
 from sdft.rollouts.writer import writer_for
 from sdft.settings.commands import GenerateCommand
-from sdft.settings.config import ModelArguments
+from sdft.settings.inputs import ModelArguments
 
 
 def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateCommand) -> None:

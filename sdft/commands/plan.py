@@ -24,7 +24,8 @@ from sdft.planning.report import (
 )
 from sdft.planning.step import Lengths, Measured, Step
 from sdft.settings.commands import PlanCommand
-from sdft.settings.config import LoraArguments, ModelArguments, SDFTConfig
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inputs import LoraArguments, ModelArguments
 
 
 def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, of_command: PlanCommand) -> None:

@@ -39,7 +39,8 @@ from sdft.models.files import check_apart
 from sdft.models.load import load_model
 from sdft.progress.display import Display
 from sdft.rows import Rows
-from sdft.settings.config import LoraArguments, ModelArguments, SDFTConfig
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.settings.recipe import RESOLVED_FILE
 from sdft.teacher import Teacher
 from sdft.templates import Message, parse_template

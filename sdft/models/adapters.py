@@ -19,7 +19,7 @@ from sdft._compat import dequantized
 from sdft.errors import UsageError, counted, kind_of
 
 if TYPE_CHECKING:
-    from sdft.settings.config import LoraArguments
+    from sdft.settings.inputs import LoraArguments
 
 #: Types of adapters that lie in layers, so that the loss finds the backbone's hidden states and the adapter merges.
 ADAPTERS = frozenset(

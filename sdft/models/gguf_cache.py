@@ -12,11 +12,14 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.checkpoints.files import follow_umask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VARIABLE = "SDFT_CACHE_DIR"
 

@@ -32,7 +32,7 @@ from sdft.models.gguf_cache import keep, kept_model, say
 from sdft.settings.checks import check_switch
 
 if TYPE_CHECKING:
-    from sdft.settings.config import Trust
+    from sdft.settings.inputs import Trust
 
 
 def load_model(

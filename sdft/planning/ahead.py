@@ -13,7 +13,7 @@ import torch
 from sdft.planning.devices import GIB, RESERVED
 from sdft.planning.pretend import Device
 from sdft.planning.step import Lengths, Step
-from sdft.settings.config import LoraArguments
+from sdft.settings.inputs import LoraArguments
 
 if TYPE_CHECKING:
     from sdft.trainer import SDFTTrainer

@@ -12,7 +12,8 @@ from sdft.planning.devices import GIB, RESERVED
 from sdft.planning.optimizers import is_in_8_bits, state_of
 from sdft.planning.step import Lengths, Measured
 from sdft.planning.tracker import Peak
-from sdft.settings.config import LoraArguments, SDFTConfig
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inputs import LoraArguments
 from sdft.settings.rollouts import AUTO, VLLM
 
 #: Rollouts are looked for up to this length, and to a multiple of this many tokens.

@@ -30,7 +30,8 @@ from sdft.planning.pretend import Device
 from sdft.planning.quantised import quantisation_of, quantise
 from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
-from sdft.settings.config import LoraArguments, SDFTConfig
+from sdft.settings.config import SDFTConfig
+from sdft.settings.inputs import LoraArguments
 from sdft.teacher import Teacher, make_teacher
 from sdft_kernels import DivergenceOutput, fused_linear_divergence
 

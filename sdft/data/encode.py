@@ -1,34 +1,23 @@
-"""Rows in, token ids out: reads and checks training data, and lays out the student's and the teacher's prompts.
-
-A row has `prompt` (text or chat messages), `demonstration` (text or one message) and, where it will be scored, `answer`
-(text). Rows come from a JSONL file, a Parquet file or a `datasets.Dataset`. Everything that can be wrong with a row
-is found here, before a model runs, and is reported with the file's name and the row's number (from 1).
-"""
+"""Rows in, token ids out: lays out the student's and the teacher's prompts, and checks each against the model."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft.errors import UsageError, counted, kind_of
-from sdft.templates import Message, as_messages, is_messages, teacher_messages
+from sdft.data.rows import WHERE, Row
+from sdft.errors import UsageError, counted
+from sdft.templates import Message, as_messages, teacher_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
-COLUMNS = ("prompt", "demonstration", "answer")
-#: What other trainers read of a row, and would change what the model sees: refused where a row has it.
-UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 TEMPLATE_SECONDS = 10  # a chat template takes microseconds; one that takes longer may never end
 
 
@@ -39,131 +28,6 @@ class Limits(NamedTuple):
     tokens: int | None = None
 
 
-class Place(str):
-    """A checked row's file and number. A row that says so itself, under the same key, is not believed."""
-
-
-def load_rows(source: Any, *, name: str | None = None, need: Sequence[str] = ("prompt", "demonstration")) -> list[Row]:
-    """The checked rows of a JSONL or Parquet file, of a `datasets.Dataset`, or of any sequence of dictionaries.
-
-    `need` names the fields that every row must have; `name` is what errors call a source that is not a file.
-    """
-    if isinstance(source, str | Path):
-        name = str(source)
-        numbered = _read_file(Path(source))
-    elif isinstance(source, Iterable) and hasattr(source, "__len__"):
-        name = name or "dataset"
-        numbered = [(number, row) for number, row in enumerate(source, start=1)]
-    else:
-        raise UsageError(
-            f"{name or 'dataset'} is a {type(source).__name__}; it may be a JSONL or Parquet file, a datasets.Dataset "
-            "or a list of rows"
-        )
-    if not numbered:
-        raise UsageError(f"{name} is empty: it has no rows")
-    return [_check_row(row, f"{name}, row {number}", need) for number, row in numbered]
-
-
-def _read_file(path: Path) -> list[tuple[int, Any]]:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; it must be a JSONL or Parquet file")
-    if not path.is_file():
-        raise UsageError(f"{path} is not there: no such file")
-    if path.suffix.lower() == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            return [
-                (number, _parse(line, f"{path}, row {number}")) for number, line in enumerate(lines, 1) if line.strip()
-            ]
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is neither JSONL in UTF-8 nor a .parquet file: {error}") from error
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line, object_pairs_hook=lambda pairs: _object(pairs, where))
-    except UsageError:
-        raise
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON: {error} (a file is JSONL, with a row a line, or Parquet)") from error
-    except RecursionError as error:
-        raise UsageError(f"{where} is not a row: it is nested too deeply") from error
-    except ValueError as error:  # Python reads no number of more than 4,300 digits
-        raise UsageError(f"{where} cannot be read: {str(error).partition(';')[0]}") from error
-
-
-def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    """An object of a row, which has each of its names once."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise UsageError(f"{where} has {name} twice; it must have it once")
-        found[name] = value
-    return found
-
-
-def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
-    if not isinstance(row, dict):
-        raise UsageError(f"{where} is {kind_of(row)}; it must be an object with the fields {', '.join(need)}")
-    _check_characters(row, where)
-    for field in UNREAD:
-        if row.get(field):
-            raise UsageError(
-                f"{where} has {field}, which this loop does not read; it must be taken out, or the row left out"
-            )
-    for field in need:
-        if row.get(field) is None:
-            given = [str(name) for name, value in row.items() if name != WHERE and value is not None]
-            raise UsageError(f"{where} has no {field}; it has {', '.join(given) or 'nothing'}")
-        if row[field] in ("", []) or _is_blank(row[field]):
-            raise UsageError(f"{where} has an empty {field}")
-    for field, messages in (("prompt", "a list of messages, each"), ("demonstration", "one message by 'assistant'")):
-        value = row.get(field)
-        if value is not None and not isinstance(value, str) and not is_messages(value):
-            raise UsageError(
-                f"{where}: {field} is {kind_of(value)}; it must be text or {messages} with a role and a content"
-            )
-    demonstration = row.get("demonstration")
-    if isinstance(demonstration, list) and (roles := [m["role"] for m in demonstration]) != ["assistant"]:
-        raise UsageError(
-            f"{where}: demonstration has {counted(len(roles), 'message')} ({', '.join(roles)}); it must be text or one "
-            "message by 'assistant', and what comes before that is the prompt"
-        )
-    if not isinstance(row.get("answer"), str | None):
-        raise UsageError(f"{where}: answer is {kind_of(row['answer'])}; it must be text")
-    if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
-        raise UsageError(f"{where}: answer is {row['answer']!r}; it must be text, or be left out")
-    if (last := as_messages(row["prompt"])[-1]["role"]) != "user":
-        raise UsageError(f"{where}: the last message of the prompt is by {last!r}; it must be by 'user'")
-    known = row.get(WHERE)
-    return {**row, WHERE: known if isinstance(known, Place) else Place(where)}
-
-
-def _check_characters(row: Row, where: str) -> None:
-    """Refuse text that no file could hold: JSON can spell half of a surrogate pair, which is no character."""
-    for field, value in row.items():
-        try:
-            json.dumps([field, value], ensure_ascii=False, default=str, skipkeys=True).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise UsageError(
-                f"{where}: {field} has {half!r}, half of a surrogate pair, which is no character"
-            ) from error
-        except RecursionError as error:
-            raise UsageError(f"{where}: {field} is nested too deeply") from error
-
-
-def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
-
-
 def encode_prompt(
     prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None
 ) -> list[int]:
@@ -171,7 +35,7 @@ def encode_prompt(
 
     `where` is what errors call the row that it is from.
     """
-    return _opening_ids(opening(prompt, tokenizer, where), tokenizer)
+    return opening_ids(opening(prompt, tokenizer, where), tokenizer)
 
 
 def opening(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None) -> str:
@@ -181,8 +45,12 @@ def opening(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, whe
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
 
 
-def _opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without a chat template, which has its own, what the tokenizer puts before a text; never what it puts after."""
+def opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the text that an answer follows.
+
+    Without a chat template, which has its own, they begin with what the tokenizer puts before a text; what it puts
+    after is never there.
+    """
     bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.chat_template:
         return bare
@@ -190,6 +58,13 @@ def _opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     starts = range(len(whole) - len(bare) + 1)
     start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
     return whole if start is None else whole[: start + len(bare)]
+
+
+def openings_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The same of many texts, on all cores where the tokenizer can."""
+    if tokenizer.chat_template:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [opening_ids(text, tokenizer) for text in texts]
 
 
 def _answer_ids(before: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -317,7 +192,7 @@ def encode_rows(
             check_ids(row, "demonstration", ids["completion_ids"], tokenizer, 0, limits)
         if method != "sft":
             text = opening(teacher_chat(row, template), tokenizer, row[WHERE])
-            ids["teacher_prompt_ids"] = _opening_ids(text, tokenizer)
+            ids["teacher_prompt_ids"] = opening_ids(text, tokenizer)
             check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
             unseen.look(row, text)
         encoded.append(ids)

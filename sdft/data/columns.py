@@ -1,0 +1,133 @@
+"""Which of a source's columns are the prompt, the demonstration and the answer.
+
+`columns` says it. Without, a source that has no column by one of our names is looked at for names that others use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdft.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("prompt", "demonstration", "answer")
+#: Roles of ShareGPT's turns, by what chat templates call them.
+SHARE_GPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Columns that others use, and the prompt and the good answer that they make of a row."""
+
+    columns: tuple[str, ...]
+    said: str
+    read: Callable[[Mapping[str, Any]], tuple[Any, Any]]
+
+
+def _pair(prompt: str, answer: str) -> Convention:
+    said = f"prompt is {prompt!r}, and demonstration {answer!r}"
+    return Convention((prompt, answer), said, lambda row: (row[prompt], row[answer]))
+
+
+def _of_instruction(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Alpaca's: what the instruction is about may stand in a column of its own."""
+    instruction, about = row["instruction"], row.get("input")
+    return (f"{instruction}\n\n{about}" if about else instruction), row["output"]
+
+
+def _of_messages(column: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
+    def read(row: Mapping[str, Any]) -> tuple[Any, Any]:
+        turns = row[column]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise UsageError(f"{column} must be a list of chat messages")
+        if any("from" in turn for turn in turns):  # ShareGPT's names
+            turns = [{"role": SHARE_GPT.get(t.get("from"), t.get("from")), "content": t.get("value")} for t in turns]
+        if not turns or turns[-1].get("role") != "assistant":
+            raise UsageError(f"{column} must end with a message by 'assistant', which is the demonstration")
+        return turns[:-1], turns[-1:]
+
+    return read
+
+
+_LAST_TURN = "prompt is {0!r} up to the last turn by the assistant, and demonstration that turn"
+#: In this order; the first whose columns are there is taken.
+CONVENTIONS = (
+    Convention(("messages",), _LAST_TURN.format("messages"), _of_messages("messages")),
+    Convention(("conversations",), _LAST_TURN.format("conversations"), _of_messages("conversations")),
+    _pair("prompt", "privileged_context"),  # TRL's SDFTTrainer
+    _pair("prompt", "completion"),  # TRL's SFTTrainer and GKDTrainer
+    _pair("prompt", "response"),
+    Convention(
+        ("instruction", "output"),
+        "prompt is 'instruction', with 'input' after it, and demonstration 'output'",
+        _of_instruction,
+    ),
+    _pair("instruction", "response"),
+    _pair("question", "answer"),
+    _pair("question", "response"),
+    _pair("query", "response"),
+    _pair("problem", "solution"),
+    _pair("input", "output"),
+)
+
+
+def named(
+    numbered: Sequence[tuple[int, Any]], source: str, need: Sequence[str], columns: Mapping[str, str] | None = None
+) -> list[tuple[int, Any]]:
+    """The rows with our names, where `columns` or a convention has them, and whatever else they have.
+
+    Raises UsageError where `columns` names no column for what is needed, and for turns that do not end with an answer.
+    """
+    there = {name for _, row in numbered if isinstance(row, dict) for name, value in row.items() if value is not None}
+    if columns:
+        numbered = _renamed(numbered, source, columns, there, need)
+        there |= {name for name, column in columns.items() if column in there}
+    convention = next((each for each in CONVENTIONS if there.issuperset(each.columns)), None)
+    if convention is None or there.issuperset(need):
+        return list(numbered)
+    logger.warning("%s: %s (columns can say otherwise)", source, convention.said)
+    return [(number, _read(row, convention, f"{source}, row {number}", need)) for number, row in numbered]
+
+
+def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> Any:
+    if not isinstance(row, dict):
+        return row  # which is refused for that
+    if missing := next((name for name in convention.columns if row.get(name) is None), None):
+        raise UsageError(f"{where} has no {missing}, which the rows before or after it have")
+    try:
+        prompt, good = convention.read(row)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    used = {*convention.columns, "input"} - {"answer"}
+    found = {name: value for name, value in row.items() if name not in used} | {"prompt": prompt}
+    found.setdefault("demonstration", good)
+    if "answer" in need:
+        found.setdefault("answer", good[0].get("content") if isinstance(good, list) else good)
+    return found
+
+
+def _renamed(
+    numbered: Sequence[tuple[int, Any]],
+    source: str,
+    columns: Mapping[str, str],
+    there: Collection[str],
+    need: Sequence[str],
+) -> list[tuple[int, Any]]:
+    for name, column in columns.items():
+        if column not in there and name in need and name not in there:
+            raise UsageError(
+                f"columns has {name}: {column}, and {source} has no such column; it has {', '.join(sorted(there))}"
+            )
+    here = {name: column for name, column in columns.items() if column in there}
+
+    def rename(row: Any) -> Any:
+        if not isinstance(row, dict):
+            return row
+        kept = {name: value for name, value in row.items() if name not in here.values()}
+        return kept | {name: row.get(column) for name, column in here.items()}
+
+    return [(number, rename(row)) for number, row in numbered]

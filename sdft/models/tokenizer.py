@@ -1,0 +1,50 @@
+"""A model's tokenizer without its weights, and without the seconds that importing torch takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdft.data import Limits
+from sdft.errors import UsageError
+from sdft.models.files import ADAPTER, base_of, local_path, resolve
+from sdft.settings.inputs import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, Limits]:
+    """The tokenizer of the model called `name`, and what its configuration says of the most that it can read.
+
+    Raises UsageError for a model that is not there.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = local_path(name)
+    if (adapter := folder / ADAPTER).is_file() and not (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(base_of(adapter), trust_remote_code=trust_remote_code)
+    of_config = base_of(adapter) if adapter.is_file() else name
+    try:
+        (source, files), (of_config, config_files) = _unpacked(name), _unpacked(of_config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(of_config, **config_files, trust_remote_code=trust_remote_code)
+    except UsageError:
+        raise
+    except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"model is {name!r}, whose tokenizer cannot be loaded: {reason}") from error
+    text = config.get_text_config()
+    return tokenizer, Limits(getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None))
+
+
+def _unpacked(name: str) -> tuple[str, dict[str, str]]:
+    """Where a model's files are, and how they are read: as they were kept, if they were a GGUF file's."""
+    from sdft.models.gguf_cache import kept_model
+
+    source, files = resolve(name)
+    if files:
+        kept = (kept_model(Path(source, files["gguf_file"]), dtype) for dtype in DTYPES)
+        if folder := next((each for each in kept if each is not None and each.is_dir()), None):
+            return str(folder), {}
+    return source, files
