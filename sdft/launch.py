@@ -95,8 +95,11 @@ def check_launch(trainer: Trainer) -> None:
 
 def _check_vllm(args: SDFTConfig, *, fsdp: bool) -> None:
     others = "the run is under FSDP" if fsdp else f"the run has {args.world_size} processes"
-    if fsdp or args.world_size > 1:
-        raise UsageError(f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process")
+    if fsdp or (args.world_size > 1 and args.rollout_server is None):
+        server = "" if fsdp else " (or rollout_server may be set)"
+        raise UsageError(
+            f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process{server}"
+        )
 
 
 def _check_lag(args: SDFTConfig, corrects: bool) -> None:
