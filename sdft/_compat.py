@@ -145,6 +145,12 @@ def takes_dynamic_cache(model: PreTrainedModel) -> bool:
     return getattr(model, "_supports_default_dynamic_cache", lambda: False)()
 
 
+def takes_static_cache(model: PreTrainedModel) -> bool:
+    """Whether the model's passes have fixed shapes with a StaticCache, so that they can be compiled: no public name
+    says it."""
+    return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
 def forward_without_autocast(model: PreTrainedModel) -> Callable[..., Any] | None:
     """The forward pass that accelerate has wrapped, if it has. Its `extract_model_from_parallel` gives that too, and
     takes the wrapper off for good."""

@@ -22,6 +22,7 @@ from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.rollouts.drafts import check_drafts
+from sdft.rollouts.kv_cache import check_static_cache
 from sdft.rollouts.writer import check_weights
 from sdft.settings.config import SDFTConfig
 from sdft.settings.idle import OF_TRAINING, without_effect
@@ -94,8 +95,11 @@ def check_launch(trainer: Trainer) -> None:
 
 def _check_vllm(args: SDFTConfig, *, fsdp: bool) -> None:
     others = "the run is under FSDP" if fsdp else f"the run has {args.world_size} processes"
-    if fsdp or args.world_size > 1:
-        raise UsageError(f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process")
+    if fsdp or (args.world_size > 1 and args.rollout_server is None):
+        server = "" if fsdp else " (or rollout_server may be set)"
+        raise UsageError(
+            f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process{server}"
+        )
 
 
 def _check_lag(args: SDFTConfig, corrects: bool) -> None:
@@ -136,14 +140,19 @@ def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:
 
 
 def check_rollouts(model: PreTrainedModel, args: SDFTConfig, *, sharded: bool) -> None:
-    """UsageError where rollouts cannot have the drafts that are asked for."""
-    if args.rollout_draft == "none" or args.method != "sdft":
+    """UsageError where rollouts cannot have the drafts that are asked for, or the compiled passes."""
+    if args.method != "sdft":
         return
-    reason = "its weights are sharded, and processes would make unlike numbers of passes" if sharded else None
-    if reason := reason or check_drafts(model):
-        raise UsageError(
-            f"rollout_draft is {args.rollout_draft!r}; it must be none for {type(model).__name__}: {reason}"
-        )
+    if args.rollout_draft != "none":
+        reason = "its weights are sharded, and processes would make unlike numbers of passes" if sharded else None
+        if reason := reason or check_drafts(model):
+            raise UsageError(
+                f"rollout_draft is {args.rollout_draft!r}; it must be none for {type(model).__name__}: {reason}"
+            )
+    if args.rollout_compile:
+        reason = "its weights are sharded, and gathered for each pass" if sharded else check_static_cache(model)
+        if reason:
+            raise UsageError(f"rollout_compile is True; it must be False for {type(model).__name__}: {reason}")
 
 
 def prepare_packages(trainer: Trainer) -> None:
@@ -204,6 +213,8 @@ def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
         for name in ("activation_offload", "teacher_offload"):
             if getattr(args, name):
                 logger.warning("%s has no effect on a CPU: everything is in host memory anyway", name)
+        if args.rollout_compile:
+            logger.warning("rollout_compile has no effect on a CPU: transformers compiles passes on GPUs alone")
 
 
 def check_for_liger(device: torch.device) -> None:

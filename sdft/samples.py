@@ -29,7 +29,7 @@ from sdft.repeats import RepeatedRows
 from sdft.rollouts.ahead import RolloutsAhead, Writing
 from sdft.rollouts.engine import Engine
 from sdft.rollouts.fitting import AsManyAsFit
-from sdft.rollouts.generate import write
+from sdft.rollouts.generate import by_compiled_generate, write
 from sdft.rollouts.interface import LENGTH, Backend, Completion, Request, Sampling
 from sdft.rollouts.known_texts import KnownTexts
 from sdft.rollouts.row_sampler import seed_of
@@ -260,8 +260,11 @@ class SamplingTrainer(Runs):
             yield self.student, "prompt_ids"
 
     def _backend(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[str | Backend]:
-        """What samples the rollouts: a back-end's name, or an engine with the weights that the model has now."""
-        return contextlib.nullcontext(self.args.rollout_backend) if self.engine is None else self.engine.serving(model)
+        """What samples the rollouts: a back-end, or an engine with the weights that the model has now."""
+        if self.engine is not None:
+            return self.engine.serving(model)
+        compiles = self.args.rollout_compile and model.device.type == "cuda"
+        return contextlib.nullcontext(by_compiled_generate if compiles else self.args.rollout_backend)
 
     @contextlib.contextmanager
     def answering(self, exam: Exam) -> Iterator[str | Backend]:

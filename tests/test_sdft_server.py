@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
@@ -252,11 +253,46 @@ def test_what_is_not_there_or_takes_no_weights_is_refused_before_a_model_is_load
         SDFTConfig(output_dir=str(tmp_path / "o"), rollout_server="localhost:8000")
 
 
-def test_several_processes_take_another_back_end(tmp_path, monkeypatch):
+def test_of_several_processes_the_first_pushes_and_each_answers(stand_in, monkeypatch):
+    """Two threads in place of processes; `sdft.processes`, which they stand in for, has tests with real ones."""
+    barrier, of, values = threading.Barrier(2, timeout=20), threading.local(), []
+
+    def of_first(value):
+        if of.number == 0:
+            values.append(value)
+        barrier.wait()
+        return values[-1]
+
+    monkeypatch.setattr(by_server, "is_first", lambda: of.number == 0)
+    monkeypatch.setattr(by_server, "of_first", of_first)
+    monkeypatch.setattr(by_server, "wait_for_all", barrier.wait)
+
+    def process(number):
+        of.number = number
+        model = tiny_models[number]
+        served = ServerRollouts(stand_in.url, model, longest=40, probe=PROBE)
+        with torch.no_grad():
+            model.lm_head.weight.neg_()
+        with served.serving(model) as backend:
+            if number == 1:
+                stand_in.begin()  # by its weights of no meaning nobody may have answers
+            barrier.wait()
+            return write(model, [Request([3, number], seed=number)], Sampling(9, temperature=1.0), backend=backend)
+
+    tiny_models = [tiny.tiny_model() for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        written = list(pool.map(process, range(2)))
+    for number, ours in enumerate(written):
+        assert ours == write(tiny_models[0], [Request([3, number], seed=number)], Sampling(9, temperature=1.0))
+    assert 3 <= len(stand_in.loads) <= 4  # two pushes, and what was lost
+
+
+def test_under_fsdp_another_back_end_is_asked_for(tmp_path):
     run = trainer(tmp_path / "run")
-    run.args.rollout_backend, run.args.rollout_server = "vllm", "http://localhost:1"
-    monkeypatch.setattr(type(run.args), "world_size", 2)
-    with pytest.raises(UsageError, match="and the run has 2 processes; it must be generate"):
+    run.args.rollout_backend, run.args.rollout_server, run.is_fsdp_enabled = "vllm", "http://localhost:1", True
+    with pytest.raises(
+        UsageError, match=r"and the run is under FSDP; it must be generate, for vLLM serves one process$"
+    ):
         check_launch(run)
 
 

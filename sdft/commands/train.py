@@ -21,6 +21,7 @@ from sdft.checkpoints.files import failing_clearly, remove_checkpoints, write_te
 from sdft.checkpoints.resume import steps_done
 from sdft.checkpoints.signals import FinishOnSignal
 from sdft.commands.shared import accuracy_of, quiet
+from sdft.data import Row
 from sdft.errors import SettingsError, UsageError, counted
 from sdft.evaluation.exam import Answers, Exam
 from sdft.evaluation.report import (
@@ -245,13 +246,16 @@ class Measure:
 
     def held_out(self, when: str, template: list[Message] | None = None) -> Answers | None:
         """Answers to the held-out prompts, with a template by the teacher."""
-        return self._answers(self.exam.held_out, f"{when}, held-out prompts", template)
+        return self._answers(self.exam.held_out, self.exam.eval_rows, f"{when}, held-out prompts", template)
 
     def general(self, when: str) -> Answers | None:
         """Answers to the general prompts."""
-        return self._answers(self.exam.general, f"{when}, general prompts")
+        return self._answers(self.exam.general, self.exam.general_rows, f"{when}, general prompts")
 
-    def _answers(self, ask: Callable[..., Answers | None], *told: Any) -> Answers | None:
+    def _answers(self, ask: Callable[..., Answers | None], rows: list[Row], *told: Any) -> Answers | None:
+        if not rows:
+            return None
+
         def measure() -> Answers | None:
             with self.trainer.answering(self.exam) as backend:
                 return ask(self.trainer.student, self.tokenizer, *told, backend=backend)

@@ -147,8 +147,10 @@ def notes(config: SDFTConfig) -> list[str]:
         said.append("use_liger_kernel is set, and the step is planned without it: it takes less with it")
     if config.rollout_backend != "generate":
         said.append(f"rollout_backend is {config.rollout_backend!r}, and rollouts are planned as 'generate' makes them")
-    if config.rollout_backend == VLLM:
+    if config.rollout_backend == VLLM and config.rollout_server is None:
         said.append(f"vLLM's engine is not in these numbers: {config.vllm_memory_share:g} of the GPU during rollouts")
+    if config.rollout_compile:
+        said.append("rollout_compile is set, and rollouts are planned without it: keys and values then take more")
     if config.rollout_batch_size == AUTO:
         said.append("rollout_batch_size is 'auto', and is planned as 1: training writes as many at once as fit")
     if config.teacher_cache_gib:

@@ -1,8 +1,9 @@
 """A vLLM server as a rollout back-end: token ids there and back over HTTP, weights through a folder that both see.
 
-The server is vLLM's own, with a class of ours in its workers (`sdft.rollouts.vllm_worker`), which `/collective_rpc`
-has load the weights. Each push has a version. A worker that has started again has none, so that the same weights are
-loaded once more; and requests are salted with it, so that the cache of prefixes has nothing of older weights for them.
+The server is vLLM's own, with a class of ours in its workers (`sdft.rollouts.vllm_worker`), which `/collective_rpc` has
+load the weights. Of several processes, which have the same weights, the first one pushes. Each push has a version. A
+worker that has started again has none, so that the same weights are loaded once more; and requests are salted with it,
+so that the cache of prefixes has nothing of older weights for them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.errors import TrainingError, UsageError
+from sdft.processes import is_first, of_first, wait_for_all
 from sdft.rollouts.engine import Engine, weights_of
 from sdft.rollouts.interface import Completion, Request, Sampling
 from sdft.rollouts.server_calls import Away, Refused, ask, call, describe, name_of_model
@@ -50,8 +52,9 @@ class ServerRollouts(Engine):
         dtype, device = getattr(torch, about["dtype"]), torch.device(about["device"])
         super().__init__(longest=longest, dtype=dtype, device=device, probe=probe)
         self.name = name_of_model(url)
-        self.run, self.version = uuid.uuid4().hex, ""
-        self._folder = tempfile.TemporaryDirectory(prefix="sdft-weights-")
+        self._folder = tempfile.TemporaryDirectory(prefix="sdft-weights-") if is_first() else None
+        self.run, self.folder = of_first((uuid.uuid4().hex, getattr(self._folder, "name", "")))
+        self.version = ""
         with self.serving(model):
             pass
 
@@ -73,18 +76,20 @@ class ServerRollouts(Engine):
         return UsageError(f"rollout_server is {self.url!r}, which {reason}")
 
     def load(self, model: PreTrainedModel) -> None:
-        before = self._weights
-        self.version = f"{self.run}-{self.pushes}"
-        self._weights.mkdir()
-        write_weights(self._weights, weights_of(model), self.dtype)
-        self._patiently(self._have_loaded)
-        if before.exists():
-            shutil.rmtree(before)
+        before, self.version = self._weights, f"{self.run}-{self.pushes}"
+        wait_for_all()  # until the last weights have served
+        if is_first():
+            self._weights.mkdir()
+            write_weights(self._weights, weights_of(model), self.dtype)
+            self._patiently(self._have_loaded)
+            if before.exists():
+                shutil.rmtree(before)
+        wait_for_all()
 
     @property
     def _weights(self) -> Path:
         """The folder of the weights that were pushed last."""
-        return Path(self._folder.name, self.version or "none")
+        return Path(self.folder, self.version or "none")
 
     def _have_loaded(self) -> None:
         """Have the server load the weights that were written last."""

@@ -170,6 +170,7 @@ GROUPS = {
         "rollout_server",
         "vllm_memory_share",
         "rollout_lag",
+        "rollout_compile",
         "log_completions",
     ),
     "what trains": ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_embeddings"),

@@ -30,7 +30,7 @@ _OF_SDFT = (
     *("teacher", "ema_rate", "ema_interval"),
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_stop", "rollout_from"),
     *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
-    *("vllm_memory_share", "rollout_server", "rollout_lag", "log_completions"),
+    *("vllm_memory_share", "rollout_server", "rollout_lag", "rollout_compile", "log_completions"),
 )
 
 _OF_VLLM: Rules = (

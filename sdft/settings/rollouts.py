@@ -88,6 +88,11 @@ class RolloutSettings(BackendSettings):
         "(the row's own), history (the rollout of the same prompt in an earlier epoch) or none. With rollout_backend "
         "generate.",
     )
+    rollout_compile: bool = setting(
+        False,
+        "rollout_backend generate: on a GPU, compile the pass that writes a token, into CUDA graphs, with a cache that "
+        "has its whole length from the start. The first rollouts take longer. No effect on a CPU.",
+    )
     rollout_lag: int = setting(
         0,
         "1: the next step's rollouts are written while this one learns, by the weights before its update, which "
@@ -125,6 +130,7 @@ class RolloutSettings(BackendSettings):
                 "would take back what the teacher's own answers change"
             )
         self._check_lag()
+        self._check_compile()
         if self.rollout_batch_size is not None:
             self.rollout_batch_size = at_least_or("rollout_batch_size", self.rollout_batch_size, 1, AUTO)
         check_texts("rollout_stop", self.rollout_stop)
@@ -142,4 +148,19 @@ class RolloutSettings(BackendSettings):
             raise UsageError(
                 "rollout_lag is 1 and rollout_correction 'none'; it must be 0, or rollout_correction auto or truncate, "
                 "for the rollouts are drawn by the weights before an update"
+            )
+
+    def _check_compile(self) -> None:
+        if not self.rollout_compile:
+            return
+        for name, needed in (("rollout_backend", "generate"), ("rollout_draft", "none")):
+            if (value := getattr(self, name)) != needed:
+                raise UsageError(
+                    f"rollout_compile is True and {name} {value!r}; it must be False, or {name} {needed!r}, for it "
+                    "compiles the pass of `generate` that writes one token"
+                )
+        if matching(self.rollout_batch_size, (AUTO,)):
+            raise UsageError(
+                "rollout_compile is True and rollout_batch_size 'auto'; it must be False, or rollout_batch_size a "
+                "number or not set, for each number of rollouts is compiled anew"
             )
