@@ -36,7 +36,11 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits themselves; for the self-check, and for cross-entropy on a few positions at a time."""
-        logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
+        return self.shaped(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def shaped(self, product: Tensor) -> Tensor:
+        """Logits of what hidden states, weight and bias make: scaled and soft-capped."""
+        logits = self.scale * product
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def to(self, dtype: torch.dtype | None) -> Head:

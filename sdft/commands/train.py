@@ -24,7 +24,6 @@ from sdft.commands.shared import accuracy_of, quiet
 from sdft.errors import SettingsError, UsageError, counted
 from sdft.evaluation.exam import Answers, Exam
 from sdft.evaluation.report import (
-    SUMMARY_FILE,
     MetricsFile,
     Summary,
     describe,
@@ -39,9 +38,9 @@ from sdft.models.files import check_apart
 from sdft.models.load import load_model
 from sdft.progress.display import Display
 from sdft.rows import Rows
+from sdft.run_files import RESOLVED_FILE, SUMMARY_FILE
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments, ModelArguments
-from sdft.settings.recipe import RESOLVED_FILE
 from sdft.teacher import Teacher
 from sdft.templates import Message, parse_template
 from sdft.trainer import SDFTTrainer

@@ -28,9 +28,7 @@ Settings = TypeVar("Settings")
 _ROWS = "files of rows are named by fields: --train_file, --eval_file, --general_file or --prompt_file"
 NAMED_BY = {".jsonl": _ROWS, ".parquet": _ROWS, ".csv": _ROWS, ".gguf": "a model is named by --model"}
 
-#: What `sdft train` calls the recipe of everything that a run was told, by default too.
-RESOLVED_FILE = "resolved_recipe.yaml"
-#: What is not in it: a secret, and how the run was begun.
+#: What is not in a resolved recipe: a secret, and how the run was begun.
 UNRESOLVED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
 
