@@ -323,6 +323,36 @@ def _plan(argv: list[str], started: float) -> None:
         plan(model, lora, config, command)
 
 
+def _report(argv: list[str], started: float) -> None:
+    from pathlib import Path
+
+    from sdft.early_checks import check_output_file
+    from sdft.report.page import default_file
+    from sdft.report.run_folder import check_run
+    from sdft.run_files import READ_BY_REPORT
+    from sdft.settings import help
+    from sdft.settings.commands import ReportCommand
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
+
+    fields = own_fields(ReportCommand)
+    if _helped("sdft report", help.REPORT, fields, argv, takes="RUN_DIR ..."):
+        return
+    given = read(argv, fields, command="sdft report", words_of="run_dir")
+    with given.located():
+        command = given.make(ReportCommand)
+        folders = [Path(folder) for folder in command.run_dir or ()]
+        for folder in folders:
+            check_run(folder)
+        output = command.output_file or str(default_file(folders))
+        inputs = [str(folder / name) for folder in folders for name in READ_BY_REPORT]
+        check_output_file("output_file", output, inputs=inputs)
+
+        from sdft.commands.report import report
+
+        report(folders, Path(output))
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -342,17 +372,20 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "generate": _generate,
     "data": _data,
     "plan": _plan,
+    "report": _report,
     "env": _env,
 }
 
 
-def _helped(command: str, description: str, fields: dict[str, Field], argv: list[str]) -> bool:
+def _helped(
+    command: str, description: str, fields: dict[str, Field], argv: list[str], takes: str = "[RECIPE.yaml]"
+) -> bool:
     """Whether help was asked for, and printed."""
     from sdft.settings import help
 
     if not set(argv) & set(HELP_FLAGS):
         return False
-    print(help.page(command, description, fields, everything="--help-all" in argv), end="")
+    print(help.page(command, description, fields, everything="--help-all" in argv, takes=takes), end="")
     return True
 
 

@@ -9,3 +9,5 @@ CURVES_FILE = "curves.png"
 REPORT_FILE = "report.html"
 #: Of several runs of training, one after the other; see `sdft.report.continual`.
 CONTINUAL_FILE = "continual.json"
+
+READ_BY_REPORT = (RECORD, RESOLVED_FILE, METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, CONTINUAL_FILE)

@@ -26,7 +26,7 @@ class TokenTexts:
 
     def of(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token; a character of several tokens stands at the last of them."""
-        texts, parts = [], list[int]()
+        texts, parts = list[str](), list[int]()
         for token in tokens:
             text = self.alone(token)
             parts = [*parts, token] if BROKEN in text else []

@@ -59,6 +59,10 @@ function axis(title, more = {}) {
   return { title: { display: Boolean(title), text: title }, ...more };
 }
 
+function stepAxis() {
+  return axis("step", { type: "linear", bounds: "data", min: 0, ticks: { precision: 0 } });
+}
+
 function legend(shown) {
   return { display: shown, position: "bottom", labels: { boxWidth: 14, boxHeight: 2, filter: (item) => item.text } };
 }
@@ -76,7 +80,7 @@ function meansOfFive(curve) {
 
 function line(label, data, shade, more = {}) {
   const radius = data.length > 60 ? 0 : 2;
-  return { label, data, borderColor: shade, backgroundColor: shade, borderWidth: 2, pointRadius: radius, ...more };
+  return { label, data, borderColor: shade, backgroundColor: shade, borderWidth: 2, pointRadius: radius, clip: 6, ...more };
 }
 
 // `parts`: [name in the log, what the legend calls it, dash] of the curves that share a plot.
@@ -106,7 +110,7 @@ function curveCard(runs, title, unit, parts, { smooth = false, share = false } =
       options: {
         interaction: { mode: "nearest", axis: "x", intersect: false },
         plugins: { legend: legend(datasets.length > 1) },
-        scales: { x: axis("step", { type: "linear", bounds: "data", ticks: { precision: 0 } }), y: axis(unit, bounds) },
+        scales: { x: stepAxis(), y: axis(unit, bounds) },
       },
     };
   });
@@ -129,14 +133,14 @@ function stepSecondsCard(run, named) {
     data: {
       datasets: phases.map((name, number) =>
         line(name, points(run.step_seconds[name]), runColour(number), {
-          pointRadius: 0, borderWidth: 1, fill: true, backgroundColor: `${runColour(number)}99`,
+          pointRadius: 0, borderWidth: 1, fill: number ? "-1" : "origin", backgroundColor: `${runColour(number)}99`,
         })),
     },
     options: {
       interaction: { mode: "index", intersect: false },
       plugins: { legend: legend(true) },
       scales: {
-        x: axis("step", { type: "linear", bounds: "data", ticks: { precision: 0 } }),
+        x: stepAxis(),
         y: axis("seconds", { stacked: true, beginAtZero: true }),
       },
     },
@@ -176,7 +180,7 @@ function barCard({ title, labels, sets }) {
     },
     options: {
       plugins: { legend: { position: "bottom", labels: { boxWidth: 14 } }, barLabels: { format: (value) => `${Math.round(value)} %` } },
-      scales: { y: axis("%", { min: 0, max: 110, ticks: { stepSize: 25, callback: (tick) => (tick > 100 ? "" : tick) } }), x: { grid: { display: false } } },
+      scales: { y: axis("%", { min: 0, max: 115, ticks: { stepSize: 25, callback: (tick) => (tick > 100 ? "" : tick) } }), x: { grid: { display: false } } },
     },
   }));
 }

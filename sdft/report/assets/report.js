@@ -20,7 +20,7 @@ function section(title, children) {
 
 function grid(cards) {
   const shown = cards.filter((card) => card !== null);
-  return shown.length ? element("div", { class: "grid" }, shown) : null;
+  return shown.length ? element("div", { class: shown.length === 4 ? "grid two" : "grid" }, shown) : null;
 }
 
 // `rows`: [name, a cell for each run]. The names of the runs are above, where there are several.
