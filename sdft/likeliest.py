@@ -36,8 +36,9 @@ def likeliest(
     chunk = max(1, CHUNK_BYTES // (8 * head.weight.shape[0]))
     tokens, values = [labels.new_empty(0, count)], [logprobs.new_empty(0, count)]
     for states, label, logprob in zip(hidden.split(chunk), labels.split(chunk), logprobs.split(chunk), strict=True):
+        states = states if autocast else states.to(head.weight.dtype)
         with autocasting(hidden.device, autocast):
-            found = head.logits(states if autocast else states.to(head.weight.dtype)).topk(count).indices
+            found = head.logits(states).topk(count).indices
         rows = torch.cat([label[:, None], found], 1)
         with torch.autocast(hidden.device.type, enabled=False):
             product = (head.weight[rows].float() @ states.float()[:, :, None])[:, :, 0]

@@ -124,7 +124,8 @@ def completion_logprobs(
     return logprob
 
 
-class OfTokens(NamedTuple):
+@dataclass(frozen=True)
+class OfTokens:
     """What is known of each token of a loss: (N,) float32, and what both models would rather have written."""
 
     divergence: Tensor

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class CompletionsFile(TrainerCallback):
 
     def add(self, samples: Sequence[Sample], tokens: OfTokens) -> None:
         """Keep the samples of a micro-batch for the end of the step, with what is known of its loss's tokens."""
-        values = {name: iter(self._listed(value)) for name, value in tokens._asdict().items()}
+        values = {each.name: iter(self._listed(getattr(tokens, each.name))) for each in fields(tokens)}
         for sample in samples:
             skipped = min(self.skip_tokens, len(sample.completion))
             scored = range(len(sample.completion) - skipped)

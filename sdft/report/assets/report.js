@@ -18,9 +18,9 @@ function section(title, children) {
   return element("section", {}, [element("h2", {}, [title]), ...shown]);
 }
 
-function grid(cards) {
+function grid(cards, wide = false) {
   const shown = cards.filter((card) => card !== null);
-  return shown.length ? element("div", { class: shown.length === 4 ? "grid two" : "grid" }, shown) : null;
+  return shown.length ? element("div", { class: wide || shown.length === 4 ? "grid two" : "grid" }, shown) : null;
 }
 
 // `rows`: [name, a cell for each run]. The names of the runs are above, where there are several.
@@ -59,7 +59,7 @@ function showReport(data) {
   );
   add(section("What it measured", [grid(data.bars.map(barCard)), table("numbers", runs, data.numbers)]));
   add(section("Training", [grid([
-    curveCard(runs, "loss", "nats a token", [["loss", ""]], { smooth: true }),
+    curveCard(runs, several ? "loss, mean of five logs" : "loss", "nats a token", [["loss", ""]], { smooth: true }),
     curveCard(runs, "entropy", "nats a token", [["student_entropy", "student", []], ["teacher_entropy", "teacher", [5, 4]]]),
     curveCard(runs, "length of completions", "tokens", [["completion_length", ""]]),
     curveCard(runs, "completions that came to their own end", "share", [["finished", ""]], { share: true }),
@@ -73,7 +73,7 @@ function showReport(data) {
   ])]));
   for (const found of data.continual) {
     const title = `One skill after the other${several ? `, ${found.run}` : ""}`;
-    add(section(title, [grid([...found.tables.map((each) => heatMap(found.evaluated, each)), forgettingCard(found.tables)])]));
+    add(section(title, [grid([...found.tables.map((each) => heatMap(found.evaluated, each)), forgettingCard(found.tables)], true)]));
   }
   for (const run of runs) {
     if (run.samples.length) add(section(`Rollouts${several ? `, ${run.name}` : ""}`, samplesOf(run)));
