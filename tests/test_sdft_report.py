@@ -201,6 +201,16 @@ def test_tables_of_several_runs() -> None:
     rows = beside([{"a": "1", "b": "2"}, {"b": "3", "a": "1", "c": "4"}])
     assert rows == [("a", ["1", "1"]), ("b", ["2", "3"]), ("c", ["", "4"])]
     assert [name for name, _ in differing(rows)] == ["b", "c"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [make_run(Path(parent) / "run", steps=2) for parent in ("a", "b")]
+    assert "<title>a/run, b/run: sdft report</title>" in page(folders)
+    assert "<title>run: sdft report</title>" in page(folders[:1])
+
+
+def test_durations() -> None:
     assert [duration(seconds) for seconds in (2.5, 299, 3600 * 2 + 60)] == ["2.5 s", "4 min 59 s", "2 h 01 min"]
 
 

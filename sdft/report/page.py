@@ -17,7 +17,7 @@ from typing import Any
 
 from sdft.report.continual import Continual
 from sdft.report.rollouts import samples
-from sdft.report.run_folder import RunFolder, read_run, series, significant
+from sdft.report.run_folder import RunFolder, is_number, read_run, series, significant
 from sdft.report.what_ran import bars, beside, differing, facts, headline, numbers, settings
 from sdft.run_files import REPORT_FILE
 
@@ -40,6 +40,9 @@ SCRIPTS = ("chart.umd.min.js", "plots.js", "rollouts.js", "report.js")
 def page(folders: Sequence[str | Path]) -> str:
     """The report of one run, or of several beside each other. UsageError where a folder is no run's."""
     runs = [read_run(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.path)
     title = f"{', '.join(run.name for run in runs)}: sdft report"
     assets = files("sdft.report") / "assets"
     parts = {
@@ -99,7 +102,7 @@ def curves(run: RunFolder) -> dict[str, list[list[float]]]:
     found = {name: curve for name, curve in series(run.lines).items() if name in CURVES}
     before = {"eval_accuracy": run.summary.get("accuracy_before"), "eval_forgetting": 0.0}
     for name, value in before.items():
-        if name in found and value is not None:
+        if name in found and is_number(value):
             steps, values = found[name]
             found[name] = [[0, *steps], [value, *values]]
     return found
@@ -107,18 +110,21 @@ def curves(run: RunFolder) -> dict[str, list[list[float]]]:
 
 def step_seconds(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The seconds of a step by phase, from those of the steps between two lines; without saving and evaluation."""
-    found, before = [], 0
+    found, before = list[dict[str, Any]](), 0
     for line in (line for line in lines if "loss" in line):
         steps = max(1, line["step"] - before)
         before = line["step"]
         spent = {phase: line.get(f"{phase}_seconds") for phase in PHASES[:3]}
-        found.append({"step": line["step"], **{phase: each / steps for phase, each in spent.items() if each}})
+        found.append(
+            {"step": line["step"], **{phase: each / steps for phase, each in spent.items() if is_number(each)}}
+        )
     return found
 
 
 def seconds(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
     """All seconds by phase that were logged."""
-    totals = [(phase, sum(line.get(f"{phase}_seconds") or 0 for line in lines)) for phase in PHASES]
+    logged = {phase: [line.get(f"{phase}_seconds") for line in lines] for phase in PHASES}
+    totals = [(phase, sum(each for each in values if is_number(each))) for phase, values in logged.items()]
     return [(phase, significant(total)) for phase, total in totals if total]
 
 

@@ -57,16 +57,21 @@ def choose(written: Sequence[list[tuple[int, int]]], twice: int, once: int) -> l
 def _shown(lines: list[dict[str, Any]]) -> dict[str, Any]:
     first = lines[0]
     return {
-        "prompt": first["prompt"][:MOST_CHARACTERS],
-        "teacher_prompt": str(first.get("teacher_prompt") or "")[:MOST_CHARACTERS],
+        "prompt": _beginning(first["prompt"]),
+        "teacher_prompt": _beginning(str(first.get("teacher_prompt") or "")),
         "rollouts": [_rollout(line) for line in lines],
     }
+
+
+def _beginning(text: str) -> str:
+    more = len(text) - MOST_CHARACTERS
+    return text if more <= 0 else f"{text[:MOST_CHARACTERS]}… ({more} more characters)"
 
 
 def _rollout(line: dict[str, Any]) -> dict[str, Any]:
     """A rollout as the page has it: `tokens` are [text, divergence, log-probs of student and teacher, their tops]."""
     texts = line.get("tokens")
-    found: dict[str, Any] = {"step": line["step"], "completion": str(line.get("completion", ""))[:MOST_CHARACTERS]}
+    found: dict[str, Any] = {"step": line["step"], "completion": _beginning(str(line.get("completion", "")))}
     if not isinstance(texts, list):  # a file from before they were written
         return found
     names = ("divergence", "student_logprob", "teacher_logprob")
