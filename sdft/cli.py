@@ -324,12 +324,7 @@ def _plan(argv: list[str], started: float) -> None:
 
 
 def _report(argv: list[str], started: float) -> None:
-    from pathlib import Path
-
-    from sdft.early_checks import check_output_file
-    from sdft.report.page import default_file
-    from sdft.report.run_folder import check_run
-    from sdft.run_files import READ_BY_REPORT
+    from sdft.commands.report import report
     from sdft.settings import help
     from sdft.settings.commands import ReportCommand
     from sdft.settings.fields import own_fields
@@ -340,17 +335,7 @@ def _report(argv: list[str], started: float) -> None:
         return
     given = read(argv, fields, command="sdft report", words_of="run_dir")
     with given.located():
-        command = given.make(ReportCommand)
-        folders = [Path(folder) for folder in command.run_dir or ()]
-        for folder in folders:
-            check_run(folder)
-        output = command.output_file or str(default_file(folders))
-        inputs = [str(folder / name) for folder in folders for name in READ_BY_REPORT]
-        check_output_file("output_file", output, inputs=inputs)
-
-        from sdft.commands.report import report
-
-        report(folders, Path(output))
+        report(given.make(ReportCommand))
 
 
 def _env(argv: list[str], started: float) -> None:

@@ -60,7 +60,12 @@ function axis(title, more = {}) {
 }
 
 function stepAxis() {
-  return axis("step", { type: "linear", bounds: "data", min: 0, ticks: { precision: 0 } });
+  // Chart.js puts a tick at the last step too, which may lie on the one before.
+  const afterBuildTicks = ({ ticks }) => {
+    const last = ticks.length - 1;
+    if (last > 1 && ticks[last].value - ticks[last - 1].value < 0.5 * (ticks[1].value - ticks[0].value)) ticks.pop();
+  };
+  return axis("step", { type: "linear", bounds: "data", min: 0, ticks: { precision: 0 }, afterBuildTicks });
 }
 
 function legend(shown) {
@@ -80,14 +85,26 @@ function meansOfFive(curve) {
 
 function line(label, data, shade, more = {}) {
   const radius = data.length > 60 ? 0 : 2;
-  return { label, data, borderColor: shade, backgroundColor: shade, borderWidth: 2, pointRadius: radius, clip: 6, ...more };
+  return {
+    label,
+    data,
+    borderColor: shade,
+    backgroundColor: shade,
+    borderWidth: 2,
+    pointRadius: radius,
+    clip: 6,
+    ...more,
+  };
 }
 
 // `parts`: [name in the log, what the legend calls it, dash] of the curves that share a plot.
 function curveCard(runs, title, unit, parts, { smooth = false, share = false } = {}) {
   const has = (run) => parts.some(([name]) => run.curves[name]);
   if (!runs.some(has)) return null;
-  const description = runs.filter(has).map((run) => described(run, parts, runs.length > 1)).join("; ");
+  const description = runs
+    .filter(has)
+    .map((run) => described(run, parts, runs.length > 1))
+    .join("; ");
   return plotCard(title, description, () => {
     const datasets = [];
     runs.forEach((run, number) => {
@@ -99,7 +116,9 @@ function curveCard(runs, title, unit, parts, { smooth = false, share = false } =
         if (!smooth) datasets.push(line(called, data, shade, { borderDash: runs.length > 1 ? dash : [] }));
         else {
           if (runs.length === 1) datasets.push(line("each log", data, `${shade}66`, { borderWidth: 1 }));
-          datasets.push(line(runs.length > 1 ? run.name : "mean of the last five", meansOfFive(data), shade, { pointRadius: 0 }));
+          datasets.push(
+            line(runs.length > 1 ? run.name : "mean of the last five", meansOfFive(data), shade, { pointRadius: 0 }),
+          );
         }
       });
     });
@@ -117,10 +136,12 @@ function curveCard(runs, title, unit, parts, { smooth = false, share = false } =
 }
 
 function described(run, parts, named) {
-  const said = parts.filter(([name]) => run.curves[name]).map(([name, label]) => {
-    const values = run.curves[name][1];
-    return `${label ? `${label} ` : ""}from ${values[0]} to ${values[values.length - 1]}`;
-  });
+  const said = parts
+    .filter(([name]) => run.curves[name])
+    .map(([name, label]) => {
+      const values = run.curves[name][1];
+      return `${label ? `${label} ` : ""}from ${values[0]} to ${values[values.length - 1]}`;
+    });
   return `${named ? `${run.name} ` : ""}${said.join(", ")}`;
 }
 
@@ -128,36 +149,54 @@ function stepSecondsCard(run, named) {
   const phases = Object.keys(run.step_seconds);
   if (!phases.length) return null;
   const title = `seconds of a step${named ? `, ${run.name}` : ""}`;
-  return plotCard(title, described({ curves: run.step_seconds }, phases.map((name) => [name, name]), false), () => ({
-    type: "line",
-    data: {
-      datasets: phases.map((name, number) =>
-        line(name, points(run.step_seconds[name]), runColour(number), {
-          pointRadius: 0, borderWidth: 1, fill: number ? "-1" : "origin", backgroundColor: `${runColour(number)}99`,
-        })),
-    },
-    options: {
-      interaction: { mode: "index", intersect: false },
-      plugins: { legend: legend(true) },
-      scales: {
-        x: stepAxis(),
-        y: axis("seconds", { stacked: true, beginAtZero: true }),
+  return plotCard(
+    title,
+    described(
+      { curves: run.step_seconds },
+      phases.map((name) => [name, name]),
+      false,
+    ),
+    () => ({
+      type: "line",
+      data: {
+        datasets: phases.map((name, number) =>
+          line(name, points(run.step_seconds[name]), runColour(number), {
+            pointRadius: 0,
+            borderWidth: 1,
+            fill: number ? "-1" : "origin",
+            backgroundColor: `${runColour(number)}99`,
+          }),
+        ),
       },
-    },
-  }));
+      options: {
+        interaction: { mode: "index", intersect: false },
+        plugins: { legend: legend(true) },
+        scales: {
+          x: stepAxis(),
+          y: axis("seconds", { stacked: true, beginAtZero: true }),
+        },
+      },
+    }),
+  );
 }
 
 function secondsCard(runs) {
   const timed = runs.filter((run) => run.seconds.length);
   if (!timed.length) return null;
-  const phases = ["rollout", "score", "learn", "save", "eval"].filter((phase) => timed.some((run) => run.seconds.some(([name]) => name === phase)));
-  const description = timed.map((run) => `${run.name}: ${run.seconds.map(([name, spent]) => `${name} ${spent.toFixed(1)}`).join(", ")}`).join("; ");
+  const phases = ["rollout", "score", "learn", "save", "eval"].filter((phase) =>
+    timed.some((run) => run.seconds.some(([name]) => name === phase)),
+  );
+  const description = timed
+    .map((run) => `${run.name}: ${run.seconds.map(([name, spent]) => `${name} ${spent.toFixed(1)}`).join(", ")}`)
+    .join("; ");
   return plotCard("seconds in all, with saving and evaluation", description, () => ({
     type: "bar",
     data: {
       labels: timed.map((run) => run.name),
       datasets: phases.map((phase, number) => ({
-        label: phase, backgroundColor: runColour(number), maxBarThickness: 46,
+        label: phase,
+        backgroundColor: runColour(number),
+        maxBarThickness: 46,
         data: timed.map((run) => (run.seconds.find(([name]) => name === phase) || [phase, 0])[1]),
       })),
     },
@@ -171,16 +210,32 @@ function secondsCard(runs) {
 
 function barCard({ title, labels, sets }) {
   const shades = { before: "grey", after: "c1" };
-  const description = sets.map(([when, values]) => `${when} ${values.map((value) => (value === null ? "not measured" : `${value} %`)).join(", ")}`).join("; ");
+  const description = sets
+    .map(
+      ([when, values]) =>
+        `${when} ${values.map((value) => (value === null ? "not measured" : `${value} %`)).join(", ")}`,
+    )
+    .join("; ");
   return plotCard(`${title}`, description, () => ({
     type: "bar",
     data: {
       labels,
-      datasets: sets.map(([when, data]) => ({ label: when, data, backgroundColor: colour(shades[when] || "c2"), maxBarThickness: 60 })),
+      datasets: sets.map(([when, data]) => ({
+        label: when,
+        data,
+        backgroundColor: colour(shades[when] || "c2"),
+        maxBarThickness: 60,
+      })),
     },
     options: {
-      plugins: { legend: { position: "bottom", labels: { boxWidth: 14 } }, barLabels: { format: (value) => `${Math.round(value)} %` } },
-      scales: { y: axis("%", { min: 0, max: 115, ticks: { stepSize: 25, callback: (tick) => (tick > 100 ? "" : tick) } }), x: { grid: { display: false } } },
+      plugins: {
+        legend: { position: "bottom", labels: { boxWidth: 14 } },
+        barLabels: { format: (value) => `${Math.round(value)} %` },
+      },
+      scales: {
+        y: axis("%", { min: 0, max: 115, ticks: { stepSize: 25, callback: (tick) => (tick > 100 ? "" : tick) } }),
+        x: { grid: { display: false } },
+      },
     },
   }));
 }
@@ -189,17 +244,32 @@ function forgettingCard(tables) {
   const measured = tables.filter((table) => table.forgetting.mean !== null);
   if (!measured.length) return null;
   const seeds = Math.max(...measured.map((table) => table.forgetting.seeds.length));
-  const description = measured.map((table) => `${table.method} ${table.forgetting.mean.toFixed(3)}, seeds ${table.forgetting.seeds.map((value) => value.toFixed(3)).join(" ")}`).join("; ");
+  const description = measured
+    .map(
+      (table) =>
+        `${table.method} ${table.forgetting.mean.toFixed(3)}, seeds ${table.forgetting.seeds.map((value) => value.toFixed(3)).join(" ")}`,
+    )
+    .join("; ");
   return plotCard("forgetting after the last stage (bar: mean, points: seeds)", description, () => ({
     type: "bar",
     data: {
       labels: measured.map((table) => table.method),
       datasets: [
         ...Array.from({ length: seeds }, (_, seed) => ({
-          type: "line", label: "", showLine: false, pointRadius: 4, borderColor: colour("card"),
-          pointBackgroundColor: colour("text"), data: measured.map((table) => table.forgetting.seeds[seed] ?? null),
+          type: "line",
+          label: "",
+          showLine: false,
+          pointRadius: 4,
+          borderColor: colour("card"),
+          pointBackgroundColor: colour("text"),
+          data: measured.map((table) => table.forgetting.seeds[seed] ?? null),
         })),
-        { label: "mean", data: measured.map((table) => table.forgetting.mean), backgroundColor: colour("c1"), maxBarThickness: 60 },
+        {
+          label: "mean",
+          data: measured.map((table) => table.forgetting.mean),
+          backgroundColor: colour("c1"),
+          maxBarThickness: 60,
+        },
       ],
     },
     options: {
