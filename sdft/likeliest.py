@@ -12,8 +12,8 @@ from sdft.head import Head
 
 #: How many are shown for each token.
 COUNT = 3
-#: The most bytes of logits at once. The loss has more of them there, so that a step's peak stays what it was.
-CHUNK_BYTES = 32 * 2**20
+#: The most bytes of logits at once. The loss takes more for its own, so that a step's peak stays what it was.
+CHUNK_BYTES = 128 * 2**20
 
 
 class Likeliest(NamedTuple):
@@ -25,7 +25,14 @@ class Likeliest(NamedTuple):
 
 @torch.no_grad()
 def likeliest(
-    hidden: Tensor, head: Head, labels: Tensor, logprobs: Tensor, temperature: float, autocast: torch.dtype | None
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    logprobs: Tensor,
+    *,
+    temperature: float = 1.0,
+    autocast: torch.dtype | None = None,
+    max_chunk_bytes: int | None = None,
 ) -> Likeliest:
     """The likeliest next tokens after each of the hidden states (N, H).
 
@@ -33,7 +40,7 @@ def likeliest(
     differences of logits, in float32, whatever the type of the products that found the tokens.
     """
     count = min(COUNT, head.weight.shape[0])
-    chunk = max(1, CHUNK_BYTES // (8 * head.weight.shape[0]))
+    chunk = max(1, min(max_chunk_bytes or CHUNK_BYTES, CHUNK_BYTES) // (8 * head.weight.shape[0]))
     tokens, values = [labels.new_empty(0, count)], [logprobs.new_empty(0, count)]
     for states, label, logprob in zip(hidden.split(chunk), labels.split(chunk), logprobs.split(chunk), strict=True):
         states = states if autocast else states.to(head.weight.dtype)

@@ -170,7 +170,15 @@ def distillation_loss(
         assert out.student_logprob is not None and out.teacher_logprob is not None
         logprobs = (out.student_logprob, out.teacher_logprob)
         tops = (
-            likeliest(view.hidden, view.head, batch["labels"], logprob, config.loss_temperature, autocast)
+            likeliest(
+                view.hidden,
+                view.head,
+                batch["labels"],
+                logprob,
+                temperature=config.loss_temperature,
+                autocast=autocast,
+                max_chunk_bytes=config.max_chunk_bytes,
+            )
             for view, logprob in zip(views, logprobs, strict=True)
         )
         tokens.append(OfTokens(out.token_loss, *logprobs, *tops))
