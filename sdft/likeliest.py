@@ -12,8 +12,8 @@ from sdft.head import Head
 
 #: How many are shown for each token.
 COUNT = 3
-#: The most bytes of logits at once. The loss takes more for its own, so that a step's peak stays what it was.
-CHUNK_BYTES = 128 * 2**20
+#: The most bytes of logits at once: less than the loss takes for its own, so that a step's peak stays what it was.
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
 
 class Likeliest(NamedTuple):
@@ -40,7 +40,8 @@ def likeliest(
     differences of logits, in float32, whatever the type of the products that found the tokens.
     """
     count = min(COUNT, head.weight.shape[0])
-    chunk = max(1, min(max_chunk_bytes or CHUNK_BYTES, CHUNK_BYTES) // (8 * head.weight.shape[0]))
+    most = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    chunk = max(1, min(max_chunk_bytes or most, most) // (8 * head.weight.shape[0]))
     tokens, values = [labels.new_empty(0, count)], [logprobs.new_empty(0, count)]
     for states, label, logprob in zip(hidden.split(chunk), labels.split(chunk), logprobs.split(chunk), strict=True):
         states = states if autocast else states.to(head.weight.dtype)
