@@ -332,6 +332,21 @@ def _plan(argv: list[str], started: float) -> None:
         plan(model, lora, config, command)
 
 
+def _report(argv: list[str], started: float) -> None:
+    from sdft.commands.report import report
+    from sdft.settings import help
+    from sdft.settings.commands import ReportCommand
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
+
+    fields = own_fields(ReportCommand)
+    if _helped("sdft report", help.REPORT, fields, argv, takes="RUN_DIR ..."):
+        return
+    given = read(argv, fields, command="sdft report", words_of="run_dir")
+    with given.located():
+        report(given.make(ReportCommand))
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -351,17 +366,20 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "generate": _generate,
     "data": _data,
     "plan": _plan,
+    "report": _report,
     "env": _env,
 }
 
 
-def _helped(command: str, description: str, fields: dict[str, Field], argv: list[str]) -> bool:
+def _helped(
+    command: str, description: str, fields: dict[str, Field], argv: list[str], takes: str = "[RECIPE.yaml]"
+) -> bool:
     """Whether help was asked for, and printed."""
     from sdft.settings import help
 
     if not set(argv) & set(HELP_FLAGS):
         return False
-    print(help.page(command, description, fields, everything="--help-all" in argv), end="")
+    print(help.page(command, description, fields, everything="--help-all" in argv, takes=takes), end="")
     return True
 
 

@@ -34,7 +34,11 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits themselves, for the self-check."""
-        logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
+        return self.shaped(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def shaped(self, product: Tensor) -> Tensor:
+        """Logits of what hidden states, weight and bias make: scaled and soft-capped."""
+        logits = self.scale * product
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

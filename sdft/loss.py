@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from sdft.batch import Batch
 from sdft.forward import autocasting
 from sdft.head import Head, at_head, backbone, hidden_states
+from sdft.likeliest import Likeliest, likeliest
 from sdft.memory.offload import keeping
 from sdft.prompt_cache import PromptCache
 from sdft.settings.config import SDFTConfig
@@ -58,13 +60,14 @@ def divergence(
     *,
     autocast: torch.dtype | None = None,
     on_host: bool = False,
+    look: Callable[[DivergenceOutput, View, View], None] | None = None,
     **options: Any,
 ) -> DivergenceOutput:
     """The divergence between two models at each completion token of the batch, without a graph through the teacher.
 
     `autocast` is the type of mixed-precision products (None: the weights' own type); the softmax arithmetic is float32
-    either way. With `on_host`, what the student keeps for its backward pass is in host memory. `options` go to
-    `fused_linear_divergence`.
+    either way. With `on_host`, what the student keeps for its backward pass is in host memory. `look` is shown the
+    outcome and both views while the student's head is whole. `options` go to `fused_linear_divergence`.
     """
     seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
 
@@ -72,7 +75,7 @@ def divergence(
         student_hidden, teacher_hidden = hidden, seen.hidden
         if autocast is None:
             student_hidden, teacher_hidden = student_hidden.to(head.weight.dtype), teacher_hidden.to(head.weight.dtype)
-        return fused_linear_divergence(
+        out = fused_linear_divergence(
             student_hidden,
             head.weight,
             teacher_hidden,
@@ -85,6 +88,9 @@ def divergence(
             teacher_softcap=seen.head.softcap,
             **options,
         )
+        if look is not None:
+            look(out, View(hidden.detach(), head), seen)
+        return out
 
     with autocasting(student.device, autocast):
         with keeping(student.device, on_host):
@@ -117,15 +123,26 @@ def completion_logprobs(
     return logprob
 
 
+@dataclass(frozen=True)
+class OfTokens:
+    """What is known of each token of a loss: (N,) float32, and what both models would rather have written."""
+
+    divergence: Tensor
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+    student_top: Likeliest
+    teacher_top: Likeliest
+
+
 class StepLoss(NamedTuple):
     """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging.
 
-    `tokens`, where it was asked for: `divergence`, `student_logprob` and `teacher_logprob` of each, (N,) float32.
+    `tokens`, where they were asked for, are what is known of each of them.
     """
 
     total: Tensor
     sums: dict[str, Tensor]
-    tokens: dict[str, Tensor] | None = None
+    tokens: OfTokens | None = None
 
 
 def distillation_loss(
@@ -146,12 +163,32 @@ def distillation_loss(
     with timed or contextlib.nullcontext(), teacher.scoring() as scorer:
         seen = teacher_view(scorer, batch, autocast, prompts, config.skip_tokens)
     old_logprobs = batch.get("old_logprobs")
+    tokens: list[OfTokens] = []
+
+    def look(out: DivergenceOutput, *views: View) -> None:
+        assert out.student_logprob is not None and out.teacher_logprob is not None
+        logprobs = (out.student_logprob, out.teacher_logprob)
+        tops = (
+            likeliest(
+                view.hidden,
+                view.head,
+                batch["labels"],
+                logprob,
+                temperature=config.loss_temperature,
+                autocast=autocast,
+                max_chunk_bytes=config.max_chunk_bytes,
+            )
+            for view, logprob in zip(views, logprobs, strict=True)
+        )
+        tokens.append(OfTokens(out.token_loss, *logprobs, *tops))
+
     out = divergence(
         student,
         seen,
         batch,
         autocast=autocast,
         on_host=config.activation_offload,
+        look=look if per_token else None,
         divergence=config.divergence,
         beta=config.beta,
         temperature=config.loss_temperature,
@@ -167,10 +204,7 @@ def distillation_loss(
         return StepLoss(out.loss, sums)
     if old_logprobs is not None:
         sums |= importance(out.student_logprob - old_logprobs, config.importance_clip)
-    if not per_token:
-        return StepLoss(out.loss, sums)
-    logprobs = {"student_logprob": out.student_logprob, "teacher_logprob": out.teacher_logprob}
-    return StepLoss(out.loss, sums, {"divergence": out.token_loss, **logprobs})
+    return StepLoss(out.loss, sums, tokens[0] if tokens else None)
 
 
 def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What `sdft eval`, `sdft generate` and `sdft plan` are told, beside the model."""
+"""What `sdft eval`, `sdft generate`, `sdft data`, `sdft plan` and `sdft report` are told, beside the model."""
 
 from __future__ import annotations
 
@@ -133,6 +133,23 @@ class DataCommand(BothChatSettings):
         check_at_least("rows", self.rows, 0)
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
+
+
+@dataclass
+class ReportCommand:
+    """What `sdft report` is told."""
+
+    run_dir: list[str] | None = field(
+        default=None, metadata={"help": "The folder of a run, or several to compare; output_dir of sdft train."}
+    )
+    output_file: str | None = setting(
+        None,
+        "Where to write the page: HTML. When not set, report.html in the run's folder; of several runs, in this one.",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise UsageError("run_dir is not set; it must be the folder of a run, as in sdft report runs/demo")
 
 
 @dataclass
