@@ -323,6 +323,27 @@ def _plan(argv: list[str], started: float) -> None:
         plan(model, lora, config, command)
 
 
+def _continual(argv: list[str], started: float) -> int:
+    _let_segments_grow()
+    from sdft.settings import help
+    from sdft.settings.commands import ContinualCommand
+    from sdft.settings.continual import fields_of_continual, plan_of
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
+
+    fields = fields_of_continual()
+    shown = fields if "--help-all" in argv else own_fields(ContinualCommand)
+    if _helped("sdft continual", help.CONTINUAL, shown, argv):
+        return 0
+    given = read(argv, fields, command="sdft continual")
+    with given.located():
+        plan = plan_of(given, fields)
+
+        from sdft.commands.continual import continual
+
+        return continual(plan)
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -342,6 +363,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "generate": _generate,
     "data": _data,
     "plan": _plan,
+    "continual": _continual,
     "env": _env,
 }
 

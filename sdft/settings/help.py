@@ -20,6 +20,7 @@ commands:
   generate  let a model answer a prompt, or a file of them
   data      what would be trained on: rows as student and teacher read them, lengths, what does not fit
   plan      the GPU memory that a recipe's training step takes, without a GPU
+  continual several skills one after the other, by several methods, and what is left of each after every stage
   env       what is installed here, on which devices, and what the loss will run on
 
 examples:
@@ -92,6 +93,16 @@ examples:
   sdft plan --model Qwen/Qwen3-4B --dtype bfloat16 --activation_checkpointing --output_file plan.json
 """
 
+CONTINUAL = """\
+Train several skills one after the other in one model, by several methods and with several seeds, and measure every
+skill and the general prompts after each stage. Other fields are those of sdft train. A stage that is there is not run
+again, so that the same command goes on where it was stopped.
+
+examples:
+  sdft continual examples/skills/continual.yaml
+  sdft continual examples/skills/continual.yaml --seeds 0 1 2 --output_dir runs/three-seeds
+"""
+
 #: The settings of `sdft train` to know first, each with what choosing it means.
 FIRST = {
     "model": "What learns, and who teaches it: the same model with the demonstration in its prompt. So it must be one "
@@ -131,6 +142,7 @@ GROUPS = {
         "summary_file",
         "output_dir",
     ),
+    "continual": ("skills", "methods", "seeds"),
     "plan": ("gpu", "prompt_tokens", "rollout_tokens", "demonstration_tokens", "compare", "plot_file"),
     "objective": (
         "method",
