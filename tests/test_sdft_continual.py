@@ -55,7 +55,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
         for part in ("train", "choose"):
             Path(f"{name}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings["skills"][name] = {"train_file": f"{name}_train.jsonl", "eval_file": f"{name}_choose.jsonl"}
-    settings["skills"]["second"]["scorer"] = "contains"
+    settings["skills"]["second"] |= {"scorer": "contains", "teacher_template": "turn"}
     Path("general.jsonl").write_text('{"prompt": "hello", "answer": "a"}\n{"prompt": "bye", "answer": "b"}\n')
     settings |= {
         "general_file": "general.jsonl",
@@ -66,7 +66,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
             "sft-joint": {"method": "sft", "joint": True},
         },
         "seeds": [0, 3],
-        "teacher_template": "turn",
+        "teacher_template": "{demonstration} {prompt}",
         **dict.fromkeys(("max_completion_length", "eval_completion_length", "general_completion_length"), 4),
         "per_device_train_batch_size": 2,
         "max_steps": 1,
@@ -84,11 +84,13 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
 
 def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, str, float, int, int]] = []
+    templates: list[Any] = []
     run = continual.train
 
     def train(model: Any, lora: Any, rows: Any, config: Any, **rest: Any) -> int:
         numbers = config.learning_rate, config.max_steps, len(rows.train)
         trained.append((model.model, str(config.output_dir), *numbers))
+        templates.append(config.teacher_template)
         return run(model, lora, rows, config, **rest)
 
     monkeypatch.setattr(continual, "train", train)
@@ -101,6 +103,7 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
         ("out/sft/seed-3/stage-1-first", "out/sft/seed-3/stage-2-second", 1e-2, 1, 5),
         (base, "out/sft-joint/seed-3/stage-1-all", 1e-3, 2, 10),
     ]
+    assert templates[:2] == ["{demonstration} {prompt}", "turn"]
     report = json.loads(Path("out/continual.json").read_text())
     assert (report["skills"], report["general_prompts"]) == (["first", "second"], 2)
     assert report["base"]["teacher_accuracy"].keys() == report["base"]["accuracy"].keys() == {"first", "second"}
@@ -142,6 +145,7 @@ def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], m
         ({"methods": {"sft": {"lerning_rate": 3}}}, "methods.sft has 'lerning_rate'"),
         ({"methods": {"sft": {"method": "stf"}}}, "methods.sft: method is 'stf'"),
         ({"methods": {"sft": {"joint": "maybe"}}}, "methods.sft: joint is 'maybe'"),
+        ({"methods": {"all": {"joint": True}}}, "methods.all: joint is True, and"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; each must be there once"),
         ({"seeds": ["x"]}, "seeds is 'x'"),
         ({"eval_file": "first_choose.jsonl"}, "eval_file is 'first_choose.jsonl'"),

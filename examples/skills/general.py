@@ -32,7 +32,11 @@ KINDS = {
         What is the capital of Hungary? | Budapest
         What is the capital of Thailand? | Bangkok
         What is the capital of India? | Delhi
-        What is the capital of the United Kingdom? | London"""
+        What is the capital of the United Kingdom? | London
+        What is the capital of Iraq? | Baghdad
+        What is the capital of Iran? | Tehran
+        What is the capital of Chile? | Santiago
+        What is the capital of Afghanistan? | Kabul"""
     ),
     "countries and languages": _pairs(
         """In which country is the Eiffel Tower? | France
@@ -50,7 +54,15 @@ KINDS = {
         What is the currency of Japan? | yen
         What is the currency of the United States? | dollar
         What is the currency of Germany? | euro
-        What is the currency of India? | rupee"""
+        What is the currency of India? | rupee
+        In which country is Berlin? | Germany
+        In which country is Barcelona? | Spain
+        In which country is the city of Kyoto? | Japan
+        In which country is the Statue of Liberty? | United States
+        What is the currency of the United Kingdom? | pound
+        What language do people speak in Italy? | Italian
+        What language do people speak in Russia? | Russian
+        What language do people speak in Germany? | German"""
     ),
     "people and books": _pairs(
         """Who wrote Romeo and Juliet? | Shakespeare
@@ -75,7 +87,10 @@ KINDS = {
         What is 10 divided by 2? | 5
         What is half of 10? | 5
         What is 1 + 1? | 2
-        What is 12 - 2? | 10"""
+        What is 12 - 2? | 10
+        What is 3 + 3? | 6
+        What is 100 + 100? | 200
+        What is 2 times 2? | 4"""
     ),
     "calendar": _pairs(
         """How many hours are in a day? | 24
@@ -84,7 +99,8 @@ KINDS = {
         What is the first month of the year? | January
         What is the last month of the year? | December
         How many days are in a year? | 365
-        In which month is Christmas? | December"""
+        In which month is Christmas? | December
+        How many days are in a week? | 7"""
     ),
     "opposites and words": _pairs(
         """What is the opposite of hot? | cold
@@ -103,7 +119,16 @@ KINDS = {
         What is the plural of mouse? | mice
         What is the French word for hello? | bonjour
         What is the Spanish word for hello? | hola
-        What is the French word for thank you? | merci"""
+        What is the French word for thank you? | merci
+        What is the opposite of strong? | weak
+        What is the opposite of love? | hate
+        What is the opposite of hard? | soft
+        What is the opposite of light? | dark
+        What is the opposite of true? | false
+        What is the opposite of war? | peace
+        What is the plural of dog? | dogs
+        What is the plural of foot? | feet
+        What is the plural of box? | boxes"""
     ),
     "small talk": _pairs(
         """Hello! | help
@@ -114,7 +139,13 @@ KINDS = {
         My dog died last week. | sorry
         I feel lonely tonight. | lonely
         Are you a human or an AI? | AI
-        Do you have a name? | name"""
+        Do you have a name? | name
+        Thanks a lot! | glad
+        Thank you for your help. | glad
+        Hi, how are you? | fine
+        Good evening! | evening
+        Good afternoon! | afternoon
+        What is your name? | name"""
     ),
     "formats": _pairs(
         """Repeat this word: lantern | lantern
@@ -136,6 +167,15 @@ KINDS = {
         Write Python code that prints hello. | print
         Write a Python function that adds two numbers. | def
         Make a title for a story about a lost dog. | dog
-        Write an email to my boss that starts with Subject. | Subject"""
+        Write an email to my boss that starts with Subject. | Subject
+        List four countries as a numbered list. | 1.
+        List two books as a numbered list. | 1.
+        Write a sentence with the word piano. | piano
+        Write a sentence with the word river. | river
+        Repeat this word: umbrella | umbrella
+        Repeat this sentence: I like green apples. | I like green apples
+        Write a question that starts with How. | How
+        Write a JavaScript line that prints hello. | console.log
+        Write a letter to my aunt Rose that starts with Dear. | Dear Aunt"""
     ),
 }

@@ -24,9 +24,9 @@ def _tool(name: str, arguments: str, wordings: str, values: str) -> Tool:
 
 #: What stands around the list of tools and the request.
 FRAMES = [
-    "Tools: {tools}\nRequest: {request}\nCall the right tool.",
-    "You can call {tools}.\nThe user says: {request}\nAnswer with one call.",
-    "Request: {request}\nTools: {tools}\nWrite the call.",
+    "Tools: {tools}\nRequest: {request}\nAnswer with one JSON call.",
+    "You can call {tools}.\nThe user says: {request}\nAnswer with a call in JSON.",
+    "Request: {request}\nTools: {tools}\nWrite the JSON call.",
 ]
 
 TOOLS = [
@@ -77,7 +77,7 @@ TOOLS = [
         "Tomas, Priya, Grandma, Elena, Marcus, Dr. Lee, Aisha, Henrik, Mum, Carlos, Yuki, Sofia, Ben, Ingrid, Omar",
     ),
     _tool(
-        "play_music",
+        "music",
         "artist",
         """Put on some {artist}.
         I feel like hearing {artist}.
@@ -130,7 +130,7 @@ TOOLS = [
         What is {word} in {language}?
         Put the word {word} into {language}.
         I need {word} in {language}.
-        I need the {language} for {word}, and quickly.
+        I need the word {word} in {language}.
         Translate {word} to {language}.
         Say {word} in {language} for me.
         Turn {word} into {language}.

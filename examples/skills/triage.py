@@ -24,7 +24,7 @@ def _urgency(name: str, next_steps: list[str], lines: str) -> Urgency:
 #: What stands around a complaint.
 FRAMES = [
     'Practice case, not a real patient. {person} says: "{complaint}" Triage it.',
-    'An invented patient for triage practice. {person} reports: "{complaint}" How urgent is it?',
+    'An invented patient for triage practice. {person} reports: "{complaint}" Write the triage form.',
     'Triage exercise with a made-up patient. {person} writes: "{complaint}" Fill in the form.',
 ]
 

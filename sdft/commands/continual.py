@@ -69,6 +69,7 @@ def train_stage(plan: Plan, method: Method, seed: int, learned: list[Skill], mod
         **method.given.values,
         "model": model,
         "seed": seed,
+        "teacher_template": learned[0].settings.teacher_template,
         "output_dir": str(folder),
         "overwrite_output_dir": True,  # what a stage has left that did not end
     }
@@ -103,14 +104,12 @@ class Measure:
     def base(self) -> dict[str, Any]:
         """The scores of the model before training, and of the same model shown the demonstrations."""
         model, tokenizer = self._load(self.plan.model.model)
-        template = parse_template(self.plan.settings.teacher_template)
-        for exam in self.skills.values():
+        teacher = {}
+        for skill in self.plan.skills:
+            exam, template = self.skills[skill.name], parse_template(skill.settings.teacher_template)
             exam.check(model, tokenizer, [template] if exam.has_demonstrations else [])
-        teacher = {
-            name: accuracy_of(exam.held_out(model, tokenizer, f"teacher, {name}", template))
-            for name, exam in self.skills.items()
-            if exam.has_demonstrations
-        }
+            if exam.has_demonstrations:
+                teacher[skill.name] = accuracy_of(exam.held_out(model, tokenizer, f"teacher, {skill.name}", template))
         return {**self._scores(model, tokenizer), "teacher_accuracy": teacher}
 
     def trained(self, folder: Path) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class SkillFiles:
     train_file: str
     eval_file: str
     scorer: str = "exact"
+    teacher_template: str | None = None
 
     @classmethod
     def of(cls, name: str, values: Any) -> SkillFiles:
@@ -170,7 +171,7 @@ class SkillFiles:
         if not right or not all(isinstance(value, str) and value for value in values.values()):
             raise UsageError(
                 f"skills has {name}: {shown(values)}; it must be a mapping with train_file and eval_file, and may have "
-                "scorer"
+                "scorer and teacher_template"
             )
         return cls(**{**values, "scorer": chosen(f"skills.{name}: scorer", values.get("scorer", "exact"), SCORERS)})
 
@@ -183,7 +184,7 @@ class ContinualCommand:
         default_factory=dict,
         metadata={
             "help": "The skills in the order in which they are learned: {science: {train_file: ..., eval_file: ..., "
-            "scorer: choice}, ...}."
+            "scorer: choice, teacher_template: first}, ...}; scorer and teacher_template may be left out."
         },
     )
     methods: dict[str, Any] = field(

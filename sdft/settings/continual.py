@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sdft.data import Row
 from sdft.early_checks import check_package, check_rows, check_writable
-from sdft.errors import UsageError
+from sdft.errors import UsageError, shown
 from sdft.models.files import check_model
 from sdft.rows import Rows, exam_rows, rows_of_train
 from sdft.settings.checks import check_switch
 from sdft.settings.commands import ContinualCommand, SkillFiles
-from sdft.settings.config import EvalSettings, MethodSettings
+from sdft.settings.config import MethodSettings
 from sdft.settings.fields import Field, own_fields, training_fields
 from sdft.settings.inherited import check_values
 from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 from sdft.settings.recipe import Given
 
 #: What each stage is given by the command itself, or by its skill.
-OF_THE_COMMAND = ("model", "output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint", "eval_strategy")
+OF_THE_COMMAND = (
+    "model",
+    "output_dir",
+    "seed",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "eval_strategy",
+    "teacher_template",
+)
 
 
 @dataclass(frozen=True)
 class Skill:
-    """A skill to be learned: what is learned from and what it is scored on."""
+    """A skill to be learned: what is learned from and scored on, and the recipe with the skill's own settings."""
 
     name: str
     rows: Rows
-    settings: EvalSettings
+    settings: MethodSettings
 
 
 @dataclass(frozen=True)
@@ -78,17 +86,21 @@ def plan_of(given: Given, fields: Mapping[str, Field]) -> Plan:
     check_model(model.model)
     check_package("sdft train draws curves", "matplotlib")
     methods = [_method(name, values, given, fields) for name, values in command.methods.items()]
-    skills = [_skill(name, values, given, columns) for name, values in command.skills.items()]
+    skills = [_skill(name, values, given, settings, columns) for name, values in command.skills.items()]
+    _check_joint(methods, skills)
     _, general = exam_rows(None, evaluation.general_file or None, settings, columns)
     return Plan(given, model, settings, skills, general, methods, command.seeds)
 
 
-def _skill(name: str, values: Mapping[str, Any], given: Given, columns: Mapping[str, str] | None) -> Skill:
-    """A skill with its rows; the settings are the recipe's, with the skill's own scorer."""
+def _skill(
+    name: str, values: Mapping[str, Any], given: Given, settings: MethodSettings, columns: Mapping[str, str] | None
+) -> Skill:
+    """A skill with its rows; the settings are the recipe's, with the skill's own scorer and template."""
     files = SkillFiles.of(name, values)
     for field in ("train_file", "eval_file"):
         check_rows(f"skills.{name}: {field}", getattr(files, field))
-    settings = replace(given, values={**given.values, "scorer": files.scorer}).make(MethodSettings)
+    own = {"scorer": files.scorer, "teacher_template": files.teacher_template or settings.teacher_template}
+    settings = replace(given, values={**given.values, **own}).make(MethodSettings)
     rows = rows_of_train(DataArguments(files.train_file), EvalArguments(files.eval_file), settings, columns)
     return Skill(name, rows, settings)
 
@@ -111,6 +123,18 @@ def _method(name: str, values: Mapping[str, Any], given: Given, fields: Mapping[
         method.given.make(MethodSettings)
         check_values(method.given.values)
     return method
+
+
+def _check_joint(methods: Sequence[Method], skills: Sequence[Skill]) -> None:
+    """Refuse self-distillation on all skills at once where their teachers are shown demonstrations in other forms."""
+    templates = {skill.name: skill.settings.teacher_template for skill in skills}
+    one = all(template == skills[0].settings.teacher_template for template in templates.values())
+    for method in methods:
+        if method.joint and not one and method.given.values.get("method", "sdft") == "sdft":
+            raise UsageError(
+                f"methods.{method.name}: joint is True, and teacher_template is {shown(templates)}; a run has one for "
+                "all its rows, so it must be the same for all skills, or method sft"
+            )
 
 
 def _written(value: Any) -> Any:
