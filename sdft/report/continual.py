@@ -1,6 +1,6 @@
 """continual.json, which `sdft continual` leaves, as the page shows it: who could do what after each stage.
 
-A stage is named by the skill that it taught, and one that taught several is "all at once". The model before any training
+A stage is named by the skill that it taught, and one that taught several is "all at once". The model before training
 is the stage "base" of every method.
 """
 
