@@ -202,6 +202,7 @@ def _eval(argv: list[str], started: float) -> None:
     if _helped("sdft eval", help.EVAL, fields, argv):
         return
     given = read(argv, fields, command="sdft eval", ignored=_every_field(), adapt=adapt)
+    given = given.after_run()
     with given.located():
         model, evaluation = given.make(ModelArguments), given.make(EvalArguments)
         command = given.make(EvalCommand)
@@ -241,6 +242,7 @@ def _generate(argv: list[str], started: float) -> None:
     if _helped("sdft generate", help.GENERATE, fields, argv):
         return
     given = read(argv, fields, command="sdft generate", ignored=_every_field())
+    given = given.after_run()
     with given.located():
         model, command = given.make(ModelArguments), given.make(GenerateCommand)
         check_rows("prompt_file", command.prompt_file)
@@ -330,6 +332,21 @@ def _plan(argv: list[str], started: float) -> None:
         plan(model, lora, config, command)
 
 
+def _report(argv: list[str], started: float) -> None:
+    from sdft.commands.report import report
+    from sdft.settings import help
+    from sdft.settings.commands import ReportCommand
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
+
+    fields = own_fields(ReportCommand)
+    if _helped("sdft report", help.REPORT, fields, argv, takes="RUN_DIR ..."):
+        return
+    given = read(argv, fields, command="sdft report", words_of="run_dir")
+    with given.located():
+        report(given.make(ReportCommand))
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -349,17 +366,20 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "generate": _generate,
     "data": _data,
     "plan": _plan,
+    "report": _report,
     "env": _env,
 }
 
 
-def _helped(command: str, description: str, fields: dict[str, Field], argv: list[str]) -> bool:
+def _helped(
+    command: str, description: str, fields: dict[str, Field], argv: list[str], takes: str = "[RECIPE.yaml]"
+) -> bool:
     """Whether help was asked for, and printed."""
     from sdft.settings import help
 
     if not set(argv) & set(HELP_FLAGS):
         return False
-    print(help.page(command, description, fields, everything="--help-all" in argv), end="")
+    print(help.page(command, description, fields, everything="--help-all" in argv, takes=takes), end="")
     return True
 
 

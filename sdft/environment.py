@@ -1,12 +1,18 @@
-"""What `sdft env` prints: what is installed, the devices that torch sees, and which back-end the loss takes on each."""
+"""What is installed, the devices that torch sees, and which back-end the loss takes on each.
+
+`sdft env` prints it, and a run's record has it.
+"""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +54,30 @@ def lines() -> list[str]:
     found += ["", "devices, and what the loss runs on there"]
     found += [f"  {name}: {_backend(device)}" for name, device in _devices().items()]
     return found
+
+
+def made_with() -> dict[str, Any]:
+    """What a run began with, for its record: packages, machine, and the commit of the folder that it was started in."""
+    found: dict[str, Any] = {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "packages": {name: version for name in ("sdft-kernels", *PACKAGES) if (version := _version(name))},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "devices": list(_devices()),
+    }
+    if commit := _git("rev-parse", "HEAD"):
+        changed = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+        found["git_commit"] = f"{commit}{changed}"
+    return found
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the folder that this process is in; None where there is no repository, or no git."""
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
 
 
 def _devices() -> dict[str, torch.device]:

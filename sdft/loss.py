@@ -1,27 +1,28 @@
 """From models and a micro-batch to the loss, without logits: hidden states of completion positions, then the head.
 
-`sdft.head` says what the head is; the divergence itself is `sdft_kernels.fused_linear_divergence`.
+`sdft.head` says what the head is; the divergence and the cross-entropy themselves are `sdft_kernels`'.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
 from sdft.forward import autocasting
 from sdft.head import Head, at_head, backbone, hidden_states
+from sdft.likeliest import Likeliest, likeliest
 from sdft.memory.offload import keeping
 from sdft.prompt_cache import PromptCache
 from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher
-from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
+from sdft_kernels import DivergenceOutput, fused_linear_cross_entropy, fused_linear_divergence, linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,14 @@ def divergence(
     *,
     autocast: torch.dtype | None = None,
     on_host: bool = False,
+    look: Callable[[DivergenceOutput, View, View], None] | None = None,
     **options: Any,
 ) -> DivergenceOutput:
     """The divergence between two models at each completion token of the batch, without a graph through the teacher.
 
     `autocast` is the type of mixed-precision products (None: the weights' own type); the softmax arithmetic is float32
-    either way. With `on_host`, what the student keeps for its backward pass is in host memory. `options` go to
-    `fused_linear_divergence`.
+    either way. With `on_host`, what the student keeps for its backward pass is in host memory. `look` is shown the
+    outcome and both views while the student's head is whole. `options` go to `fused_linear_divergence`.
     """
     seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
 
@@ -73,7 +75,7 @@ def divergence(
         student_hidden, teacher_hidden = hidden, seen.hidden
         if autocast is None:
             student_hidden, teacher_hidden = student_hidden.to(head.weight.dtype), teacher_hidden.to(head.weight.dtype)
-        return fused_linear_divergence(
+        out = fused_linear_divergence(
             student_hidden,
             head.weight,
             teacher_hidden,
@@ -86,6 +88,9 @@ def divergence(
             teacher_softcap=seen.head.softcap,
             **options,
         )
+        if look is not None:
+            look(out, View(hidden.detach(), head), seen)
+        return out
 
     with autocasting(student.device, autocast):
         with keeping(student.device, on_host):
@@ -118,15 +123,26 @@ def completion_logprobs(
     return logprob
 
 
+@dataclass(frozen=True)
+class OfTokens:
+    """What is known of each token of a loss: (N,) float32, and what both models would rather have written."""
+
+    divergence: Tensor
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+    student_top: Likeliest
+    teacher_top: Likeliest
+
+
 class StepLoss(NamedTuple):
     """The loss summed over a micro-batch's tokens, and sums over the same tokens that are worth logging.
 
-    `tokens`, where it was asked for: `divergence`, `student_logprob` and `teacher_logprob` of each, (N,) float32.
+    `tokens`, where they were asked for, are what is known of each of them.
     """
 
     total: Tensor
     sums: dict[str, Tensor]
-    tokens: dict[str, Tensor] | None = None
+    tokens: OfTokens | None = None
 
 
 def distillation_loss(
@@ -147,12 +163,32 @@ def distillation_loss(
     with timed or contextlib.nullcontext(), teacher.scoring() as scorer:
         seen = teacher_view(scorer, batch, autocast, prompts, config.skip_tokens)
     old_logprobs = batch.get("old_logprobs")
+    tokens: list[OfTokens] = []
+
+    def look(out: DivergenceOutput, *views: View) -> None:
+        assert out.student_logprob is not None and out.teacher_logprob is not None
+        logprobs = (out.student_logprob, out.teacher_logprob)
+        tops = (
+            likeliest(
+                view.hidden,
+                view.head,
+                batch["labels"],
+                logprob,
+                temperature=config.loss_temperature,
+                autocast=autocast,
+                max_chunk_bytes=config.max_chunk_bytes,
+            )
+            for view, logprob in zip(views, logprobs, strict=True)
+        )
+        tokens.append(OfTokens(out.token_loss, *logprobs, *tops))
+
     out = divergence(
         student,
         seen,
         batch,
         autocast=autocast,
         on_host=config.activation_offload,
+        look=look if per_token else None,
         divergence=config.divergence,
         beta=config.beta,
         temperature=config.loss_temperature,
@@ -168,10 +204,7 @@ def distillation_loss(
         return StepLoss(out.loss, sums)
     if old_logprobs is not None:
         sums |= importance(out.student_logprob - old_logprobs, config.importance_clip)
-    if not per_token:
-        return StepLoss(out.loss, sums)
-    logprobs = {"student_logprob": out.student_logprob, "teacher_logprob": out.teacher_logprob}
-    return StepLoss(out.loss, sums, {"divergence": out.token_loss, **logprobs})
+    return StepLoss(out.loss, sums, tokens[0] if tokens else None)
 
 
 def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:
@@ -188,26 +221,22 @@ def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:
 def demonstration_loss(
     student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
 ) -> StepLoss:
-    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning.
-
-    The logits of a chunk are made again in the backward pass, so that no more than a chunk of them is ever there.
-    """
-    with autocasting(student.device, autocast), keeping(student.device, config.activation_offload):
-        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning."""
 
     def cross_entropy(head: Head) -> Tensor:
-        head = head.to(autocast)
-        states = hidden.to(head.weight.dtype)
-        budget = config.max_chunk_bytes or 256 * 2**20
-        chunk = max(1, budget // (4 * head.weight.shape[0]))
-        weight = batch.get("token_weight", states.new_ones(len(states), dtype=torch.float32))
-        total = states.new_zeros((), dtype=torch.float32)
-        for part in zip(states.split(chunk), batch["labels"].split(chunk), weight.split(chunk), strict=True):
-            total = total + checkpoint(_cross_entropy, head, *part, use_reentrant=False)
-        return total
+        return fused_linear_cross_entropy(
+            hidden if autocast else hidden.to(head.weight.dtype),
+            head.weight,
+            batch["labels"],
+            bias=head.bias,
+            token_weight=batch.get("token_weight"),
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            reduction="sum",
+            max_chunk_bytes=config.max_chunk_bytes,
+        ).loss
 
-    return StepLoss(at_head(student, cross_entropy), {})
-
-
-def _cross_entropy(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    return (nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="none") * weight).sum()
+    with autocasting(student.device, autocast):
+        with keeping(student.device, config.activation_offload):
+            hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        return StepLoss(at_head(student, cross_entropy), {})

@@ -13,7 +13,7 @@ import yaml
 
 from sdft import cli
 from sdft.early_checks import check_readable
-from sdft.settings.commands import DataCommand, EvalCommand, GenerateCommand, PlanCommand
+from sdft.settings.commands import DataCommand, EvalCommand, GenerateCommand, PlanCommand, ReportCommand
 from sdft.settings.fields import own_fields, training_fields
 from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 from tests.cases import relative_error
@@ -36,6 +36,7 @@ FIELDS = {
     "generate": own_fields(ModelArguments, ColumnArguments, GenerateCommand),
     "data": own_fields(DataArguments, ColumnArguments, DataCommand),
     "plan": own_fields(ModelArguments, LoraArguments, PlanCommand) | training_fields(),
+    "report": own_fields(ReportCommand),
 }
 
 

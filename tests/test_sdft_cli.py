@@ -165,7 +165,7 @@ def test_the_last_checkpoint_goes_once_the_model_is_there_unless_it_was_asked_fo
     sizes = {path: len(data) / 2**20 for path, data in contents("out").items()}
     kept = sum(size for path, size in sizes.items() if path.parent.name == "checkpoint-3")
     assert printed == (
-        "out/ has the trained model, resolved_recipe.yaml, metrics.jsonl, summary.json and curves.png "
+        "out/ has the trained model, resolved_recipe.yaml, metrics.jsonl, summary.json, curves.png and report.html "
         f"({sum(sizes.values()) - kept:.0f} MiB), and to go on from checkpoint-3 ({kept:.0f} MiB)"
     )
     before = contents("out")

@@ -106,7 +106,7 @@ def test_a_report_that_cannot_be_written_is_one_sentence(name, tmp_path):
     if name == "metrics.jsonl":
         run.add_callback(MetricsFile(tmp_path))
     with (
-        files_no_larger_than(300),
+        files_no_larger_than(1000),
         pytest.raises(TrainingError, match=rf"^{name} could not be written to .*; there was no checkpoint before it$"),
     ):
         run.train()

@@ -547,6 +547,13 @@ def test_logged_completions_have_the_numbers_of_full_logits(options, tmp_path):
         for name, values in expected.items():
             assert record[name][:2] == [None] * min(2, len(completion))
             torch.testing.assert_close(torch.tensor(record[name][2:]), values[2:], rtol=1e-4, atol=2e-6)
+        assert "".join(record["tokens"]) == record["completion"]
+        for name, logprobs in (("student_top", p), ("teacher_top", q)):
+            assert record[name][:2] == [None] * min(2, len(completion))
+            for pairs, row in zip(record[name][2:], logprobs[2:], strict=True):
+                top = row.topk(3)
+                assert [token for token, _ in pairs] == [tokenizer.decode([each]) for each in top.indices]
+                torch.testing.assert_close(torch.tensor([n for _, n in pairs]), top.values, rtol=1e-4, atol=1e-4)
 
 
 def test_a_resumed_run_logs_each_completion_once(tmp_path):

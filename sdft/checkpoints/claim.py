@@ -14,23 +14,30 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
 from sdft.checkpoints import files as checkpoint
-from sdft.checkpoints.resume import RECORD, checkpoint_to_resume, last_checkpoint, read_record, run_of
+from sdft.checkpoints.resume import checkpoint_to_resume, last_checkpoint, read_record, run_of
 from sdft.early_checks import check_writable
+from sdft.environment import made_with
 from sdft.errors import UsageError
-from sdft.evaluation.completion_log import COMPLETIONS_FILE
-from sdft.evaluation.report import CURVES_FILE, METRICS_FILE, SUMMARY_FILE
-from sdft.settings.recipe import RESOLVED_FILE
+from sdft.run_files import (
+    COMPLETIONS_FILE,
+    CURVES_FILE,
+    METRICS_FILE,
+    RECORD,
+    REPORT_FILE,
+    RESOLVED_FILE,
+    SUMMARY_FILE,
+)
 
 logger = logging.getLogger(__name__)
 
 #: What a run leaves besides its checkpoints and its model.
-REPORTS = (METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, CURVES_FILE, RESOLVED_FILE)
+REPORTS = (METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, CURVES_FILE, REPORT_FILE, RESOLVED_FILE)
 CHECKPOINTS = "checkpoint-*"
 
 _held: dict[Path, Claim] = {}
@@ -50,22 +57,24 @@ class Claim:
     replaces: bool = False
     file: IO[str] | None = None
     before: str = ""
+    made_with: dict[str, Any] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Make the folder this run's as training begins: what it replaces goes, and so do reports of an earlier end."""
         if self.file is None:
             return
-        gone = [self.folder / name for name in (SUMMARY_FILE, CURVES_FILE)]
+        gone = [self.folder / name for name in (SUMMARY_FILE, CURVES_FILE, REPORT_FILE)]
         if self.replaces:
             gone += [self.folder / name for name in REPORTS]
             checkpoint.remove_checkpoints(self.folder, [path.name for path in self.folder.glob(CHECKPOINTS)])
         for path in gone:
             path.unlink(missing_ok=True)
-        self.before = self.record(run=self.run)
+        self.made_with = made_with()
+        self.before = self.record(run=self.run, made_with=self.made_with)
 
     def finish(self, steps: int) -> None:
         """Note that the run has ended after so many steps, and that the folder has its model."""
-        self.before = self.record(run=self.run, steps=steps)
+        self.before = self.record(run=self.run, made_with=self.made_with, steps=steps)
 
     def record(self, **values: Any) -> str:
         """Write the record, with the process that has the folder."""

@@ -20,9 +20,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 from sdft.errors import TrainingError, UsageError
-
-#: What says which run a checkpoint, or an output folder, is of.
-RECORD = "run.json"
+from sdft.run_files import RECORD
 
 #: Files of a checkpoint's weights that can run code as they are loaded.
 PICKLED = frozenset({"pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"})

@@ -21,12 +21,13 @@ from transformers.trainer_utils import TrainOutput
 from sdft._compat import load_best_model, optimizer_steps
 from sdft.checkpoints.claim import Claim, claimed
 from sdft.checkpoints.files import write_text
-from sdft.checkpoints.resume import RECORD, Resuming, steps_done
+from sdft.checkpoints.resume import Resuming, steps_done
 from sdft.checkpoints.signals import FinishOnSignal
 from sdft.checkpoints.whole_saves import WholeSaves
 from sdft.errors import UsageError
 from sdft.memory.exhausted import explained
 from sdft.progress.phases import Phases
+from sdft.run_files import RECORD
 from sdft.settings.config import SDFTConfig
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,9 @@ def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateComm
     """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
     quiet()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device_here(), **of_model.trust)
-    prompts = prompts_for(model, tokenizer, rows, of_command.max_completion_length)
+    prompts = prompts_for(
+        model, tokenizer, rows, of_command.max_completion_length, options=of_command.chat_template_kwargs
+    )
     texts: list[str] = []
     ended: list[bool] = []
     with contextlib.ExitStack() as stack:

@@ -25,7 +25,6 @@ from sdft.data import Row
 from sdft.errors import SettingsError, UsageError, counted
 from sdft.evaluation.exam import Answers, Exam
 from sdft.evaluation.report import (
-    SUMMARY_FILE,
     MetricsFile,
     Summary,
     describe,
@@ -39,10 +38,11 @@ from sdft.models.adapters import add_lora
 from sdft.models.files import check_apart
 from sdft.models.load import load_model
 from sdft.progress.display import Display
+from sdft.report.page import page
 from sdft.rows import Rows
+from sdft.run_files import CURVES_FILE, METRICS_FILE, REPORT_FILE, RESOLVED_FILE, SUMMARY_FILE
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments, ModelArguments
-from sdft.settings.recipe import RESOLVED_FILE
 from sdft.teacher import Teacher
 from sdft.templates import Message, parse_template
 from sdft.trainer import SDFTTrainer
@@ -152,6 +152,8 @@ def _train(
         draw_curves(folder, trainer.state.log_history, summary)
         write_summary(folder / SUMMARY_FILE, summary)
     claim.finish(trainer.state.global_step)
+    with failing_clearly("the report", str(folder)):
+        write_text(folder / REPORT_FILE, page([folder]))
     if not _is_asked_for(trainer):
         remove_checkpoints(folder, [f"checkpoint-{trainer.state.global_step}"])
     print("", describe(summary), "", table(summary), "", left_in(folder), sep="\n")
@@ -289,8 +291,8 @@ def left_in(folder: Path) -> str:
     sizes = {path: path.stat().st_size / 2**20 for path in kept}
     of_checkpoints = sum(size for path, size in sizes.items() if any(each in path.parents for each in checkpoints))
     line = (
-        f"{folder}/ has the trained model, {RESOLVED_FILE}, metrics.jsonl, summary.json and curves.png "
-        f"({sum(sizes.values()) - of_checkpoints:.0f} MiB)"
+        f"{folder}/ has the trained model, {RESOLVED_FILE}, {METRICS_FILE}, {SUMMARY_FILE}, {CURVES_FILE} and "
+        f"{REPORT_FILE} ({sum(sizes.values()) - of_checkpoints:.0f} MiB)"
     )
     if checkpoints:
         names = ", ".join(path.name for path in checkpoints)

@@ -1,27 +1,30 @@
 """completions.jsonl: the rollouts of a run, a line each, and what student and teacher make of every token.
 
 A line has `step` (the one whose loss the rollout is part of, counted from 1), `prompt` (the student's),
-`teacher_prompt` and `completion` as text with their special tokens, `completion_ids`, and a number for each of these
-ids: `divergence`, `student_logprob` and `teacher_logprob`, in nats, to six decimals, at the loss's temperature; null
-for the tokens that `skip_tokens` leaves out of the loss.
+`teacher_prompt` and `completion` as text with their special tokens, `completion_ids`, and for each of these ids its
+text (`tokens`) and a number: `divergence`, `student_logprob` and `teacher_logprob`, in nats, to six decimals, at the
+loss's temperature. `student_top` and `teacher_top` have the few tokens that the model holds likeliest there, as pairs
+of text and log-probability. All but the texts are null for the tokens that `skip_tokens` leaves out of the loss.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft.batch import Sample
 from sdft.checkpoints.files import failing_clearly
-
-COMPLETIONS_FILE = "completions.jsonl"
+from sdft.evaluation.token_texts import TokenTexts
+from sdft.likeliest import Likeliest
+from sdft.loss import OfTokens
+from sdft.run_files import COMPLETIONS_FILE
 
 
 class CompletionsFile(TrainerCallback):
@@ -35,16 +38,16 @@ class CompletionsFile(TrainerCallback):
     ) -> None:
         self.path = Path(folder) / COMPLETIONS_FILE
         self.every, self.tokenizer, self.skip_tokens = every, tokenizer, skip_tokens
+        self.texts = TokenTexts(tokenizer)
         self.records: list[dict[str, Any]] = []
 
     def wants(self, step: int) -> bool:
         """Whether this step's rollouts are to be written."""
         return step % self.every == 0
 
-    def add(self, samples: Sequence[Sample], tokens: Mapping[str, Tensor]) -> None:
-        """Keep the samples of a micro-batch for the end of the step; `tokens` are vectors over its loss's tokens."""
-        names = ("divergence", "student_logprob", "teacher_logprob")
-        values = {name: iter(tokens[name].tolist()) for name in names}
+    def add(self, samples: Sequence[Sample], tokens: OfTokens) -> None:
+        """Keep the samples of a micro-batch for the end of the step, with what is known of its loss's tokens."""
+        values = {each.name: iter(self._listed(getattr(tokens, each.name))) for each in fields(tokens)}
         for sample in samples:
             skipped = min(self.skip_tokens, len(sample.completion))
             scored = range(len(sample.completion) - skipped)
@@ -54,10 +57,8 @@ class CompletionsFile(TrainerCallback):
                     "teacher_prompt": self._text(sample.teacher_prompt or []),
                     "completion": self._text(sample.completion),
                     "completion_ids": sample.completion,
-                    **{
-                        name: [None] * skipped + [round(next(numbers), 6) for _ in scored]
-                        for name, numbers in values.items()
-                    },
+                    "tokens": self.texts.of(sample.completion),
+                    **{name: [None] * skipped + [next(each) for _ in scored] for name, each in values.items()},
                 }
             )
 
@@ -80,6 +81,15 @@ class CompletionsFile(TrainerCallback):
                 folder.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in lines)
+
+    def _listed(self, value: Any) -> list[Any]:
+        """What a line has of each token: a number, or pairs of text and log-probability."""
+        if not isinstance(value, Likeliest):
+            return [round(number, 6) for number in value.tolist()]
+        return [
+            [[self.texts.alone(token), round(number, 4)] for token, number in zip(*each, strict=True)]
+            for each in zip(value.tokens.tolist(), value.logprobs.tolist(), strict=True)
+        ]
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

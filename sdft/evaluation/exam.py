@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Sample, lay_out
-from sdft.data import WHERE, Row, check_ids, encode_prompt, teacher_chat
+from sdft.data import WHERE, Options, Row, check_ids, encode_prompt, teacher_chat
 from sdft.evaluation.scorers import SCORERS, Scorer, exact
 from sdft.forward import evaluating
 from sdft.loss import divergence, teacher_view
@@ -43,12 +43,16 @@ def prompts_for(
     rows: Sequence[Row],
     max_new_tokens: int,
     template: list[Message] | None = None,
+    options: Options = None,
 ) -> list[list[int]]:
-    """Token ids of the rows' prompts, or with a template of the teacher's prompts, checked against the context."""
+    """Token ids of the rows' prompts, or with a template of the teacher's prompts, checked against the context.
+
+    `options` are what the chat template is told beside the messages.
+    """
     encoded = []
     for row in rows:
         chat = teacher_chat(row, template) if template else row["prompt"]
-        ids = encode_prompt(chat, tokenizer, row[WHERE])
+        ids = encode_prompt(chat, tokenizer, row[WHERE], tools=row.get("tools"), options=options)
         kind = "teacher prompt" if template else "prompt"
         check_ids(row, kind, ids, tokenizer, max_new_tokens, limits(model))
         encoded.append(ids)
@@ -129,6 +133,7 @@ def answer(
     batch_size: int,
     scorer: Scorer = exact,
     template: list[Message] | None = None,
+    options: Options = None,
     temperature: float | None = None,
     samples: int = 1,
     seed: int = 0,
@@ -142,7 +147,7 @@ def answer(
     `samples` answers to each row, greedy ones or at a `temperature`, as `complete` has it.
     """
     rows = [row for row in rows for _ in range(samples)]
-    prompts = prompts_for(model, tokenizer, rows, max_new_tokens, template)
+    prompts = prompts_for(model, tokenizer, rows, max_new_tokens, template, options)
 
     def tell(made: Made, number: int, completion: list[int], finished: bool) -> None:
         text, expected = str(tokenizer.decode(completion, skip_special_tokens=True)), rows[number].get("answer")
@@ -225,14 +230,19 @@ class Exam:
         self.starting_answers: Answers | None = None
         self.longest, self.first = 0, list[int]()  # tokens of a prompt and its answer, and a prompt, once checked
 
+    def options(self, template: list[Message] | None = None) -> Options:
+        """What the chat template is told: for the teacher under a template, else for the student."""
+        return self.settings.chat_template_kwargs if template is None else self.settings.teacher_options
+
     def check(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]] = ()
     ) -> None:
         """Find a prompt that is too long for the model, or for the teacher under a template, before anything runs."""
         general, held_out = self.settings.general_completion_length, self.settings.eval_completion_length
-        asked = [(prompts_for(model, tokenizer, self.general_rows, general), general)]
+        prompts_of = functools.partial(prompts_for, model, tokenizer)
+        asked = [(prompts_of(self.general_rows, general, options=self.options()), general)]
         for template in (None, *templates):
-            asked.append((prompts_for(model, tokenizer, self.eval_rows, held_out, template), held_out))
+            asked.append((prompts_of(self.eval_rows, held_out, template, self.options(template)), held_out))
         self.longest = max((len(prompt) + tokens for prompts, tokens in asked for prompt in prompts), default=0)
         self.first = next((prompt for prompts, _ in asked for prompt in prompts), [])
 
@@ -256,6 +266,7 @@ class Exam:
             batch_size=self.batch_size,
             scorer=SCORERS[self.settings.scorer],
             template=template,
+            options=self.options(template),
             temperature=self.settings.eval_temperature,
             samples=self.settings.eval_samples,
             seed=self.seed,
@@ -283,6 +294,7 @@ class Exam:
             max_new_tokens=self.settings.general_completion_length,
             batch_size=self.batch_size,
             scorer=SCORERS[self.settings.general_scorer],
+            options=self.options(),
             progress=self._progress(progress),
             share=True,
             made=made,

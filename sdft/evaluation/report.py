@@ -20,9 +20,8 @@ from sdft.checkpoints.files import failing_clearly, in_one_move, write_text
 from sdft.data import WHERE, Row
 from sdft.errors import counted
 from sdft.evaluation.completion_log import forget_after
+from sdft.run_files import CURVES_FILE, METRICS_FILE
 from sdft.templates import as_messages
-
-METRICS_FILE, SUMMARY_FILE, CURVES_FILE = "metrics.jsonl", "summary.json", "curves.png"
 
 ANSWERED = {  # by scorer
     "exact": "answered exactly",

@@ -1,4 +1,4 @@
-"""What `sdft eval`, `sdft generate` and `sdft plan` are told, beside the model."""
+"""What `sdft eval`, `sdft generate`, `sdft data`, `sdft plan` and `sdft report` are told, beside the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdft.errors import UsageError
+from sdft.settings.chats import BothChatSettings, ChatSettings
 from sdft.settings.checks import (
     check_at_least,
     check_between,
@@ -66,7 +67,7 @@ class EvalCommand(EvalSettings, BackendSettings):
 
 
 @dataclass
-class GenerateCommand(BackendSettings):
+class GenerateCommand(BackendSettings, ChatSettings):
     """What `sdft generate` alone is told."""
 
     prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
@@ -84,6 +85,7 @@ class GenerateCommand(BackendSettings):
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
 
     def __post_init__(self) -> None:
+        ChatSettings.__post_init__(self)
         _check_backend(self)
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError(f"prompt is {self.prompt!r}; it must be a text to answer")
@@ -111,7 +113,7 @@ def _check_backend(command: BackendSettings) -> None:
 
 
 @dataclass
-class DataCommand:
+class DataCommand(BothChatSettings):
     """What `sdft data` alone is told."""
 
     model: str | None = setting(
@@ -125,11 +127,29 @@ class DataCommand:
     rows: int = setting(3, "How many rows are shown.")
 
     def __post_init__(self) -> None:
+        BothChatSettings.__post_init__(self)
         check_switches(self)
         check_at_least("max_completion_length", self.max_completion_length, 1)
         check_at_least("rows", self.rows, 0)
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
+
+
+@dataclass
+class ReportCommand:
+    """What `sdft report` is told."""
+
+    run_dir: list[str] | None = field(
+        default=None, metadata={"help": "The folder of a run, or several to compare; output_dir of sdft train."}
+    )
+    output_file: str | None = setting(
+        None,
+        "Where to write the page: HTML. When not set, report.html in the run's folder; of several runs, in this one.",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise UsageError("run_dir is not set; it must be the folder of a run, as in sdft report runs/demo")
 
 
 @dataclass

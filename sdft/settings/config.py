@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import SCORERS
+from sdft.settings.chats import BothChatSettings
 from sdft.settings.checks import (
     check_at_least,
     check_between,
@@ -32,6 +33,7 @@ METHODS = ("sdft", "sft")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or over the means of completions
 TEACHERS = ("base", "ema", "live")
+OVERLONG = ("error", "skip", "truncate_prompt_left")
 
 
 def __getattr__(name: str) -> Any:
@@ -43,7 +45,7 @@ def __getattr__(name: str) -> Any:
 
 
 @dataclass
-class EvalSettings:
+class EvalSettings(BothChatSettings):
     """How answers are made and scored, during training and by `sdft eval`."""
 
     scorer: str = setting(
@@ -61,6 +63,7 @@ class EvalSettings:
     general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
 
     def __post_init__(self) -> None:
+        BothChatSettings.__post_init__(self)
         for name in ("scorer", "general_scorer"):
             setattr(self, name, chosen(name, getattr(self, name), SCORERS))
         check_temperature("eval_temperature", self.eval_temperature, or_greedy=True)
@@ -158,6 +161,12 @@ class MethodSettings(EvalSettings, RolloutSettings):
         "log-probabilities; 0 or false is never, true every step.",
     )
 
+    overlong: str = setting(
+        "error",
+        "A row whose prompts are too long for the model: error, skip (it is left out), or truncate_prompt_left (the "
+        "last message of its prompt by the user loses its beginning, for student and teacher alike).",
+    )
+
     freeze_embeddings: bool = setting(
         False, "Leave the embeddings, and the output head where it is tied to them, as they are."
     )
@@ -220,6 +229,7 @@ class MethodSettings(EvalSettings, RolloutSettings):
                 f"skip_tokens is {self.skip_tokens}; it must be below max_completion_length, which is "
                 f"{self.max_completion_length}, or no token is left to learn from"
             )
+        self.overlong = chosen("overlong", self.overlong, OVERLONG)
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
 

@@ -20,6 +20,7 @@ commands:
   generate  let a model answer a prompt, or a file of them
   data      what would be trained on: rows as student and teacher read them, lengths, what does not fit
   plan      the GPU memory that a recipe's training step takes, without a GPU
+  report    a run as one HTML page, or several beside each other
   env       what is installed here, on which devices, and what the loss will run on
 
 examples:
@@ -92,6 +93,16 @@ examples:
   sdft plan --model Qwen/Qwen3-4B --dtype bfloat16 --activation_checkpointing --output_file plan.json
 """
 
+REPORT = """\
+Write a run as one HTML page that needs no network: what ran, what it measured, its curves, where the time goes, and
+rollouts token by token. Several runs are laid over each other. A run that is still going can be reported; sdft train
+writes the report of its run at the end.
+
+examples:
+  sdft report runs/demo
+  sdft report runs/demo runs/reverse --output_file compared.html
+"""
+
 #: The settings of `sdft train` to know first, each with what choosing it means.
 FIRST = {
     "model": "What learns, and who teaches it: the same model with the demonstration in its prompt. So it must be one "
@@ -122,6 +133,9 @@ GROUPS = {
     "data": (
         "train_file",
         "columns",
+        "overlong",
+        "chat_template_kwargs",
+        "teacher_chat_template_kwargs",
         "rows",
         "eval_file",
         "general_file",
@@ -130,6 +144,7 @@ GROUPS = {
         "output_file",
         "summary_file",
         "output_dir",
+        "run_dir",
     ),
     "plan": ("gpu", "prompt_tokens", "rollout_tokens", "demonstration_tokens", "compare", "plot_file"),
     "objective": (
@@ -217,9 +232,14 @@ GROUPS = {
 }
 
 
-def page(command: str, description: str, fields: Mapping[str, Field], *, everything: bool) -> str:
-    """The help of a command. `sdft train` has so many fields that all of them are only described on --help-all."""
-    parts = [f"usage: {command} [RECIPE.yaml] [--field value ...]", description.rstrip()]
+def page(
+    command: str, description: str, fields: Mapping[str, Field], *, everything: bool, takes: str = "[RECIPE.yaml]"
+) -> str:
+    """The help of a command, which `takes` something before its fields.
+
+    `sdft train` has so many fields that all of them are only described on --help-all.
+    """
+    parts = [f"usage: {command} {takes} [--field value ...]", description.rstrip()]
     if command != "sdft train" or everything:
         parts += [_section(title, members) for title, members in _grouped(fields)]
     else:

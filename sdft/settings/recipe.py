@@ -28,9 +28,7 @@ Settings = TypeVar("Settings")
 _ROWS = "files of rows are named by fields: --train_file, --eval_file, --general_file or --prompt_file"
 NAMED_BY = {".jsonl": _ROWS, ".parquet": _ROWS, ".csv": _ROWS, ".gguf": "a model is named by --model"}
 
-#: What `sdft train` calls the recipe of everything that a run was told, by default too.
-RESOLVED_FILE = "resolved_recipe.yaml"
-#: What is not in it: a secret, and how the run was begun.
+#: What is not in a resolved recipe: a secret, and how the run was begun.
 UNRESOLVED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
 
@@ -65,6 +63,10 @@ class Given:
             message = re.sub(r"--(?=[a-z])", "", " ".join(str(error).split()))  # it names flags nobody has typed
             raise SettingsError(re.sub(r"\w+Strategy\.(\w+)", lambda found: found[1].lower(), message)) from error
 
+    def after_run(self) -> Given:
+        """With what the run that left the model told its chat template, where nothing else is said."""
+        return dataclasses.replace(self, values={**chat_of_run(str(self.values.get("model", ""))), **self.values})
+
     def resolved(self, *settings: type) -> str:
         """A recipe that gives the same: every field of these dataclasses, by default where nothing was said."""
         values: dict[str, Any] = {}
@@ -97,13 +99,15 @@ def read(
     command: str,
     ignored: Collection[str] = (),
     adapt: Callable[[dict[str, Written]], None] | None = None,
+    words_of: str | None = None,
 ) -> Given:
     """The values that the recipe which `argv` names first, and its flags, give to `fields`.
 
     A recipe may also have the `ignored` fields, which are set aside where they are not among `fields`: they belong to
-    another command. `adapt` changes what a recipe says before it is used.
+    another command. `adapt` changes what a recipe says before it is used. Of a command without a recipe `words_of` is
+    the field, a list, that words before and between the flags belong to.
     """
-    path, flags = read_flags(argv, fields, command)
+    path, flags = read_flags(argv, fields, command, words_of)
     written: dict[str, Written] = {}
     if path is not None:
         written = read_recipe(path)
@@ -121,7 +125,19 @@ def read(
         raise UsageError(_locate(str(error), places)) from error
 
 
-def read_flags(argv: Sequence[str], fields: Mapping[str, Field], command: str) -> tuple[str | None, dict[str, Written]]:
+def chat_of_run(folder: str) -> dict[str, Any]:
+    """What a run that left its model in this folder told the chat template; nothing where it is no run's."""
+    try:
+        recipe = yaml.safe_load((Path(folder) / RESOLVED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # no run's, or a name that is no path
+        return {}
+    names = ("chat_template_kwargs", "teacher_chat_template_kwargs")
+    return {name: recipe[name] for name in names if isinstance(recipe, dict) and recipe.get(name) is not None}
+
+
+def read_flags(
+    argv: Sequence[str], fields: Mapping[str, Field], command: str, words_of: str | None = None
+) -> tuple[str | None, dict[str, Written]]:
     """The recipe's path, if there is one, and the flags by the names of their fields."""
     path: str | None = None
     flags: dict[str, Written] = {}
@@ -129,6 +145,9 @@ def read_flags(argv: Sequence[str], fields: Mapping[str, Field], command: str) -
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
+            if words_of is not None:
+                flags.setdefault(words_of, Written([], f"--{words_of}")).value.append(word)
+                continue
             if path is not None:
                 raise UsageError(f"{word!r} is one argument too many: there is one recipe, and every --field one value")
             path = word
