@@ -347,6 +347,27 @@ def _report(argv: list[str], started: float) -> None:
         report(given.make(ReportCommand))
 
 
+def _continual(argv: list[str], started: float) -> int:
+    _let_segments_grow()
+    from sdft.settings import help
+    from sdft.settings.commands import ContinualCommand
+    from sdft.settings.continual import fields_of_continual, plan_of
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
+
+    fields = fields_of_continual()
+    shown = fields if "--help-all" in argv else own_fields(ContinualCommand)
+    if _helped("sdft continual", help.CONTINUAL, shown, argv):
+        return 0
+    given = read(argv, fields, command="sdft continual")
+    with given.located():
+        plan = plan_of(given, fields)
+
+        from sdft.commands.continual import continual
+
+        return continual(plan)
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -367,6 +388,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "data": _data,
     "plan": _plan,
     "report": _report,
+    "continual": _continual,
     "env": _env,
 }
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sdft.errors import SettingsError, UsageError
+from sdft.run_files import RESOLVED_FILE
 from sdft.settings.fields import NO, YES, Field
 
 Settings = TypeVar("Settings")
