@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks._compat import ATTENTION, ATTENTION_BACKWARD, TorchDispatchMode, tree_map
 from benchmarks.recorder import PRODUCTS
-from sdft_kernels.operator import ARGUMENTS, forward, fused_linear_divergence_op
+from sdft_kernels.autograd import IMPLEMENTATIONS, arguments_of
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class BareProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Our operator would hide what it does, as the compiled kernels do.
-        if func is fused_linear_divergence_op:
-            given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs, "backend": "torch"}
+        # Our operators would hide what they do, as the compiled kernels do.
+        if func in IMPLEMENTATIONS:
+            names = arguments_of(func)
+            given = {**dict(zip(names, args, strict=False)), **kwargs, "backend": "torch"}
             with self:
-                return forward(*(given[name] for name in ARGUMENTS))
+                return IMPLEMENTATIONS[func](*(given[name] for name in names))
         if func.overloadpacket in PRODUCTS or func in (ATTENTION, ATTENTION_BACKWARD):
             arguments, keywords = tree_map(_form, (tuple(args), tuple(kwargs.items())))
             self.calls[func, arguments, keywords] += 1

@@ -22,7 +22,7 @@ from sdft_kernels.backends.gpu import scoring as triton_scoring
 from sdft_kernels.backends.gpu.backend import empty_logits
 from sdft_kernels.backends.gpu.operands import configurations
 from sdft_kernels.backends.interface import HeadOperands
-from sdft_kernels.divergences import DIVERGENCES, LogitOptions, Objective
+from sdft_kernels.divergences import CROSS_ENTROPY, DIVERGENCES, HardTerm, LogitOptions, Objective
 from sdft_kernels.tokens import TokenRows, TokenScores
 
 #: Vocabularies of both kinds that Triton compiles apart: odd, so that alignment has to come from the workspace, and a
@@ -43,6 +43,7 @@ class Variant:
     gradient: str | None = "float32"
     tokens: int = 2048  # few tokens: rows split over several programs
     vocab: int = VOCABULARIES[0]
+    hard: bool = False  # a hard term at a temperature of its own
 
 
 def variants(quick: bool) -> Iterator[AnyVariant]:
@@ -61,16 +62,23 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
     yield PeerVariant("TRL, whole logits", "(scoring)")
     yield from linear_variants(quick)
     if quick:
-        for divergence in DIVERGENCES:
+        for divergence in (*DIVERGENCES, CROSS_ENTROPY):
             yield Variant(divergence)
-            yield Variant(divergence, True, True, True, True, True, "bfloat16", tokens=61, vocab=VOCABULARIES[1])
+            hard = divergence != CROSS_ENTROPY
+            yield Variant(divergence, True, True, True, True, True, "bfloat16", 61, VOCABULARIES[1], hard)
         return
+    for capped, gradient, bias, vocab in product(
+        (False, True), ("float32", "bfloat16", "float16"), (False, True), VOCABULARIES
+    ):
+        of_labels = Variant(CROSS_ENTROPY, capped, bias=bias, gradient=gradient, vocab=vocab)
+        yield of_labels
+        yield replace(of_labels, tokens=61)
     for divergence, student_capped, teacher_capped, vocab in product(
         DIVERGENCES, (False, True), (False, True), VOCABULARIES
     ):
         of_both = Variant(divergence, student_capped, teacher_capped, vocab=vocab)
-        for gradient, bias in product(("float32", "bfloat16", "float16"), (False, True)):
-            yield replace(of_both, gradient=gradient, bias=bias, labels=bias)
+        for gradient, bias, hard in product(("float32", "bfloat16", "float16"), (False, True), (False, True)):
+            yield replace(of_both, gradient=gradient, bias=bias, labels=bias, hard=hard)
         for tokens in (61, 64, 128, 256, 512, 2048):
             for labels, importance in ((False, False), (True, False), (True, True)):
                 yield replace(of_both, labels=labels, importance=importance, gradient=None, tokens=tokens)
@@ -80,6 +88,7 @@ def call(variant: Variant) -> None:
     """The call whose launches are compiled. Nothing is computed, so the buffers hold nothing."""
     like = torch.empty(0)
 
+    of_labels = variant.divergence == CROSS_ENTROPY
     student, teacher = (empty_logits(like, variant.tokens, variant.vocab, torch.float32) for _ in range(2))
     gradient = None
     if variant.gradient is not None:
@@ -90,21 +99,30 @@ def call(variant: Variant) -> None:
     given, written = torch.empty(variant.tokens), torch.empty(variant.tokens)
     rows = TokenRows(
         weight=given,
-        labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.labels else None,
+        labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.labels or of_labels else None,
         old_logprobs=given if variant.importance else None,
         loss=written,
         student_entropy=written,
-        teacher_entropy=written,
-        student_logprob=written if variant.labels else None,
-        teacher_logprob=written if variant.labels else None,
+        teacher_entropy=None if of_labels else written,
+        student_logprob=written if variant.labels or of_labels else None,
+        teacher_logprob=written if variant.labels and not of_labels else None,
+        logsumexp=written if of_labels else None,
+        hard_labels=torch.empty(variant.tokens, dtype=torch.int64) if variant.hard or of_labels else None,
+        hard_weight=given if variant.hard else None,
+        hard_loss=written if variant.hard else None,
     )
+    hard = HardTerm(temperature=0.5) if variant.hard else None
     objective = Objective(
         variant.divergence,
         student=LogitOptions(softcap=30.0 if variant.student_capped else None),
         teacher=LogitOptions(softcap=30.0 if variant.teacher_capped else None),
         importance_clip=2.0 if variant.importance else None,
+        hard=HardTerm(label_smoothing=0.1, z_loss=1e-4, entropy_weight=0.1) if of_labels else hard,
     )
-    triton_divergence.process_rows(student, teacher, rows, objective, gradient, bias, bias)
+    if of_labels:
+        triton_divergence.process_rows(student, None, rows, objective, gradient, bias)
+    else:
+        triton_divergence.process_rows(student, teacher, rows, objective, gradient, bias, bias)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ import torch
 
 from benchmarks.methods import METHODS, Inputs, Method, Shape
 from benchmarks.recorder import Op, Record, Touch, Traffic, record
-from sdft_kernels import fused_linear_divergence
+from sdft_kernels import autograd, fused_linear_divergence
 from sdft_kernels.chunking import BLOCK_TOKENS, Held, plan_chunks
-from sdft_kernels.operator import forward, fused_linear_divergence_op, scale, scale_op
 
 _TRL_STATISTICS = (
     *("s_max_ptr", "s_sum_ptr", "s_x_sum_ptr"),
@@ -31,8 +30,14 @@ _BIASES = ("student_bias_pointer", "teacher_bias_pointer")
 #: again, a bias, is taken to be in the L2 cache.
 TRAFFIC = {
     "statistics.partials_kernel": Traffic(
-        ("student_pointer", "teacher_pointer", *_BIASES, "labels_pointer"),
-        ("partial_pointer", "student_logprob_pointer", "teacher_logprob_pointer"),
+        ("student_pointer", "teacher_pointer", *_BIASES, "labels_pointer", "hard_labels_pointer"),
+        (
+            "partial_pointer",
+            "student_logprob_pointer",
+            "teacher_logprob_pointer",
+            "hard_loss_pointer",
+            "hard_sums_pointer",
+        ),
     ),
     "statistics.mixture_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "partial_pointer"), ("mixture_pointer",)
@@ -41,6 +46,9 @@ TRAFFIC = {
         (
             "partial_pointer",
             "mixture_pointer",
+            "hard_sums_pointer",
+            "hard_weight_pointer",
+            "hard_loss_pointer",
             "weight_pointer",
             "old_logprobs_pointer",
             "student_logprob_pointer",
@@ -53,10 +61,13 @@ TRAFFIC = {
             "teacher_entropy_pointer",
             "student_logprob_pointer",
             "teacher_logprob_pointer",
+            "logsumexp_pointer",
+            "hard_loss_pointer",
         ),
     ),
     "divergence.gradient_kernel": Traffic(
-        ("student_pointer", "teacher_pointer", *_BIASES, "constants_pointer"), ("gradient_pointer",)
+        ("student_pointer", "teacher_pointer", *_BIASES, "constants_pointer", "hard_labels_pointer"),
+        ("gradient_pointer",),
     ),
     # By an upstream gradient of 1, as `loss.backward()` has it: nothing else is read, and nothing written.
     "scaling.scale_kernel": Traffic(("factor_pointer",), ()),
@@ -80,8 +91,8 @@ TRAFFIC = {
 
 #: The custom operators' fake kernels would hide what they do.
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
-    fused_linear_divergence_op: forward,
-    scale_op: scale,
+    **autograd.IMPLEMENTATIONS,
+    autograd.scale_op: autograd.scale,
 }
 
 #: Tokens that the peers work on at once, as their code has it (checked in tests/test_ledger.py).

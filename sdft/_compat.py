@@ -91,15 +91,22 @@ else:
 
     @dataclasses.dataclass
     class Arguments(TrainingArguments):
-        """TrainingArguments of 5.17, where activation checkpointing had its older name alone."""
+        """TrainingArguments of 5.17 and 5.19, where activation checkpointing had its older names alone."""
 
         activation_checkpointing: bool = dataclasses.field(
             default=False, metadata={"help": "Recompute activations in the backward pass, which saves memory."}
         )
+        activation_checkpointing_kwargs: Any = dataclasses.field(
+            default=None, metadata={"help": "Arguments of torch.utils.checkpoint."}
+        )
 
         def __post_init__(self) -> None:
             self.gradient_checkpointing = self.gradient_checkpointing or self.activation_checkpointing
+            self.gradient_checkpointing_kwargs = (
+                self.gradient_checkpointing_kwargs or self.activation_checkpointing_kwargs
+            )
             super().__post_init__()
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
 
 # Models
@@ -136,6 +143,12 @@ def attention_of(model: PreTrainedModel) -> str:
 def takes_dynamic_cache(model: PreTrainedModel) -> bool:
     """Whether `generate` would make a DynamicCache for the model, which no public name says."""
     return getattr(model, "_supports_default_dynamic_cache", lambda: False)()
+
+
+def takes_static_cache(model: PreTrainedModel) -> bool:
+    """Whether the model's passes have fixed shapes with a StaticCache, so that they can be compiled: no public name
+    says it."""
+    return bool(getattr(model, "_can_compile_fullgraph", False))
 
 
 def forward_without_autocast(model: PreTrainedModel) -> Callable[..., Any] | None:

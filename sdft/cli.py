@@ -117,16 +117,17 @@ def _let_segments_grow() -> None:
 
 def _train(argv: list[str], started: float) -> int:
     _let_segments_grow()
-    from sdft.early_checks import check_package, check_rows, check_writable
+    from sdft.early_checks import check_package, check_rows, check_vllm, check_writable
     from sdft.models.files import check_model
     from sdft.rows import rows_of_train
     from sdft.settings import help
-    from sdft.settings.config import VLLM, MethodSettings
+    from sdft.settings.config import MethodSettings
     from sdft.settings.fields import own_fields, training_fields
     from sdft.settings.idle import OF_TRAINING, without_effect
     from sdft.settings.inherited import check_values
     from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
     from sdft.settings.recipe import read
+    from sdft.settings.rollouts import VLLM
 
     fields = (
         own_fields(ModelArguments, LoraArguments, DataArguments, ColumnArguments, EvalArguments) | training_fields()
@@ -149,7 +150,7 @@ def _train(argv: list[str], started: float) -> int:
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
         if method.rollout_backend == VLLM:
-            check_package("rollout_backend is 'vllm'", "vllm")
+            check_vllm(method.rollout_server)
         rows = rows_of_train(data, evaluation, method, columns, given.values.get("seed", 0))
 
         from sdft.settings.arguments import SDFTConfig
@@ -176,7 +177,7 @@ def _train(argv: list[str], started: float) -> int:
 
 
 def _eval(argv: list[str], started: float) -> None:
-    from sdft.early_checks import check_output_file, check_rows
+    from sdft.early_checks import check_output_file, check_rows, check_vllm
     from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_eval
     from sdft.settings import help
@@ -186,6 +187,7 @@ def _eval(argv: list[str], started: float) -> None:
     from sdft.settings.idle import OF_EVAL, without_effect
     from sdft.settings.inputs import ColumnArguments, EvalArguments, ModelArguments
     from sdft.settings.recipe import read
+    from sdft.settings.rollouts import VLLM
     from sdft.templates import TEMPLATES
 
     def adapt(recipe: dict[str, Written]) -> None:
@@ -200,6 +202,7 @@ def _eval(argv: list[str], started: float) -> None:
     if _helped("sdft eval", help.EVAL, fields, argv):
         return
     given = read(argv, fields, command="sdft eval", ignored=_every_field(), adapt=adapt)
+    given = given.after_run()
     with given.located():
         model, evaluation = given.make(ModelArguments), given.make(EvalArguments)
         command = given.make(EvalCommand)
@@ -212,6 +215,8 @@ def _eval(argv: list[str], started: float) -> None:
         if command.base_model:
             with named_by("base_model"):
                 check_model(command.base_model)
+        if command.rollout_backend == VLLM:
+            check_vllm(command.rollout_server)
         rows = rows_of_eval(model, evaluation, command, given.make(ColumnArguments).columns)
         for sentence in without_effect(OF_EVAL, evaluation, command, only=given.flags):
             logger.warning(sentence)
@@ -223,7 +228,7 @@ def _eval(argv: list[str], started: float) -> None:
 
 def _generate(argv: list[str], started: float) -> None:
     from sdft.data import load_rows
-    from sdft.early_checks import check_output_file, check_rows
+    from sdft.early_checks import check_output_file, check_rows, check_vllm
     from sdft.models.files import check_model
     from sdft.settings import help
     from sdft.settings.commands import GenerateCommand
@@ -231,16 +236,20 @@ def _generate(argv: list[str], started: float) -> None:
     from sdft.settings.idle import OF_GENERATE, without_effect
     from sdft.settings.inputs import ColumnArguments, ModelArguments
     from sdft.settings.recipe import read
+    from sdft.settings.rollouts import VLLM
 
     fields = own_fields(ModelArguments, ColumnArguments, GenerateCommand)
     if _helped("sdft generate", help.GENERATE, fields, argv):
         return
     given = read(argv, fields, command="sdft generate", ignored=_every_field())
+    given = given.after_run()
     with given.located():
         model, command = given.make(ModelArguments), given.make(GenerateCommand)
         check_rows("prompt_file", command.prompt_file)
         check_output_file("output_file", command.output_file, inputs=[command.prompt_file])
         check_model(model.model)
+        if command.rollout_backend == VLLM:
+            check_vllm(command.rollout_server)
         source = command.prompt_file or [{"prompt": command.prompt}]
         rows = load_rows(source, name="prompt", need=("prompt",), columns=given.make(ColumnArguments).columns)
         for sentence in without_effect(OF_GENERATE, command, only=given.flags):
@@ -338,6 +347,27 @@ def _report(argv: list[str], started: float) -> None:
         report(given.make(ReportCommand))
 
 
+def _continual(argv: list[str], started: float) -> int:
+    _let_segments_grow()
+    from sdft.settings import help
+    from sdft.settings.commands import ContinualCommand
+    from sdft.settings.continual import fields_of_continual, plan_of
+    from sdft.settings.fields import own_fields
+    from sdft.settings.recipe import read
+
+    fields = fields_of_continual()
+    shown = fields if "--help-all" in argv else own_fields(ContinualCommand)
+    if _helped("sdft continual", help.CONTINUAL, shown, argv):
+        return 0
+    given = read(argv, fields, command="sdft continual")
+    with given.located():
+        plan = plan_of(given, fields)
+
+        from sdft.commands.continual import continual
+
+        return continual(plan)
+
+
 def _env(argv: list[str], started: float) -> None:
     from sdft.errors import UsageError
 
@@ -358,6 +388,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int | None]] = {
     "data": _data,
     "plan": _plan,
     "report": _report,
+    "continual": _continual,
     "env": _env,
 }
 

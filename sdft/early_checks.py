@@ -10,12 +10,21 @@ from pathlib import Path
 
 from sdft.data.files import is_hub_name, is_saved_folder
 from sdft.errors import UsageError
+from sdft.rollouts.server_calls import describe
 
 
 def check_package(asked: str, package: str) -> None:
     """UsageError if a package is not installed, which `asked` (a setting and its value) takes."""
     if importlib.util.find_spec(package) is None:
         raise UsageError(f"{asked}, which needs {package}: pip install {package}")
+
+
+def check_vllm(server: str | None) -> None:
+    """UsageError if there is no vLLM: the package, or where a server's URL is given that server."""
+    if server is None:
+        check_package("rollout_backend is 'vllm'", "vllm")
+    else:
+        describe(server)
 
 
 def check_readable(field: str, name: str | None) -> None:

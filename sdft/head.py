@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -20,9 +20,7 @@ from sdft.errors import TrainingError, UsageError
 from sdft.forward import Result, as_forward_of, autocasting, evaluating
 from sdft.launch import is_noise
 from sdft.models.adapters import is_adapted
-
-#: What configurations call the soft-cap of the logits: Gemma and most others, RecurrentGemma, xLSTM.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+from sdft_kernels.integrations.models import logit_settings
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,13 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits themselves; for the self-check, and for cross-entropy on a few positions at a time."""
+        """The logits themselves, for the self-check."""
         return self.shaped(nn.functional.linear(hidden, self.weight, self.bias))
 
     def shaped(self, product: Tensor) -> Tensor:
         """Logits of what hidden states, weight and bias make: scaled and soft-capped."""
         logits = self.scale * product
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def to(self, dtype: torch.dtype | None) -> Head:
-        """The same head in another type (None: as it is); gradients flow back to the original."""
-        dtype = dtype or self.weight.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Head(self.weight.to(dtype), bias, self.scale, self.softcap)
 
 
 def find_head(model: PreTrainedModel) -> Head:
@@ -62,12 +54,7 @@ def find_head(model: PreTrainedModel) -> Head:
         )
     if not isinstance(weight, Tensor):
         raise TrainingError(f"{type(model).__name__} has no linear output head, and the loss needs one")
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # so does Falcon H1
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
-    return Head(weight, getattr(layer, "bias", None), scale, softcap)
+    return Head(weight, getattr(layer, "bias", None), *logit_settings(model.config.get_text_config()))
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -114,7 +101,8 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dt
             f"{type(model).__name__} has hidden states of size {hidden.shape[-1]} and a head for size "
             f"{head.weight.shape[-1]}, with something between them that the loss cannot reproduce"
         )
-    measured = head.to(torch.float32).logits(hidden.float())
+    bias = None if head.bias is None else head.bias.float()
+    measured = replace(head, weight=head.weight.float(), bias=bias).logits(hidden.float())
     if expected.shape != measured.shape:
         raise TrainingError(
             f"{type(model).__name__} has logits of shape {tuple(expected.shape)} where its head gives "

@@ -22,9 +22,12 @@ from sdft.memory.host import give_back_at_once
 from sdft.memory.tiles import tile
 from sdft.models.adapters import causal_lm, has_adapter
 from sdft.rollouts.drafts import check_drafts
-from sdft.settings.config import AUTO, VLLM, SDFTConfig
+from sdft.rollouts.kv_cache import check_static_cache
+from sdft.rollouts.writer import check_weights
+from sdft.settings.config import SDFTConfig
 from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inherited import REFUSED
+from sdft.settings.rollouts import AUTO, VLLM
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ def prepare(trainer: Trainer, *, corrects: bool) -> None:
     for sentence in without_effect(OF_TRAINING, args, corrects=corrects):
         logger.warning(sentence)
     check_rollouts(model, args, sharded=trainer.is_fsdp_enabled)
+    if args.rollout_lag and args.method == "sdft":
+        _check_lag(args, corrects)
     prepare_packages(trainer)
     prepare_memory(model, args)
 
@@ -81,18 +86,33 @@ def check_launch(trainer: Trainer) -> None:
         )
     args = cast(SDFTConfig, trainer.args)
     if args.rollout_backend == VLLM:
-        _check_vllm(args, quantised is not None, fsdp=trainer.is_fsdp_enabled)
+        _check_vllm(args, fsdp=trainer.is_fsdp_enabled)
+        check_weights(causal_lm(cast(nn.Module, trainer.model)))
     if trainer.is_fsdp_enabled:
         adapter = has_adapter(cast(nn.Module, trainer.model))
         _check_fsdp(trainer.accelerator.state.fsdp_plugin, adapter, cast(SDFTConfig, trainer.args))
 
 
-def _check_vllm(args: SDFTConfig, quantised: bool, *, fsdp: bool) -> None:
+def _check_vllm(args: SDFTConfig, *, fsdp: bool) -> None:
     others = "the run is under FSDP" if fsdp else f"the run has {args.world_size} processes"
-    if fsdp or args.world_size > 1:
-        raise UsageError(f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process")
-    if quantised:
-        raise UsageError("rollout_backend is 'vllm', and the model is quantised; it must be generate or continuous")
+    if fsdp or (args.world_size > 1 and args.rollout_server is None):
+        server = "" if fsdp else " (or rollout_server may be set)"
+        raise UsageError(
+            f"rollout_backend is 'vllm', and {others}; it must be generate, for vLLM serves one process{server}"
+        )
+
+
+def _check_lag(args: SDFTConfig, corrects: bool) -> None:
+    if not corrects:
+        raise UsageError(
+            "rollout_lag is 1, and rollout_correction 'auto' corrects nothing where tokens are drawn from another "
+            "distribution than the loss compares; it must be 0, or rollout_correction truncate"
+        )
+    if args.device.type == "cuda" and args.rollout_server is None:
+        raise UsageError(
+            "rollout_lag is 1, and vLLM's engine in this process sleeps while the student learns on a GPU; it must be "
+            "0, or rollout_server the URL of a vLLM server"
+        )
 
 
 def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:
@@ -120,14 +140,19 @@ def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:
 
 
 def check_rollouts(model: PreTrainedModel, args: SDFTConfig, *, sharded: bool) -> None:
-    """UsageError where rollouts cannot have the drafts that are asked for."""
-    if args.rollout_draft == "none" or args.method != "sdft":
+    """UsageError where rollouts cannot have the drafts that are asked for, or the compiled passes."""
+    if args.method != "sdft":
         return
-    reason = "its weights are sharded, and processes would make unlike numbers of passes" if sharded else None
-    if reason := reason or check_drafts(model):
-        raise UsageError(
-            f"rollout_draft is {args.rollout_draft!r}; it must be none for {type(model).__name__}: {reason}"
-        )
+    if args.rollout_draft != "none":
+        reason = "its weights are sharded, and processes would make unlike numbers of passes" if sharded else None
+        if reason := reason or check_drafts(model):
+            raise UsageError(
+                f"rollout_draft is {args.rollout_draft!r}; it must be none for {type(model).__name__}: {reason}"
+            )
+    if args.rollout_compile:
+        reason = "its weights are sharded, and gathered for each pass" if sharded else check_static_cache(model)
+        if reason:
+            raise UsageError(f"rollout_compile is True; it must be False for {type(model).__name__}: {reason}")
 
 
 def prepare_packages(trainer: Trainer) -> None:
@@ -188,6 +213,8 @@ def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
         for name in ("activation_offload", "teacher_offload"):
             if getattr(args, name):
                 logger.warning("%s has no effect on a CPU: everything is in host memory anyway", name)
+        if args.rollout_compile:
+            logger.warning("rollout_compile has no effect on a CPU: transformers compiles passes on GPUs alone")
 
 
 def check_for_liger(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """From models and a micro-batch to the loss, without logits: hidden states of completion positions, then the head.
 
-`sdft.head` says what the head is; the divergence itself is `sdft_kernels.fused_linear_divergence`.
+`sdft.head` says what the head is; the divergence and the cross-entropy themselves are `sdft_kernels`'.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.batch import Batch
@@ -23,7 +22,7 @@ from sdft.memory.offload import keeping
 from sdft.prompt_cache import PromptCache
 from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher
-from sdft_kernels import DivergenceOutput, fused_linear_divergence, linear_token_stats
+from sdft_kernels import DivergenceOutput, fused_linear_cross_entropy, fused_linear_divergence, linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -222,26 +221,22 @@ def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:
 def demonstration_loss(
     student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
 ) -> StepLoss:
-    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning.
-
-    The logits of a chunk are made again in the backward pass, so that no more than a chunk of them is ever there.
-    """
-    with autocasting(student.device, autocast), keeping(student.device, config.activation_offload):
-        hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning."""
 
     def cross_entropy(head: Head) -> Tensor:
-        head = head.to(autocast)
-        states = hidden.to(head.weight.dtype)
-        budget = config.max_chunk_bytes or 256 * 2**20
-        chunk = max(1, budget // (4 * head.weight.shape[0]))
-        weight = batch.get("token_weight", states.new_ones(len(states), dtype=torch.float32))
-        total = states.new_zeros((), dtype=torch.float32)
-        for part in zip(states.split(chunk), batch["labels"].split(chunk), weight.split(chunk), strict=True):
-            total = total + checkpoint(_cross_entropy, head, *part, use_reentrant=False)
-        return total
+        return fused_linear_cross_entropy(
+            hidden if autocast else hidden.to(head.weight.dtype),
+            head.weight,
+            batch["labels"],
+            bias=head.bias,
+            token_weight=batch.get("token_weight"),
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            reduction="sum",
+            max_chunk_bytes=config.max_chunk_bytes,
+        ).loss
 
-    return StepLoss(at_head(student, cross_entropy), {})
-
-
-def _cross_entropy(head: Head, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    return (nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="none") * weight).sum()
+    with autocasting(student.device, autocast):
+        with keeping(student.device, config.activation_offload):
+            hidden = hidden_states(student, batch["input_ids"], batch["positions"])
+        return StepLoss(at_head(student, cross_entropy), {})

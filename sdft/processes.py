@@ -16,6 +16,26 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this process does what one does for all."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def of_first(value: Result) -> Result:
+    """The value that the first process has; all of them ask."""
+    if processes() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def wait_for_all() -> None:
+    """Go on once every process has come here."""
+    if processes() > 1:
+        dist.barrier()
+
+
 def each_batch(
     batches: list[list[int]],
     work: Callable[[list[int]], Result],

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdft.data import WHERE, Row, load_rows, teacher_chat
+from sdft.data import COLUMNS, WHERE, Limits, Row, encode_rows, load_rows, teacher_chat
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
 from sdft.settings.commands import EvalCommand
 from sdft.settings.config import EvalSettings, MethodSettings
 from sdft.settings.inputs import DataArguments, EvalArguments, ModelArguments
 from sdft.templates import Message, parse_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, str] | None
 
@@ -39,6 +45,9 @@ def rows_of_train(
     template = parse_template(settings.teacher_template)
     if settings.method == "sdft":
         _check_teacher(train, template)
+    learned = settings.method == "sft" or settings.demonstration_weight > 0
+    if learned and (bare := next((row for row in train if row.get("demonstration") is None), None)):
+        raise UsageError(f"{bare[WHERE]} has no demonstration, which is what is to be learned")
     if have_demonstrations(held_out):
         _check_teacher(held_out, template)
     return Rows(train, held_out, general)
@@ -89,9 +98,32 @@ def exam_rows(
     return found[0], found[1]
 
 
+def training_rows(
+    source: Any, settings: MethodSettings, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], limits: Limits
+) -> list[Row]:
+    """The rows that a trainer learns from, with their token ids: from what `load_rows` takes, or rows read before."""
+    rows = load_rows(source, name="train_dataset")
+    if unused := sorted({name for row in rows for name in row} - {*COLUMNS, WHERE}):
+        logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))
+    return encode_rows(
+        rows,
+        tokenizer,
+        method=settings.method,
+        with_demonstration=settings.demonstration_weight > 0,
+        with_draft=settings.rollout_draft == "demonstration",
+        template=parse_template(settings.teacher_template),
+        eos_ids=eos_ids,
+        max_completion_length=settings.max_completion_length,
+        limits=limits,
+        options=settings.chat_template_kwargs,
+        teacher_options=settings.teacher_options,
+        overlong=settings.overlong,
+    )
+
+
 def have_demonstrations(rows: Sequence[Row]) -> bool:
     """Whether a teacher can be shown the demonstration of every row."""
-    return bool(rows) and all(row.get("demonstration") for row in rows)
+    return bool(rows) and all(row.get("demonstration") or row.get("teacher_prompt") for row in rows)
 
 
 def _check_teacher(rows: Sequence[Row], template: list[Message]) -> None:

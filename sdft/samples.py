@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -17,20 +18,23 @@ from sdft.batch import Sample, group, lay_out, parts_within
 from sdft.checkpoints.runs import Runs
 from sdft.data import Row
 from sdft.errors import TrainingError
+from sdft.evaluation.exam import Exam
 from sdft.forward import Result, as_forward_of
 from sdft.loss import completion_logprobs
 from sdft.models.adapters import causal_lm
-from sdft.progress.counts import Count
+from sdft.progress.counts import Count, Watch
 from sdft.progress.display import Progress
 from sdft.progress.step_log import StepLog
 from sdft.repeats import RepeatedRows
+from sdft.rollouts.ahead import RolloutsAhead, Writing
+from sdft.rollouts.engine import Engine
 from sdft.rollouts.fitting import AsManyAsFit
-from sdft.rollouts.generate import write
+from sdft.rollouts.generate import by_compiled_generate, write
 from sdft.rollouts.interface import LENGTH, Backend, Completion, Request, Sampling
 from sdft.rollouts.known_texts import KnownTexts
 from sdft.rollouts.row_sampler import seed_of
-from sdft.rollouts.vllm import VllmRollouts
-from sdft.settings.config import VLLM
+from sdft.rollouts.writer import make_engine
+from sdft.settings.rollouts import VLLM
 from sdft.teacher import Teacher
 
 #: Back-ends that draw from the student itself, whose probabilities in float32 are those of the loss.
@@ -44,7 +48,9 @@ class SamplingTrainer(Runs):
     sampling: Sampling
     teacher: Teacher | None
     step_log: StepLog
-    vllm: VllmRollouts | None = None
+    exam: Exam
+    engine: Engine | None = None
+    ahead: RolloutsAhead | None = None
     reused: list[Sample] | None = None  # by the steps that the same samples serve
     write = staticmethod(write)  # which a benchmark may watch
 
@@ -101,13 +107,15 @@ class SamplingTrainer(Runs):
         """The type of mixed-precision products, None where there are none; `accelerate launch` may have set it."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
 
+    def step_batches(self, iterator: Iterator[list[Row]], count: int) -> list[list[Row]]:
+        """The next `count` batches, fewer at the end of an epoch."""
+        return list(itertools.islice(iterator, count)) if self.ahead is None else self.ahead.batches(iterator, count)
+
     def samples(self, rows: list[Row]) -> list[Sample]:
         """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
         if self.args.method == "sft":
             return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
-        each = self.args.rollouts_per_prompt
-        places = [place * each + number for place in self._places(len(rows)) for number in range(each)]
-        rows = [row for row in rows for _ in range(each)]
+        asked = self._asked(rows)
         skip = self.args.skip_tokens
         return [
             Sample(
@@ -117,8 +125,14 @@ class SamplingTrainer(Runs):
                 row.get("completion_ids"),
                 None if completion.logprobs is None else completion.logprobs[skip:],
             )
-            for row, completion in zip(rows, self.rollouts(rows, places), strict=True)
+            for (row, _), completion in zip(asked, self.rollouts(asked), strict=True)
         ]
+
+    def _asked(self, rows: list[Row]) -> list[tuple[Row, int]]:
+        """Each row as often as it is to have rollouts, with the rollout's place in the step's batch."""
+        each = self.args.rollouts_per_prompt
+        places = self._places(len(rows))
+        return [(row, place * each + n) for row, place in zip(rows, places, strict=True) for n in range(each)]
 
     @property
     def corrects(self) -> bool:
@@ -134,46 +148,36 @@ class SamplingTrainer(Runs):
         exact = self.autocast_type is None and self.student.dtype == torch.float32 and args.rollout_backend in EXACT
         return same and not exact and args.rollout_from == "student"
 
-    def rollouts(self, rows: list[Row], places: list[int]) -> list[Completion]:
+    def rollouts(self, asked: list[tuple[Row, int]]) -> list[Completion]:
         """A completion for each row, by the student or by the teacher who sees the row's demonstration.
 
         A row's random numbers depend on the seed, the step and its place in the step's batch.
         """
-        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        step = self.state.global_step
 
         def watch(count: Count) -> bool:
-            self.progress.rollouts(count, len(rows), len(rows) * self.sampling.max_new_tokens)
+            self.progress.rollouts(count, len(asked), len(asked) * self.sampling.max_new_tokens)
             return self.asked_to_stop
-
-        sampling = dataclasses.replace(self.sampling, watch=watch, logprobs=self.corrects)
-        numbered = [(row, place % self.args.rollouts_per_prompt) for row, place in zip(rows, places, strict=True)]
-        seeds = [seed_of(self.args.seed, self.state.global_step, place) for place in places]
-        drafts = [self.known_texts.draft(row, number) for row, number in numbered]
 
         def answer() -> list[Completion]:
             with self._writer() as (model, prompt_ids), self._backend(model) as backend:
-                prompts = [row[prompt_ids] for row in rows]
-                return self.write(
-                    model,
-                    [Request(*each) for each in zip(prompts, seeds, drafts, strict=True)],
-                    sampling,
-                    tokenizer=tokenizer,
-                    backend=backend,
-                    batch_size=self.rollouts_at_once,
-                )
+                return self._writing(asked, step, model, prompt_ids, backend, watch)()
 
         with self.phases("rollout"):
-            completions = self.with_student(answer)
+            written = None if self.ahead is None else self.ahead.take(step)
+            completions = self.with_student(answer) if written is None else written
         self.leave_if_asked()
         if self.args.rollout_correction == "truncate" and any(each.logprobs is None for each in completions):
             raise TrainingError(
                 f"rollout_backend {self.args.rollout_backend!r} does not say with which probability it draws a token, "
                 "and rollout_correction is 'truncate', which takes that; it may be none"
             )
-        for (row, number), completion in zip(numbered, completions, strict=True):
-            self.known_texts.note(row, number, completion)
+        for (row, place), completion in zip(asked, completions, strict=True):
+            self.known_texts.note(row, place % self.args.rollouts_per_prompt, completion)
+        if self.ahead is not None:
+            self.step_log.add(behind=0 if written is None else len(asked))
         self.step_log.add(
-            completions=len(rows),
+            completions=len(asked),
             completion_length=sum(len(completion.tokens) for completion in completions),
             finished=sum(completion.end != LENGTH for completion in completions),
         )
@@ -185,6 +189,44 @@ class SamplingTrainer(Runs):
             written_by_drafts=sum(len(completion.tokens) for completion in with_drafts),
         )
         return completions
+
+    def _writing(
+        self,
+        asked: list[tuple[Row, int]],
+        step: int,
+        model: PreTrainedModel,
+        prompt_ids: str,
+        backend: str | Backend,
+        watch: Watch,
+    ) -> Writing:
+        """What writes the rollouts of a step."""
+        sampling = dataclasses.replace(self.sampling, watch=watch, logprobs=self.corrects)
+        numbered = [(row, place % self.args.rollouts_per_prompt) for row, place in asked]
+        seeds = [seed_of(self.args.seed, step, place) for _, place in asked]
+        drafts = [self.known_texts.draft(row, number) for row, number in numbered]
+        prompts = [row[prompt_ids] for row, _ in asked]
+        return functools.partial(
+            self.write,
+            model,
+            [Request(*each) for each in zip(prompts, seeds, drafts, strict=True)],
+            sampling,
+            tokenizer=cast(PreTrainedTokenizerBase, self.processing_class),
+            backend=backend,
+            batch_size=self.rollouts_at_once,
+        )
+
+    def _write_ahead(self, rows: list[Row]) -> Writing:
+        """What writes the rollouts of the next step, which has these rows, by the weights that the student has now."""
+        asked, step, student = self._asked(rows), self.state.global_step + 1, self.student
+
+        def watch(count: Count) -> bool:
+            return self.asked_to_stop
+
+        def push() -> Writing:
+            with self._backend(student) as backend:
+                return self._writing(asked, step, student, "prompt_ids", backend, watch)
+
+        return self.with_student(push)
 
     @functools.cached_property
     def known_texts(self) -> KnownTexts:
@@ -218,23 +260,40 @@ class SamplingTrainer(Runs):
             yield self.student, "prompt_ids"
 
     def _backend(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[str | Backend]:
-        """What samples the rollouts: a back-end's name, or vLLM's engine with the weights that the model has now."""
-        return contextlib.nullcontext(self.args.rollout_backend) if self.vllm is None else self.vllm.serving(model)
+        """What samples the rollouts: a back-end, or an engine with the weights that the model has now."""
+        if self.engine is not None:
+            return self.engine.serving(model)
+        compiles = self.args.rollout_compile and model.device.type == "cuda"
+        return contextlib.nullcontext(by_compiled_generate if compiles else self.args.rollout_backend)
+
+    @contextlib.contextmanager
+    def answering(self, exam: Exam) -> Iterator[str | Backend]:
+        """What writes the answers of an exam: what writes the rollouts; `generate` where vLLM has no room for them."""
+        engine, backend = self.engine, self.args.rollout_backend
+        if engine is not None and exam.longest <= engine.longest:
+            with engine.serving(self.student) as answer:
+                yield answer
+        else:
+            yield "generate" if backend == VLLM or self.args.method == "sft" else backend
 
     def make_engine(self, rows: list[Row]) -> None:
         """Have vLLM serve the student, where it is to answer the prompts of these rows."""
         args = self.args
         if args.method != "sdft" or args.rollout_backend != VLLM or not rows:
             return
+        longest = max(len(row["prompt_ids"]) for row in rows) + args.max_completion_length
         make = functools.partial(
-            VllmRollouts,
+            make_engine,
+            args,
             self.student,
-            longest=max(len(row["prompt_ids"]) for row in rows) + args.max_completion_length,
+            longest=max(longest, self.exam.longest),
             dtype=self.autocast_type or self.student.dtype,
-            memory_share=args.vllm_memory_share,
-            probe=rows[0]["prompt_ids"][:16],
+            probe=rows[0]["prompt_ids"],
         )
-        self.vllm = self.with_student(make)
+        self.engine = self.with_student(make)
+        if args.rollout_lag:
+            self.ahead = RolloutsAhead(self._write_ahead, self.phases)
+            self.callback_handler.callbacks.insert(0, self.ahead)  # before others note how a step has ended
 
     def _places(self, count: int) -> list[int]:
         """The place in the step's batch, over all processes, of each of this process's rows.

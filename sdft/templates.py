@@ -1,7 +1,9 @@
 """Teacher prompts: how a demonstration is put before the model, so that the same model becomes its own teacher.
 
 A template is a list of chat messages with the placeholders {prompt} and {demonstration}. It stands in for the last
-message of a prompt; earlier messages (a system prompt, earlier turns) stay before it. Three come built in:
+message of a prompt by the user. Earlier messages (a system prompt, earlier turns) stay before it; where the template
+begins with a system prompt, that takes the place of the prompt's. Calls of tools and their results stay after it. Three
+templates come built in:
 
 - "paper" follows arXiv 2601.19897: the question, the demonstration presented as an example response, and the
   request to answer in one's own words;
@@ -21,7 +23,7 @@ from typing import Any
 
 from sdft.errors import UsageError, shown
 
-Message = dict[str, str]
+Message = dict[str, Any]
 PLACEHOLDERS = ("{prompt}", "{demonstration}")
 
 TEMPLATES: dict[str, list[Message]] = {
@@ -83,21 +85,37 @@ def parse_template(template: Any) -> list[Message]:
 
 def is_messages(value: Any) -> bool:
     """Whether `value` is a chat: a non-empty list of messages with a role and a content that are both text."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    )
+    return isinstance(value, list) and len(value) > 0 and all(map(is_message, value))
 
 
-def fill(template: list[Message], prompt: str, demonstration: str) -> list[Message]:
-    """The template's messages with both placeholders replaced, in one pass: what is put in is never searched again."""
-    values = dict(zip(PLACEHOLDERS, (prompt, demonstration), strict=True))
+def is_message(value: Any) -> bool:
+    """Whether `value` is a message with a role and a content that are both text."""
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def text_of(demonstration: str | list[Message]) -> str:
+    """A demonstration's text, which may come as a message; calls of tools are a line of JSON each."""
+    if isinstance(demonstration, str):
+        return demonstration
+    (message,) = demonstration
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    lines = [json.dumps(call, ensure_ascii=False) for call in calls]
+    return "\n".join([message["content"], *lines] if message["content"] else lines)
+
+
+def fill(template: list[Message], prompt: str, demonstration: str | list[Message]) -> list[Message]:
+    """The template's messages with both placeholders replaced, in one pass: what is put in is never searched again.
+
+    A message by the assistant that is the demonstration alone becomes the demonstration's own, where that is one.
+    """
+    values = dict(zip(PLACEHOLDERS, (prompt, text_of(demonstration)), strict=True))
     pattern = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
+    whole = {"role": "assistant", "content": PLACEHOLDERS[1]}
     return [
-        {"role": m["role"], "content": pattern.sub(lambda found: values[found.group()], m["content"])} for m in template
+        demonstration[0]
+        if message == whole and not isinstance(demonstration, str)
+        else {"role": message["role"], "content": pattern.sub(lambda found: values[found.group()], message["content"])}
+        for message in template
     ]
 
 
@@ -106,7 +124,21 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def teacher_messages(prompt: str | list[Message], demonstration: str, template: list[Message]) -> list[Message]:
-    """The chat that the teacher sees: the prompt's earlier messages, then the template around its last one."""
-    *earlier, last = as_messages(prompt)
-    return [*earlier, *fill(template, last["content"], demonstration)]
+def last_by_user(messages: list[Message]) -> int:
+    """The place of the last message by the user; what comes after it are calls of tools and their results."""
+    return max((n for n, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+
+
+def teacher_messages(
+    prompt: str | list[Message], demonstration: str | list[Message], template: list[Message]
+) -> list[Message]:
+    """The chat that the teacher sees: the prompt, with the template in place of its last message by the user.
+
+    A template that begins with a system message has that in place of the prompt's.
+    """
+    messages = as_messages(prompt)
+    place = last_by_user(messages)
+    earlier, filled = messages[:place], fill(template, messages[place]["content"], demonstration)
+    if filled[0]["role"] == "system":
+        earlier = [filled.pop(0), *(message for message in earlier if message["role"] != "system")]
+    return [*earlier, *filled, *messages[place + 1 :]]

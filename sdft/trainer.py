@@ -13,7 +13,6 @@ not the checkpoint, and loads the checkpoint into the student.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any, cast
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sdft._compat import is_compiled, use_one_gpu
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
-from sdft.data import COLUMNS, WHERE, Row, encode_prompt, encode_rows, load_rows
+from sdft.data import Row, encode_prompt
 from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluation.completion_log import CompletionsFile
@@ -39,11 +38,11 @@ from sdft.progress.step_log import StepLog
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import load_samples, save_samples
 from sdft.rollouts.interface import Sampling
+from sdft.rows import training_rows
 from sdft.samples import SamplingTrainer
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import check_arguments
 from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, TeacherFollows, make_teacher, trains_beside_adapter
-from sdft.templates import parse_template
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,10 @@ class SDFTTrainer(SamplingTrainer):
         check_adapters(learner)
         bare = causal_lm(learner)
         self.sampling = sampling_by(args, bare, processing_class)
-        rows = None if train_dataset is None else self._encode(train_dataset, bare, args, processing_class)
+        rows = None
+        if train_dataset is not None:
+            ends = eos_token_ids(bare, processing_class)
+            rows = training_rows(train_dataset, args, processing_class, ends, limits(bare))
         keeps_start = exam is None or args.eval_strategy != "no"
         if exam is None:
             exam = exam_by(args, eval_dataset, general_dataset)
@@ -161,30 +163,13 @@ class SDFTTrainer(SamplingTrainer):
             check_prompt_cache(model, backbone(model), rows[0]["teacher_prompt_ids"][:16], self.autocast_type)
         return PromptCache(int(self.args.teacher_cache_gib * 2**30))
 
-    @staticmethod
-    def _encode(source: Any, model: PreTrainedModel, args: SDFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-        rows = load_rows(source, name="train_dataset")
-        if unused := sorted({name for row in rows for name in row} - {*COLUMNS, WHERE}):
-            logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))
-        return encode_rows(
-            rows,
-            tokenizer,
-            method=args.method,
-            with_demonstration=args.demonstration_weight > 0,
-            with_draft=args.rollout_draft == "demonstration",
-            template=parse_template(args.teacher_template),
-            eos_ids=eos_token_ids(model, tokenizer),
-            max_completion_length=args.max_completion_length,
-            limits=limits(model),
-        )
-
     # One optimizer step: rollouts, layout, loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The step's micro-batches, with the students' answers in them, and what its summed loss is divided by."""
-        batches: list[list[Row]] = list(itertools.islice(epoch_iterator, num_batches))
+        batches = self.step_batches(epoch_iterator, num_batches)
         if not batches:
             return [], None
         self.use_weights("train")
@@ -314,7 +299,8 @@ class SDFTTrainer(SamplingTrainer):
             exam.check(self.student, tokenizer)
 
         def measure() -> dict[str, float | None]:
-            held_out = exam.held_out(self.student, tokenizer)
+            with self.answering(exam) as backend:
+                held_out = exam.held_out(self.student, tokenizer, backend=backend)
             return {
                 "accuracy": None if held_out is None else held_out.accuracy,
                 "forgetting": None if self.starting_model is None else self.forgetting(self.starting_model),

@@ -5,9 +5,7 @@ An error is one sentence that names the argument, what it was and what it may be
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,12 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from sdft_kernels import callers
+from sdft_kernels import callers, checks
 from sdft_kernels._compat import interpreted, stands_for_others, under_grad, under_vmap_with_gradient
 from sdft_kernels.backends.cpu import library
 from sdft_kernels.backends.select import BACKENDS
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, is_mixture
-from sdft_kernels.options import LossInputs, LossOptions
+from sdft_kernels.options import CrossEntropyInputs, CrossEntropyOptions, LossInputs, LossOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,6 +40,8 @@ def check(given: LossInputs, options: LossOptions) -> torch.dtype:
     per_token("token_weight", given.token_weight, tokens, device, floating=True)
     per_token("labels", given.labels, tokens, device, floating=False)
     per_token("old_logprobs", given.old_logprobs, tokens, device, floating=True)
+    per_token("hard_labels", given.hard_labels, tokens, device, floating=False)
+    per_token("hard_weight", given.hard_weight, tokens, device, floating=True)
     same_device("teacher_hidden", given.teacher_hidden, device)
     differentiated_by_backward(given)
     if given.old_logprobs is not None and given.labels is None:
@@ -62,12 +62,16 @@ def check(given: LossInputs, options: LossOptions) -> torch.dtype:
 
 def check_options(options: LossOptions) -> LossOptions:
     """Raises if no tensors could make these settings right. Returns them with Python's own numbers."""
-    one_of("divergence", options.divergence, DIVERGENCES)
-    one_of("reduction", options.reduction, REDUCTIONS)
+    checks.one_of("divergence", options.divergence, DIVERGENCES)
+    checks.one_of("reduction", options.reduction, REDUCTIONS)
     available_backend(options.backend)
     student = logit_options("student", options.student_logit_scale, options.student_softcap, options.temperature)
     teacher = logit_options("teacher", options.teacher_logit_scale, options.teacher_softcap, options.temperature)
-    clip = options.importance_clip
+    clip, hard_temperature = options.importance_clip, options.hard_temperature
+    if hard_temperature is not None:
+        hard_temperature = checks.positive("hard_temperature", hard_temperature)
+        checks.quotient("student_logit_scale", student.scale, "hard_temperature", hard_temperature)
+        checks.quotient("student_softcap", student.softcap or hard_temperature, "hard_temperature", hard_temperature)
     return replace(
         options,
         beta=teachers_share(options.beta, options.divergence),
@@ -76,9 +80,53 @@ def check_options(options: LossOptions) -> LossOptions:
         teacher_logit_scale=teacher.scale,
         student_softcap=student.softcap,
         teacher_softcap=teacher.softcap,
-        importance_clip=None if clip is None else positive("importance_clip", clip),
-        vocab_size=count("vocab_size", options.vocab_size, "tokens"),
-        max_chunk_bytes=count("max_chunk_bytes", options.max_chunk_bytes, "bytes"),
+        hard_temperature=hard_temperature,
+        importance_clip=None if clip is None else checks.positive("importance_clip", clip),
+        vocab_size=checks.count("vocab_size", options.vocab_size, "tokens"),
+        max_chunk_bytes=checks.count("max_chunk_bytes", options.max_chunk_bytes, "bytes"),
+    )
+
+
+def hard_weight(value: Any, labels: Tensor | None) -> Tensor | None:
+    """The hard term's weight of each token, if there are hard labels."""
+    given = isinstance(value, Tensor) or checks.finite("hard_weight", value) != 0
+    if labels is None and given:
+        raise ValueError("hard_weight needs hard_labels: the hard term is the cross-entropy with these")
+    if not isinstance(labels, Tensor) or isinstance(value, Tensor):
+        return value if isinstance(value, Tensor) else None
+    return labels.new_full(labels.shape, value, dtype=torch.float32)
+
+
+def check_cross_entropy(given: CrossEntropyInputs, options: CrossEntropyOptions) -> torch.dtype:
+    """As `check`; `token_weight` may still be None."""
+    head("", given.hidden, given.weight, given.bias)
+    tokens, device = given.hidden.shape[0], given.hidden.device
+    if given.labels is None:
+        raise TypeError("labels must be a tensor of shape (N,), not NoneType")
+    per_token("labels", given.labels, tokens, device, floating=False)
+    per_token("token_weight", given.token_weight, tokens, device, floating=True)
+    differentiated_by_backward(given)
+    shared_vocabulary(given.weight.shape[0], given.weight.shape[0], options.vocab_size)
+    dtype = products_dtype(device, hidden=given.hidden, weight=given.weight)
+    supported_backend(options.backend, device, dtype)
+    return dtype
+
+
+def check_cross_entropy_options(options: CrossEntropyOptions) -> CrossEntropyOptions:
+    """As `check_options`."""
+    checks.one_of("reduction", options.reduction, REDUCTIONS)
+    available_backend(options.backend)
+    logits = logit_options("", options.logit_scale, options.softcap, options.temperature)
+    return replace(
+        options,
+        temperature=logits.temperature,
+        logit_scale=logits.scale,
+        softcap=logits.softcap,
+        label_smoothing=checks.between("label_smoothing", options.label_smoothing, 0, 1),
+        z_loss=checks.between("z_loss", options.z_loss, 0, checks.LARGEST_FLOAT32),
+        entropy_weight=checks.finite("entropy_weight", options.entropy_weight),
+        vocab_size=checks.count("vocab_size", options.vocab_size, "tokens"),
+        max_chunk_bytes=checks.count("max_chunk_bytes", options.max_chunk_bytes, "bytes"),
     )
 
 
@@ -86,18 +134,18 @@ def logit_options(side: str, scale: Any, softcap: Any, temperature: Any) -> Logi
     """Options of one model's logits, named `{side}_logit_scale` and so on."""
     prefix = f"{side}_" if side else ""
     name, cap_name = f"{prefix}logit_scale", f"{prefix}softcap"
-    scale, temperature = nonzero(name, scale), positive("temperature", temperature)
-    quotient(name, scale, "temperature", temperature)
+    scale, temperature = checks.nonzero(name, scale), checks.positive("temperature", temperature)
+    checks.quotient(name, scale, "temperature", temperature)
     if softcap is not None:
-        softcap = positive(cap_name, softcap)
-        quotient(name, scale, cap_name, softcap)
-        quotient(cap_name, softcap, "temperature", temperature)
+        softcap = checks.positive(cap_name, softcap)
+        checks.quotient(name, scale, cap_name, softcap)
+        checks.quotient(cap_name, softcap, "temperature", temperature)
     return LogitOptions(scale, softcap, temperature)
 
 
 def teachers_share(beta: Any, divergence: str) -> float:
     """The teacher's share of the mixture; a share too where there is no mixture."""
-    beta = number("beta", beta)
+    beta = checks.number("beta", beta)
     if is_mixture(divergence) and not LEAST_SHARE <= beta <= 1 - LEAST_SHARE:
         raise ValueError(
             f"beta must lie between {LEAST_SHARE:g} and 1 - {LEAST_SHARE:g} for {divergence}, not be {beta!r}: nearer "
@@ -161,17 +209,19 @@ def readable(name: str, tensor: Tensor) -> None:
         )
 
 
-def differentiated_by_backward(given: LossInputs) -> None:
-    """Refuses tensors that torch.func is to differentiate, of which `requires_grad` says nothing."""
+def differentiated_by_backward(given: LossInputs | CrossEntropyInputs) -> None:
+    """Refuses tensors that torch.func is to differentiate, of which `requires_grad` says nothing; gradients reach the
+    first three."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    for name, tensor in ((field.name, getattr(given, field.name)) for field in fields(given)):
+    for place, field in enumerate(fields(given)):
+        name, tensor = field.name, getattr(given, field.name)
         if tensor is not None and under_grad(tensor):
             raise NotImplementedError(
                 f"{name} is under torch.func.grad, vjp or jacrev, and there is no derivative for these here: gradients "
                 "come by backward alone"
             )
-        if tensor is not None and name.startswith("student") and under_vmap_with_gradient(tensor):
+        if tensor is not None and place < 3 and under_vmap_with_gradient(tensor):
             raise NotImplementedError(
                 f"{name} takes a gradient and is under torch.func.vmap, where none comes here: call the loss for each "
                 "instead, or once for all tokens"
@@ -199,58 +249,9 @@ def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device} and the hidden states on {device}: they must share a device")
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-
-
-def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be a number that float64 holds, not an integer beyond it") from None
-
-
-def positive(name: str, value: Any) -> float:
-    found = number(name, value)
-    if not 0 < found <= LARGEST_FLOAT32:
-        raise ValueError(f"{name} must be positive and finite in float32, not {value!r}")
-    return found
-
-
-def nonzero(name: str, value: Any) -> float:
-    found = number(name, value)
-    if not 0 < abs(found) < math.inf:
-        raise ValueError(f"{name} must be finite and not 0, not {value!r}")
-    return found
-
-
-def quotient(name: str, scale: float, divisor_name: str, divisor: float) -> None:
-    """Checks a factor of the logits: its product with a masked one must be large, and float32 must hold it."""
-    if not LEAST_QUOTIENT <= abs(scale) / divisor <= LARGEST_QUOTIENT:
-        raise ValueError(
-            f"{name} / {divisor_name} must lie between {LEAST_QUOTIENT:g} and {LARGEST_QUOTIENT:g} but for its sign, "
-            f"not be {scale!r} / {divisor!r}"
-        )
-
-
-def count(name: str, value: Any, of: str) -> int | None:
-    """A number of tokens or bytes, or None."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
-        raise TypeError(f"{name} must be a number of {of} or None, not {type(value).__name__}")
-    found = int(value)
-    if not 0 < found <= LARGEST_COUNT:
-        raise ValueError(f"{name} must be positive and under 2^63, not {value}")
-    return found
-
-
 def available_backend(backend: str) -> None:
     """Checks the name, and that what it asks for is installed."""
-    one_of("backend", backend, BACKENDS)
+    checks.one_of("backend", backend, BACKENDS)
     if backend == "compiled" and library.find() is None:
         raise ValueError(
             "backend is 'compiled', and the kernels were not built when sdft-kernels was installed, or cannot be "
@@ -334,10 +335,3 @@ PADDING_SHARE = 0.01
 #: The least share of a model in a mixture. Some divergences are as small as the square of this share, and are sums of
 #: terms as large as the share, which float32 rounds by 6e-8 of their size: a share of 1e-3 leaves an error of 3e-6.
 LEAST_SHARE = 1e-3
-
-#: The bounds of a logit's scale or soft cap over the temperature, and of its scale over the soft cap. A masked logit,
-#: -1e30, then stays 1,000 below the others or at the cap's end, and within float32.
-LEAST_QUOTIENT, LARGEST_QUOTIENT = 1e-27, 1e6
-
-#: What passes to kernels: numbers in float32, counts in int64.
-LARGEST_FLOAT32, LARGEST_COUNT = torch.finfo(torch.float32).max, torch.iinfo(torch.int64).max

@@ -20,7 +20,7 @@ from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import MASKED, LogitOptions
-from sdft_kernels.options import LossOptions
+from sdft_kernels.options import CrossEntropyOptions, LossOptions
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
 
 
@@ -37,13 +37,13 @@ class Side:
 class Wanted:
     """Which gradients of the student are to be computed."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
+    wants_hidden: bool
+    wants_weight: bool
+    wants_bias: bool
 
     @property
     def any(self) -> bool:
-        return self.hidden or self.weight or self.bias
+        return self.wants_hidden or self.wants_weight or self.wants_bias
 
 
 @dataclass
@@ -61,43 +61,50 @@ class Gradients:
 
 def run_chunks(
     student: Side,
-    teacher: Side,
+    teacher: Side | None,
     live: LiveTokens,
     rows: TokenRows,
-    options: LossOptions,
+    options: LossOptions | CrossEntropyOptions,
+    vocab: int,
     dtypes: Dtypes,
     wanted: Wanted,
 ) -> Gradients:
-    """Fills `rows`, one for each live token, and returns the wanted gradients."""
-    vocab, objective = options.compared(student.weight, teacher.weight), options.objective
-    device = student.hidden.device
+    """Fills `rows`, one for each live token, from the heads' first `vocab` entries; returns the wanted gradients."""
+    objective, device = options.objective, student.hidden.device
     work = select(options.backend, device, dtypes.operands)
     student_head = head_operands(student.weight, student.bias, vocab, dtypes, objective.student)
-    if not student.weight.is_meta and student.weight.is_set_to(teacher.weight):
+    teacher_head = None
+    if teacher is not None and not student.weight.is_meta and student.weight.is_set_to(teacher.weight):
         # The same memory: one copy in the products' dtype serves both, and a backend may make one product of two.
         bias = _finite_bias(teacher.bias, vocab, dtypes.wide, objective.teacher)
         teacher_head = HeadOperands(student_head.weight, bias)
-    else:
+    elif teacher is not None:
         teacher_head = head_operands(teacher.weight, teacher.bias, vocab, dtypes, objective.teacher)
-    widened = wanted.weight and dtypes.head_gradient != dtypes.wide
+    widened = wanted.wants_weight and dtypes.head_gradient != dtypes.wide
     plan = plan_chunks(
         live.count,
         vocab,
         work.held(dtypes, objective, with_gradient=wanted.any),
         device,
         options.max_chunk_bytes,
-        trainable_head=wanted.weight,
+        trainable_head=wanted.wants_weight,
         added_up=dtypes.wide.itemsize * student.weight.shape[1] if widened else 0,
     )
     gradients = _allocate(student, wanted, dtypes, plan.chunks, live, vocab)
     workspace = work.loss_workspace(student.hidden, plan.chunk, vocab, dtypes, objective, with_gradient=wanted.any)
-    weight_gradient = gradients.weight[:vocab] if wanted.weight else None
-    bias_gradient = gradients.bias[:vocab] if wanted.bias else None
+    weight_gradient = gradients.weight[:vocab] if wanted.wants_weight else None
+    bias_gradient = gradients.bias[:vocab] if wanted.wants_bias else None
+
+    def teacher_hidden(chunk: slice) -> Tensor | None:
+        if teacher is None:
+            return None
+        return live.take(teacher.hidden, chunk, cleaned=not work.TEACHER_MAY_BE_ANYTHING).to(dtypes.operands)
+
     for chunk in plan.slices(live.count):
-        with live.rows_of(gradients.hidden, chunk) if wanted.hidden else nullcontext() as hidden:
+        with live.rows_of(gradients.hidden, chunk) if wanted.wants_hidden else nullcontext() as hidden:
             work.process_chunk(
                 live.take(student.hidden, chunk).to(dtypes.operands),
-                live.take(teacher.hidden, chunk, cleaned=not work.TEACHER_MAY_BE_ANYTHING).to(dtypes.operands),
+                teacher_hidden(chunk),
                 student_head,
                 teacher_head,
                 rows[chunk],
@@ -134,12 +141,12 @@ def _allocate(student: Side, wanted: Wanted, dtypes: Dtypes, chunks: int, live: 
     That is the rows of tokens that are left out, the head's padding, and everything where there are no tokens.
     """
     hidden, weight = student.hidden, student.weight
-    shape = weight.shape if wanted.weight else (0,)
+    shape = weight.shape if wanted.wants_weight else (0,)
     dtype = dtypes.head_gradient if chunks == 1 else dtypes.wide
     gradients = Gradients(
-        hidden=hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
+        hidden=hidden.new_empty(hidden.shape if wanted.wants_hidden else (0,)),
         weight=(pages.huge(shape, dtype) if hidden.device.type == "cpu" else hidden.new_empty(shape, dtype=dtype)),
-        bias=hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=dtypes.wide),
+        bias=hidden.new_zeros(weight.shape[0] if wanted.wants_bias else 0, dtype=dtypes.wide),
     )
     if live.some_left_out:
         gradients.hidden.zero_()
@@ -180,11 +187,11 @@ def token_weights(
     return weight.div(unit).to(wide), (unit / total).to(wide)
 
 
-def check_labels(labels: Tensor, vocab: int) -> None:
+def check_labels(labels: Tensor, vocab: int, name: str = "labels") -> None:
     """Checks that labels of live tokens lie in the compared vocabulary: at once on the CPU, else by the device."""
     inside = ((labels >= 0) & (labels < vocab)).all()
     if not reads_are_free(labels):
-        assert_on_device(inside, f"labels must lie in [0, {vocab})")
+        assert_on_device(inside, f"{name} must lie in [0, {vocab})")
     elif not inside:
         low, high = labels.min().item(), labels.max().item()
-        raise ValueError(f"labels run from {low} to {high}, but must lie in [0, {vocab})")
+        raise ValueError(f"{name} run from {low} to {high}, but must lie in [0, {vocab})")

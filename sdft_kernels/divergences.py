@@ -19,9 +19,16 @@ place, let d be log q - log p less its value at that place, and let y = w expm1(
 A constant that all vocabulary entries share is so left out before anything is rounded. Then g keeps its digits where p
 is far above q and all g are nearly the same, and also where p and q are nearly the same.
 
+Cross-entropy is the objective without a teacher, and the hard term that a divergence may have beside it. With t = 1 at
+the label and 0 elsewhere, label smoothing s, V entries, E the log-sum-exp of z, H the entropy of p, and the weights λ
+of the z-loss and η of the entropy:
+
+    L = -Σ ((1-s) t + s/V) log p + λ E² - η H
+    dL/dz = p (1 + 2λ E + η (log p + H)) - (1-s) t - s/V
+
 Sources: reverse KL is what the SDFT paper writes and forward KL what its authors' published runs used
 (arXiv 2601.19897); the generalised JSD is GKD's (arXiv 2306.13649); the skewed divergences are DistiLLM's
-(arXiv 2402.03898).
+(arXiv 2402.03898). Label smoothing is arXiv 1512.00567's; the z-loss is PaLM's (arXiv 2204.02311), as in liger-kernel.
 
 The functions here work in place on a tile, which is a slab of the vocabulary for a chunk of tokens. They take
 exponentials that are relative to each token's maximum in the tile and not yet divided by their sum: a constant that all
@@ -35,7 +42,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,14 +88,51 @@ class LogitOptions:
 
 
 @dataclass(frozen=True)
+class HardTerm:
+    """Cross-entropy on labels: the temperature of its logits, and what it adds."""
+
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    entropy_weight: float = 0.0
+
+
+#: The objective that has no teacher: its hard term alone.
+CROSS_ENTROPY = "cross_entropy"
+
+
+@dataclass(frozen=True)
 class Objective:
-    """The divergence that is computed for each token, and its options."""
+    """What is computed for each token: a divergence or `CROSS_ENTROPY`, and its options.
+
+    A divergence has a hard term beside it where `hard` is given; cross-entropy always is one.
+    """
 
     divergence: str = "reverse_kl"
     beta: float = 0.5
     student: LogitOptions = LogitOptions()
     teacher: LogitOptions = LogitOptions()
     importance_clip: float | None = None
+    hard: HardTerm | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.divergence != CROSS_ENTROPY
+
+    @property
+    def hard_logits(self) -> LogitOptions:
+        """The student's logits as the hard term has them."""
+        return self.student if self.hard is None else replace(self.student, temperature=self.hard.temperature)
+
+    @property
+    def hard_ratio(self) -> float:
+        """The hard term's logits over the student's."""
+        return self.student.temperature / self.hard_logits.temperature
+
+    @property
+    def hard_apart(self) -> bool:
+        """Whether the hard term needs a softmax of its own: that of another temperature."""
+        return self.hard_ratio != 1
 
 
 @dataclass
@@ -271,6 +315,21 @@ def finish(divergence: str, beta: float, sums: Sums, shares: Shares) -> tuple[Te
             assert shares.peak_ratio is not None
             loss = centre + (1 - beta) * log_over_mixture(-shares.peak_ratio, beta) + beta * own
     return loss, shares.p * (mean - centre), shares.p * unit
+
+
+def cross_entropy(hard: HardTerm, logprob: Tensor, mean_logprob: Tensor, logsumexp: Tensor, entropy: Tensor) -> Tensor:
+    """The loss of the hard term, from the label's log-probability, and the mean of all entries'."""
+    smoothing = hard.label_smoothing
+    likelihood = (1 - smoothing) * logprob
+    if smoothing:  # the mean may be infinite
+        likelihood = likelihood + smoothing * mean_logprob
+    return hard.z_loss * logsumexp.square() - likelihood - hard.entropy_weight * entropy
+
+
+def gradient_of_p(hard: HardTerm, logsumexp: Tensor, entropy: Tensor, log_p: Tensor) -> Tensor:
+    """What p is multiplied with in the gradient of the hard term, where its logarithm is `log_p`; elsewhere
+    `entropy_weight` times the difference of the logarithms is to be added."""
+    return 1 + 2 * hard.z_loss * logsumexp + hard.entropy_weight * (entropy + log_p)
 
 
 def is_mixture(divergence: str) -> bool:

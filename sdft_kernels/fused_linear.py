@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-import torch
 from torch import Tensor, nn
 
-from sdft_kernels import arguments
-from sdft_kernels.chunk_loop import Wanted
-from sdft_kernels.operator import fused_linear_divergence_op, gradients_deferred
+from sdft_kernels import arguments, checks
+from sdft_kernels.autograd import wanted_gradients
+from sdft_kernels.operator import fused_linear_divergence_op
 from sdft_kernels.options import LossInputs, LossOptions
 from sdft_kernels.outputs import DivergenceOutput
 from sdft_kernels.registration import values_of
@@ -34,6 +33,10 @@ def fused_linear_divergence(
     labels: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     importance_clip: float | None = None,
+    hard_weight: float | Tensor = 0.0,
+    hard_labels: Tensor | None = None,
+    hard_temperature: float = 1.0,
+    ignore_index: int = -100,
     reduction: str = "mean",
     vocab_size: int | None = None,
     max_chunk_bytes: int | None = None,
@@ -89,6 +92,12 @@ def fused_linear_divergence(
             gradient overflows where this factor times the gradient of a token of the largest `token_weight` passes
             1,023, even if a small factor of the loss would bring it back: `importance_clip` keeps it below.
         importance_clip: upper limit of that factor, positive, or None.
+        hard_weight: with `hard_labels`, the factor of each token's cross-entropy with its hard label, which is then
+            added to the divergence: a number, or (N,) floating point. The token's weight multiplies both. That takes
+            no matrix product more, and an exponential a logit where the two temperatures differ.
+        hard_labels: (N,) int64, or None for no hard term. Not read where the weight is 0.
+        hard_temperature: divides the student's logits in the cross-entropy, as `temperature` does in the divergence.
+        ignore_index: the hard label of tokens that have none: of these only the divergence counts.
         reduction: "mean": Σ w·L / Σ w, with `token_weight` for w in the denominator · "sum": Σ w·L ·
             "none": w·L, (N,), differentiable.
         vocab_size: compare the first `vocab_size` entries of both heads. Without it, heads whose sizes differ
@@ -102,8 +111,8 @@ def fused_linear_divergence(
             compiler), else torch.
 
     Returns:
-        A `DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`,
-        `teacher_entropy`, and with labels `student_logprob` and `teacher_logprob`, all in nats. Entropies and
+        A `DivergenceOutput`: `loss` (differentiable), `token_loss`, `student_entropy`, `teacher_entropy`, with labels
+        `student_logprob` and `teacher_logprob`, and with hard labels `hard_loss`, all in nats. Entropies and
         log-probabilities are right to a few last digits of float32, and to one of 1 nat, 1.2e-7, where they are small.
         With N = 0, or no weight other than 0, the loss is 0 and backpropagates zeros.
 
@@ -132,6 +141,7 @@ def fused_linear_divergence(
         vocab_size=vocab_size,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
+        hard_temperature=None if hard_labels is None else hard_temperature,
     )
     options = arguments.check_options(options)
     given = LossInputs(
@@ -144,20 +154,27 @@ def fused_linear_divergence(
         token_weight=token_weight,
         labels=labels,
         old_logprobs=old_logprobs,
+        hard_labels=hard_labels,
+        hard_weight=arguments.hard_weight(hard_weight, hard_labels),
     )
-    return _divergence(given, options)
+    return _divergence(given, options, checks.integer("ignore_index", ignore_index))
 
 
-def _divergence(given: LossInputs, options: LossOptions) -> DivergenceOutput:
+def _divergence(given: LossInputs, options: LossOptions, ignore_index: int) -> DivergenceOutput:
     """Checks the tensors, and calls the operator, which sees of the teacher's side and the weights no graph."""
     operands = arguments.check(given, options)
     trained = (given.student_hidden, given.student_weight, given.student_bias)
-    with_graph = torch.is_grad_enabled()
-    wanted = Wanted(*(with_graph and tensor is not None and tensor.requires_grad for tensor in trained))
-    if gradients_deferred(options.reduction, wanted.weight, wanted.bias):
-        wanted = Wanted(hidden=False, weight=False, bias=False)
+    wanted = wanted_gradients(options.reduction, *trained)
+    ignored = None
+    if given.hard_labels is not None and given.hard_weight is not None:
+        ignored = given.hard_labels == ignore_index
+        given = replace(
+            given,
+            hard_labels=given.hard_labels.masked_fill(ignored, 0),
+            hard_weight=given.hard_weight.detach().masked_fill(ignored, 0),
+        )
     others = values_of(given)[len(trained) :]
-    loss, token_loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob, *_ = (
+    loss, token_loss, student_entropy, teacher_entropy, student_logprob, teacher_logprob, hard_loss, *_ = (
         fused_linear_divergence_op(
             *trained,
             *(None if tensor is None else tensor.detach() for tensor in others),
@@ -173,6 +190,7 @@ def _divergence(given: LossInputs, options: LossOptions) -> DivergenceOutput:
         teacher_entropy=teacher_entropy.detach(),
         student_logprob=None if given.labels is None else student_logprob.detach(),
         teacher_logprob=None if given.labels is None else teacher_logprob.detach(),
+        hard_loss=None if ignored is None else hard_loss.detach().masked_fill(ignored, 0),
     )
 
 
@@ -180,7 +198,8 @@ class FusedLinearDivergence(nn.Module):
     """`fused_linear_divergence` with its settings kept: a module to call with hidden states and heads.
 
     The settings are as there: `divergence`, `beta`, `temperature`, `student_logit_scale`, `teacher_logit_scale`,
-    `student_softcap`, `teacher_softcap`, `importance_clip`, `reduction`, `vocab_size`, `max_chunk_bytes` and `backend`.
+    `student_softcap`, `teacher_softcap`, `importance_clip`, `hard_temperature`, `ignore_index`, `reduction`,
+    `vocab_size`, `max_chunk_bytes` and `backend`.
 
     Example:
         >>> import torch
@@ -200,6 +219,8 @@ class FusedLinearDivergence(nn.Module):
         student_softcap: float | None = None,
         teacher_softcap: float | None = None,
         importance_clip: float | None = None,
+        hard_temperature: float = 1.0,
+        ignore_index: int = -100,
         reduction: str = "mean",
         vocab_size: int | None = None,
         max_chunk_bytes: int | None = None,
@@ -219,8 +240,10 @@ class FusedLinearDivergence(nn.Module):
             vocab_size=vocab_size,
             max_chunk_bytes=max_chunk_bytes,
             backend=backend,
+            hard_temperature=hard_temperature,
         )
         self.options = arguments.check_options(options)
+        self.ignore_index = checks.integer("ignore_index", ignore_index)
 
     def forward(
         self,
@@ -234,8 +257,11 @@ class FusedLinearDivergence(nn.Module):
         token_weight: Tensor | None = None,
         labels: Tensor | None = None,
         old_logprobs: Tensor | None = None,
+        hard_weight: float | Tensor = 0.0,
+        hard_labels: Tensor | None = None,
     ) -> DivergenceOutput:
-        """The loss of these hidden states and heads; `importance_clip` applies where `old_logprobs` are given."""
+        """The loss of these hidden states and heads; `importance_clip` applies where `old_logprobs` are given, and
+        `hard_temperature` where `hard_labels` are."""
         given = LossInputs(
             student_hidden=student_hidden,
             student_weight=student_weight,
@@ -246,9 +272,15 @@ class FusedLinearDivergence(nn.Module):
             token_weight=token_weight,
             labels=labels,
             old_logprobs=old_logprobs,
+            hard_labels=hard_labels,
+            hard_weight=arguments.hard_weight(hard_weight, hard_labels),
         )
-        unclipped = old_logprobs is None
-        return _divergence(given, replace(self.options, importance_clip=None) if unclipped else self.options)
+        options = self.options
+        if old_logprobs is None:
+            options = replace(options, importance_clip=None)
+        if hard_labels is None:
+            options = replace(options, hard_temperature=None)
+        return _divergence(given, options, self.ignore_index)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items() if value is not None)

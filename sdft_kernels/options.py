@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdft_kernels.divergences import LogitOptions, Objective
+from sdft_kernels.divergences import CROSS_ENTROPY, HardTerm, LogitOptions, Objective
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The tensors of `fused_linear_divergence`, which says what each is, in the operator's order."""
+    """The tensors of `fused_linear_divergence`, which says what each is, in the operator's order.
+
+    Both of the hard term are given, or none. The operator is given a hard weight of 0 and any label in its range where
+    the label is ignored.
+    """
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -25,11 +29,16 @@ class LossInputs:
     token_weight: Tensor | None
     labels: Tensor | None
     old_logprobs: Tensor | None
+    hard_labels: Tensor | None = None
+    hard_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The settings of `fused_linear_divergence`, which says what each means."""
+    """The settings of `fused_linear_divergence`, which says what each means.
+
+    Without a hard term, `hard_temperature` is None.
+    """
 
     divergence: str
     beta: float
@@ -43,6 +52,7 @@ class LossOptions:
     vocab_size: int | None
     max_chunk_bytes: int | None
     backend: str
+    hard_temperature: float | None = None
 
     def compared(self, student_weight: Tensor, teacher_weight: Tensor) -> int:
         """The number of vocabulary entries that are compared: the first ones of both heads."""
@@ -57,4 +67,44 @@ class LossOptions:
             LogitOptions(self.student_logit_scale, self.student_softcap, self.temperature),
             LogitOptions(self.teacher_logit_scale, self.teacher_softcap, self.temperature),
             self.importance_clip,
+            None if self.hard_temperature is None else HardTerm(self.hard_temperature),
+        )
+
+
+@dataclass(frozen=True)
+class CrossEntropyInputs:
+    """The tensors of `fused_linear_cross_entropy`, in the operator's order.
+
+    The operator is given a `token_weight`, which is 0 where the label is ignored.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    token_weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class CrossEntropyOptions:
+    """The settings of `fused_linear_cross_entropy`, which says what each means."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+    entropy_weight: float
+    reduction: str
+    vocab_size: int | None
+    max_chunk_bytes: int | None
+    backend: str
+
+    @property
+    def objective(self) -> Objective:
+        """What is computed for each token."""
+        return Objective(
+            CROSS_ENTROPY,
+            student=LogitOptions(self.logit_scale, self.softcap, self.temperature),
+            hard=HardTerm(self.temperature, self.label_smoothing, self.z_loss, self.entropy_weight),
         )

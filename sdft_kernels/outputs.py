@@ -1,4 +1,4 @@
-"""What the loss returns."""
+"""What the losses return."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class DivergenceOutput(NamedTuple):
         teacher_entropy: (N,) entropy of the teacher's.
         student_logprob: (N,) the student's log-probability of the label; None without labels.
         teacher_logprob: (N,) the teacher's.
+        hard_loss: (N,) the cross-entropy of the hard labels, unweighted; None without hard labels.
     """
 
     loss: Tensor
@@ -28,3 +29,26 @@ class DivergenceOutput(NamedTuple):
     teacher_entropy: Tensor
     student_logprob: Tensor | None
     teacher_logprob: Tensor | None
+    hard_loss: Tensor | None = None
+
+
+class CrossEntropyOutput(NamedTuple):
+    """The result of `fused_linear_cross_entropy`.
+
+    Everything but `loss` is detached, float32 (float64 for float64 inputs), in nats, and 0 for a token that is ignored
+    or whose weight is 0.
+
+    Attributes:
+        loss: scalar, or (N,) for reduction="none"; differentiable.
+        token_loss: (N,) the loss of each token, unweighted, with all that `label_smoothing`, `z_loss` and
+            `entropy_weight` add.
+        logprob: (N,) log-probability of the label.
+        entropy: (N,) entropy of the next-token distribution.
+        logsumexp: (N,) log Σ exp(z) over the vocabulary.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    logsumexp: Tensor

@@ -1,4 +1,4 @@
-"""The definition: the same loss in plain full-logits torch, differentiated by autograd.
+"""The definition: the same losses in plain full-logits torch, differentiated by autograd.
 
 Slow, and it holds every logit; nothing but tests and benchmarks should call it. Give it float64 tensors to get
 the values that the fused loss is measured against.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels.divergences import MASKED
-from sdft_kernels.outputs import DivergenceOutput
+from sdft_kernels.outputs import CrossEntropyOutput, DivergenceOutput
 
 
 def logits(
@@ -48,19 +48,53 @@ def divergence_per_token(log_p: Tensor, log_q: Tensor, divergence: str, beta: fl
     return {"jsd": (1 - beta) * kl_p + beta * kl_q, "skew_reverse_kl": kl_p, "skew_forward_kl": kl_q}[divergence]
 
 
+def cross_entropy_per_token(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    entropy_weight: float = 0.0,
+) -> Tensor:
+    """The cross-entropy of each row of (N, V) logits with its label, and what the options add, (N,)."""
+    log_p = logits.log_softmax(-1)
+    label_logprob = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    likelihood = (1 - label_smoothing) * label_logprob + label_smoothing * log_p.mean(-1)
+    return -likelihood + z_loss * logits.logsumexp(-1).square() - entropy_weight * entropy
+
+
+def reduced(weighted: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    """Σ w·L / Σ w, Σ w·L, or w·L of each token, from w·L and w, (N,)."""
+    total = weight.sum()
+    return {
+        "none": weighted,
+        "sum": weighted.sum(),
+        "mean": weighted.sum() / torch.where(total == 0, 1, total),
+    }[reduction]
+
+
 def divergence_of_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
+    temperature: float = 1.0,
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     token_weight: Tensor | None = None,
     labels: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     importance_clip: float | None = None,
+    hard_weight: float | Tensor = 0.0,
+    hard_labels: Tensor | None = None,
+    hard_temperature: float = 1.0,
+    ignore_index: int = -100,
     reduction: str = "mean",
 ) -> DivergenceOutput:
-    """The loss of two (N, V) tensors of logits z, differentiable with respect to the student's."""
+    """The loss of two (N, V) tensors of logits z, differentiable with respect to the student's.
+
+    `temperature` has divided them; the hard term's logits are z · temperature / hard_temperature.
+    """
     weight = torch.ones_like(student_logits[:, 0]) if token_weight is None else token_weight.to(student_logits.dtype)
     live = weight != 0
     log_p = student_logits.log_softmax(-1)
@@ -78,20 +112,20 @@ def divergence_of_logits(
         teacher_logprob = spared(log_q.gather(1, targets).squeeze(1))
         if old_logprobs is not None:
             effective = weight * spared(student_logprob - old_logprobs).exp().clamp(max=importance_clip or math.inf)
-    weighted = effective * token_loss
-    total = weight.sum()
-    loss = {
-        "none": weighted,
-        "sum": weighted.sum(),
-        "mean": weighted.sum() / torch.where(total == 0, 1, total),
-    }[reduction]
+    with_hard, hard_loss = token_loss, None
+    if hard_labels is not None:
+        counted = live & (hard_labels != ignore_index)
+        hard_logits = student_logits * (temperature / hard_temperature)
+        hard_loss = torch.where(counted, cross_entropy_per_token(hard_logits, torch.where(counted, hard_labels, 0)), 0)
+        with_hard = token_loss + hard_weight * hard_loss
     return DivergenceOutput(
-        loss=loss,
+        loss=reduced(effective * with_hard, weight, reduction),
         token_loss=token_loss.detach(),
         student_entropy=spared(-(log_p.exp() * log_p).sum(-1)).detach(),
         teacher_entropy=spared(-(log_q.exp() * log_q).sum(-1)),
         student_logprob=student_logprob,
         teacher_logprob=teacher_logprob,
+        hard_loss=None if hard_loss is None else hard_loss.detach(),
     )
 
 
@@ -124,4 +158,37 @@ def reference_divergence(
     student = side(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     with torch.no_grad():
         teacher = side(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
-    return divergence_of_logits(student, teacher, **options)
+    return divergence_of_logits(student, teacher, temperature=temperature, **options)
+
+
+def reference_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    **options: float,
+) -> CrossEntropyOutput:
+    """As `sdft_kernels.fused_linear_cross_entropy`, which documents the arguments, with all logits held."""
+    token_weight = torch.ones_like(hidden[:, 0]) if token_weight is None else token_weight.to(hidden.dtype)
+    token_weight = torch.where(labels == ignore_index, 0, token_weight)
+    live = token_weight != 0
+    hidden, labels = torch.where(live.unsqueeze(1), hidden, 0), torch.where(live, labels, 0)
+    bias = None if bias is None else bias[:vocab_size]
+    z = logits(hidden, weight[:vocab_size], bias, scale=logit_scale, softcap=softcap, temperature=temperature)
+    log_p = z.detach().log_softmax(-1)
+    token_loss = torch.where(live, cross_entropy_per_token(z, labels, **options), 0)
+    return CrossEntropyOutput(
+        loss=reduced(token_weight * token_loss, token_weight, reduction),
+        token_loss=token_loss.detach(),
+        logprob=torch.where(live, log_p.gather(1, labels.unsqueeze(1)).squeeze(1), 0),
+        entropy=torch.where(live, -(log_p.exp() * log_p).sum(-1), 0),
+        logsumexp=torch.where(live, z.detach().logsumexp(-1), 0),
+    )

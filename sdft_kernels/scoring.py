@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_kernels import arguments, registration
+from sdft_kernels import arguments, checks, registration
 from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunk_loop import check_labels, head_operands
@@ -81,7 +81,7 @@ def linear_token_stats(
     arguments.per_token("labels", labels, hidden.shape[0], hidden.device, floating=False)
     options = arguments.logit_options("", logit_scale, softcap, temperature)
     arguments.available_backend(backend)
-    vocab_size = arguments.count("vocab_size", vocab_size, "tokens")
+    vocab_size = checks.count("vocab_size", vocab_size, "tokens")
     vocab = arguments.shared_vocabulary(weight.shape[0], weight.shape[0], vocab_size)
     dtype = arguments.products_dtype(hidden.device, hidden=hidden, weight=weight)
     arguments.supported_backend(backend, hidden.device, dtype)
@@ -93,7 +93,7 @@ def linear_token_stats(
         *registration.values_of(options),
         vocab,
         dtype,
-        arguments.count("max_chunk_bytes", max_chunk_bytes, "bytes"),
+        checks.count("max_chunk_bytes", max_chunk_bytes, "bytes"),
         backend,
     )
     if labels is None:

@@ -46,7 +46,9 @@ class TokenRows(_Vectors):
     """What the loss reads and writes for each token, (N,), on one device.
 
     `weight` is read as the factor of each token's gradient and multiplied in place by its importance weight.
-    The vectors from `loss` on are written. All but `labels` are in the accumulation dtype.
+    The vectors from `loss` to `logsumexp` are written, and `hard_loss`. All but labels are in the accumulation dtype.
+    `hard_weight` times `hard_loss` is the hard term of a divergence. Without a teacher there is nothing of one, and
+    `loss` is the cross-entropy of `labels`.
     """
 
     weight: Tensor
@@ -54,9 +56,13 @@ class TokenRows(_Vectors):
     old_logprobs: Tensor | None
     loss: Tensor
     student_entropy: Tensor
-    teacher_entropy: Tensor
+    teacher_entropy: Tensor | None
     student_logprob: Tensor | None
     teacher_logprob: Tensor | None
+    logsumexp: Tensor | None = None
+    hard_labels: Tensor | None = None
+    hard_weight: Tensor | None = None
+    hard_loss: Tensor | None = None
 
 
 @dataclass

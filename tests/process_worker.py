@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.checkpoints.signals import FinishOnSignal
+from sdft.processes import is_first, of_first, wait_for_all
 from tests import tiny
 
 GLOBAL_BATCH = 4
@@ -157,6 +158,8 @@ def finish(run, folder, resume=None, signal_in_step=None):
         (folder / "history.json").write_text(json.dumps({"losses": losses, "norms": norms, "measured": measured}))
         if hasattr(run.teacher, "average"):
             save_file(run.teacher.average, folder / "average.safetensors")
+    wait_for_all()
+    assert of_first(process) == 0 and is_first() == (process == 0)
     wrapped = type(run.model_wrapped).__mro__
     (folder / f"wrapped-{process}.json").write_text(json.dumps([kind.__name__ for kind in wrapped]))
 

@@ -44,7 +44,7 @@ def test_each_divergence_is_where_the_map_says() -> None:
         "Triton": [f"sdft_kernels/backends/gpu/{name}.py" for name in ("divergence", "statistics", "math")],
     }
     found = rows("From a formula to its code")
-    assert len(found) == 5
+    assert len(found) == 7
     for _, *cells, test in found:
         for cell, files in zip(cells, sources.values(), strict=True):
             text = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)

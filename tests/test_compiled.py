@@ -60,7 +60,8 @@ def reads_logits(row: dict) -> bool:
 
 def vectors_read(row: dict) -> int:
     """For each vocabulary entry, numbers of 4 bytes: two models' logits or one's, and as many biases if there are."""
-    return (1 if row["kernel"] == "score_kernel" else 2) * (2 if row["bias"] else 1)
+    alone = row["kernel"] == "score_kernel" or row["divergence"] == "cross_entropy"
+    return (1 if alone else 2) * (2 if row["bias"] else 1)
 
 
 def test_rows_are_loaded_and_stored_16_bytes_at_a_time(rows: list[dict]) -> None:

@@ -24,6 +24,7 @@ from sdft_kernels.backends.cpu import backend as cpu_backend
 from sdft_kernels.backends.cpu import library, pages
 from sdft_kernels.backends.records import Field
 from sdft_kernels.backends.select import select
+from sdft_kernels.divergences import CROSS_ENTROPY
 from tests.cases import DIVERGENCES, assert_as_exact_as_products, assert_close, fused, random_case, reference
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_they_are_built_here_and_taken_for_float32_logits() -> None:
 
 
 #: What passed between Python and the library at each INTERFACE, as `interface` sums it up.
-INTERFACES = {1: "e35cbe8ee1c141af", 2: "e35cbe8ee1c141af"}
+INTERFACES = {1: "e35cbe8ee1c141af", 2: "e35cbe8ee1c141af", 3: "54e09be5acc12ae1"}
 
 
 def interface() -> str:
@@ -76,7 +77,7 @@ def test_places_and_codes_have_the_same_names_in_c_and_in_python() -> None:
     declared = re.search(r"enum divergence \{(.*?)\}", source)
     assert declared is not None
     codes = {each.strip().lower(): code for code, each in enumerate(declared[1].split(","))}
-    assert library.divergence_codes() == codes and set(codes) == set(DIVERGENCES)
+    assert library.divergence_codes() == codes and set(codes) == {*DIVERGENCES, CROSS_ENTROPY}
 
 
 FOREIGN = "int fold(void) { return 0; }"

@@ -142,3 +142,26 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert not re.search(r"<(?:script|img)[^>]*\ssrc=\"https?:|<link[^>]*stylesheet[^>]*href=\"https?:", text), page
     reference = (tmp_path / "site" / "reference" / "sdft_kernels.html").read_text(encoding="utf-8")
     assert "student_hidden" in reference and "skew_reverse_kl" in reference and ":class:" not in reference
+
+
+def test_the_loop_on_the_page_of_integrations_is_the_loss_of_full_logits() -> None:
+    from tests.tiny import tiny_model
+
+    page = (DOCS / "integrations.md").read_text(encoding="utf-8")
+    (block,) = [block for language, block in FENCE.findall(page) if language == "python" and "def lined_up" in block]
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/integrations.md", "exec"), names)
+    student, teacher = tiny_model(), tiny_model(seed=1)
+    prompts, shown, completions = [[5, 6], [7, 8, 9]], [[5, 6, 7, 8], [9]], [[10, 11, 12], [13]]
+    names["check_head"](student, prompts[0])
+    loss = names["loss_of"](student, teacher, prompts, shown, completions)
+
+    def log_probs(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+        logits = [
+            model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return torch.cat(logits).log_softmax(-1)
+
+    own, taught = log_probs(student, prompts), log_probs(teacher, shown)
+    assert loss.item() == pytest.approx((own.exp() * (own - taught)).sum(-1).mean().item(), rel=1e-5)

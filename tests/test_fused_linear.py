@@ -127,7 +127,8 @@ def test_a_frozen_head_rescales_rows(dtype: torch.dtype, left_out: bool) -> None
 
 
 def test_per_token_values_do_not_depend_on_the_reduction() -> None:
-    case = random_case(labels=torch.randint(0, 1003, (37,)), token_weight=torch.rand(37))
+    labels = torch.randint(0, 1003, (37,))
+    case = random_case(labels=labels, hard_labels=labels, hard_weight=0.3, token_weight=torch.rand(37))
     outputs = [fused(case.with_options(reduction=r), torch.ones(37) if r == "none" else None) for r in ("mean", "none")]
     for mean, none in zip(outputs[0].output[1:], outputs[1].output[1:], strict=True):
         assert torch.equal(mean, none)
@@ -149,6 +150,8 @@ def test_a_token_of_weight_zero_contributes_nothing_whatever_it_holds() -> None:
     poisoned.options["old_logprobs"][dead] = float("nan")
     expected, actual = fused(clean), fused(poisoned)
     for name, value in actual.output._asdict().items():
+        if value is None:
+            continue
         assert torch.equal(value, getattr(expected.output, name)), name
         assert value.dim() == 0 or (value[dead] == 0).all(), name
     for name, gradient in actual.gradients.items():
@@ -308,6 +311,8 @@ def test_the_module_is_the_function_with_its_settings_kept() -> None:
     options = {"divergence": "jsd", "beta": 0.2, "temperature": 1.5, "importance_clip": 2.0, "reduction": "sum"}
     expected = fused_linear_divergence(*tensors, **case.options, **options)
     for name, value in actual._asdict().items():
+        if value is None:
+            continue
         assert torch.equal(value, getattr(expected, name)), name
     assert torch.equal(criterion(*tensors).token_loss, expected.token_loss)  # without old log-probs, nothing to clip
     assert "divergence='jsd', beta=0.2" in repr(criterion)

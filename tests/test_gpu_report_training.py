@@ -116,7 +116,7 @@ def test_nothing_of_a_case_outlives_it(breaks: bool, monkeypatch: pytest.MonkeyP
 
 def test_after_the_deadline_all_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts, "make_model", None)  # is not called: on a device it takes seconds
-    for stage, count in ((training, 4), (rollouts, 8)):
+    for stage, count in ((training, 4), (rollouts, 9)):
         rows = list(stage.run(toy(-1)))
         assert [row["skipped"] for row in rows] == ["no time left"] * count
         assert stage.table(rows).count("no time left") == count
@@ -245,7 +245,8 @@ def test_a_random_model_is_made_where_and_as_it_is_to_be() -> None:
 def test_rollouts_of_a_toy() -> None:
     rows = list(rollouts.run(toy()))
     assert [(row["backend"], row["seeded"], row["prompts"]) for row in rows] == [
-        (backend, seeded, prompts) for backend in BACKENDS for seeded in (True, False) for prompts in (4, 8)
+        *((backend, seeded, prompts) for backend in BACKENDS for seeded in (True, False) for prompts in (4, 8)),
+        ("generate, compiled", True, 8),
     ]
     for row in rows:
         json.dumps(row, allow_nan=False)
@@ -262,7 +263,7 @@ def test_what_is_measured_is_as_long_as_what_went_before(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(rollouts, "take", take)
     rows = list(rollouts.run(toy()))
-    assert len(taken) == len(rows) + len(BACKENDS) and {tokens for _, tokens in taken} == {rows[0]["tokens"]}
+    assert len(taken) == len(rows) + len(rollouts.WAYS) and {tokens for _, tokens in taken} == {rows[0]["tokens"]}
 
 
 def test_a_back_end_that_breaks_does_not_stop_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,5 +277,5 @@ def test_a_back_end_that_breaks_does_not_stop_the_rest(monkeypatch: pytest.Monke
     monkeypatch.setitem(BACKENDS, "continuous", too_short)
     rows = list(rollouts.run(toy()))
     assert [row["error"] for row in rows[:4]] == ["RuntimeError: refused"] * 4
-    assert all("completions of [1] tokens" in row["error"] for row in rows[4:])
+    assert all("completions of [1] tokens" in row["error"] for row in rows[4:8])
     assert rollouts.table(rows).count("RuntimeError: refused") == 4

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import ledger
 from benchmarks.recorder import passing_for_cuda, record
-from sdft_kernels import chunk_loop, fused_linear_divergence, operator, tokens
+from sdft_kernels import autograd, chunk_loop, fused_linear_cross_entropy, fused_linear_divergence, operator, tokens
 from sdft_kernels.backends import products
 from sdft_kernels.operator import fused_linear_divergence_op
 from tests.cases import DIVERGENCES, fused, random_case, relative_error
@@ -120,14 +120,14 @@ def test_a_device_returns_what_tracing_expects(dtype: torch.dtype, max_chunk_byt
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    given = (meta(300, 16), meta(1000, 16), meta(1000), meta(300, 16), meta(1000, 16), None, None, None, None)
-    options = ("reverse_kl", 0.5, 1.0, 1.0, 1.0, None, None, None, "mean", 1000, max_chunk_bytes, "auto", dtype)
+    given = (meta(300, 16), meta(1000, 16), meta(1000), meta(300, 16), meta(1000, 16), *[None] * 6)
+    options = ("reverse_kl", 0.5, 1.0, 1.0, 1.0, None, None, None, "mean", 1000, max_chunk_bytes, "auto", None, dtype)
     results: list[operator.OpResult] = []
     record(lambda: results.append(operator.forward(*given, *options, True, True, True)), ledger.TRAFFIC, {})
     with passing_for_cuda():
         expected = operator._fake(*given, *options, True, True, True)
     assert [(t.shape, t.dtype) for t in results[0]] == [(t.shape, t.dtype) for t in expected]
-    assert results[0][7].dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    assert results[0][8].dtype == (torch.float32 if dtype == torch.float16 else dtype)
 
 
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique", "equal")
@@ -149,7 +149,7 @@ class NoWaiting(TorchDispatchMode):
 
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are then treated as a device's, whose values the host may not look at."""
-    for module in (tokens, operator, chunk_loop):
+    for module in (tokens, autograd, chunk_loop):
         monkeypatch.setattr(module, "reads_are_free", lambda tensor: False)
 
 
@@ -164,10 +164,16 @@ def test_never_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch, backend: str
         "labels": torch.randint(0, 50, (12,)),
         "old_logprobs": -torch.rand(12),
         "importance_clip": 2.0,
+        "hard_labels": torch.tensor([3, -100] * 6),
+        "hard_weight": 0.5,
+        "hard_temperature": 2.0,
         "reduction": reduction,
         "backend": backend,
     }
+    labels = options["hard_labels"]
     with NoWaiting() as mode:
+        output = fused_linear_cross_entropy(hidden, weight, labels, reduction=reduction, backend=backend)
+        output.loss.backward(torch.full_like(output.loss, 0.5))
         output = fused_linear_divergence(hidden, weight, teacher_hidden, teacher_weight, **options)
         output.loss.backward(torch.full_like(output.loss, 0.5))
     assert mode.calls > 20
@@ -191,12 +197,16 @@ def test_a_token_of_weight_zero_contributes_nothing_on_a_device(
         token_weight=weight,
         labels=torch.randint(0, 1003, (12,)),
         old_logprobs=-torch.rand(12) * 8,
+        hard_labels=torch.randint(0, 1003, (12,)),
+        hard_weight=torch.rand(12),
         divergence=divergence,
     )
     expected = fused(case, backend=backend)
     case.student_hidden[weight == 0] = float("nan")
     case.teacher_hidden[weight == 0] = float("nan")
     case.options["labels"][weight == 0] = -100
+    case.options["hard_labels"][weight == 0] = 10**9
+    case.options["hard_weight"][weight == 0] = float("nan")
     as_on_a_device(monkeypatch)
     actual = fused(case, backend=backend)
     for name, value in actual.output._asdict().items():

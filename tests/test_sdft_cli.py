@@ -357,13 +357,13 @@ def test_answers_that_were_made_are_kept_whatever_ends_the_command(recipe, tmp_p
 
     made = []
 
-    def stops(model, prompts, **options):
+    def stops(model, prompts, *how, **options):
         made.append(len(prompts))
         if len(made) == 3:
             raise KeyboardInterrupt
         return [[5, 1] for _ in prompts]
 
-    monkeypatch.setattr(evaluate, "generate", stops)
+    monkeypatch.setattr(evaluate, "sample", stops)
     small = ["--per_device_eval_batch_size", "2", "--output_file", "answers.jsonl"]
     commands = {"generate": ["--prompt_file", "train.jsonl"], "eval": ["--general_file", ""]}
     for name, options in commands.items():
@@ -418,7 +418,7 @@ def test_a_package_that_is_missing_is_named(recipe, capsys, monkeypatch):
 
 def test_an_answer_that_the_terminal_cannot_show_is_no_error(recipe, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr("sdft.evaluation.exam.generate", lambda model, prompts, **_: [[5, 1] for _ in prompts])
+    monkeypatch.setattr("sdft.evaluation.exam.sample", lambda model, prompts, *_, **__: [[5, 1] for _ in prompts])
     monkeypatch.setattr(tiny.tiny_tokenizer().__class__, "decode", lambda *_, **__: "ö")
     monkeypatch.setattr(sys, "stdout", shown)
     assert main(["generate", recipe(), "--prompt", "a"]) == 0

@@ -207,7 +207,7 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
     ],
 )
 def test_a_chat_template_that_never_ends_or_fails_is_one_sentence(template, message, monkeypatch):
-    monkeypatch.setattr("sdft.data.encode.TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr("sdft.data.chats.TEMPLATE_SECONDS", 0.1)
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UsageError, match=rf"^rows, row 3: the tokenizer's chat template {message}"):
@@ -271,8 +271,8 @@ def test_a_demonstration_is_one_message_by_the_assistant(roles):
 
 def test_what_a_teacher_cannot_be_shown_of_a_demonstration_is_refused():
     message = {"role": "assistant", "content": "a"}
-    with pytest.raises(UsageError, match="a message has tool_calls, which the teacher's prompt cannot show"):
-        encode(load_rows([{"prompt": "p", "demonstration": [{**message, "tool_calls": [{"name": "f"}]}]}]))
+    with pytest.raises(UsageError, match="a message has thinking, which the teacher's prompt cannot show"):
+        encode(load_rows([{"prompt": "p", "demonstration": [{**message, "thinking": "hm"}]}]))
     assert encode(load_rows([{"prompt": "p", "demonstration": [message]}]))
 
 

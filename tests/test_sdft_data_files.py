@@ -213,7 +213,9 @@ def test_wrong_sources_are_refused(settings, message):
 
 
 def test_wrong_columns_are_refused():
-    with pytest.raises(UsageError, match="columns has 'promt'; it may have prompt, demonstration and answer"):
+    with pytest.raises(
+        UsageError, match="columns has 'promt'; it may have prompt, demonstration, answer, teacher_prompt and tools"
+    ):
         ColumnArguments({"promt": "q"})
     with pytest.raises(UsageError, match="columns has prompt: 3; it must be the name of a column"):
         ColumnArguments({"prompt": 3})

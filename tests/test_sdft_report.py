@@ -15,7 +15,7 @@ import pytest
 
 from sdft import cli
 from sdft.errors import UsageError
-from sdft.report.continual import Continual, Measurement, read_continual
+from sdft.report.continual import read_continual
 from sdft.report.page import as_json, curves, page, step_seconds
 from sdft.report.rollouts import MOST_TOKENS, choose, samples
 from sdft.report.run_folder import MOST_POINTS, read_run, series
@@ -88,10 +88,14 @@ def make_run(folder: Path, steps: int = 40, *, ended: bool = True) -> Path:
 
 def make_continual(folder: Path) -> Path:
     folder.mkdir()
-    measured = [Measurement(None, None, "base", {"tools": 0.0, "general": 0.9}, 0.0)]
-    measured += [Measurement("sdft", seed, "tools", {"tools": 0.8, "general": None}, 0.1 * seed) for seed in (1, 2)]
-    measured += [Measurement("sft", 1, "tools", {"tools": 0.6}, 0.5)]
-    (folder / "continual.json").write_text(Continual(["base", "tools"], measured).text())
+
+    def stage(accuracy: float, forgetting: float) -> dict[str, Any]:
+        return {"learned": ["tools"], "accuracy": {"tools": accuracy}, "forgetting": forgetting}
+
+    runs = [{"method": "sdft", "seed": seed, "stages": [stage(0.8, 0.1 * seed)]} for seed in (1, 2)]
+    runs += [{"method": "sft", "seed": 1, "stages": [stage(0.6, 0.5)]}]
+    base = {"accuracy": {"tools": 0.0}, "general_accuracy": 0.9}
+    (folder / "continual.json").write_text(json.dumps({"skills": ["tools"], "base": base, "runs": runs}))
     return folder
 
 
@@ -226,12 +230,11 @@ def test_durations() -> None:
     ("text", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "must be an object with stages and measurements"),
-        ('{"stages": 3, "measurements": []}', "stages is 3"),
-        ('{"stages": [], "measurements": [{"method": "sdft"}]}', "measurement 1 must have method, seed and stage"),
+        ("[]", "is not what sdft continual writes: TypeError"),
+        ('{"skills": [], "base": {}, "runs": []}', "is not what sdft continual writes: KeyError: 'accuracy'"),
         (
-            '{"stages": [], "measurements": [{"method": "a", "seed": 1, "stage": "s", "accuracy": {"x": "y"}}]}',
-            "measurement 1 has x 'y'; it must be a number or null",
+            '{"skills": ["x"], "base": {"accuracy": {"x": "y"}}, "runs": []}',
+            "x after base is 'y'; it must be a number or null",
         ),
     ],
 )

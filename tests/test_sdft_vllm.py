@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import signal
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -18,15 +19,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, LlamaForCausalLM
 
 from sdft import SDFTConfig
+from sdft.checkpoints.signals import FinishOnSignal
 from sdft.cli import main
 from sdft.early_checks import check_package
 from sdft.errors import TrainingError, UsageError
-from sdft.launch import check_launch
+from sdft.launch import check_launch, prepare
 from sdft.models.adapters import merged_weights
+from sdft.rollouts import engine as engines
 from sdft.rollouts import vllm as by_vllm
+from sdft.rollouts.engine import largest_gap, weights_of
 from sdft.rollouts.generate import write
 from sdft.rollouts.interface import Request, Sampling
-from sdft.rollouts.vllm import ENVIRONMENT, VllmRollouts, largest_gap, weights_of
+from sdft.rollouts.vllm import ENVIRONMENT, VllmRollouts
 from tests import tiny
 from tests.test_sdft_trainer import trained, trainer
 
@@ -162,7 +166,7 @@ def test_a_layer_that_keeps_its_weights_is_found(monkeypatch):
         served.check(model)
     with pytest.raises(TrainingError, match="after push 1 of its weights"):
         engine(model)
-    monkeypatch.setattr(by_vllm, "CHECK_EVERY", 3)
+    monkeypatch.setattr(engines, "CHECK_EVERY", 3)
     with pytest.raises(TrainingError, match="after push 3 of its weights"), served.serving(model):
         pass
     monkeypatch.setattr(by_vllm, "weights_of", lambda of: (pair for pair in whole(of) if "mlp.up" not in pair[0]))
@@ -254,3 +258,118 @@ def test_without_vllm_that_is_said_before_anything_is_loaded(tmp_path, monkeypat
     words = ["--model", "smollm2-135m-instruct", "--train_file", str(data), "--rollout_backend", "vllm"]
     assert main(["train", *words, "--output_dir", str(tmp_path / "o")]) == 2
     assert said in capsys.readouterr().err
+
+
+# A step ahead
+
+
+def noted(run):
+    """What a run samples, filled as it trains: of each step the student at its start, its samples, and the head of the
+    engine as its rollouts were written."""
+    found = SimpleNamespace(students=[], samples=[], heads=[])
+    make, before, by = run.step_samples, run.get_batch_samples, run.write
+
+    def samples(rows):
+        found.samples.append(make(rows))
+        return found.samples[-1]
+
+    def batches(*args):
+        found.students.append(run.student.lm_head.weight.detach().clone())
+        return before(*args)
+
+    def written(*args, **options):
+        found.heads.append(LLM.made[-1].served.lm_head.weight.detach().clone())
+        return by(*args, **options)
+
+    run.step_samples, run.get_batch_samples, run.write = samples, batches, written
+    return found
+
+
+def ahead(folder, **options):
+    """A run of two epochs of four steps."""
+    return trainer(folder, **{"rollout_backend": "vllm", "rollout_lag": 1, "max_steps": 8, **options})
+
+
+def test_where_nothing_is_learned_a_step_ahead_is_the_same(tmp_path):
+    runs = [ahead(tmp_path / str(lag), rollout_lag=lag, learning_rate=0.0) for lag in (0, 1)]
+    found = [noted(run) for run in runs]
+    for run in runs:
+        run.train()
+    ours, theirs = ([line for line in run.state.log_history if "loss" in line] for run in runs)
+    assert found[0].samples == found[1].samples and len({s.completion[0] for of in found[0].samples for s in of}) > 1
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    assert [line["rollout_lag"] for line in theirs] == [0, 1, 1, 1, 0, 1, 1, 1] and "rollout_lag" not in ours[0]
+
+
+def test_a_step_ahead_samples_by_the_weights_before_the_last_update(tmp_path):
+    run = ahead(tmp_path, eval_dataset=tiny.rows(2), eval_strategy="steps", eval_steps=1)
+    found = noted(run)
+    run.train()
+    heads, students = found.heads, found.students
+    assert len(heads) == len(students) == 8
+    for step, head in enumerate(heads):
+        assert torch.equal(head, students[step if step in (0, 4) else step - 1]), step
+    assert not torch.equal(students[0], students[1])
+    assert run.state.log_history[2]["effective_share"] < 1  # the weights are not all 1
+
+
+def test_a_run_a_step_ahead_that_was_told_to_stop_goes_on(tmp_path):
+    whole = ahead(tmp_path / "whole", learning_rate=0.0)
+    whole.train()
+    with FinishOnSignal(silent=True) as finish:
+        run = ahead(tmp_path / "run", learning_rate=0.0, callbacks=[finish])
+        found, by = noted(run), run.write
+
+        def told(*args, **options):
+            if len(found.heads) == 2:  # beside the second step, the third's
+                signal.raise_signal(signal.SIGTERM)
+            return by(*args, **options)
+
+        run.write = told
+        run.train()
+    assert run.state.global_step == 2 and run.ahead.pool._work_queue.empty()
+    again = ahead(tmp_path / "run", learning_rate=0.0)
+    again.train(resume_from_checkpoint="last")
+    ours, theirs = ([line for line in of.state.log_history if "loss" in line] for of in (again, whole))
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=1e-6)
+    assert [line["rollout_lag"] for line in ours] == [0, 1, 0, 1, 0, 1, 1, 1]
+
+
+def test_what_goes_wrong_a_step_ahead_is_the_same_error_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    run = ahead(tmp_path, max_steps=3, overwrite_output_dir=True)
+    found, by = noted(run), run.write
+
+    def failing(*args, **options):
+        if len(found.heads) == 1:
+            raise TrainingError("vLLM is gone")
+        return by(*args, **options)
+
+    run.write = failing
+    with pytest.raises(TrainingError, match=r"^vLLM is gone$"):
+        run.train()
+    assert run.state.global_step == 1
+    run.write = by
+    assert run.train().global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rollout_backend": "generate"}, "1 and rollout_backend 'generate'; it must be 0, or the back-end vllm"),
+        ({"rollout_correction": "none"}, "1 and rollout_correction 'none'; it must be 0, or rollout_correction auto"),
+        ({"num_iterations": 2}, "1 and num_iterations 2; it must be 0"),
+        ({"rollout_lag": 2}, "2; it must be a whole number of at least 0 and at most 1"),
+        ({"rollout_top_p": 0.5}, "1, and rollout_correction 'auto' corrects nothing where .* truncate$"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_step_ahead_is_refused_where_nothing_makes_up_for_it(tmp_path, options, said):
+    with pytest.raises(UsageError, match=f"^rollout_lag is {said}"):
+        ahead(tmp_path, **options)
+
+
+def test_on_a_gpu_a_server_alone_writes_ahead(tmp_path, monkeypatch):
+    run = ahead(tmp_path)
+    monkeypatch.setattr(type(run.args), "device", torch.device("cuda"))
+    with pytest.raises(UsageError, match="sleeps while the student learns on a GPU; it must be 0, or rollout_server"):
+        prepare(run, corrects=True)

@@ -128,7 +128,7 @@ def parts_of(model: Model, tokens: int, block: int, objective: Objective, device
     hidden, weight, teacher_hidden = inputs.student_hidden.detach(), inputs.student_weight, inputs.teacher_hidden
     dtypes = products.Dtypes.of(hidden.dtype, weight.dtype, hidden.device)
     held = triton_backend.loss_workspace(hidden, tokens, model.vocab, dtypes, objective, with_gradient=True)
-    assert isinstance(held, triton_backend.LogitBuffers)
+    assert isinstance(held, triton_backend.LogitBuffers) and held.teacher is not None
     rows = token_rows(hidden, tokens)
     held.gradient.normal_()  # of the tokens that are in no block here: zeros would let a card clock higher
     student, teacher, gradient = held.student[:block], held.teacher[:block], held.gradient[:block]

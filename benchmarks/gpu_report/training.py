@@ -157,9 +157,9 @@ class OurTrainer(SDFTTrainer):
 
     given: list[list[int]]
 
-    def rollouts(self, rows: list[dict[str, Any]], places: list[int]) -> list[Completion]:
-        self.step_log.add(completions=len(rows), completion_length=0, finished=len(rows))
-        return [Completion(tokens) for tokens in self.given[: len(rows)]]
+    def rollouts(self, asked: list[tuple[dict[str, Any], int]]) -> list[Completion]:
+        self.step_log.add(completions=len(asked), completion_length=0, finished=len(asked))
+        return [Completion(tokens) for tokens in self.given[: len(asked)]]
 
 
 def ours(case: Case, device: str, folder: str) -> Any:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from sdft.data import COLUMNS, WHERE, Limits, Row, check_ids, opening, openings_ids, teacher_chat
-from sdft.data.encode import text_of
+from sdft.data import (
+    COLUMNS,
+    WHERE,
+    Limits,
+    Row,
+    check_ids,
+    openings_ids,
+    student_text,
+    teacher_chat,
+    teacher_text,
+)
 from sdft.errors import UsageError, counted
 from sdft.settings.commands import DataCommand
-from sdft.templates import Message, as_messages, parse_template
+from sdft.templates import Message, as_messages, parse_template, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,39 +38,53 @@ def show(rows: list[Row], command: DataCommand) -> None:
     template = parse_template(command.teacher_template)
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     print(counted(len(rows), "row") + (f"; columns that are not used: {', '.join(unused)}" if unused else ""))
+    texts = Texts(tokenizer, template, command)
     for row in rows[: command.rows]:
-        print(*_as_read(row, template, tokenizer), sep="\n")
-    print("", *_lengths(rows, template, tokenizer, limits, command.max_completion_length), sep="\n")
+        print(*_as_read(row, texts), sep="\n")
+    print("", *_lengths(rows, texts, limits, command.max_completion_length), sep="\n")
 
 
-def _as_read(row: Row, template: list[Message], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    where, text = row[WHERE], _text_by(tokenizer)
-    return [
-        *("", f"── {where}, as the student reads it", text(row["prompt"], where)),
-        *("", f"── {where}, as the teacher reads it", text(teacher_chat(row, template), where)),
-        *("", f"── {where}, its demonstration", text_of(row["demonstration"])),
-    ]
+class Texts:
+    """What student and teacher read of a row, with the chat template's special tokens.
+
+    Without a tokenizer it is each message by its role.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, template: list[Message], command: DataCommand
+    ) -> None:
+        self.tokenizer, self.template, self.command = tokenizer, template, command
+
+    def student(self, row: Row) -> str:
+        if self.tokenizer is None:
+            return _by_roles(row["prompt"])
+        return student_text(row, self.tokenizer, self.command.chat_template_kwargs)
+
+    def teacher(self, row: Row) -> str:
+        if self.tokenizer is None:
+            return _by_roles(teacher_chat(row, self.template))
+        return teacher_text(row, self.template, self.tokenizer, self.command.teacher_options)
+
+    def demonstration(self, row: Row) -> str:
+        return text_of(row["demonstration"]) if row.get("demonstration") is not None else ""
 
 
-def _text_by(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Any, str], str]:
-    """The text of a prompt with the chat template's special tokens; without a tokenizer, each message by its role."""
-    if tokenizer is not None:
-        return lambda prompt, where: opening(prompt, tokenizer, where)
-    return lambda prompt, _: "\n".join(f"[{message['role']}] {message['content']}" for message in as_messages(prompt))
+def _by_roles(prompt: str | list[Message]) -> str:
+    return "\n".join(f"[{message['role']}] {message['content']}" for message in as_messages(prompt))
 
 
-def _lengths(
-    rows: list[Row],
-    template: list[Message],
-    tokenizer: PreTrainedTokenizerBase | None,
-    limits: Limits,
-    room: int,
-) -> list[str]:
-    text = _text_by(tokenizer)
+def _as_read(row: Row, texts: Texts) -> list[str]:
+    lines = ["", f"── {row[WHERE]}, as the student reads it", texts.student(row)]
+    lines += ["", f"── {row[WHERE]}, as the teacher reads it", texts.teacher(row)]
+    return [*lines, "", f"── {row[WHERE]}, its demonstration", texts.demonstration(row)]
+
+
+def _lengths(rows: list[Row], of: Texts, limits: Limits, room: int) -> list[str]:
+    tokenizer = of.tokenizer
     texts = {
-        "prompt": [text(row["prompt"], row[WHERE]) for row in rows],
-        "teacher prompt": [text(teacher_chat(row, template), row[WHERE]) for row in rows],
-        "demonstration": [text_of(row["demonstration"]) for row in rows],
+        "prompt": [of.student(row) for row in rows],
+        "teacher prompt": [of.teacher(row) for row in rows],
+        "demonstration": [of.demonstration(row) for row in rows],
     }
     head = f"{'':16}{'least':>7}{'median':>8}{'95 %':>7}{'most':>7}"
     if tokenizer is None:

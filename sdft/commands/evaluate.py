@@ -18,6 +18,7 @@ from sdft.evaluation.report import (
 )
 from sdft.models.files import named_by
 from sdft.models.load import load_model
+from sdft.rollouts.writer import writer_for
 from sdft.rows import Rows
 from sdft.settings.commands import EvalCommand
 from sdft.settings.inputs import ModelArguments
@@ -48,7 +49,8 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
                 return None
             return lambda number, row, *answer: file.add((order, number), _record(name, row, *answer))
 
-        held_out = exam.held_out(model, tokenizer, "held-out prompts", made=into_file(0, "held-out"))
+        backend = stack.enter_context(writer_for(of_command, model, longest=exam.longest, probe=exam.first))
+        held_out = exam.held_out(model, tokenizer, "held-out prompts", made=into_file(0, "held-out"), backend=backend)
         teachers = {
             name: exam.held_out(
                 model,
@@ -56,10 +58,13 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
                 f"teacher ({name}), held-out prompts",
                 template,
                 made=into_file(1 + order, f"teacher ({name})"),
+                backend=backend,
             )
             for order, (name, template) in enumerate(templates.items())
         }
-        general = exam.general(model, tokenizer, "general prompts", made=into_file(1 + len(templates), "general"))
+        general = exam.general(
+            model, tokenizer, "general prompts", made=into_file(1 + len(templates), "general"), backend=backend
+        )
     forgetting = None
     if general is not None and has_base:
         with named_by("base_model"):

@@ -14,6 +14,7 @@ from sdft.evaluation.report import (
     cut_answers,
 )
 from sdft.models.load import load_model
+from sdft.rollouts.writer import writer_for
 from sdft.settings.commands import GenerateCommand
 from sdft.settings.inputs import ModelArguments
 
@@ -22,7 +23,9 @@ def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateComm
     """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
     quiet()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device_here(), **of_model.trust)
-    prompts = prompts_for(model, tokenizer, rows, of_command.max_completion_length)
+    prompts = prompts_for(
+        model, tokenizer, rows, of_command.max_completion_length, options=of_command.chat_template_kwargs
+    )
     texts: list[str] = []
     ended: list[bool] = []
     with contextlib.ExitStack() as stack:
@@ -36,6 +39,8 @@ def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateComm
             given = {name: value for name, value in rows[number].items() if name != WHERE}
             file.add(number, {**given, "completion": texts[-1], "finished": finished})
 
+        longest = max(map(len, prompts)) + of_command.max_completion_length
+        backend = stack.enter_context(writer_for(of_command, model, longest=longest, probe=prompts[0]))
         complete(
             model,
             tokenizer,
@@ -48,6 +53,7 @@ def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateComm
             seed=of_command.seed,
             progress="answers",
             made=made,
+            backend=backend,
         )
     cut = cut_answers("", ended, "max_completion_length", of_command.max_completion_length)
     if of_command.output_file is None:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from sdft.checkpoints.files import failing_clearly, remove_checkpoints, write_te
 from sdft.checkpoints.resume import steps_done
 from sdft.checkpoints.signals import FinishOnSignal
 from sdft.commands.shared import accuracy_of, quiet
+from sdft.data import Row
 from sdft.errors import SettingsError, UsageError, counted
 from sdft.evaluation.exam import Answers, Exam
 from sdft.evaluation.report import (
@@ -247,13 +248,21 @@ class Measure:
 
     def held_out(self, when: str, template: list[Message] | None = None) -> Answers | None:
         """Answers to the held-out prompts, with a template by the teacher."""
-        return self._run(
-            lambda: self.exam.held_out(self.trainer.student, self.tokenizer, f"{when}, held-out prompts", template)
-        )
+        return self._answers(self.exam.held_out, self.exam.eval_rows, f"{when}, held-out prompts", template)
 
     def general(self, when: str) -> Answers | None:
         """Answers to the general prompts."""
-        return self._run(lambda: self.exam.general(self.trainer.student, self.tokenizer, f"{when}, general prompts"))
+        return self._answers(self.exam.general, self.exam.general_rows, f"{when}, general prompts")
+
+    def _answers(self, ask: Callable[..., Answers | None], rows: list[Row], *told: Any) -> Answers | None:
+        if not rows:
+            return None
+
+        def measure() -> Answers | None:
+            with self.trainer.answering(self.exam) as backend:
+                return ask(self.trainer.student, self.tokenizer, *told, backend=backend)
+
+        return self._run(measure)
 
     def forgetting(self, of_model: ModelArguments) -> float | None:
         """Nats a token from the model that training started from, which is loaded again where nobody kept it."""

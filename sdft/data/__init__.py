@@ -1,19 +1,11 @@
 """Data: files in, checked rows and token ids out.
 
-`files` reads what rows come in, `rows` checks them, and `encode` lays out the student's and the teacher's prompts.
+`files` reads what rows come in, `columns` finds theirs, and `rows` checks them. `chats` and `encode` have what student
+and teacher read, as text and as token ids.
 """
 
-from sdft.data.encode import (
-    Limits,
-    check_ids,
-    encode_demonstration,
-    encode_prompt,
-    encode_rows,
-    opening,
-    openings_ids,
-    teacher_chat,
-    written,
-)
+from sdft.data.chats import Options, opening, student_text, teacher_chat, teacher_text, written
+from sdft.data.encode import Limits, check_ids, encode_demonstration, encode_prompt, encode_rows, openings_ids
 from sdft.data.rows import COLUMNS, UNREAD, WHERE, Row, load_rows
 
 __all__ = [
@@ -21,6 +13,7 @@ __all__ = [
     "UNREAD",
     "WHERE",
     "Limits",
+    "Options",
     "Row",
     "check_ids",
     "encode_demonstration",
@@ -29,6 +22,8 @@ __all__ = [
     "load_rows",
     "opening",
     "openings_ids",
+    "student_text",
     "teacher_chat",
+    "teacher_text",
     "written",
 ]

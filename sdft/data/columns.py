@@ -14,7 +14,7 @@ from sdft.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("prompt", "demonstration", "answer")
+COLUMNS = ("prompt", "demonstration", "answer", "teacher_prompt", "tools")
 #: Roles of ShareGPT's turns, by what chat templates call them.
 SHARE_GPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 

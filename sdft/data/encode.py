@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdft.data.chats import Options, opening, student_text, teacher_text, written
 from sdft.data.rows import WHERE, Row
 from sdft.errors import UsageError, counted
-from sdft.templates import Message, as_messages, teacher_messages
+from sdft.templates import Message, as_messages, last_by_user, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-TEMPLATE_SECONDS = 10  # a chat template takes microseconds; one that takes longer may never end
 
 
 class Limits(NamedTuple):
@@ -28,21 +24,27 @@ class Limits(NamedTuple):
     tokens: int | None = None
 
 
+class Overlong(UsageError):
+    """A row that is too long for the model, and by how many tokens it is."""
+
+    def __init__(self, message: str, over: int) -> None:
+        super().__init__(message)
+        self.over = over
+
+
 def encode_prompt(
-    prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None
+    prompt: str | list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str | None = None,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    options: Options = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the model's answer: through the chat template where the tokenizer has one.
 
     `where` is what errors call the row that it is from.
     """
-    return opening_ids(opening(prompt, tokenizer, where), tokenizer)
-
-
-def opening(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, where: str | None = None) -> str:
-    """The text that the model's answer follows."""
-    if tokenizer.chat_template:
-        return render(as_messages(prompt), tokenizer, add_generation_prompt=True, where=where)
-    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+    return opening_ids(opening(prompt, tokenizer, where, tools=tools, options=options), tokenizer)
 
 
 def opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -76,64 +78,6 @@ def _answer_ids(before: str, answer: str, tokenizer: PreTrainedTokenizerBase) ->
     return tokenizer(answer, add_special_tokens=False)["input_ids"]  # a token reaches over the end of the prompt
 
 
-def render(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool,
-    where: str | None = None,
-) -> str:
-    """The text of a chat under the tokenizer's template."""
-    where = where or f"the chat that ends with {messages[-1]['content'][-40:]!r}"
-    try:
-        with _time_limit(TEMPLATE_SECONDS):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TimeoutError as error:
-        raise UsageError(
-            f"{where}: the tokenizer's chat template has not ended after {TEMPLATE_SECONDS} seconds"
-        ) from error
-    except Exception as error:  # a template is code of the model's, and may raise anything
-        roles = ", ".join(message["role"] for message in messages)
-        raise UsageError(f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}") from error
-    return str(text)
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in what takes longer, where that can be had: in the main thread, while nothing else has an alarm."""
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
-        yield
-        return
-
-    def over(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def written(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The texts of a row's prompt, and of its demonstration as the model itself would have to write it after that."""
-    demonstration = row["demonstration"]
-    before = opening(row["prompt"], tokenizer, row[WHERE])
-    if not tokenizer.chat_template:
-        return before, text_of(demonstration)
-    answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
-    messages = [*as_messages(row["prompt"]), *answer]
-    whole = render(messages, tokenizer, add_generation_prompt=False, where=row[WHERE])
-    if not whole.startswith(before):
-        raise UsageError(
-            f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
-            "generation prompt, so that there is no sequence to train method 'sft' on"
-        )
-    return before, whole[len(before) :]
-
-
 def encode_demonstration(
     before: str, text: str, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]
 ) -> list[int]:
@@ -165,11 +109,16 @@ def encode_rows(
     eos_ids: frozenset[int],
     max_completion_length: int,
     limits: Limits,
+    options: Options = None,
+    teacher_options: Options = None,
+    overlong: str = "error",
 ) -> list[Row]:
     """The rows with the token ids that training needs, each checked against what the model can read.
 
     `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
-    it is asked for; `draft_ids`, the demonstration's text alone, where it is asked for.
+    it is asked for; `draft_ids`, the demonstration's text alone, where it is asked for. `overlong` says what becomes of
+    a row that is too long for the model: an error, or it is left out ("skip"), or the last message of its prompt by the
+    user loses its beginning ("truncate_prompt_left").
     """
     if not tokenizer.chat_template:
         logger.warning(
@@ -177,31 +126,80 @@ def encode_rows(
         )
     encoded = []
     unseen, unlearned = (LeftOut(rows) for _ in range(2))
-    for row in rows:
-        ids = {"prompt_ids": encode_prompt(row["prompt"], tokenizer, row[WHERE])}
-        room = 0 if method == "sft" else max_completion_length
+    too_long: list[str] = []
+
+    def encode(row: Row) -> Encoded:
+        ids: Row = {"prompt_ids": opening_ids(student_text(row, tokenizer, options), tokenizer)}
+        room, seen = 0 if method == "sft" else max_completion_length, []
         if method == "sft" or with_demonstration:
-            before, text = written(row, tokenizer)
-            unlearned.look(row, text)
+            before, text = written(row, tokenizer, options)
+            seen.append((unlearned, text))
             ids["completion_ids"] = encode_demonstration(before, text, tokenizer, eos_ids)
             room = max(room, len(ids["completion_ids"]))
         if with_draft:
-            ids["draft_ids"] = tokenizer(text_of(row["demonstration"]), add_special_tokens=False)["input_ids"]
+            draft = text_of(row["demonstration"]) if row.get("demonstration") else ""
+            ids["draft_ids"] = tokenizer(draft, add_special_tokens=False)["input_ids"]
         check_ids(row, "prompt", ids["prompt_ids"], tokenizer, room, limits)
         if "completion_ids" in ids:
             check_ids(row, "demonstration", ids["completion_ids"], tokenizer, 0, limits)
         if method != "sft":
-            text = opening(teacher_chat(row, template), tokenizer, row[WHERE])
+            text = teacher_text(row, template, tokenizer, teacher_options)
             ids["teacher_prompt_ids"] = opening_ids(text, tokenizer)
             check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
-            unseen.look(row, text)
+            if row.get("teacher_prompt") is None:
+                seen.append((unseen, text))
+        return ids, seen
+
+    for row in rows:
+        try:
+            ids, seen = encode(row)
+        except Overlong as error:
+            if overlong == "error":
+                raise
+            too_long.append(row[WHERE])
+            if overlong == "skip":
+                continue
+            ids, seen = _shortened(row, error, encode, tokenizer)
+        for left_out, text in seen:
+            left_out.look(row, text)
         encoded.append(ids)
+    if too_long:
+        done = "are left out" if overlong == "skip" else "lose the beginning of their prompt"
+        logger.warning(
+            "%d of %d rows are too long for the model and %s, the first %s", len(too_long), len(rows), done, too_long[0]
+        )
+    if not encoded:
+        raise UsageError(
+            f"overlong is {overlong!r}, and none of {counted(len(rows), 'row')} is short enough for the model"
+        )
     unseen.warn(
         "the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template than "
         "'turn' keeps it)"
     )
     unlearned.warn("it is not learned (templates drop thinking that they keep in another field of the message)")
     return encoded
+
+
+Encoded = tuple[Row, list[tuple["LeftOut", str]]]
+
+
+def _shortened(
+    row: Row, error: Overlong, encode: Callable[[Row], Encoded], tokenizer: PreTrainedTokenizerBase
+) -> Encoded:
+    """The row's ids, once the last message of its prompt by the user has lost as many tokens as it takes."""
+    messages = as_messages(row["prompt"])
+    place = last_by_user(messages)
+    kept: list[int] = tokenizer(messages[place]["content"], add_special_tokens=False)["input_ids"]
+    while True:
+        kept = kept[max(error.over // 2, 1) :]  # a teacher may see the prompt twice, and then loses it twice
+        if not kept or row.get("teacher_prompt") is not None:
+            raise error
+        content = str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        shorter = [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
+        try:
+            return encode({**row, "prompt": shorter})
+        except Overlong as still:
+            error = still
 
 
 class LeftOut:
@@ -211,8 +209,10 @@ class LeftOut:
         self.rows, self.places = rows, list[str]()
 
     def look(self, row: Row, text: str) -> None:
+        demonstration = row["demonstration"]  # calls of tools a template writes in a form of its own
+        content = demonstration if isinstance(demonstration, str) else demonstration[0]["content"]
         # Templates may set what they keep apart in lines of its own.
-        if "".join(text_of(row["demonstration"]).split()) not in "".join(text.split()):
+        if "".join(content.split()) not in "".join(text.split()):
             self.places.append(row[WHERE])
 
     def warn(self, consequence: str) -> None:
@@ -227,23 +227,6 @@ class LeftOut:
             )
 
 
-def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
-    """The chat that the teacher sees of a row. UsageError for what a template cannot show of it."""
-    demonstration, last = row["demonstration"], as_messages(row["prompt"])[-1]
-    shown = [last] if isinstance(demonstration, str) else [last, *demonstration]
-    if other := sorted({name for message in shown for name, value in message.items() if value} - {"role", "content"}):
-        raise UsageError(
-            f"{row[WHERE]}: a message has {', '.join(other)}, which the teacher's prompt cannot show; messages of the "
-            "demonstration, and the last of the prompt, must be a role and a content"
-        )
-    return teacher_messages(row["prompt"], text_of(demonstration), template)
-
-
-def text_of(demonstration: str | list[Message]) -> str:
-    """A demonstration's text, which may come as a message."""
-    return demonstration if isinstance(demonstration, str) else demonstration[0]["content"]
-
-
 def check_ids(
     row: Row, kind: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int, limits: Limits
 ) -> None:
@@ -256,7 +239,8 @@ def check_ids(
             "(resize_token_embeddings)"
         )
     if limits.context is not None and len(ids) + room > limits.context:
-        raise UsageError(
+        raise Overlong(
             f"{row[WHERE]}: the {kind} has {counted(len(ids), 'token')}, and with {room} more for the completion it is "
-            f"longer than the model's context of {limits.context}"
+            f"longer than the model's context of {limits.context}",
+            len(ids) + room - limits.context,
         )

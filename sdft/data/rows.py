@@ -1,7 +1,8 @@
 """Checked rows: everything that can be wrong with a row by itself is found here, before a model runs.
 
-A row has `prompt` (text or chat messages), `demonstration` (text or one message) and, where it will be scored, `answer`
-(text). What is wrong is reported with the file's name and the row's number (from 1).
+A row has `prompt` (text or chat messages), `demonstration` (text or one message) or `teacher_prompt`, which the teacher
+sees instead of a template, and, where it will be scored, `answer` (text). It may have `tools`. Errors have the file's
+name and the row's number (from 1).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from sdft.data.columns import COLUMNS as COLUMNS
 from sdft.data.columns import named
 from sdft.data.files import read_source
 from sdft.errors import UsageError, counted, kind_of
-from sdft.templates import as_messages, is_messages
+from sdft.templates import Message, as_messages, is_messages
 
 Row = dict[str, Any]
 WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
 #: What other trainers read of a row, and would change what the model sees: refused where a row has it.
-UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
+UNREAD = ("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 
 
 class Place(str):
@@ -86,18 +87,23 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
             raise UsageError(
                 f"{where} has {field}, which this loop does not read; it must be taken out, or the row left out"
             )
+    if row.get("teacher_prompt") is not None:  # which shows the teacher what it is to see
+        need = [field for field in need if field != "demonstration"]
     for field in need:
         if row.get(field) is None:
             given = [str(name) for name, value in row.items() if name != WHERE and value is not None]
             raise UsageError(f"{where} has no {field}; it has {', '.join(given) or 'nothing'}")
         if row[field] in ("", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has an empty {field}")
-    for field, messages in (("prompt", "a list of messages, each"), ("demonstration", "one message by 'assistant'")):
-        value = row.get(field)
-        if value is not None and not isinstance(value, str) and not is_messages(value):
-            raise UsageError(
-                f"{where}: {field} is {kind_of(value)}; it must be text or {messages} with a role and a content"
-            )
+    chats = {
+        "prompt": "a list of messages, each",
+        "teacher_prompt": "a list of messages, each",
+        "demonstration": "one message by 'assistant'",
+    }
+    row = {
+        **row,
+        **{field: _chat(row[field], field, where, chats[field]) for field in chats if row.get(field) is not None},
+    }
     demonstration = row.get("demonstration")
     if isinstance(demonstration, list) and (roles := [m["role"] for m in demonstration]) != ["assistant"]:
         raise UsageError(
@@ -108,10 +114,51 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
         raise UsageError(f"{where}: answer is {kind_of(row['answer'])}; it must be text")
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
         raise UsageError(f"{where}: answer is {row['answer']!r}; it must be text, or be left out")
-    if (last := as_messages(row["prompt"])[-1]["role"]) != "user":
-        raise UsageError(f"{where}: the last message of the prompt is by {last!r}; it must be by 'user'")
+    for field in ("prompt", "teacher_prompt"):
+        if row.get(field) is not None and (last := as_messages(row[field])[-1]["role"]) not in ("user", "tool"):
+            raise UsageError(f"{where}: the last message of the {field} is by {last!r}; it must be by 'user' or 'tool'")
+    if row.get("tools") is not None:
+        row["tools"] = _tools(row["tools"], where)
     known = row.get(WHERE)
     return {**row, WHERE: known if isinstance(known, Place) else Place(where)}
+
+
+def _chat(value: Any, field: str, where: str, messages: str) -> str | list[Message]:
+    """A text or messages, of which a content that comes in parts is put together; other keys stay."""
+    if isinstance(value, str):
+        return value
+    chat = [_joined(message, field, where) for message in value] if isinstance(value, list) else value
+    if not is_messages(chat):
+        raise UsageError(
+            f"{where}: {field} is {kind_of(value)}; it must be text or {messages} with a role and a content"
+        )
+    return chat
+
+
+def _joined(message: Any, field: str, where: str) -> Any:
+    if not isinstance(message, dict):
+        return message
+    message = {name: value for name, value in message.items() if value is not None}  # as tables fill up their columns
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if isinstance(content, list):
+        kinds = {part.get("type", "text") if isinstance(part, dict) else "text" for part in content}
+        if other := sorted(map(str, kinds - {"text"})):
+            raise UsageError(f"{where}: {field} has a message with {', '.join(other)}; it must be of text alone")
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    return message if content is None else {**message, "content": content}
+
+
+def _tools(tools: Any, where: str) -> list[dict[str, Any]]:
+    """Tools as chat templates take them; a table has them as text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UsageError(f"{where}: tools is a text that is not JSON: {error}") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UsageError(f"{where}: tools is {kind_of(tools)}; it must be a list of objects, each a tool's JSON schema")
+    return tools
 
 
 def _check_characters(row: Row, where: str) -> None:

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Sample, lay_out
-from sdft.data import WHERE, Row, check_ids, encode_prompt, teacher_chat
+from sdft.data import WHERE, Options, Row, check_ids, encode_prompt, teacher_chat
 from sdft.evaluation.scorers import SCORERS, Scorer, exact
 from sdft.forward import evaluating
 from sdft.loss import divergence, teacher_view
 from sdft.models.load import eos_token_ids, limits
 from sdft.processes import each_batch, processes
-from sdft.rollouts.generate import batches_by_length, generate
-from sdft.rollouts.interface import Sampling, finished
+from sdft.rollouts.generate import batches_by_length, sample
+from sdft.rollouts.interface import Backend, Sampling, finished
 from sdft.rollouts.row_sampler import seed_of
 from sdft.rows import exam_rows, have_demonstrations
 from sdft.settings.config import EvalSettings
@@ -43,12 +43,16 @@ def prompts_for(
     rows: Sequence[Row],
     max_new_tokens: int,
     template: list[Message] | None = None,
+    options: Options = None,
 ) -> list[list[int]]:
-    """Token ids of the rows' prompts, or with a template of the teacher's prompts, checked against the context."""
+    """Token ids of the rows' prompts, or with a template of the teacher's prompts, checked against the context.
+
+    `options` are what the chat template is told beside the messages.
+    """
     encoded = []
     for row in rows:
         chat = teacher_chat(row, template) if template else row["prompt"]
-        ids = encode_prompt(chat, tokenizer, row[WHERE])
+        ids = encode_prompt(chat, tokenizer, row[WHERE], tools=row.get("tools"), options=options)
         kind = "teacher prompt" if template else "prompt"
         check_ids(row, kind, ids, tokenizer, max_new_tokens, limits(model))
         encoded.append(ids)
@@ -69,23 +73,25 @@ def complete(
     progress: str | None = None,
     share: bool = False,
     made: Callable[[int, list[int], bool], None] | None = None,
+    backend: str | Backend = "generate",
 ) -> list[list[int]]:
     """The completion of each prompt, in the prompts' order; batches hold prompts of similar length.
 
     Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` and the prompt's
-    place alone and leave the caller's as they were. With `share`, processes share the prompts; see `sdft.processes`.
-    `made` is told of each completion, by its prompt's number, as soon as its batch is done, and whether it is finished.
+    place alone and leave the caller's as they were. `backend` writes the completions. With `share`, processes share the
+    prompts; see `sdft.processes`. `made` is told of each completion, by its prompt's number, as soon as its batch is
+    done, and whether it is finished.
     """
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
+    sampling = Sampling(max_new_tokens, eos_token_ids(model, tokenizer))
     if temperature:
-        options.update(temperature=temperature, top_p=top_p, top_k=top_k)
+        sampling = replace(sampling, temperature=temperature, top_p=top_p, top_k=top_k)
 
     def completed(numbers: list[int]) -> list[list[int]]:
         seeds = [seed_of(seed, number) for number in numbers]
-        outputs = generate(model, [prompts[number] for number in numbers], seeds=seeds, **options)
+        outputs = sample(model, [prompts[number] for number in numbers], sampling, seeds=seeds, backend=backend)
         if made is not None:
             for number, output in zip(numbers, outputs, strict=True):
-                made(number, output, is_finished(output, options["eos_ids"]))
+                made(number, output, is_finished(output, sampling.eos_ids))
         return outputs
 
     batches = _batches(prompts, batch_size, share)
@@ -127,19 +133,21 @@ def answer(
     batch_size: int,
     scorer: Scorer = exact,
     template: list[Message] | None = None,
+    options: Options = None,
     temperature: float | None = None,
     samples: int = 1,
     seed: int = 0,
     progress: str | None = None,
     share: bool = False,
     made: Made | None = None,
+    backend: str | Backend = "generate",
 ) -> Answers:
     """Ask the model each row's prompt (with a template: the teacher's form of it) and score the answers.
 
     `samples` answers to each row, greedy ones or at a `temperature`, as `complete` has it.
     """
     rows = [row for row in rows for _ in range(samples)]
-    prompts = prompts_for(model, tokenizer, rows, max_new_tokens, template)
+    prompts = prompts_for(model, tokenizer, rows, max_new_tokens, template, options)
 
     def tell(made: Made, number: int, completion: list[int], finished: bool) -> None:
         text, expected = str(tokenizer.decode(completion, skip_special_tokens=True)), rows[number].get("answer")
@@ -156,6 +164,7 @@ def answer(
         progress=progress,
         share=share,
         made=made and functools.partial(tell, made),
+        backend=backend,
     )
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     scored = [(text, row["answer"]) for text, row in zip(texts, rows, strict=True) if row.get("answer")]
@@ -219,14 +228,23 @@ class Exam:
         self.eval_rows, self.general_rows = exam_rows(held_out, general, settings)
         self.has_demonstrations = have_demonstrations(self.eval_rows)
         self.starting_answers: Answers | None = None
+        self.longest, self.first = 0, list[int]()  # tokens of a prompt and its answer, and a prompt, once checked
+
+    def options(self, template: list[Message] | None = None) -> Options:
+        """What the chat template is told: for the teacher under a template, else for the student."""
+        return self.settings.chat_template_kwargs if template is None else self.settings.teacher_options
 
     def check(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]] = ()
     ) -> None:
         """Find a prompt that is too long for the model, or for the teacher under a template, before anything runs."""
-        prompts_for(model, tokenizer, self.general_rows, self.settings.general_completion_length)
+        general, held_out = self.settings.general_completion_length, self.settings.eval_completion_length
+        prompts_of = functools.partial(prompts_for, model, tokenizer)
+        asked = [(prompts_of(self.general_rows, general, options=self.options()), general)]
         for template in (None, *templates):
-            prompts_for(model, tokenizer, self.eval_rows, self.settings.eval_completion_length, template)
+            asked.append((prompts_of(self.eval_rows, held_out, template, self.options(template)), held_out))
+        self.longest = max((len(prompt) + tokens for prompts, tokens in asked for prompt in prompts), default=0)
+        self.first = next((prompt for prompts, _ in asked for prompt in prompts), [])
 
     def held_out(
         self,
@@ -235,6 +253,7 @@ class Exam:
         progress: str | None = None,
         template: list[Message] | None = None,
         made: Made | None = None,
+        backend: str | Backend = "generate",
     ) -> Answers | None:
         """The model's answers to the held-out prompts, with a template those of the teacher; None without prompts."""
         if not self.eval_rows:
@@ -247,12 +266,14 @@ class Exam:
             batch_size=self.batch_size,
             scorer=SCORERS[self.settings.scorer],
             template=template,
+            options=self.options(template),
             temperature=self.settings.eval_temperature,
             samples=self.settings.eval_samples,
             seed=self.seed,
             progress=self._progress(progress),
             share=True,
             made=made,
+            backend=backend,
         )
 
     def general(
@@ -261,6 +282,7 @@ class Exam:
         tokenizer: PreTrainedTokenizerBase,
         progress: str | None = None,
         made: Made | None = None,
+        backend: str | Backend = "generate",
     ) -> Answers | None:
         """The model's greedy answers to the general prompts; None without prompts."""
         if not self.general_rows:
@@ -272,9 +294,11 @@ class Exam:
             max_new_tokens=self.settings.general_completion_length,
             batch_size=self.batch_size,
             scorer=SCORERS[self.settings.general_scorer],
+            options=self.options(),
             progress=self._progress(progress),
             share=True,
             made=made,
+            backend=backend,
         )
 
     def forgetting(

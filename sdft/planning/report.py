@@ -12,8 +12,9 @@ from sdft.planning.devices import GIB, RESERVED
 from sdft.planning.optimizers import is_in_8_bits, state_of
 from sdft.planning.step import Lengths, Measured
 from sdft.planning.tracker import Peak
-from sdft.settings.config import AUTO, VLLM, SDFTConfig
+from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments
+from sdft.settings.rollouts import AUTO, VLLM
 
 #: Rollouts are looked for up to this length, and to a multiple of this many tokens.
 LONGEST, STEP = 2**20, 128
@@ -146,8 +147,10 @@ def notes(config: SDFTConfig) -> list[str]:
         said.append("use_liger_kernel is set, and the step is planned without it: it takes less with it")
     if config.rollout_backend != "generate":
         said.append(f"rollout_backend is {config.rollout_backend!r}, and rollouts are planned as 'generate' makes them")
-    if config.rollout_backend == VLLM:
+    if config.rollout_backend == VLLM and config.rollout_server is None:
         said.append(f"vLLM's engine is not in these numbers: {config.vllm_memory_share:g} of the GPU during rollouts")
+    if config.rollout_compile:
+        said.append("rollout_compile is set, and rollouts are planned without it: keys and values then take more")
     if config.rollout_batch_size == AUTO:
         said.append("rollout_batch_size is 'auto', and is planned as 1: training writes as many at once as fit")
     if config.teacher_cache_gib:

@@ -33,7 +33,7 @@ from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments
 from sdft.teacher import Teacher, make_teacher
-from sdft_kernels import DivergenceOutput, fused_linear_divergence
+from sdft_kernels import CrossEntropyOutput, DivergenceOutput, fused_linear_cross_entropy, fused_linear_divergence
 
 #: The phase of the loss, which a step of another loss has otherwise.
 LOSS = "loss"
@@ -210,15 +210,16 @@ class Step:
         """Scoring, the forward pass with its loss, and the backward pass."""
         tracker, student, share = self.tracker, causal_lm(self.learner), self.config.demonstration_weight
         compared = mock.patch.object(losses, "fused_linear_divergence", self._compare)
-        with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared:
+        shown = mock.patch.object(losses, "fused_linear_cross_entropy", self._cross_entropy)
+        with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared, shown:
             if self.teacher is None:
                 loss = demonstration_loss(student, batch, self.config, self._mixed).total
             else:
                 scoring = _Both(tracker.phase("scoring"), tracker.part("scoring"))
                 loss = distillation_loss(student, self.teacher, batch, self.config, self._mixed, timed=scoring).total
                 if share:
-                    shown = demonstration_loss(student, demonstrations_of(batch), self.config, self._mixed)
-                    loss = (1 - share) * loss + share * shown.total
+                    of_labels = demonstration_loss(student, demonstrations_of(batch), self.config, self._mixed)
+                    loss = (1 - share) * loss + share * of_labels.total
         with tracker.phase("backward"), tracker.part("backward"):
             loss.backward()
 
@@ -229,6 +230,10 @@ class Step:
                 loss(*tensors)
         with self.tracker.phase(LOSS):
             return fused_linear_divergence(*tensors, **options)
+
+    def _cross_entropy(self, *tensors: Tensor, **options: Any) -> CrossEntropyOutput:
+        with self.tracker.phase(LOSS):
+            return fused_linear_cross_entropy(*tensors, **options)
 
     def batch(self, lengths: Lengths) -> tuple[Batch, bool]:
         """The largest piece of a micro-batch, and whether a step has several."""

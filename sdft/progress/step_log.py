@@ -64,6 +64,8 @@ class StepLog:
         if sums.get("completions"):
             line["completion_length"] = sums["completion_length"] / sums["completions"]
             line["finished"] = sums["finished"] / sums["completions"]
+            if "behind" in sums:
+                line["rollout_lag"] = sums["behind"] / sums["completions"]
             self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
         return line | self._spent(sums) | named_peaks(self._take_peaks())
 

@@ -1,19 +1,14 @@
-"""continual.json: what a model can do and has forgotten after each stage of training on one skill after the other.
+"""continual.json, which `sdft continual` leaves, as the page shows it: who could do what after each stage.
 
-    {"stages": ["base", "science", "tools"],
-     "measurements": [
-       {"method": null, "seed": null, "stage": "base", "accuracy": {"science": 0.2, "tools": 0.1}, "forgetting": 0.0},
-       {"method": "sdft", "seed": 1, "stage": "science", "accuracy": {"science": 0.6}, "forgetting": 0.1}]}
-
-A measurement follows another as stages end, in any order. One without a method is of the model before any training,
-and counts for every method. A stage that is not in `stages`, such as all skills at once, comes last.
+A stage is named by the skill that it taught, and one that taught several is "all at once". The model before training
+is the stage "base" of every method.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +50,6 @@ class Continual:
                 found.setdefault(each.stage, []).append(each)
         return {stage: measured for stage, measured in found.items() if measured}
 
-    def text(self) -> str:
-        """The file."""
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
-
 
 def read_continual(path: Path) -> Continual:
     """The file, read; UsageError that names what is wrong in it."""
@@ -67,29 +58,27 @@ def read_continual(path: Path) -> Continual:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     try:
-        measurements = [_measurement(each, number) for number, each in enumerate(found["measurements"], 1)]
-        stages = found["stages"]
-        if not isinstance(stages, list) or not all(isinstance(stage, str) for stage in stages):
-            raise UsageError(f"stages is {shown(stages)}; it must be a list of names")
+        measurements = [_measurement(None, None, "base", {**found["base"], "forgetting": 0.0})]
+        measurements += [
+            _measurement(run["method"], run["seed"], _name(stage["learned"]), stage)
+            for run in found["runs"]
+            for stage in run["stages"]
+        ]
+        return Continual(["base", *map(str, found["skills"])], measurements)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{path} must be an object with stages and measurements, each a list") from error
-    return Continual(stages, measurements)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not what sdft continual writes: {type(error).__name__}: {error}") from error
 
 
-def _measurement(value: Any, number: int) -> Measurement:
-    known = {each.name for each in fields(Measurement)}
-    if not isinstance(value, dict) or not {"method", "seed", "stage"} <= value.keys() <= known:
-        raise UsageError(f"measurement {number} must have method, seed and stage, and may have accuracy and forgetting")
-    made = Measurement(**value)
-    if not isinstance(made.stage, str) or not isinstance(made.method, str | None):
-        raise UsageError(
-            f"measurement {number} has stage {shown(made.stage)} and method {shown(made.method)}, not names"
-        )
-    if not isinstance(made.accuracy, dict):
-        raise UsageError(f"measurement {number} has accuracy {shown(made.accuracy)}; it must be numbers by set")
-    for name, share in [*made.accuracy.items(), ("forgetting", made.forgetting)]:
+def _name(learned: list[str]) -> str:
+    return learned[0] if len(learned) == 1 else "all at once"
+
+
+def _measurement(method: str | None, seed: int | None, stage: str, scores: dict[str, Any]) -> Measurement:
+    accuracy = {**scores["accuracy"], "general": scores.get("general_accuracy")}
+    forgetting = scores.get("forgetting")
+    for name, share in [*accuracy.items(), ("forgetting", forgetting)]:
         if not (share is None or (isinstance(share, int | float) and math.isfinite(share))):
-            raise UsageError(f"measurement {number} has {name} {shown(share)}; it must be a number or null")
-    return made
+            raise UsageError(f"{name} after {stage} is {shown(share)}; it must be a number or null")
+    return Measurement(method, seed, stage, accuracy, forgetting)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from sdft._compat import with_cache
 from sdft.errors import TrainingError, UsageError, counted
@@ -25,7 +25,7 @@ from sdft.rollouts.continuous import generate_continuously
 from sdft.rollouts.drafts import by_drafts
 from sdft.rollouts.fitting import AsManyAsFit
 from sdft.rollouts.interface import Backend, Completion, Request, Sampling, cut
-from sdft.rollouts.kv_cache import roomy_cache
+from sdft.rollouts.kv_cache import roomy_cache, static_cache
 from sdft.rollouts.row_sampler import seed_of
 from sdft.rollouts.stop_strings import AtStopString, just_stopped
 
@@ -89,7 +89,7 @@ def sample(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seeds: Sequence[int] | None = None,
-    backend: str = "generate",
+    backend: str | Backend = "generate",
     batch_size: int | AsManyAsFit | None = None,
 ) -> list[list[int]]:
     """The tokens of a completion for each prompt, drawn by its seed or by torch's own random numbers; see `write`."""
@@ -138,6 +138,30 @@ def by_generate(
     own = sampling.temperature is None or all(request.seed is not None for request in requests)
     if own and any(request.draft for request in requests):
         return by_drafts(model, requests, sampling, tokenizer)
+    return _generated(model, requests, sampling, tokenizer, roomy_cache(model))
+
+
+def by_compiled_generate(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Completion]:
+    """`generate` with a cache that has its whole length from the start, whatever the drafts.
+
+    With such a cache transformers compiles the pass of a token where the model is on a GPU, into CUDA graphs.
+    """
+    longest = max(len(request.prompt) for request in requests)
+    return _generated(model, requests, sampling, tokenizer, static_cache(model, longest + sampling.max_new_tokens))
+
+
+def _generated(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cache: Cache | None,
+) -> list[Completion]:
     longest = max(len(request.prompt) for request in requests)
     ids, mask = padded([request.prompt for request in requests], min(sampling.eos_ids, default=0))
     stopping = StoppingCriteriaList()
@@ -154,7 +178,7 @@ def by_generate(
             logits_processor=processors,
             stopping_criteria=stopping,
             synced_gpus=is_sharded(model),
-            **with_cache(model, roomy_cache(model)),
+            **with_cache(model, cache),
         )
     return drawn(output[:, longest:].tolist(), sampler)
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from sdft._compat import cache_argument, takes_dynamic_cache
+from sdft._compat import cache_argument, takes_dynamic_cache, takes_static_cache
 
 #: Room is made for this share of the tokens more, and for at least so many: all copies together are then at most nine
 #: times what there is in the end, however long that is.
 SPARE, LEAST_SPARE = 1 / 8, 32
+
+#: A static cache's length is a multiple of this.
+STEP = 256
 
 
 class RoomyLayer(DynamicLayer):
@@ -70,3 +73,16 @@ def roomy_cache(model: PreTrainedModel) -> DynamicCache | None:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache if any(isinstance(layer, RoomyLayer) for layer in cache.layers) else None
+
+
+def static_cache(model: PreTrainedModel, tokens: int) -> StaticCache:
+    """A cache with room for so many tokens, and up to `STEP` more: passes are compiled for few lengths."""
+    config = model.config.get_text_config(decoder=True)
+    return StaticCache(config=config, max_cache_len=-(-tokens // STEP) * STEP)
+
+
+def check_static_cache(model: PreTrainedModel) -> str | None:
+    """Why the model cannot write with such a cache, if it cannot."""
+    if not takes_static_cache(model) or cache_argument(model) is None:
+        return "it cannot keep its keys and values in tensors of one length"
+    return None

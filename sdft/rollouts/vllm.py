@@ -2,9 +2,7 @@
 
 The engine is made once, with weights of no meaning, from the model's configuration: no hub is asked, and models from
 GGUF files are served too. Every `serving` then gives it all of the student's weights, an adapter merged into copies of
-the layers that it is in. A push that leaves a layer as it was raises no error by itself. So the weights that the engine
-has loaded are compared with those it has, and at the first push and after some others the log-probabilities of a short
-completion with the model's own.
+the layers that it is in. The names of those that it has loaded are compared with the names of those that it has.
 
 vLLM ends a completion at its end-of-sequence tokens. Stop strings are found in the text afterwards
 (`sdft.rollouts.interface.cut`), so that a completion with one is written to its full length first. Nothing is told to
@@ -29,13 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sdft import _compat
 from sdft.early_checks import check_package
 from sdft.errors import TrainingError, UsageError
-from sdft.forward import autocasting, evaluating
+from sdft.forward import autocasting
 from sdft.memory.free import free_memory, give_back
-from sdft.models.adapters import is_adapted, is_tied, merged_weights
+from sdft.rollouts.engine import Engine, is_untied_by_adapter, weights_of
 from sdft.rollouts.interface import Backend, Completion, Request, Sampling
 
-PROBE_TOKENS = 32  # of the completion that engine and model are compared by
-CHECK_EVERY = 50  # pushes; and after those whose number is a power of two, for what is wrong shows early
 #: What vLLM reads from the environment: an engine in this process, whose threads stay free and which reports to nobody.
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -44,7 +40,7 @@ ENVIRONMENT = {
 }
 
 
-class VllmRollouts:
+class VllmRollouts(Engine):
     """An engine for `model`, whose requests have at most `longest` tokens with their completions.
 
     `dtype` is the type of its weights and products, `memory_share` the share of the GPU's memory that it may take, or
@@ -62,8 +58,7 @@ class VllmRollouts:
         probe: Sequence[int],
     ) -> None:
         check_package("rollout_backend is 'vllm'", "vllm")
-        self.dtype, self.probe, self.pushes = dtype, probe, 0
-        self.probe_sampling = Sampling(min(PROBE_TOKENS, longest - len(probe)), temperature=1.0, logprobs=True)
+        super().__init__(longest=longest, dtype=dtype, device=model.device, probe=probe)
         try:
             with _undisturbed(model.device):
                 self.llm = _engine(model, longest, dtype, memory_share)
@@ -85,18 +80,14 @@ class VllmRollouts:
         if sleeps and self.pushes:
             give_back(model.device)
             self.llm.wake_up()
-        self.push(model)
-        if self.pushes % CHECK_EVERY == 0 or self.pushes & (self.pushes - 1) == 0:  # or 1, 2, 4, 8 and so on
-            self.check(model)
-        yield self.answer
+        with super().serving(model) as backend:
+            yield backend
         if sleeps:
             self.llm.sleep(level=1)
 
-    def push(self, model: PreTrainedModel) -> None:
-        """Give the engine all of the model's weights, and have it forget what it computed from the last ones."""
-        self.llm.apply_model(lambda served: _load(served, weights_of(model)))
+    def load(self, model: PreTrainedModel) -> None:
+        self.llm.apply_model(lambda served: load_weights(served, weights_of(model)))
         self.llm.reset_prefix_cache()
-        self.pushes += 1
 
     def answer(
         self,
@@ -105,55 +96,15 @@ class VllmRollouts:
         sampling: Sampling,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[Completion]:
-        """A completion for each request, by the engine's weights: those of `model` when they were last pushed."""
         prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
         settings = [_translated(request, sampling) for request in requests]
         with _undisturbed(model.device), autocasting(model.device, None):
             outputs = self.llm.generate(prompts, settings, use_tqdm=False)
         return [_completion(output.outputs[0], sampling) for output in outputs]
 
-    @torch.no_grad()
-    def check(self, model: PreTrainedModel) -> None:
-        """TrainingError if the engine draws tokens with other probabilities than the model's, beyond rounding."""
-        request = Request(self.probe, seed=self.pushes)
-        (written,) = self.answer(model, [request], self.probe_sampling)
-        input_ids = torch.tensor([[*self.probe, *written.tokens]], device=model.device)
-        with evaluating(model):
-            logits = model(input_ids=input_ids, use_cache=False).logits[0, len(self.probe) - 1 : -1].float()
-        own = logits.log_softmax(-1).gather(-1, input_ids[0, len(self.probe) :, None])[:, 0]
-        gap = (own.cpu() - torch.tensor(written.logprobs)).abs().mean().item()
-        if not gap <= (limit := largest_gap(self.dtype, model.device)):
-            raise TrainingError(
-                f"vLLM draws tokens with other log-probabilities than {type(model).__name__} has: they differ by "
-                f"{gap:.2g} nats in the mean of {len(own)} tokens after push {self.pushes} of its weights, where "
-                f"{limit:g} is rounding in {self.dtype}; rollout_backend may be generate"
-            )
 
-
-def largest_gap(dtype: torch.dtype, device: torch.device) -> float:
-    """By how many nats a token's log-probability in the engine may differ from the model's own, in the mean.
-
-    Two ways to compute SmolLM2 in bfloat16 were 0.05 apart. On a GPU products in float32 may be of TF32, whose numbers
-    have an eighth of bfloat16's error.
-    """
-    if dtype != torch.float32:
-        return 0.25
-    return 0.03 if device.type == "cuda" else 1e-3
-
-
-def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights by the names that they have in its files, without an adapter's layers around them."""
-    tied = set() if _is_untied_by_adapter(model) else set(model.all_tied_weights_keys)
-    for weights in merged_weights(model):
-        yield from _compat.names_in_files(model, {n: w for n, w in weights.items() if n not in tied}).items()
-
-
-def _is_untied_by_adapter(model: PreTrainedModel) -> bool:
-    """Whether embeddings and head, which are tied, may come to differ by an adapter in one of them."""
-    return is_tied(model) and (is_adapted(model.get_input_embeddings()) or is_adapted(model.get_output_embeddings()))
-
-
-def _load(served: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
+def load_weights(served: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Give one of vLLM's models these weights; TrainingError where it has others beside them."""
     loaded = served.load_weights(weights)  # type: ignore[operator]  # which each of vLLM's models has
     missing = {name for name, _ in served.named_parameters()} - set(loaded)
     if missing:
@@ -180,7 +131,7 @@ def _engine(model: PreTrainedModel, longest: int, dtype: torch.dtype, memory_sha
         options["enforce_eager"] = True
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    if _is_untied_by_adapter(model):
+    if is_untied_by_adapter(model):
         config.tie_word_embeddings = False
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

@@ -20,8 +20,9 @@ from sdft._compat import Arguments
 from sdft.errors import SettingsError, UsageError
 from sdft.rollouts.generate import BACKENDS
 from sdft.settings.checks import chosen
-from sdft.settings.config import VLLM, MethodSettings
+from sdft.settings.config import MethodSettings
 from sdft.settings.inherited import CHOICES, NUMBERS, check_settings, check_values, parsed
+from sdft.settings.rollouts import VLLM
 from sdft_kernels.arguments import LEAST_SHARE
 
 METRICS = ("accuracy", "forgetting")

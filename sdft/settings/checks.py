@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,6 +71,12 @@ def check_texts(name: str, value: Any) -> None:
     """Refuse what is neither None nor a list of texts with something in them."""
     if value is not None and not (isinstance(value, list) and all(isinstance(text, str) and text for text in value)):
         raise UsageError(f"{name} is {shown(value)}; it must be a list of texts, none of them empty")
+
+
+def check_url(name: str, value: Any) -> None:
+    """Refuse what is neither None nor an address that http has."""
+    if value is not None and not (isinstance(value, str) and re.match(r"https?://[^/\s]+", value)):
+        raise UsageError(f"{name} is {shown(value)}; it must be a URL that begins with http:// or https://")
 
 
 def at_least_or(name: str, value: Any, low: int, word: str) -> int | str:

@@ -1,20 +1,28 @@
-"""What `sdft eval`, `sdft generate`, `sdft data`, `sdft plan` and `sdft report` are told, beside the model."""
+"""What the commands other than `sdft train` are told, beside the model."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdft.errors import UsageError
+from sdft.errors import UsageError, shown
+from sdft.evaluation.scorers import SCORERS
+from sdft.settings.chats import BothChatSettings, ChatSettings
 from sdft.settings.checks import (
     check_at_least,
     check_between,
     check_switches,
     check_temperature,
+    chosen,
     matching,
 )
-from sdft.settings.config import EvalSettings, setting
+from sdft.settings.config import EvalSettings
 from sdft.settings.inherited import LARGEST_SEED
+from sdft.settings.rollouts import VLLM, BackendSettings
+from sdft.settings.setting import setting
 from sdft.templates import TEMPLATES, parse_template
 
 if TYPE_CHECKING:
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvalCommand(EvalSettings):
+class EvalCommand(EvalSettings, BackendSettings):
     """What `sdft eval` alone is told."""
 
     base_model: str | None = setting(
@@ -53,7 +61,8 @@ class EvalCommand(EvalSettings):
 
     def __post_init__(self) -> None:
         check_switches(self)
-        super().__post_init__()
+        EvalSettings.__post_init__(self)
+        _check_backend(self)
         check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
         check_at_least("seed", self.seed, 0, LARGEST_SEED)
         if self.teacher_template is not None:
@@ -62,7 +71,7 @@ class EvalCommand(EvalSettings):
 
 
 @dataclass
-class GenerateCommand:
+class GenerateCommand(BackendSettings, ChatSettings):
     """What `sdft generate` alone is told."""
 
     prompt: str | None = setting(None, "The prompt to answer, as the user's message; the answer is printed.")
@@ -80,6 +89,8 @@ class GenerateCommand:
     per_device_eval_batch_size: int = setting(16, "How many prompts are answered at once.")
 
     def __post_init__(self) -> None:
+        ChatSettings.__post_init__(self)
+        _check_backend(self)
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError(f"prompt is {self.prompt!r}; it must be a text to answer")
         if bool(self.prompt) == bool(self.prompt_file):
@@ -100,8 +111,13 @@ class GenerateCommand:
             )
 
 
+def _check_backend(command: BackendSettings) -> None:
+    command.rollout_backend = chosen("rollout_backend", command.rollout_backend, ("generate", "continuous", VLLM))
+    BackendSettings.__post_init__(command)
+
+
 @dataclass
-class DataCommand:
+class DataCommand(BothChatSettings):
     """What `sdft data` alone is told."""
 
     model: str | None = setting(
@@ -115,6 +131,7 @@ class DataCommand:
     rows: int = setting(3, "How many rows are shown.")
 
     def __post_init__(self) -> None:
+        BothChatSettings.__post_init__(self)
         check_switches(self)
         check_at_least("max_completion_length", self.max_completion_length, 1)
         check_at_least("rows", self.rows, 0)
@@ -164,3 +181,72 @@ class PlanCommand:
             check_at_least("rollout_tokens", self.rollout_tokens, 1)
         if self.demonstration_tokens is not None:
             check_at_least("demonstration_tokens", self.demonstration_tokens, 0)
+
+
+@dataclass(frozen=True)
+class SkillFiles:
+    """One of the skills of `sdft continual`."""
+
+    train_file: str
+    eval_file: str
+    scorer: str = "exact"
+    teacher_template: str | None = None
+
+    @classmethod
+    def of(cls, name: str, values: Any) -> SkillFiles:
+        """The skill called `name`, from the mapping in a recipe; UsageError where something is missing or too much."""
+        fields, needed = {each.name for each in dataclasses.fields(cls)}, {"train_file", "eval_file"}
+        right = isinstance(values, dict) and needed <= values.keys() <= fields
+        if not right or not all(isinstance(value, str) and value for value in values.values()):
+            raise UsageError(
+                f"skills has {name}: {shown(values)}; it must be a mapping with train_file and eval_file, and may have "
+                "scorer and teacher_template"
+            )
+        return cls(**{**values, "scorer": chosen(f"skills.{name}: scorer", values.get("scorer", "exact"), SCORERS)})
+
+
+@dataclass
+class ContinualCommand:
+    """What `sdft continual` alone is told."""
+
+    skills: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "The skills in the order in which they are learned: {science: {train_file: ..., eval_file: ..., "
+            "scorer: choice, teacher_template: first}, ...}; scorer and teacher_template may be left out."
+        },
+    )
+    methods: dict[str, Any] = field(
+        default_factory=lambda: {"sdft": {"method": "sdft"}, "sft": {"method": "sft"}},
+        metadata={
+            "help": "The ways to learn them, each a name and the settings of sdft train that it has in place of the "
+            "recipe's: {sft: {method: sft, learning_rate: 1e-5}}. With joint: true it learns all skills at once, in as "
+            "many steps as the others take for all of them."
+        },
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each method runs once with each of them."})
+
+    def __post_init__(self) -> None:
+        _check_names("skills", self.skills)
+        _check_names("methods", self.methods)
+        for name, values in self.methods.items():
+            if not isinstance(values, dict):
+                raise UsageError(f"methods has {name}: {shown(values)}; it must be a mapping of settings of sdft train")
+        if not self.seeds:
+            raise UsageError("seeds is empty; it must be one or more whole numbers")
+        self.seeds = [int(seed) if isinstance(seed, str) and seed.isdecimal() else seed for seed in self.seeds]
+        for seed in self.seeds:
+            check_at_least("seeds", seed, 0, LARGEST_SEED)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"seeds is {self.seeds}; each must be there once")
+
+
+def _check_names(field: str, names: Iterable[str]) -> None:
+    """Refuse no names, and names that are no names of folders."""
+    if not list(names):
+        raise UsageError(f"{field} is not set; it must name at least one")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UsageError(
+                f"{field} has {name!r}; a name must be letters, digits, hyphens and dots: it names a folder"
+            )

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import SCORERS
+from sdft.settings.chats import BothChatSettings
 from sdft.settings.checks import (
-    at_least_or,
     check_at_least,
     check_between,
     check_from,
     check_switches,
     check_temperature,
-    check_texts,
     chosen,
     matching,
 )
-from sdft.settings.inputs import setting as setting
+from sdft.settings.rollouts import RolloutSettings
+from sdft.settings.setting import setting
 from sdft.templates import TEMPLATES, parse_template
 
 if TYPE_CHECKING:
@@ -33,11 +33,7 @@ METHODS = ("sdft", "sft")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or over the means of completions
 TEACHERS = ("base", "ema", "live")
-ROLLOUT_SOURCES = ("student", "teacher")
-DRAFTS = ("none", "demonstration", "history")
-CORRECTIONS = ("auto", "none", "truncate")
-VLLM = "vllm"  # rollout_backend: the one that is made for a model
-AUTO = "auto"  # rollout_batch_size: as many as fit
+OVERLONG = ("error", "skip", "truncate_prompt_left")
 
 
 def __getattr__(name: str) -> Any:
@@ -49,7 +45,7 @@ def __getattr__(name: str) -> Any:
 
 
 @dataclass
-class EvalSettings:
+class EvalSettings(BothChatSettings):
     """How answers are made and scored, during training and by `sdft eval`."""
 
     scorer: str = setting(
@@ -67,6 +63,7 @@ class EvalSettings:
     general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
 
     def __post_init__(self) -> None:
+        BothChatSettings.__post_init__(self)
         for name in ("scorer", "general_scorer"):
             setattr(self, name, chosen(name, getattr(self, name), SCORERS))
         check_temperature("eval_temperature", self.eval_temperature, or_greedy=True)
@@ -80,7 +77,7 @@ class EvalSettings:
 
 
 @dataclass
-class MethodSettings(EvalSettings):
+class MethodSettings(EvalSettings, RolloutSettings):
     """The settings of `SDFTConfig` that are the method's own, or have a default of its own."""
 
     method: str = setting(
@@ -158,57 +155,16 @@ class MethodSettings(EvalSettings):
         },
     )
 
-    max_completion_length: int = setting(256, "The most tokens in a rollout.")
-    rollout_temperature: float = setting(1.0, "Rollouts: sampling temperature.")
-    rollout_top_p: float = setting(1.0, "Rollouts: sample from the smallest set of tokens with this much probability.")
-    rollout_top_k: int = setting(0, "Rollouts: sample from this many of the likeliest tokens; 0 is all of them.")
-    rollout_min_p: float = setting(
-        0.0, "Rollouts: leave out tokens with less than this share of the likeliest token's probability; 0 leaves none."
-    )
-    rollout_stop: list[str] | None = field(
-        default=None,
-        metadata={"help": "Rollouts: texts that end a rollout, as an end-of-sequence token does; the text stays in."},
-    )
-    rollout_from: str = setting(
-        "student",
-        "Who writes the rollouts: student, or teacher (who sees the demonstration; the student then learns from the "
-        "teacher's answers as if they were its own).",
-    )
-    rollouts_per_prompt: int = setting(
-        1, "Rollouts for each prompt; a micro-batch holds this many times per_device_train_batch_size."
-    )
-    rollout_batch_size: int | str | None = setting(
-        None,
-        "Rollouts sampled at once, those of similar prompt length together; all of the step's when not set. auto is as "
-        "many as the free memory takes, and half as many each time that it runs out all the same.",
-    )
-    rollout_backend: str = setting(
-        "generate",
-        "What samples the rollouts: generate (transformers, one padded batch), continuous (transformers' continuous "
-        "batching: no padding, and a finished rollout makes room for the next), vllm (an engine of vLLM's in this "
-        "process, which is given the student's weights before it answers), or one you have registered with "
-        "sdft.rollouts.generate.register_backend.",
-    )
-    rollout_draft: str = setting(
-        "none",
-        "Write rollouts in fewer passes of the model, the same tokens, by a text that they may resemble: demonstration "
-        "(the row's own), history (the rollout of the same prompt in an earlier epoch) or none. With rollout_backend "
-        "generate.",
-    )
-    vllm_memory_share: float = setting(
-        0.3,
-        "rollout_backend vllm: the share of the GPU's memory that its weights, keys and values may take; on a CPU its "
-        "keys and values, of the free memory.",
-    )
-    rollout_correction: str = setting(
-        "auto",
-        "Weight each token's loss by its probability now over that with which it was drawn, at most importance_clip: "
-        "truncate always does; auto does where the two differ by rounding, as in bfloat16; none never does.",
-    )
     log_completions: int | bool = setting(
         0,
         "Write the rollouts of every so many steps to output_dir/completions.jsonl, with each token's divergence and "
         "log-probabilities, and what else was likely there; 0 or false is never, true every step.",
+    )
+
+    overlong: str = setting(
+        "error",
+        "A row whose prompts are too long for the model: error, skip (it is left out), or truncate_prompt_left (the "
+        "last message of its prompt by the user loses its beginning, for student and teacher alike).",
     )
 
     freeze_embeddings: bool = setting(
@@ -243,33 +199,7 @@ class MethodSettings(EvalSettings):
         check_from("beta", self.beta, 0.001, 0.999)
         check_between("ema_rate", self.ema_rate, 0, 1, closed_above=True)
         check_temperature("loss_temperature", self.loss_temperature)
-        check_temperature("rollout_temperature", self.rollout_temperature)
-        check_between("rollout_top_p", self.rollout_top_p, 0, 1, closed_above=True)
-        check_at_least("rollout_top_k", self.rollout_top_k, 0)
-        check_from("rollout_min_p", self.rollout_min_p, 0, 1)
-        self.rollout_from = chosen("rollout_from", self.rollout_from, ROLLOUT_SOURCES)
-        check_at_least("rollouts_per_prompt", self.rollouts_per_prompt, 1)
-        self.rollout_draft = chosen("rollout_draft", self.rollout_draft, DRAFTS)
-        if self.rollout_draft != "none" and self.rollout_backend != "generate":
-            raise UsageError(
-                f"rollout_draft is {self.rollout_draft!r}; it must be none where rollout_backend is "
-                f"{self.rollout_backend!r}, for drafts take 'generate'"
-            )
-        self.rollout_correction = chosen("rollout_correction", self.rollout_correction, CORRECTIONS)
-        check_between("vllm_memory_share", self.vllm_memory_share, 0, 1)
-        self.rollout_backend = matching(self.rollout_backend, (VLLM,)) or self.rollout_backend
-        if self.rollout_backend == VLLM and self.rollout_from == "teacher":
-            raise UsageError(
-                "rollout_backend is 'vllm' and rollout_from 'teacher'; it must be student, whose weights vLLM is given"
-            )
-        if self.rollout_correction == "truncate" and self.rollout_from == "teacher":
-            raise UsageError(
-                "rollout_correction is 'truncate' and rollout_from 'teacher'; it must be none or auto, for the weights "
-                "would take back what the teacher's own answers change"
-            )
-        if self.rollout_batch_size is not None:
-            self.rollout_batch_size = at_least_or("rollout_batch_size", self.rollout_batch_size, 1, AUTO)
-        check_texts("rollout_stop", self.rollout_stop)
+        RolloutSettings.__post_init__(self)
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)
         check_at_least("skip_tokens", self.skip_tokens, 0)
@@ -281,12 +211,16 @@ class MethodSettings(EvalSettings):
                 "cross-entropy counts, and method sft has that without rollouts"
             )
         check_at_least("num_iterations", self.num_iterations, 1)
+        if self.rollout_lag and self.num_iterations > 1:
+            raise UsageError(
+                f"rollout_lag is 1 and num_iterations {self.num_iterations}; it must be 0, for rollouts that serve "
+                "several steps are written in few of them"
+            )
         check_between("importance_clip", self.importance_clip, 0)
         check_at_least("ema_interval", self.ema_interval, 1)
         if self.teacher_offload and self.teacher == "live":
             raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
         self._check_teacher_cache()
-        check_at_least("max_completion_length", self.max_completion_length, 1)
         for name in ("max_chunk_bytes", "max_forward_tokens"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
@@ -295,6 +229,7 @@ class MethodSettings(EvalSettings):
                 f"skip_tokens is {self.skip_tokens}; it must be below max_completion_length, which is "
                 f"{self.max_completion_length}, or no token is left to learn from"
             )
+        self.overlong = chosen("overlong", self.overlong, OVERLONG)
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)
 

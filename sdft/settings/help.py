@@ -21,6 +21,7 @@ commands:
   data      what would be trained on: rows as student and teacher read them, lengths, what does not fit
   plan      the GPU memory that a recipe's training step takes, without a GPU
   report    a run as one HTML page, or several beside each other
+  continual several skills one after the other, by several methods, and what is left of each after every stage
   env       what is installed here, on which devices, and what the loss will run on
 
 examples:
@@ -103,6 +104,16 @@ examples:
   sdft report runs/demo runs/reverse --output_file compared.html
 """
 
+CONTINUAL = """\
+Train several skills one after the other in one model, by several methods and with several seeds, and measure every
+skill and the general prompts after each stage. Other fields are those of sdft train. A stage that is there is not run
+again, so that the same command goes on where it was stopped.
+
+examples:
+  sdft continual examples/skills/continual.yaml
+  sdft continual examples/skills/continual.yaml --seeds 0 1 2 --output_dir runs/three-seeds
+"""
+
 #: The settings of `sdft train` to know first, each with what choosing it means.
 FIRST = {
     "model": "What learns, and who teaches it: the same model with the demonstration in its prompt. So it must be one "
@@ -133,6 +144,9 @@ GROUPS = {
     "data": (
         "train_file",
         "columns",
+        "overlong",
+        "chat_template_kwargs",
+        "teacher_chat_template_kwargs",
         "rows",
         "eval_file",
         "general_file",
@@ -143,6 +157,7 @@ GROUPS = {
         "output_dir",
         "run_dir",
     ),
+    "continual": ("skills", "methods", "seeds"),
     "plan": ("gpu", "prompt_tokens", "rollout_tokens", "demonstration_tokens", "compare", "plot_file"),
     "objective": (
         "method",
@@ -176,7 +191,10 @@ GROUPS = {
         "rollouts_per_prompt",
         "rollout_batch_size",
         "rollout_backend",
+        "rollout_server",
         "vllm_memory_share",
+        "rollout_lag",
+        "rollout_compile",
         "log_completions",
     ),
     "what trains": ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_embeddings"),

@@ -30,7 +30,12 @@ _OF_SDFT = (
     *("teacher", "ema_rate", "ema_interval"),
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_stop", "rollout_from"),
     *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
-    *("vllm_memory_share", "log_completions"),
+    *("vllm_memory_share", "rollout_server", "rollout_lag", "rollout_compile", "log_completions"),
+)
+
+_OF_VLLM: Rules = (
+    (("vllm_memory_share", "rollout_server"), {"rollout_backend": _is_not("vllm")}),
+    (("vllm_memory_share",), {"rollout_server": bool}),
 )
 
 #: `corrects` is whether the rollouts' probabilities correct the loss, which the trainer knows.
@@ -38,7 +43,7 @@ OF_TRAINING: Rules = (
     (_OF_SDFT, {"method": _is("sft")}),
     (("beta",), {"divergence": lambda divergence: divergence in ("reverse_kl", "forward_kl")}),
     (("ema_rate", "ema_interval"), {"teacher": _is_not("ema")}),
-    (("vllm_memory_share",), {"rollout_backend": _is_not("vllm")}),
+    *_OF_VLLM,
     (("importance_clip",), {"num_iterations": _is(1), "corrects": not_}),
     (("lora_alpha", "lora_target_modules"), {"lora_rank": _is(0)}),
     (("freeze_embeddings",), {"lora_rank": bool}),
@@ -50,13 +55,14 @@ OF_TRAINING: Rules = (
     (("logging_steps",), {"logging_strategy": _is_not("steps")}),
 )
 OF_EVAL: Rules = (
+    *_OF_VLLM,
     (_OF_EVAL_FILE, {"eval_file": not_}),
     (_OF_GENERAL_FILE, {"general_file": not_}),
     (("base_model",), {"general_file": not_}),
     (("teacher_template",), {"teacher": not_}),
     (("seed",), {"eval_temperature": not_}),
 )
-OF_GENERATE: Rules = ((("seed",), {"temperature": not_}),)
+OF_GENERATE: Rules = (*_OF_VLLM, (("seed",), {"temperature": not_}))
 
 _WORDS = {"corrects": "rollouts take no correction"}
 

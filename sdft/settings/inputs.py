@@ -6,19 +6,15 @@ Nothing here imports torch or transformers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from sdft.data.columns import COLUMNS
 from sdft.errors import UsageError
 from sdft.settings.checks import check_at_least, check_between, check_switches, chosen
+from sdft.settings.setting import setting
 
 DTYPES = ("float32", "bfloat16", "auto")
 MOST_TIMES = 1000  # that a row may come in an epoch
-
-
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
 
 
 class Trust(TypedDict):

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sdft.errors import SettingsError, UsageError
+from sdft.run_files import RESOLVED_FILE
 from sdft.settings.fields import NO, YES, Field
 
 Settings = TypeVar("Settings")
@@ -62,6 +63,10 @@ class Given:
         except (ValueError, TypeError, ImportError, OSError) as error:  # what TrainingArguments finds wrong
             message = re.sub(r"--(?=[a-z])", "", " ".join(str(error).split()))  # it names flags nobody has typed
             raise SettingsError(re.sub(r"\w+Strategy\.(\w+)", lambda found: found[1].lower(), message)) from error
+
+    def after_run(self) -> Given:
+        """With what the run that left the model told its chat template, where nothing else is said."""
+        return dataclasses.replace(self, values={**chat_of_run(str(self.values.get("model", ""))), **self.values})
 
     def resolved(self, *settings: type) -> str:
         """A recipe that gives the same: every field of these dataclasses, by default where nothing was said."""
@@ -119,6 +124,16 @@ def read(
         return Given({name: fields[name].read(given.value) for name, given in written.items()}, places)
     except UsageError as error:
         raise UsageError(_locate(str(error), places)) from error
+
+
+def chat_of_run(folder: str) -> dict[str, Any]:
+    """What a run that left its model in this folder told the chat template; nothing where it is no run's."""
+    try:
+        recipe = yaml.safe_load((Path(folder) / RESOLVED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # no run's, or a name that is no path
+        return {}
+    names = ("chat_template_kwargs", "teacher_chat_template_kwargs")
+    return {name: recipe[name] for name in names if isinstance(recipe, dict) and recipe.get(name) is not None}
 
 
 def read_flags(

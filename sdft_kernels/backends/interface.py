@@ -66,15 +66,15 @@ class Backend(Protocol):
     def process_chunk(
         self,
         student_hidden: Tensor,
-        teacher_hidden: Tensor,
+        teacher_hidden: Tensor | None,
         student: HeadOperands,
-        teacher: HeadOperands,
+        teacher: HeadOperands | None,
         rows: TokenRows,
         objective: Objective,
         gradients: ChunkGradients,
         workspace: Any,
     ) -> None:
-        """Fill `rows` and `gradients` from hidden states (C, Hs) and (C, Ht)."""
+        """Fill `rows` and `gradients` from hidden states (C, Hs) and (C, Ht); an objective may have no teacher."""
 
     def scoring_held(self, dtypes: Dtypes) -> Held:
         """The bytes of workspace that scoring needs for each logit."""

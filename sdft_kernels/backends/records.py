@@ -1,4 +1,5 @@
-"""The record that a pass over a part of the vocabulary leaves for each token, in C and in Triton alike."""
+"""The record that a pass over a part of the vocabulary leaves for each token, in C and in Triton alike; the last place
+is C's alone."""
 
 from enum import IntEnum
 
@@ -14,6 +15,7 @@ class Field(IntEnum):
     TEACHER_DOT = 5
     CROSS = 6  # the divergence's own sum
     TEACHER_AT_PEAK = 7  # the teacher's u where the student's is largest
+    HARD_SUM = 8  # Σ exp(z) of a hard term's own z
 
 
 FIELDS = len(Field)

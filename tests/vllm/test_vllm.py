@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.errors import TrainingError, UsageError
+from sdft.rollouts import engine as engines
 from sdft.rollouts import vllm as by_vllm
 from sdft.rollouts.generate import write
 from sdft.rollouts.interface import LENGTH, TOKEN, Request, Sampling
@@ -144,7 +145,7 @@ def test_an_adapter_is_served_and_stays_as_it_is(tied, options):
 def test_weights_that_were_not_pushed_are_found(monkeypatch):
     learner = model()
     served = engine(learner)
-    whole = by_vllm.weights_of
+    whole = engines.weights_of
     monkeypatch.setattr(by_vllm, "weights_of", lambda of: (p for p in whole(of) if "layers.1.mlp.down" not in p[0]))
     with pytest.raises(TrainingError, match=r"not model.layers.1.mlp.down_proj.weight"):
         served.push(learner)
@@ -176,20 +177,18 @@ def test_a_model_that_vllm_cannot_serve_is_one_sentence():
 
 
 def losses(folder, backend, make=model, **options):
+    settings = {"max_steps": 5, "learning_rate": 1e-2, "rollout_backend": backend, **options}
     run = SDFTTrainer(
         make(),
         SDFTConfig(
             output_dir=str(folder),
-            rollout_backend=backend,
-            max_steps=5,
             per_device_train_batch_size=2,
             max_completion_length=12,
-            learning_rate=1e-2,
             teacher_template="turn",
             save_strategy="no",
             use_cpu=True,
             disable_tqdm=True,
-            **options,
+            **settings,
         ),
         train_dataset=tiny.rows(),
         processing_class=tiny.tiny_tokenizer(),
@@ -214,3 +213,17 @@ def test_the_log_has_how_far_it_draws_from_other_probabilities(tmp_path):
 def test_mixed_precision_is_served_in_its_type(tmp_path):
     for line in losses(tmp_path, "vllm", bf16=True):
         assert 0 < line["rollout_gap"] < 0.25
+
+
+def check_a_step_ahead(folder, **options):
+    """Where nothing is learned, rollouts a step ahead are those of their own step; where something is, they are not."""
+    ours, theirs = (losses(folder / str(lag), "vllm", learning_rate=0.0, rollout_lag=lag, **options) for lag in (0, 1))
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], abs=1e-5)
+    assert [line["rollout_lag"] for line in theirs] == [0, 1, 1, 1, 0]
+    learned = losses(folder / "learned", "vllm", rollout_lag=1, **options)
+    gaps = [line["rollout_gap"] for line in learned]
+    assert max(gaps[0], gaps[4]) < 1e-3 < 1e-2 < min(gaps[1:4])  # the weights of now, and those before an update
+
+
+def test_a_step_ahead(tmp_path):
+    check_a_step_ahead(tmp_path)

@@ -20,14 +20,18 @@ from sdft_kernels.backends.cpu.library import Carry, Constant, Model, Options
 from sdft_kernels.backends.interface import ChunkGradients, HeadOperands
 from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.records import FIELDS, Field
+from sdft_kernels.backends.tiles import Target, aligned, padded, padded_labels
 from sdft_kernels.backends.torch import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
-from sdft_kernels.backends.torch import aligned, padded, padded_labels, store_rows, store_scores
 from sdft_kernels.backends.torch import scale as scale
+from sdft_kernels.backends.torch import store_rows, store_scores
 from sdft_kernels.chunking import Held
 from sdft_kernels.divergences import (
+    CROSS_ENTROPY,
     LARGEST_PEAK_RATIO,
     LogitOptions,
     Objective,
+    cross_entropy,
+    gradient_of_p,
     is_mixture,
     log_over_mixture,
     mixture_shares,
@@ -78,22 +82,23 @@ class LogitRows:
 
 
 def held(dtypes: Dtypes, objective: Objective, *, with_gradient: bool) -> Held:
-    """Of the loss's workspace: both models' logits, of which the gradient is made."""
-    return Held(8)
+    """Of the loss's workspace: the models' logits, of which the gradient is made."""
+    return Held(8 if objective.has_teacher else 4)
 
 
 def loss_workspace(
     like: Tensor, tokens: int, vocab: int, dtypes: Dtypes, objective: Objective, *, with_gradient: bool
 ) -> LogitRows:
-    """For chunks of up to `tokens` tokens, both models side by side."""
-    return LogitRows(2 * aligned(tokens), vocab, keep=with_gradient or is_mixture(objective.divergence))
+    """For chunks of up to `tokens` tokens, the models side by side."""
+    width = (2 if objective.has_teacher else 1) * aligned(tokens)
+    return LogitRows(width, vocab, keep=with_gradient or is_mixture(objective.divergence))
 
 
 def process_chunk(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     student: HeadOperands,
-    teacher: HeadOperands,
+    teacher: HeadOperands | None,
     rows: TokenRows,
     objective: Objective,
     gradients: ChunkGradients,
@@ -102,27 +107,46 @@ def process_chunk(
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     chunk = _Chunk(len(rows.loss), student, teacher, objective, workspace)
     hidden = padded(student_hidden, chunk.width, torch.float32)
-    columns = _columns(hidden, padded(teacher_hidden, chunk.width, torch.float32), student, teacher)
-    labels = padded_labels(rows.labels, chunk.width, models=2)
-    label_logits = hidden.new_zeros(2 * chunk.width)
+    if teacher_hidden is None or teacher is None:
+        columns = [_Columns(hidden, student.weight)]
+    else:
+        columns = _columns(hidden, padded(teacher_hidden, chunk.width, torch.float32), student, teacher)
+    labels = padded_labels(rows.labels, chunk.width, models=chunk.models)
+    label_logits = hidden.new_zeros(chunk.models * chunk.width)
+    hard_labels, hard_u = padded_labels(rows.hard_labels, chunk.width, models=1), hidden.new_zeros(chunk.width)
     records = _new_records(label_logits, chunk.width)
     for part, logits in chunk.tiles():
         models = (Model * len(columns))(*(some.model(part) for some in columns))
-        chunk.run("fold_pair", part, logits, models, len(models), address(records))
+        chunk.run("fold", part, logits, models, len(models), address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
+        if hard_labels is not None:
+            _look_up(hard_labels, logits[:, : chunk.width], part, hard_u)
     p = _MergedSoftmax(records[:, STUDENT], objective.student)
-    q = _MergedSoftmax(records[:, TEACHER], objective.teacher)
-    loss, constants = _combine(chunk, p, q, *records[:, [Field.PEAK, Field.CROSS, Field.TEACHER_AT_PEAK]].unbind(1))
-    logprob = None
-    if labels is not None:
-        logprob = torch.cat([of.logprob(labelled) for of, labelled in zip((p, q), label_logits.chunk(2), strict=True)])
-    store_rows(rows, objective, loss, torch.cat((p.entropy, q.entropy)), logprob)
+    if objective.has_teacher:
+        q = _MergedSoftmax(records[:, TEACHER], objective.teacher)
+        own = records[:, [Field.PEAK, Field.CROSS, Field.TEACHER_AT_PEAK]].unbind(1)
+        loss, constants = _combine(chunk, p, q, *own)
+        logprob = None
+        if labels is not None:
+            of_models = zip((p, q), label_logits.chunk(2), strict=True)
+            logprob = torch.cat([of.logprob(labelled) for of, labelled in of_models])
+        store_rows(rows, objective, loss, torch.cat((p.entropy, q.entropy)), logprob)
+        labels, label_logits = hard_labels, hard_u
+        target = _add_hard_term(rows, p, records[:, Field.HARD_SUM], hard_u, objective, constants)
+    else:
+        logprob = p.logprob(label_logits)
+        loss, constants = _combine_labels(p, records[:, Field.CROSS].sum(0), logprob, objective, len(student.weight))
+        store_rows(rows, objective, loss, p.entropy, logprob, p.logsumexp)
+        target = torch.ones_like(loss) - objective.hard.label_smoothing if objective.hard is not None else None
     if gradients.any:
         factor = torch.nn.functional.pad(rows.weight.double(), (0, chunk.width - len(rows.weight)))
         factor *= objective.student.scale / objective.student.temperature
-        constants[Constant.P_FACTOR], constants[Constant.Q_FACTOR] = factor / p.total, factor / q.total
-        _carry_back(hidden, chunk, constants, gradients)
+        constants[[Constant.P_FACTOR, Constant.Q_FACTOR, Constant.UNIFORM, Constant.HARD_FACTOR]] *= factor
+        missing = None
+        if target is not None and labels is not None:
+            missing = Target.of(labels, label_logits, objective.student, factor * target)
+        _carry_back(hidden, chunk, constants.float(), missing, gradients)
 
 
 class _Columns:
@@ -171,7 +195,7 @@ def rows_of(weight: Tensor, part: slice) -> Tensor:
 def _combine(
     chunk: _Chunk, p: _MergedSoftmax, q: _MergedSoftmax, peaks: Tensor, own: Tensor, teacher_at_peaks: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The tokens' divergence, (width,), and what their gradient needs but for factors, (constants, width).
+    """The tokens' divergence, (width,), and what their gradient needs, of tokens of weight 1, (constants, width).
 
     From the models' softmax, and each thread's largest student's logit, the divergence's own sum, and the teacher's
     logit where the student's is largest, (threads, width).
@@ -183,8 +207,8 @@ def _combine(
         at_peak = at_peak.maximum(q.peak - LARGEST_PEAK_RATIO / teacher_factor)
     # log p - log q where p is largest
     peak_ratio = teacher_factor * (q.peak - at_peak) + q.log_sum - p.log_sum
-    constants = peak_ratio.new_zeros(len(Constant), chunk.width, dtype=torch.float32)
-    for row, values in zip(constants, (p.peak, q.peak, at_peak), strict=False):
+    constants = peak_ratio.new_zeros(len(Constant), chunk.width)
+    for row, values in zip(constants, (p.peak, q.peak, at_peak, 1 / p.total, 1 / q.total), strict=False):
         row.copy_(values)
     if objective.divergence == "reverse_kl":
         centre = p.mean_of(own, p.shift - teacher_factor * (teacher_at_peaks - at_peak))
@@ -193,11 +217,11 @@ def _combine(
     if objective.divergence == "forward_kl":
         return q.mean_of(own, q.shift - p.shift) - q.log_sum + p.log_sum, constants
     at_peak_values = (peak_ratio, *mixture_shares(peak_ratio, objective.beta))
-    for row, values in zip(constants[Constant.PEAK_RATIO :], at_peak_values, strict=True):
+    for row, values in zip(constants[Constant.PEAK_RATIO :], at_peak_values, strict=False):
         row.copy_(values)
-    sums = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width)
+    sums, narrow = peak_ratio.new_zeros(torch.get_num_threads(), 2, chunk.width), constants.float()
     for part, logits in chunk.tiles():
-        chunk.run("fold_mixture", part, logits, address(constants), address(sums))
+        chunk.run("fold_mixture", part, logits, address(narrow), address(sums))
     scores, losses = sums.sum(0)
     centre = scores / p.total
     constants[Constant.CENTRE] = centre
@@ -208,21 +232,62 @@ def _combine(
     return loss, constants
 
 
-def _carry_back(hidden: Tensor, chunk: _Chunk, constants: Tensor, gradients: ChunkGradients) -> None:
+def _combine_labels(
+    p: _MergedSoftmax, total: Tensor, logprob: Tensor, objective: Objective, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """The same of cross-entropy, from the softmax, the sum of all u, and the labels' log-probabilities."""
+    hard = objective.hard
+    assert hard is not None
+    loss = cross_entropy(hard, logprob, objective.student.factor * total / vocab - p.logsumexp, p.logsumexp, p.entropy)
+    constants = loss.new_zeros(len(Constant), len(loss))
+    constants[Constant.A], constants[Constant.P_FACTOR] = p.peak, 1 / p.total
+    constants[Constant.CENTRE] = -gradient_of_p(hard, p.logsumexp, p.entropy, -p.log_sum)
+    constants[Constant.SLOPE], constants[Constant.UNIFORM] = hard.entropy_weight, hard.label_smoothing / vocab
+    return loss, constants
+
+
+def _add_hard_term(
+    rows: TokenRows, p: _MergedSoftmax, sums: Tensor, u: Tensor, objective: Objective, constants: Tensor
+) -> Tensor | None:
+    """Fills the rows' hard loss and adds the hard term to a divergence's constants, from each thread's sum of its
+    exponentials, (threads, width), if they are apart, and the labels' u. Returns what the labels' gradients lack."""
+    if rows.hard_weight is None or rows.hard_loss is None:
+        return None
+    ratio, factor = objective.hard_ratio, objective.hard_logits.factor
+    total = ((ratio * p.shift).exp() * sums).sum(0) if objective.hard_apart else p.total
+    rows.hard_loss.copy_((total.log() - factor * (u.double() - p.peak))[: len(rows.hard_loss)])
+    weight = ratio * torch.nn.functional.pad(rows.hard_weight.double(), (0, len(u) - len(rows.hard_weight)))
+    if objective.hard_apart:
+        constants[Constant.HARD_FACTOR] = weight / total
+    elif objective.divergence == "forward_kl":
+        constants[Constant.P_FACTOR] *= 1 + weight
+    else:
+        constants[Constant.CENTRE] -= weight
+    return weight
+
+
+def _carry_back(
+    hidden: Tensor, chunk: _Chunk, constants: Tensor, target: Target | None, gradients: ChunkGradients
+) -> None:
     """The gradient of the student's logits, a few vocabulary entries at a time, times hidden states and head."""
     threads, size, width = torch.get_num_threads(), hidden.shape[1], chunk.width
     columns = kernels().panel_columns()
+    if target is not None:
+        target = Target(target.labels, target.weight.float())
     panels = torch.nn.functional.pad(hidden, (0, -size % columns)).view(width, -1, columns).transpose(0, 1).contiguous()
     scratch, sums = chunk.scratch(threads, kernels().carry_back_scratch(width), width * len(panels) * columns)
     for number, (part, logits) in enumerate(chunk.tiles()):
         head = rows_of(chunk.head.weight, part)
         weight = None if gradients.weight is None else gradients.weight[part]
+        labels = None if target is None else target.labels - part.start
         carry = Carry(
             address(panels),
             address(head),
             None if weight is None else address(weight),
             None if gradients.bias is None else address(gradients.bias[part]),
             None if gradients.hidden is None else address(sums),
+            None if labels is None else address(labels),
+            None if target is None else address(target.weight),
             size,
             head.stride(0),
             0 if weight is None else weight.stride(0),
@@ -239,37 +304,34 @@ class _Chunk:
     """The logits of a chunk, and what the kernels need beside them: heads, options and the workspace."""
 
     def __init__(
-        self, tokens: int, head: HeadOperands, teacher: HeadOperands, objective: Objective, workspace: LogitRows
+        self, tokens: int, head: HeadOperands, teacher: HeadOperands | None, objective: Objective, workspace: LogitRows
     ) -> None:
         self.width, self.head, self.objective = aligned(tokens), head, objective
-        self._teacher, self._workspace = teacher, workspace
-        self._as_they_are = is_read_as_it_is(head.weight) and is_read_as_it_is(teacher.weight)
+        self.models = 1 if teacher is None else 2
+        self._workspace, self._teacher_bias = workspace, None if teacher is None else teacher.bias
+        heads = [head] if teacher is None else [head, teacher]
+        self._as_they_are = all(is_read_as_it_is(each.weight) for each in heads)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each tile's part of the vocabulary, and both models' logits, (v, 2 width); one tile, unless heads have to be
-        laid out for the kernels a tile at a time."""
-        return self._workspace.tiles(2 * self.width, whole=self._as_they_are)
+        """Each tile's part of the vocabulary, and the models' logits, (v, models · width); one tile, unless heads have
+        to be laid out for the kernels a tile at a time."""
+        return self._workspace.tiles(self.models * self.width, whole=self._as_they_are)
 
     def scratch(self, threads: int, *floats: int) -> list[Tensor]:
         """Uninitialised arrays of the given numbers of floats for each thread, the same for every chunk of a call."""
         return self._workspace.scratch([threads * count for count in floats])
 
     def run(self, kernel: str, part: slice, logits: Tensor, *arguments: object) -> None:
-        """A kernel of two models on a tile's logits, with `arguments` as it takes them."""
-        call(
-            kernel,
+        """A kernel on a tile's logits, with `arguments` as it takes them, on as many threads as torch takes."""
+        getattr(kernels(), kernel)(
             *(address(logits), len(logits), logits.stride(0), self.width),
-            _options(self.objective.student, self.head.bias, part),
-            _options(self.objective.teacher, self._teacher.bias, part),
+            _options(self.objective.student, self.head.bias, part, self.objective),
+            _options(self.objective.teacher, self._teacher_bias, part),
             library.divergence_codes()[self.objective.divergence],
             self.objective.beta,
             *arguments,
+            torch.get_num_threads(),
         )
-
-
-def call(kernel: str, *arguments: object) -> None:
-    """One of the compiled kernels, on as many threads as torch takes."""
-    getattr(kernels(), kernel)(*arguments, torch.get_num_threads())
 
 
 def kernels() -> ctypes.CDLL:
@@ -323,24 +385,14 @@ def score_chunk(
     hidden: Tensor, head: HeadOperands, scores: TokenScores, options: LogitOptions, workspace: LogitRows
 ) -> None:
     """Fills `scores` for C tokens' hidden states, (C, H)."""
-    width = aligned(len(hidden))
-    hidden = padded(hidden, width, torch.float32)
-    labels = padded_labels(scores.labels, width, models=1)
-    label_logits = hidden.new_zeros(width)
-    records = _new_records(hidden, width)
+    chunk = _Chunk(len(hidden), head, None, Objective(CROSS_ENTROPY, student=options), workspace)
+    hidden = padded(hidden, chunk.width, torch.float32)
+    labels = padded_labels(scores.labels, chunk.width, models=1)
+    label_logits = hidden.new_zeros(chunk.width)
+    records = _new_records(hidden, chunk.width)
     columns = _Columns(hidden, head.weight)
-    for part, logits in workspace.tiles(width):
-        of_head = _options(options, head.bias, part)
-        call(
-            "fold",
-            address(logits),
-            len(logits),
-            logits.stride(0),
-            width,
-            of_head,
-            columns.model(part),
-            address(records),
-        )
+    for part, logits in workspace.tiles(chunk.width):
+        chunk.run("fold", part, logits, columns.model(part), 1, address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
     softmax = _MergedSoftmax(records[:, STUDENT], options)
@@ -357,11 +409,13 @@ def _look_up(labels: Tensor, logits: Tensor, part: slice, found: Tensor) -> None
     found.copy_(torch.where(here, logits.gather(0, rows.unsqueeze(0)).squeeze(0), found))
 
 
-def _options(options: LogitOptions, bias: Tensor | None, part: slice) -> Options:
-    """The options of a tile of the vocabulary, as the kernels take them; `bias` is the whole head's."""
+def _options(options: LogitOptions, bias: Tensor | None, part: slice, objective: Objective | None = None) -> Options:
+    """The options of a tile of the vocabulary, as the kernels take them; `bias` is the whole head's, and of the student
+    an objective may have a hard term apart."""
     return Options(
         None if bias is None else address(bias[part]),
         options.factor,
         options.inner,
+        objective.hard_ratio if objective is not None and objective.hard_apart else 0.0,
         options.softcap is not None,
     )

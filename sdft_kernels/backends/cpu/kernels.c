@@ -2,10 +2,10 @@
  * the matrix products around them (cpu_products.h).
  *
  * Logits are (rows, tokens): a row for each vocabulary entry of a tile, with `width` columns of the student's and as
- * many of the teacher's after them, `stride` floats from row to row. `fold_pair` makes a block of rows and folds it into
+ * many of the teacher's after them, `stride` floats from row to row. `fold` makes a block of rows and folds it into
  * running softmax sums while it is in the cache; `fold_mixture` reads the tile again where log(p/m) needs the finished
  * sums; `carry_back` makes the gradient, a block of rows at a time, and multiplies it with hidden states and head.
- * `fold` is for one model.
+ * Cross-entropy has no teacher: there are the student's columns alone, and scores of one model start as it does.
  *
  * Threads are those of the OpenMP that torch has loaded: this file is linked to none of its own. Each has its share of
  * a tile's rows and its own records, in float64, FIELDS for each token, which Python adds up.
@@ -37,16 +37,33 @@
 /* Tokens and vocabulary entries that row operations take at once: two models' logits of so many are 14 KiB. */
 enum { TOKENS = 64, ENTRIES = 28 };
 
-enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL };
+enum divergence { REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, CROSS_ENTROPY };
 
 /* A record: for each token its largest u, sum e and sum e z, with z = factor (u - largest) and e = exp(z), of the
- * student; the same of the teacher; the divergence's own sum; the teacher's u where the student's is largest. */
-enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, FIELDS };
+ * student; the same of the teacher; the divergence's own sum, which is that of u for cross-entropy; the teacher's u where
+ * the student's is largest; the sum of a hard term's own e. */
+enum field { PEAK, SUM, DOT, TEACHER_PEAK, TEACHER_SUM, TEACHER_DOT, CROSS, TEACHER_AT_PEAK, HARD_SUM, FIELDS };
 
 /* What a token's gradient needs: both largest u and the teacher's at the student's; weights of exp(z) for both models;
  * the centre. Of a mixture where the student's logit is largest also log p - log q, the teacher's share of it, what
- * that lacks to 1, and its logarithm. */
-enum constant { A, B, C, P_FACTOR, Q_FACTOR, CENTRE, PEAK_RATIO, SHARE, REST, LOG_SHARE, CONSTANTS };
+ * that lacks to 1, and its logarithm. Of cross-entropy the weight of z, and what each entry's gradient lacks. Of a hard
+ * term the weight of its own exp(z). */
+enum constant {
+    A,
+    B,
+    C,
+    P_FACTOR,
+    Q_FACTOR,
+    CENTRE,
+    PEAK_RATIO,
+    SHARE,
+    REST,
+    LOG_SHARE,
+    SLOPE,
+    UNIFORM,
+    HARD_FACTOR,
+    CONSTANTS
+};
 
 /* The teacher's part of a mixture, the student's, and their quotient, each with all its digits. */
 struct mixture {
@@ -58,14 +75,14 @@ static struct mixture mixture_of(double beta) {
 }
 
 /* How logits come from products y, to which the bias is added first: factor u, where u = inner y, or tanh(inner y) under
- * a soft cap, and factor > 0.
+ * a soft cap, and factor > 0. Those of a hard term at another temperature are hard_ratio times as large; else that is 0.
  *
  * Kernels take differences of u before they multiply: two numbers side by side lose nothing then, and what is the
  * largest is exactly 0. A difference of products would be rounded as the largest of them is, or half of it where the
  * compiler makes one instruction of a product and a sum: differently in each pass. */
 struct options {
     const float *bias;
-    float factor, inner;
+    float factor, inner, hard_ratio;
     int32_t capped;
 };
 
@@ -231,6 +248,16 @@ INLINE void add_exponentials(struct block *z, struct block *e, int rows, int tok
     }
 }
 
+/* Of a hard term's own z to its sum. */
+INLINE void add_hard_exponentials(const struct block *z, int rows, int tokens, float ratio, double *sum) {
+    float sums[TOKENS] = {0};
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < tokens; j++)
+            sums[j] += exponential(z->z[r][j] * ratio);
+    for (int j = 0; j < tokens; j++)
+        sum[j] += sums[j];
+}
+
 /* How far the old largest logit lies above the new one; before the first there are no sums to move. */
 static double shift_of(double old, float peak, float factor) { return old == -INFINITY ? 0 : factor * (old - peak); }
 
@@ -254,6 +281,7 @@ static void move_record(double *record, long width, const struct options *studen
         *field[CROSS] = rebased(*field[TEACHER_SUM], *field[CROSS], teacher_shift, teacher_shift - shift);
     *field[DOT] = rebased(*field[SUM], *field[DOT], shift, shift);
     *field[SUM] *= exp(shift);
+    *field[HARD_SUM] *= exp(shift * student->hard_ratio);
     *field[TEACHER_DOT] = rebased(*field[TEACHER_SUM], *field[TEACHER_DOT], teacher_shift, teacher_shift);
     *field[TEACHER_SUM] *= exp(teacher_shift);
     *field[PEAK] = a;
@@ -293,6 +321,8 @@ INLINE void fold_pair_block(float *logits, int rows, long stride, int tokens, lo
                 cross[j] += e.z[r][j] * (t.z[r][j] - s.z[r][j]);
     for (int j = 0; j < tokens; j++)
         record[CROSS * width + j] += cross[j];
+    if (student->hard_ratio != 0)
+        add_hard_exponentials(&s, rows, tokens, student->hard_ratio, record + HARD_SUM * width);
 }
 
 /* Some rows of a tile for both models; `records` are the thread's own. Whole blocks have loops of known length. */
@@ -314,28 +344,40 @@ INLINE void fold_pair_rows(float *logits, long rows, long stride, long width, st
     }
 }
 
-/* The same for one model's softmax alone. */
-INLINE void fold_rows(float *logits, long rows, long stride, long width, struct options options, double *records) {
+/* The same for one model's softmax alone, and the sum of its u. */
+INLINE void fold_block(float *logits, int rows, long stride, int tokens, long width, const struct options *options,
+                       double *record) {
     struct block z, e;
+    double *peak = record + PEAK * width, *sum = record + SUM * width, *dot = record + DOT * width;
+    float a[TOKENS], unused[TOKENS] = {0}, all[TOKENS] = {0};
+    load(logits, stride, rows, tokens, options, &z);
+    for (int j = 0; j < tokens; j++)
+        a[j] = (float)peak[j];
+    largest(&z, &z, rows, tokens, a, unused);
+    for (int j = 0; j < tokens; j++)
+        if (a[j] > peak[j]) {
+            double shift = shift_of(peak[j], a[j], options->factor);
+            dot[j] = rebased(sum[j], dot[j], shift, shift);
+            sum[j] *= exp(shift);
+            peak[j] = a[j];
+        }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < tokens; j++)
+            all[j] += z.z[r][j];
+    for (int j = 0; j < tokens; j++)
+        record[CROSS * width + j] += all[j];
+    add_exponentials(&z, &e, rows, tokens, a, options->factor, sum, dot);
+}
+
+INLINE void fold_rows(float *logits, long rows, long stride, long width, struct options options, double *records) {
     for (long row = 0; row < rows; row += ENTRIES, logits += ENTRIES * stride) {
         int count = least(ENTRIES, rows - row);
         for (long first = 0; first < width; first += TOKENS) {
             int tokens = least(TOKENS, width - first);
-            double *peak = records + PEAK * width + first, *sum = records + SUM * width + first;
-            double *dot = records + DOT * width + first;
-            float a[TOKENS], unused[TOKENS] = {0};
-            load(logits + first, stride, count, tokens, &options, &z);
-            for (int j = 0; j < tokens; j++)
-                a[j] = (float)peak[j];
-            largest(&z, &z, count, tokens, a, unused);
-            for (int j = 0; j < tokens; j++)
-                if (a[j] > peak[j]) {
-                    double shift = shift_of(peak[j], a[j], options.factor);
-                    dot[j] = rebased(sum[j], dot[j], shift, shift);
-                    sum[j] *= exp(shift);
-                    peak[j] = a[j];
-                }
-            add_exponentials(&z, &e, count, tokens, a, options.factor, sum, dot);
+            if (count == ENTRIES && tokens == TOKENS)
+                fold_block(logits + first, ENTRIES, stride, TOKENS, width, &options, records + first);
+            else
+                fold_block(logits + first, count, stride, tokens, width, &options, records + first);
         }
         options.bias += options.bias ? ENTRIES : 0;
     }
@@ -385,11 +427,16 @@ INLINE void gradient_block(const float *logits, int rows, long stride, int token
     const float *p_factor = constants + P_FACTOR * width, *q_factor = constants + Q_FACTOR * width;
     const float *centre = constants + CENTRE * width, *share = constants + SHARE * width;
     const float *rest = constants + REST * width, *log_share = constants + LOG_SHARE * width;
+    const float *slope = constants + SLOPE * width, *uniform = constants + UNIFORM * width;
     for (int r = 0; r < rows; r++, logits += stride, gradients += gradient_stride)
         for (int j = 0; j < tokens; j++) {
-            float z = (logits[j] - a[j]) * student->factor, other = logits[width + j];
+            float z = (logits[j] - a[j]) * student->factor, other = divergence == CROSS_ENTROPY ? 0 : logits[width + j];
             float p = exponential(z) * p_factor[j], ratio = z - (other - c[j]) * teacher->factor, gradient;
-            if (divergence == REVERSE_KL)
+            if (divergence == CROSS_ENTROPY) {
+                gradient = p * (z * slope[j] - centre[j]) - uniform[j];
+                gradient = logits[j] > MASKED ? gradient : 0;
+            }
+            else if (divergence == REVERSE_KL)
                 gradient = p * (ratio - centre[j]);
             else if (divergence == FORWARD_KL) { /* of the others p makes a masked entry's gradient 0 */
                 gradient = p - exponential((other - b[j]) * teacher->factor) * q_factor[j];
@@ -419,14 +466,20 @@ INLINE void gradient_rows(const float *logits, long rows, long stride, long widt
     }
 }
 
-/* ---- For each instruction set, and each divergence ---- */
-
-EACH_PROCESSOR void fold_share(float *logits, long rows, long stride, long width, const struct options *options,
-                               double *records) {
-    fold_rows(logits, rows, stride, width, *options, records);
+/* Adds to it the gradient of a hard term that has its own softmax, but for what it lacks at labels. */
+INLINE void hard_rows(const float *logits, long rows, long stride, long width, const struct options *student,
+                      const float *constants, float *restrict gradients, long gradient_stride) {
+    const float *a = constants + A * width, *weight = constants + HARD_FACTOR * width;
+    for (long row = 0; row < rows; row++, logits += stride, gradients += gradient_stride)
+        for (long j = 0; j < width; j++) {
+            float p = exponential((logits[j] - a[j]) * student->factor * student->hard_ratio) * weight[j];
+            gradients[j] += student->capped ? p * (1 - logits[j] * logits[j]) : p;
+        }
 }
 
-EACH_PROCESSOR void fold_pair_share(float *logits, long rows, long stride, long width, const struct options *student,
+/* ---- For each instruction set, and each divergence ---- */
+
+EACH_PROCESSOR void fold_share(float *logits, long rows, long stride, long width, const struct options *student,
                                     const struct options *teacher, enum divergence divergence, double *records) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
@@ -435,6 +488,9 @@ EACH_PROCESSOR void fold_pair_share(float *logits, long rows, long stride, long 
     switch (divergence) {
         CASE(REVERSE_KL);
         CASE(FORWARD_KL);
+    case CROSS_ENTROPY:
+        fold_rows(logits, rows, stride, width, *student, records);
+        break;
     default:
         fold_pair_rows(logits, rows, stride, width, *student, *teacher, JSD, records);
     }
@@ -472,8 +528,11 @@ EACH_PROCESSOR void gradient_share(float *logits, long rows, long stride, long w
         CASE(JSD);
         CASE(SKEW_REVERSE_KL);
         CASE(SKEW_FORWARD_KL);
+        CASE(CROSS_ENTROPY);
     }
 #undef CASE
+    if (student->hard_ratio != 0)
+        hard_rows(logits, rows, stride, width, student, constants, gradients, gradient_stride);
 }
 
 /* ---- Matrix products ---- */
@@ -513,6 +572,8 @@ struct carry {
     float *head_gradient;   /* as many rows, added to, or set to where `add` is 0 */
     float *bias_gradient;   /* added to */
     float *hidden_gradient; /* for each thread as many panels, added to, or set to by a chunk's first tile */
+    const int64_t *labels;  /* of all columns, the tile's first entry being 0; or null */
+    const float *target;    /* what the gradient of the labels' logits lacks */
     long hidden_size, head_stride, head_gradient_stride;
     int32_t add, first_tile;
 };
@@ -597,24 +658,10 @@ static void make_logits(const struct model *models, int count, long row, long ro
     }
 }
 
-void fold(float *logits, long rows, long stride, long width, const struct options *options, const struct model *model,
+void fold(float *logits, long rows, long stride, long width, const struct options *student,
+          const struct options *teacher, int divergence, double beta, const struct model *models, int count,
           double *records, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; thread++) {
-        long past = rows * (thread + 1) / threads, block = block_rows();
-        for (long row = rows * thread / threads; row < past; row += block) {
-            struct options own = from_row(options, row);
-            int count = least(block, past - row);
-            make_logits(model, 1, row, count, logits + row * stride, stride);
-            fold_share(logits + row * stride, count, stride, width, &own, records + thread * FIELDS * width);
-        }
-    }
-}
-
-void fold_pair(float *logits, long rows, long stride, long width, const struct options *student,
-               const struct options *teacher, int divergence, double beta, const struct model *models, int count,
-               double *records, int threads) {
-    (void)beta; /* so that all kernels of two models are called alike */
+    (void)beta; /* so that all kernels are called alike */
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         long past = rows * (thread + 1) / threads, block = block_rows();
@@ -622,7 +669,7 @@ void fold_pair(float *logits, long rows, long stride, long width, const struct o
             struct options own = from_row(student, row), others = from_row(teacher, row);
             int some = least(block, past - row);
             make_logits(models, count, row, some, logits + row * stride, stride);
-            fold_pair_share(logits + row * stride, some, stride, width, &own, &others, divergence,
+            fold_share(logits + row * stride, some, stride, width, &own, &others, divergence,
                             records + thread * FIELDS * width);
         }
     }
@@ -645,12 +692,19 @@ int panel_columns(void) { return products()->columns; }
 
 /* Which Python this library is for: a number that is raised with each change of what passes between them, as
  * tests/test_cpu_backend.py makes sure. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
 int interface_version(void) { return INTERFACE; }
 
 /* The divergences in the order of their codes. */
-const char divergence_names[] = "reverse_kl forward_kl jsd skew_reverse_kl skew_forward_kl";
+const char divergence_names[] = "reverse_kl forward_kl jsd skew_reverse_kl skew_forward_kl cross_entropy";
+
+/* Subtracts the target where a block of rows from `row` on has a column's label. */
+static void subtract_target(float *gradient, long stride, long row, int count, long width, const struct carry *carry) {
+    for (long j = 0; j < width; j++)
+        if (carry->labels[j] >= row && carry->labels[j] < row + count)
+            gradient[(carry->labels[j] - row) * stride + j] -= carry->target[j];
+}
 
 /* Floats that each thread of `carry_back` works in. */
 long carry_back_scratch(long width) { return block_rows() * (gradient_stride(width) + products()->columns); }
@@ -678,6 +732,8 @@ void carry_back(float *logits, long rows, long stride, long width, const struct 
                                          carry->head_gradient ? 0 : after * carry->head_stride);
             gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, &mixture,
                            constants, gradient, step);
+            if (carry->labels)
+                subtract_target(gradient, step, row, count, width, carry);
             if (carry->bias_gradient)
                 for (int r = 0; r < count; r++)
                     carry->bias_gradient[row + r] += sum_of(gradient + r * step, width);

@@ -15,7 +15,7 @@ from enum import IntEnum
 from sdft_kernels import callers
 
 #: The version of the interface between this module and the library: `INTERFACE` in kernels.c.
-INTERFACE = 2
+INTERFACE = 3
 
 
 class Constant(IntEnum):
@@ -31,6 +31,9 @@ class Constant(IntEnum):
     SHARE = 7
     REST = 8
     LOG_SHARE = 9
+    SLOPE = 10
+    UNIFORM = 11
+    HARD_FACTOR = 12
 
 
 class Options(ctypes.Structure):
@@ -40,6 +43,7 @@ class Options(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("factor", ctypes.c_float),
         ("inner", ctypes.c_float),
+        ("hard_ratio", ctypes.c_float),
         ("capped", ctypes.c_int32),
     )
 
@@ -66,6 +70,8 @@ class Carry(ctypes.Structure):
         ("head_gradient", ctypes.c_void_p),
         ("bias_gradient", ctypes.c_void_p),
         ("hidden_gradient", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
         ("hidden_size", ctypes.c_long),
         ("head_stride", ctypes.c_long),
         ("head_gradient_stride", ctypes.c_long),
@@ -105,11 +111,10 @@ def load(path: str) -> ctypes.CDLL:
     logits, options = (pointer, size, size, size), ctypes.POINTER(Options)
     pair = (*logits, options, options, number, ctypes.c_double)
     models = ctypes.POINTER(Model)
-    found.fold.argtypes = (*logits, options, models, pointer, number)
-    found.fold_pair.argtypes = (*pair, models, number, pointer, number)
+    found.fold.argtypes = (*pair, models, number, pointer, number)
     found.fold_mixture.argtypes = (*pair, pointer, pointer, number)
     found.carry_back.argtypes = (*pair, pointer, ctypes.POINTER(Carry), pointer, number)
-    for kernel in (found.fold, found.fold_pair, found.fold_mixture, found.carry_back):
+    for kernel in (found.fold, found.fold_mixture, found.carry_back):
         kernel.restype = None
     found.carry_back_scratch.argtypes, found.carry_back_scratch.restype = (size,), size
     return found

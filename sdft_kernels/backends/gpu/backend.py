@@ -44,7 +44,7 @@ class LogitBuffers:
     is `student`."""
 
     student: Tensor
-    teacher: Tensor
+    teacher: Tensor | None
     gradient: Tensor
 
     @cached_property
@@ -61,16 +61,18 @@ def _gradient_apart(dtypes: Dtypes, with_gradient: bool) -> bool:
 def _without_logits(dtypes: Dtypes, objective: Objective, with_gradient: bool) -> bool:
     """Whether the loss needs each logit once, and a kernel that multiplies takes the operands.
 
-    A gradient and a mixture read logits again: without a buffer of them, every product would be made twice.
+    A gradient and a mixture read logits again: without a buffer of them, every product would be made twice. Losses of
+    labels are rarely asked for without a gradient.
     """
-    return multiplies(dtypes.operands) and not with_gradient and not is_mixture(objective.divergence)
+    plain = objective.hard is None and not is_mixture(objective.divergence)
+    return multiplies(dtypes.operands) and not with_gradient and plain
 
 
 def held(dtypes: Dtypes, objective: Objective, *, with_gradient: bool) -> Held:
     """The bytes of the loss's workspace."""
     if _without_logits(dtypes, objective, with_gradient):
         return Held(0)
-    logits = 2 * dtypes.wide.itemsize
+    logits = (2 if objective.has_teacher else 1) * dtypes.wide.itemsize
     if _gradient_apart(dtypes, with_gradient):
         return Held(dtypes.gradient.itemsize, logits)
     return Held(logits)
@@ -84,7 +86,8 @@ def loss_workspace(
         return Operands()
     apart = _gradient_apart(dtypes, with_gradient)
     at_once = min(tokens, BLOCK_TOKENS) if apart else tokens
-    student, teacher = (empty_logits(like, at_once, vocab, dtypes.wide) for _ in range(2))
+    student = empty_logits(like, at_once, vocab, dtypes.wide)
+    teacher = empty_logits(like, at_once, vocab, dtypes.wide) if objective.has_teacher else None
     if not apart:
         return LogitBuffers(student, teacher, student)
     return LogitBuffers(student, teacher, empty_logits(like, tokens, vocab, dtypes.gradient))
@@ -92,9 +95,9 @@ def loss_workspace(
 
 def process_chunk(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     student: HeadOperands,
-    teacher: HeadOperands,
+    teacher: HeadOperands | None,
     rows: TokenRows,
     objective: Objective,
     gradients: ChunkGradients,
@@ -102,6 +105,7 @@ def process_chunk(
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     if isinstance(workspace, Operands):
+        assert teacher_hidden is not None and teacher is not None
         heads = workspace.head(student), workspace.head(teacher)
         process_hidden(student_hidden, teacher_hidden, *heads, rows, objective)
         return
@@ -109,11 +113,13 @@ def process_chunk(
     gradient = workspace.gradient[:tokens]
     for block in [slice(tokens)] if workspace.gradient is workspace.student else blocks(tokens):
         width = len(student_hidden[block])
-        student_logits, teacher_logits = workspace.student[:width], workspace.teacher[:width]
+        student_logits, teacher_logits, teacher_bias = workspace.student[:width], None, None
         products.logits(student_hidden[block], student.weight, student_logits)
-        products.logits(teacher_hidden[block], teacher.weight, teacher_logits)
+        if teacher_hidden is not None and teacher is not None and workspace.teacher is not None:
+            teacher_logits, teacher_bias = workspace.teacher[:width], teacher.bias
+            products.logits(teacher_hidden[block], teacher.weight, teacher_logits)
         wanted = gradient[block] if gradients.any else None
-        process_rows(student_logits, teacher_logits, rows[block], objective, wanted, student.bias, teacher.bias)
+        process_rows(student_logits, teacher_logits, rows[block], objective, wanted, student.bias, teacher_bias)
     if gradients.hidden is not None:
         products.hidden_gradient(gradient, student.weight, gradients.hidden)
     if gradients.weight is not None:

@@ -114,7 +114,7 @@ def process_hidden(
         WHOLE_BLOCKS=student_hidden.shape[1] % LARGEST_BLOCK_K == 0 and teacher_hidden.shape[1] % LARGEST_BLOCK_K == 0,
         COPIED=copied,
     )
-    combine(partial, None, None, rows, objective)
+    combine(partial, None, None, None, rows, objective, vocab)
 
 
 def split_vocabulary(tokens: int, vocab: int) -> int:

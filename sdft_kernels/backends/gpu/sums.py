@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from sdft_kernels.backends.gpu.math import exp
-from sdft_kernels.backends.records import FIELDS, Field
+from sdft_kernels.backends.records import Field
 
-#: Floats of a split's record for two models, 32 bytes, and the places in it: `backends.records.Field`.
-RECORD = tl.constexpr(FIELDS)
+#: Floats of a split's record for two models, 32 bytes, and the places in it: `backends.records.Field`. The sum of a
+#: hard term, which few calls have, is in an array of its own.
+RECORD = tl.constexpr(int(Field.HARD_SUM))
 PEAK = tl.constexpr(int(Field.PEAK))
 SUM = tl.constexpr(int(Field.SUM))
 DOT = tl.constexpr(int(Field.DOT))

@@ -1,0 +1,138 @@
+"""What student and teacher read of a row, as text: its messages and tools under the tokenizer's chat template.
+
+`options` are further arguments of the chat template (`chat_template_kwargs`), such as Qwen3's `enable_thinking`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sdft.data.rows import WHERE, Row
+from sdft.errors import UsageError
+from sdft.templates import Message, as_messages, last_by_user, teacher_messages, text_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_SECONDS = 10  # a chat template takes microseconds; one that takes longer may never end
+
+Options = Mapping[str, Any] | None
+
+
+def student_text(row: Row, tokenizer: PreTrainedTokenizerBase, options: Options = None) -> str:
+    """The text that the student's answer follows."""
+    return opening(row["prompt"], tokenizer, row[WHERE], tools=row.get("tools"), options=options)
+
+
+def teacher_text(row: Row, template: list[Message], tokenizer: PreTrainedTokenizerBase, options: Options = None) -> str:
+    """The text that the teacher reads before the student's answer."""
+    return opening(teacher_chat(row, template), tokenizer, row[WHERE], tools=row.get("tools"), options=options)
+
+
+def opening(
+    prompt: str | list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str | None = None,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    options: Options = None,
+) -> str:
+    """The text that the model's answer follows; `where` is what errors call the row that the prompt is from."""
+    if tokenizer.chat_template:
+        messages = as_messages(prompt)
+        return render(messages, tokenizer, add_generation_prompt=True, where=where, tools=tools, options=options)
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
+    """The chat that the teacher sees of a row: its `teacher_prompt`, or the template with its demonstration.
+
+    UsageError for what a template cannot show.
+    """
+    if row.get("teacher_prompt") is not None:
+        return as_messages(row["teacher_prompt"])
+    if row.get("demonstration") is None:
+        raise UsageError(f"{row[WHERE]} has neither a demonstration nor a teacher_prompt for the teacher to see")
+    prompt, demonstration = as_messages(row["prompt"]), row["demonstration"]
+    shown = [(prompt[last_by_user(prompt)], {"role", "content"})]
+    shown += [] if isinstance(demonstration, str) else [(demonstration[0], {"role", "content", "tool_calls"})]
+    if other := sorted({name for message, known in shown for name in message.keys() - known if message[name]}):
+        raise UsageError(
+            f"{row[WHERE]}: a message has {', '.join(other)}, which the teacher's prompt cannot show; the message that "
+            "teacher_template takes the place of, and the demonstration, must be a role and a content"
+        )
+    return teacher_messages(prompt, demonstration, template)
+
+
+def render(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool,
+    where: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    options: Options = None,
+) -> str:
+    """The text of a chat under the tokenizer's template."""
+    given: dict[str, Any] = {"tools": tools, **(options or {})}
+    where = where or f"the chat that ends with {messages[-1]['content'][-40:]!r}"
+    try:
+        with _time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **given
+            )
+    except TimeoutError as error:
+        raise UsageError(
+            f"{where}: the tokenizer's chat template has not ended after {TEMPLATE_SECONDS} seconds"
+        ) from error
+    except Exception as error:  # a template is code of the model's, and may raise anything
+        roles = ", ".join(message["role"] for message in messages)
+        raise UsageError(f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}") from error
+    return str(text)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in what takes longer, where that can be had: in the main thread, while nothing else has an alarm."""
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def over(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def written(row: Row, tokenizer: PreTrainedTokenizerBase, options: Options = None) -> tuple[str, str]:
+    """The texts of a row's prompt, and of its demonstration as the model itself would have to write it after that."""
+    if row.get("demonstration") is None:
+        raise UsageError(f"{row[WHERE]} has no demonstration, which is what is to be learned")
+    demonstration, before = row["demonstration"], student_text(row, tokenizer, options)
+    if not tokenizer.chat_template:
+        return before, text_of(demonstration)
+    answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
+    whole = render(
+        [*as_messages(row["prompt"]), *answer],
+        tokenizer,
+        add_generation_prompt=False,
+        where=row[WHERE],
+        tools=row.get("tools"),
+        options=options,
+    )
+    if not whole.startswith(before):
+        raise UsageError(
+            f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
+            "generation prompt, so that there is no sequence to train method 'sft' on"
+        )
+    return before, whole[len(before) :]

@@ -1,0 +1,142 @@
+"""What `sdft continual` is told: skills, methods and seeds, and the settings of each of its training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sdft.data import Row
+from sdft.early_checks import check_package, check_rows, check_writable
+from sdft.errors import UsageError, shown
+from sdft.models.files import check_model
+from sdft.rows import Rows, exam_rows, rows_of_train
+from sdft.settings.checks import check_switch
+from sdft.settings.commands import ContinualCommand, SkillFiles
+from sdft.settings.config import MethodSettings
+from sdft.settings.fields import Field, own_fields, training_fields
+from sdft.settings.inherited import check_values
+from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
+from sdft.settings.recipe import Given
+
+#: What each stage is given by the command itself, or by its skill.
+OF_THE_COMMAND = (
+    "model",
+    "output_dir",
+    "seed",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "eval_strategy",
+    "teacher_template",
+)
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A skill to be learned: what is learned from and scored on, and the recipe with the skill's own settings."""
+
+    name: str
+    rows: Rows
+    settings: MethodSettings
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn: settings in place of the recipe's, and whether all skills are learned at once."""
+
+    name: str
+    given: Given
+    joint: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole experiment, read and checked before anything is loaded."""
+
+    given: Given
+    model: ModelArguments
+    settings: MethodSettings
+    skills: list[Skill]
+    general: list[Row]
+    methods: list[Method]
+    seeds: list[int]
+
+    def stages(self, method: Method) -> Iterator[list[Skill]]:
+        """What is learned in each stage: one skill after the other, or all of them."""
+        yield from [self.skills] if method.joint else [[skill] for skill in self.skills]
+
+
+def fields_of_continual() -> dict[str, Field]:
+    """Every field of the command: its own, and those of training."""
+    parts = (ContinualCommand, ModelArguments, LoraArguments, ColumnArguments, EvalArguments)
+    return own_fields(*parts) | training_fields()
+
+
+def plan_of(given: Given, fields: Mapping[str, Field]) -> Plan:
+    """The experiment that a recipe describes, with all rows; UsageError for what cannot be."""
+    command, model, evaluation = given.make(ContinualCommand), given.make(ModelArguments), given.make(EvalArguments)
+    settings, columns = given.make(MethodSettings), given.make(ColumnArguments).columns
+    if evaluation.eval_file:
+        raise UsageError(f"eval_file is {evaluation.eval_file!r}; it must not be set, for each of skills has its own")
+    if given.make(LoraArguments).lora_rank:
+        raise UsageError(f"lora_rank is {given.values['lora_rank']}; it must be 0: sdft continual trains all weights")
+    check_values(given.values)
+    check_writable(str(settings.output_dir))
+    check_rows("general_file", evaluation.general_file)
+    check_model(model.model)
+    check_package("sdft train draws curves", "matplotlib")
+    methods = [_method(name, values, given, fields) for name, values in command.methods.items()]
+    skills = [_skill(name, values, given, settings, columns) for name, values in command.skills.items()]
+    _check_joint(methods, skills)
+    _, general = exam_rows(None, evaluation.general_file or None, settings, columns)
+    return Plan(given, model, settings, skills, general, methods, command.seeds)
+
+
+def _skill(
+    name: str, values: Mapping[str, Any], given: Given, settings: MethodSettings, columns: Mapping[str, str] | None
+) -> Skill:
+    """A skill with its rows; the settings are the recipe's, with the skill's own scorer and template."""
+    files = SkillFiles.of(name, values)
+    for field in ("train_file", "eval_file"):
+        check_rows(f"skills.{name}: {field}", getattr(files, field))
+    own = {"scorer": files.scorer, "teacher_template": files.teacher_template or settings.teacher_template}
+    settings = replace(given, values={**given.values, **own}).make(MethodSettings)
+    rows = rows_of_train(DataArguments(files.train_file), EvalArguments(files.eval_file), settings, columns)
+    return Skill(name, rows, settings)
+
+
+def _method(name: str, values: Mapping[str, Any], given: Given, fields: Mapping[str, Field]) -> Method:
+    """The recipe with a method's own settings in their place."""
+    own, where = dict(values), f"methods.{name}"
+    joint = own.pop("joint", False)
+    check_switch(f"{where}: joint", joint)
+    read: dict[str, Any] = {}
+    for field, value in own.items():
+        if field in OF_THE_COMMAND or field not in fields:
+            raise UsageError(
+                f"{where} has {field!r}; it may have joint, and settings of training that methods can differ in"
+            )
+        read[field] = fields[field].read(_written(value))
+    places = {**given.places, **dict.fromkeys(read, where)}
+    method = Method(name, Given({**given.values, **read}, places), joint)
+    with method.given.located():
+        method.given.make(MethodSettings)
+        check_values(method.given.values)
+    return method
+
+
+def _check_joint(methods: Sequence[Method], skills: Sequence[Skill]) -> None:
+    """Refuse self-distillation on all skills at once where their teachers are shown demonstrations in other forms."""
+    templates = {skill.name: skill.settings.teacher_template for skill in skills}
+    one = all(template == skills[0].settings.teacher_template for template in templates.values())
+    for method in methods:
+        if method.joint and not one and method.given.values.get("method", "sdft") == "sdft":
+            raise UsageError(
+                f"methods.{method.name}: joint is True, and teacher_template is {shown(templates)}; a run has one for "
+                "all its rows, so it must be the same for all skills, or method sft"
+            )
+
+
+def _written(value: Any) -> Any:
+    """A value of a nested mapping as it would stand in a recipe: scalars as text."""
+    return value if value is None or isinstance(value, list | dict) else str(value)

@@ -1,0 +1,184 @@
+"""Liger's fused JSD losses, by the same names and with the same arguments: a change of the import is enough.
+
+    from sdft_kernels.integrations.liger import LigerFusedLinearJSDLoss
+
+Logits are float32 here whatever the inputs; Liger's chunked loss makes them in the inputs' type. Liger need not be
+installed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sdft_kernels.fused_linear import fused_linear_divergence
+from sdft_kernels.integrations._compat import warn_of_untried
+from sdft_kernels.integrations.models import named
+from sdft_kernels.scoring import linear_token_stats
+
+warn_of_untried("liger-kernel")
+
+
+class LigerFusedLinearJSDLoss(nn.Module):
+    """`liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: the soft loss, a mean over the tokens that are not ignored.
+
+    A teacher's head that is wider than the student's is compared as Liger does it: the student's logits are taken to be
+    0 for what it lacks. That is a distribution over the teacher's vocabulary, in which padding has some probability;
+    `fused_linear_divergence` would compare what both have.
+
+    Args:
+        weight_hard_loss: the share of the cross-entropy on `true_labels`; only 0 is taken yet.
+        weight_soft_loss: the share of the divergence.
+        beta: 0 is forward KL, 1 reverse KL, and between them the JSD in which the teacher's share is β.
+        ignore_index: the label of tokens to leave out.
+        temperature: divides the logits of the divergence, and not those of the cross-entropy.
+        compiled: of no effect here.
+        chunk_size: of no effect here, where chunks follow from the device's memory.
+        return_soft_hard_loss: return (loss, soft loss, hard loss), where the last two have no gradient.
+
+    Example:
+        >>> import torch
+        >>> loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+        >>> h, w = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8)
+        >>> loss(h, w, torch.randn(5, 8), w, torch.randint(100, (5,))).backward()
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        if weight_hard_loss != 0:
+            raise ValueError(
+                f"weight_hard_loss is {weight_hard_loss!r}; it must be 0 here: the fused loss has no cross-entropy yet"
+            )
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.compiled = compiled
+        self.beta = beta
+        self.chunk_size = chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The loss of hidden states (N, H), heads (V, H) and labels (N,)."""
+        live = (true_labels != self.ignore_index).float()
+        soft = _mean_divergence(
+            student_input,
+            *_widened(student_weight, student_bias, len(teacher_weight)),
+            teacher_input,
+            teacher_weight,
+            teacher_bias,
+            live,
+            self.beta,
+            self.temperature,
+        )
+        loss = self.weight_soft_loss * soft
+        if not self.return_soft_hard_loss:
+            return loss
+        labels = torch.where(live == 0, 0, true_labels)
+        logprob = linear_token_stats(student_input, student_weight, labels, bias=student_bias).logprob
+        assert logprob is not None
+        return loss, soft.detach(), -(logprob * live).sum() / live.sum().clamp(min=1)
+
+
+class LigerFusedLinearJSD(nn.Module):
+    """`liger_kernel.transformers.LigerFusedLinearJSD`: the mean over all tokens, or over those with a label.
+
+    Args:
+        jsd_beta: 0 is forward KL, 1 reverse KL, and between them the JSD in which the teacher's share is β.
+        ignore_index: the label of tokens to leave out.
+        temperature: divides the logits.
+        accum_dtype: of no effect here, where the weight's gradient accumulates in float32.
+    """
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.jsd_beta = jsd_beta
+        self.temperature = temperature
+        self.ignore_index = ignore_index
+        self.accum_dtype = accum_dtype
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of hidden states (N, H) and heads (V, H), of the tokens whose label (N,) is not ignored."""
+        live = None if shift_labels is None else (shift_labels != self.ignore_index).float()
+        return _mean_divergence(
+            student_input,
+            student_weight,
+            None,
+            teacher_input,
+            teacher_weight,
+            None,
+            live,
+            self.jsd_beta,
+            self.temperature,
+        )
+
+
+def _mean_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    live: Tensor | None,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    if len(student_weight) != len(teacher_weight):
+        raise ValueError(
+            f"student_weight has {len(student_weight)} rows and teacher_weight {len(teacher_weight)}; both must have "
+            "one for each token of the vocabulary"
+        )
+    return fused_linear_divergence(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        token_weight=live,
+        temperature=temperature,
+        **named(beta),
+    ).loss
+
+
+def _widened(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
+    """A head with as many rows, and with logits of 0 for those that it lacks."""
+    missing = rows - len(weight)
+    if missing <= 0:
+        return weight, bias
+    return nn.functional.pad(weight, (0, 0, 0, missing)), None if bias is None else nn.functional.pad(
+        bias, (0, missing)
+    )

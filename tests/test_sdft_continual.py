@@ -1,0 +1,161 @@
+"""`sdft continual`: the numbers by hand, and whole experiments with a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from sdft.cli import main
+from sdft.commands import continual
+from sdft.evaluation.continual import backward_transfer, distance, report_of_run, skills_forgotten
+from tests import tiny
+
+MATRIX = [[0.8, 0.1, 0.0], [0.9, 0.7, 0.2], [0.5, 0.6, 0.9]]
+
+
+def test_transfer_and_forgetting_are_those_of_their_papers() -> None:
+    assert backward_transfer(MATRIX) == pytest.approx(((0.5 - 0.8) + (0.6 - 0.7)) / 2)
+    assert skills_forgotten(MATRIX) == pytest.approx(((0.9 - 0.5) + (0.7 - 0.6)) / 2)
+    assert backward_transfer(MATRIX[:1]) is None and skills_forgotten(MATRIX[:1]) is None
+
+
+def test_accuracy_before_a_skill_was_learned_is_not_forgotten() -> None:
+    assert skills_forgotten([[0.5, 0.9], [0.5, 0.4]]) == 0
+
+
+def test_skills_learned_at_once_have_no_transfer() -> None:
+    stage = {"learned": ["a", "b"], "accuracy": {"a": 1.0, "b": 0.5}, "seconds": 2.0}
+    run = report_of_run(["a", "b"], "joint", 0, [stage])
+    assert (run["backward_transfer"], run["skills_forgotten"], run["seconds"]) == (None, None, 2.0)
+
+
+def test_the_distance_of_weights() -> None:
+    start, model = tiny.tiny_model(tied=True), tiny.tiny_model(tied=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, :2] += torch.tensor([3.0, 4.0])
+    moved, share = distance(model, start)
+    length = sum(float(weight.detach().square().sum()) for weight in start.parameters()) ** 0.5
+    assert moved == pytest.approx(5, rel=1e-5) and share == pytest.approx(5 / length, rel=1e-5)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A working recipe, written with changes."""
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {"model": tiny.saved(tmp_path / "model", tiny.tiny_model()), "skills": {}}
+    for number, name in enumerate(("first", "second")):
+        rows = [{**row, "prompt": f"{name} {row['prompt']}"} for row in tiny.rows(10)[number::2]]
+        for part in ("train", "choose"):
+            Path(f"{name}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings["skills"][name] = {"train_file": f"{name}_train.jsonl", "eval_file": f"{name}_choose.jsonl"}
+    settings["skills"]["second"] |= {"scorer": "contains", "teacher_template": "turn"}
+    Path("general.jsonl").write_text('{"prompt": "hello", "answer": "a"}\n{"prompt": "bye", "answer": "b"}\n')
+    settings |= {
+        "general_file": "general.jsonl",
+        "output_dir": "out",
+        "methods": {
+            "sdft": {},
+            "sft": {"method": "sft", "learning_rate": "1e-2"},
+            "sft-joint": {"method": "sft", "joint": True},
+        },
+        "seeds": [0, 3],
+        "teacher_template": "{demonstration} {prompt}",
+        **dict.fromkeys(("max_completion_length", "eval_completion_length", "general_completion_length"), 4),
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "learning_rate": "1e-3",
+        "use_cpu": True,
+        "save_strategy": "no",
+    }
+
+    def write(**changes: Any) -> str:
+        Path("recipe.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+        return "recipe.yaml"
+
+    return write
+
+
+def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, str, float, int, int]] = []
+    templates: list[Any] = []
+    run = continual.train
+
+    def train(model: Any, lora: Any, rows: Any, config: Any, **rest: Any) -> int:
+        numbers = config.learning_rate, config.max_steps, len(rows.train)
+        trained.append((model.model, str(config.output_dir), *numbers))
+        templates.append(config.teacher_template)
+        return run(model, lora, rows, config, **rest)
+
+    monkeypatch.setattr(continual, "train", train)
+    assert main(["continual", recipe(seeds=[3])]) == 0
+    base = str(Path("model").resolve())
+    assert trained == [
+        (base, "out/sdft/seed-3/stage-1-first", 1e-3, 1, 5),
+        ("out/sdft/seed-3/stage-1-first", "out/sdft/seed-3/stage-2-second", 1e-3, 1, 5),
+        (base, "out/sft/seed-3/stage-1-first", 1e-2, 1, 5),
+        ("out/sft/seed-3/stage-1-first", "out/sft/seed-3/stage-2-second", 1e-2, 1, 5),
+        (base, "out/sft-joint/seed-3/stage-1-all", 1e-3, 2, 10),
+    ]
+    assert templates[:2] == ["{demonstration} {prompt}", "turn"]
+    report = json.loads(Path("out/continual.json").read_text())
+    assert (report["skills"], report["general_prompts"]) == (["first", "second"], 2)
+    assert report["base"]["teacher_accuracy"].keys() == report["base"]["accuracy"].keys() == {"first", "second"}
+    runs = report["runs"]
+    assert [(run["method"], run["seed"], len(run["stages"])) for run in runs] == [
+        ("sdft", 3, 2),
+        ("sft", 3, 2),
+        ("sft-joint", 3, 1),
+    ]
+    for stage in (stage for run in runs for stage in run["stages"]):
+        assert stage["forgetting"] > 0 and stage["weights_moved"] > 0 and stage["seconds"] > 0
+    last = runs[1]["stages"][1]
+    trained_model, start = (AutoModelForCausalLM.from_pretrained(each) for each in (last["folder"], "model"))
+    assert last["weights_moved"] == pytest.approx(distance(trained_model, start)[0], rel=1e-5)
+
+    trained.clear()
+    Path("out/sft/seed-3/stage-2-second/summary.json").unlink()
+    Path("out/sft/seed-3/stage-2-second/scores.json").unlink()
+    assert main(["continual", recipe(seeds=[3])]) == 0
+    assert [folder for _, folder, *_ in trained] == ["out/sft/seed-3/stage-2-second"]
+    again = json.loads(Path("out/continual.json").read_text())["runs"]
+    assert again[0] == runs[0] and again[1]["stages"][1]["accuracy"] == last["accuracy"]
+
+
+def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continual, "train", lambda *_, **__: 130)
+    assert main(["continual", recipe()]) == 130
+    assert not Path("out/continual.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"skills": {}}, "skills is not set"),
+        ({"skills": {"a": {"train_file": "first_train.jsonl"}}}, "skills has a: "),
+        ({"skills": {"a/b": {}}}, "skills has 'a/b'; a name must be"),
+        ({"methods": {"sft": 3}}, "methods has sft: 3; it must be a mapping"),
+        ({"methods": {"sft": {"seed": 3}}}, "methods.sft has 'seed'"),
+        ({"methods": {"sft": {"lerning_rate": 3}}}, "methods.sft has 'lerning_rate'"),
+        ({"methods": {"sft": {"method": "stf"}}}, "methods.sft: method is 'stf'"),
+        ({"methods": {"sft": {"joint": "maybe"}}}, "methods.sft: joint is 'maybe'"),
+        ({"methods": {"all": {"joint": True}}}, "methods.all: joint is True, and"),
+        ({"seeds": [1, 1]}, "seeds is [1, 1]; each must be there once"),
+        ({"seeds": ["x"]}, "seeds is 'x'"),
+        ({"eval_file": "first_choose.jsonl"}, "eval_file is 'first_choose.jsonl'"),
+        ({"lora_rank": 4}, "lora_rank is 4"),
+        ({"general_file": "none.jsonl"}, "general_file is 'none.jsonl'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    recipe: Callable[..., str], changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["continual", recipe(**changes)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
