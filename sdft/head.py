@@ -33,7 +33,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits themselves, for the self-check."""
+        """The logits themselves, for the self-check and for a few positions at a time."""
         return self.shaped(nn.functional.linear(hidden, self.weight, self.bias))
 
     def shaped(self, product: Tensor) -> Tensor:

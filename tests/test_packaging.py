@@ -94,6 +94,7 @@ def test_without_a_c_compiler_the_loss_is_left_to_torch(python: Path, tmp_path: 
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
+    assert (tmp_path / "installed" / "sdft" / "report" / "assets" / "page.html").is_file()
     before_the_other = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([python, "-c", SMOKE], cwd=tmp_path, env=before_the_other, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

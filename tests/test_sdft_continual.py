@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sdft.cli import main
 from sdft.commands import continual
 from sdft.evaluation.continual import backward_transfer, distance, report_of_run, skills_forgotten
+from sdft.report.continual import read_continual
 from tests import tiny
 
 MATRIX = [[0.8, 0.1, 0.0], [0.9, 0.7, 0.2], [0.5, 0.6, 0.9]]
@@ -115,6 +116,9 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     ]
     for stage in (stage for run in runs for stage in run["stages"]):
         assert stage["forgetting"] > 0 and stage["weights_moved"] > 0 and stage["seconds"] > 0
+    shown = read_continual(Path("out/continual.json"))
+    assert (shown.methods, shown.evaluated) == (["sdft", "sft", "sft-joint"], ["first", "second", "general"])
+    assert [*shown.of("sft")] == ["base", "first", "second"] and [*shown.of("sft-joint")] == ["base", "all at once"]
     last = runs[1]["stages"][1]
     trained_model, start = (AutoModelForCausalLM.from_pretrained(each) for each in (last["folder"], "model"))
     assert last["weights_moved"] == pytest.approx(distance(trained_model, start)[0], rel=1e-5)

@@ -19,8 +19,9 @@ from sdft.likeliest import likeliest
 def test_they_are_those_of_full_logits_whatever_the_chunk(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     hidden, labels = torch.randn(7, 8, dtype=dtype), torch.randint(0, 50, (7,))
-    head = Head(torch.randn(50, 8, dtype=dtype), torch.randn(50, dtype=dtype), scale=0.5, softcap=4.0)
-    exact = (head.to(torch.float32).logits(hidden.float()) / 1.3).log_softmax(-1)
+    weight, bias = torch.randn(50, 8, dtype=dtype), torch.randn(50, dtype=dtype)
+    head, exact_head = (Head(w, b, scale=0.5, softcap=4.0) for w, b in ((weight, bias), (weight.float(), bias.float())))
+    exact = (exact_head.logits(hidden.float()) / 1.3).log_softmax(-1)
     options: dict[str, Any] = {"temperature": 1.3, "max_chunk_bytes": 8 * 50 * 3}  # three tokens at once
     found = likeliest(hidden, head, labels, exact.gather(1, labels[:, None])[:, 0], **options)
     assert found.tokens.shape == found.logprobs.shape == (7, 3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +179,11 @@ def test_the_command_writes_beside_one_run_and_here_for_several(
     assert capsys.readouterr().out.splitlines()[-1].startswith("c.html shows a, b (")
 
 
+def test_the_command_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, sdft.commands.report; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_curves_are_thinned_begin_before_training_and_leave_out_what_is_no_number() -> None:
     lines = [{"step": n, "loss": float(n % 2), "odd": float("nan")} for n in range(1, 2 * MOST_POINTS + 2)]
     assert series(lines).keys() == {"loss"}
@@ -204,6 +211,7 @@ def test_prompts_that_were_answered_twice_come_first_and_others_from_all_of_the_
 def test_tables_of_several_runs() -> None:
     rows = beside([{"a": "1", "b": "2"}, {"b": "3", "a": "1", "c": "4"}])
     assert rows == [("a", ["1", "1"]), ("b", ["2", "3"]), ("c", ["", "4"])]
+    assert [name for name, _ in beside([{"a": "1", "b": "2"}, {"c": "3"}], ["c", "b", "z"])] == ["c", "b", "a"]
     assert [name for name, _ in differing(rows)] == ["b", "c"]
 
 

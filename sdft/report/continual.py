@@ -39,8 +39,9 @@ class Continual:
 
     @property
     def evaluated(self) -> list[str]:
-        """The sets that accuracies are of."""
-        return list(dict.fromkeys(name for each in self.measurements for name in each.accuracy))
+        """The sets that some accuracy is of."""
+        found = [item for each in self.measurements for item in each.accuracy.items()]
+        return list(dict.fromkeys(name for name, accuracy in found if accuracy is not None))
 
     def of(self, method: str) -> dict[str, list[Measurement]]:
         """The measurements of a method by stage, one for each seed."""

@@ -18,7 +18,7 @@ from typing import Any
 from sdft.report.continual import Continual
 from sdft.report.rollouts import samples
 from sdft.report.run_folder import RunFolder, is_number, read_run, series, significant
-from sdft.report.what_ran import bars, beside, differing, facts, headline, numbers, settings
+from sdft.report.what_ran import NUMBERS, bars, beside, differing, facts, headline, numbers, settings
 from sdft.run_files import REPORT_FILE
 
 #: What the page has of each run over its steps.
@@ -88,7 +88,7 @@ def data(runs: Sequence[RunFolder]) -> dict[str, Any]:
             }
             for run, sampled in zip(runs, shown, strict=True)
         ],
-        "numbers": beside([numbers(run) for run in runs]),
+        "numbers": beside([numbers(run) for run in runs], [label for label, _ in NUMBERS.values()]),
         "bars": bars(runs),
         "facts": beside([facts(run) for run in runs]),
         "differing": differing(recipes) if len(runs) > 1 else [],

@@ -96,10 +96,11 @@ def settings(run: RunFolder) -> dict[str, str]:
     }
 
 
-def beside(columns: Sequence[Mapping[str, str]]) -> list[Row]:
-    """The columns as rows, in the order in which names first come; a cell that a column lacks is empty."""
+def beside(columns: Sequence[Mapping[str, str]], order: Sequence[str] = ()) -> list[Row]:
+    """The columns as rows, in an order, or in that in which names first come; a cell that a column lacks is empty."""
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, [column.get(name, "") for column in columns]) for name in names]
+    ordered = [*(name for name in order if name in names), *(name for name in names if name not in order)]
+    return [(name, [column.get(name, "") for column in columns]) for name in ordered]
 
 
 def differing(rows: Sequence[Row]) -> list[Row]:

@@ -158,7 +158,7 @@ class MethodSettings(EvalSettings, RolloutSettings):
     log_completions: int | bool = setting(
         0,
         "Write the rollouts of every so many steps to output_dir/completions.jsonl, with each token's divergence and "
-        "log-probabilities; 0 or false is never, true every step.",
+        "log-probabilities, and what else was likely there; 0 or false is never, true every step.",
     )
 
     overlong: str = setting(

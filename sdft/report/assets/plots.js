@@ -128,7 +128,7 @@ function curveCard(runs, title, unit, parts, { smooth = false, share = false } =
       data: { datasets },
       options: {
         interaction: { mode: "nearest", axis: "x", intersect: false },
-        plugins: { legend: legend(datasets.length > 1) },
+        plugins: { legend: legend(datasets.length > 1 || runs.length > 1) },
         scales: { x: stepAxis(), y: axis(unit, bounds) },
       },
     };
