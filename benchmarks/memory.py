@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from benchmarks import machine, plots
 from benchmarks import rows as files
-from benchmarks.methods import METHODS, SHAPES, Inputs, Shape, make_inputs
+from benchmarks.methods import METHODS, OF_LABELS, SHAPES, Inputs, Shape, make_inputs, offers
+from sdft_kernels.divergences import DIVERGENCES
 
 MEBIBYTE = 2**20
 
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
     parser.add_argument("--heads", nargs="+", choices=["trainable", "frozen"], default=["trainable", "frozen"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--divergence", choices=(*DIVERGENCES, *OF_LABELS), default="reverse_kl")
     parser.add_argument("--tokens", type=int, nargs="+", help="instead of each shape's own number")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     files.add_arguments(parser, "memory")
@@ -112,10 +114,12 @@ def main(argv: list[str] | None = None) -> None:
     shapes = [s for s in SHAPES if s.name in given.shapes]
     if given.tokens:
         shapes = [Shape(s.name, tokens, s.hidden, s.vocab) for s in shapes for tokens in given.tokens]
-    cases = [(shape, head, method) for shape in shapes for head in given.heads for method in given.methods]
+    methods = [method for method in given.methods if offers(method, given.divergence)]
+    cases = [(shape, head, method) for shape in shapes for head in given.heads for method in methods]
     rows = []
     for shape, head, method in tqdm(cases, unit="process"):
-        mebibytes = measure_apart(shape, method, trainable_head=head == "trainable", threads=given.threads)
+        trainable = head == "trainable"
+        mebibytes = measure_apart(shape, method, given.divergence, trainable_head=trainable, threads=given.threads)
         rows.append(Peak(shape.name, shape.tokens, head, method, mebibytes))
     print(machine.heading(), table(rows), sep="\n")
     files.write(rows, given)

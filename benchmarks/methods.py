@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_kernels import fused_linear_divergence
+from sdft_kernels import fused_linear_cross_entropy, fused_linear_divergence
 from sdft_kernels.backends import products
 from sdft_kernels.chunking import BLOCK_TOKENS, plan_chunks
-from sdft_kernels.divergences import Objective
+from sdft_kernels.divergences import CROSS_ENTROPY, Objective
 from sdft_kernels.reference import divergence_per_token
 
 
@@ -78,6 +78,12 @@ def make_inputs(
     )
 
 
+#: What is computed beside the divergences: cross-entropy with labels, and a divergence with that as a hard term. There
+#: the divergence has another temperature, so that the hard term needs a softmax of its own.
+WITH_HARD = "reverse_kl_hard"
+OF_LABELS = (CROSS_ENTROPY, WITH_HARD)
+SOFT_TEMPERATURE, HARD_WEIGHT = 2.0, 0.5
+
 #: Computes the loss and its gradients; None where the package does not offer this divergence.
 Method = Callable[[Inputs, str], Tensor]
 
@@ -86,6 +92,14 @@ PEER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
 
 def ours(inputs: Inputs, divergence: str, **options: Any) -> Tensor:
+    if divergence == CROSS_ENTROPY:
+        loss = fused_linear_cross_entropy(inputs.student_hidden, inputs.student_weight, inputs.labels, **options).loss
+        loss.backward()
+        return loss
+    if divergence == WITH_HARD:
+        divergence = "reverse_kl"
+        hard = {"hard_labels": inputs.labels, "hard_weight": HARD_WEIGHT, "temperature": SOFT_TEMPERATURE}
+        options = hard | options
     loss = fused_linear_divergence(
         inputs.student_hidden,
         inputs.student_weight,
@@ -205,6 +219,11 @@ def trl(inputs: Inputs, divergence: str) -> Tensor:
 
 def plain_torch(inputs: Inputs, divergence: str) -> Tensor:
     """Full logits, float32 softmax, autograd: what one writes first."""
+    if divergence == CROSS_ENTROPY:
+        logits = (inputs.student_hidden @ inputs.student_weight.T).float()
+        loss = torch.nn.functional.cross_entropy(logits, inputs.labels)
+        loss.backward()
+        return loss
     student = (inputs.student_hidden @ inputs.student_weight.T).float().log_softmax(-1)
     with torch.no_grad():
         teacher = (inputs.teacher_hidden @ inputs.teacher_weight.T).float().log_softmax(-1)
@@ -214,7 +233,8 @@ def plain_torch(inputs: Inputs, divergence: str) -> Tensor:
 
 
 class Floor:
-    """The bare matrix products, into buffers that are already there: four, or three with a frozen head."""
+    """The bare matrix products, into buffers that are already there: four, or three with a frozen head; one less for
+    cross-entropy, which has no teacher."""
 
     def __init__(self, inputs: Inputs) -> None:
         tokens, hidden = inputs.student_hidden.shape
@@ -227,7 +247,8 @@ class Floor:
     @torch.no_grad()
     def __call__(self, inputs: Inputs, divergence: str) -> Tensor:
         torch.mm(inputs.student_hidden, inputs.student_weight.T, out=self.student)
-        torch.mm(inputs.teacher_hidden, inputs.teacher_weight.T, out=self.teacher)
+        if divergence != CROSS_ENTROPY:
+            torch.mm(inputs.teacher_hidden, inputs.teacher_weight.T, out=self.teacher)
         torch.mm(self.student, inputs.student_weight, out=self.grad_hidden)
         if self.grad_weight is not None:
             torch.mm(self.student.T, inputs.student_hidden, out=self.grad_weight)
@@ -303,5 +324,7 @@ DEVICE_METHODS: dict[str, Method] = {
 
 
 def offers(method: str, divergence: str) -> bool:
-    """Whether the package computes this divergence at all."""
+    """Whether the package computes this on a CPU at all: Liger's fused cross-entropy is in Triton."""
+    if divergence == WITH_HARD:
+        return method == "sdft-kernels"
     return method in ("sdft-kernels", "plain torch") or divergence in PEER_BETA

@@ -3,7 +3,7 @@
 `python -m benchmarks.speed` runs all of them in one process, in turns, on the shapes of real heads, prints the median
 time of each, its ratio to the bare products (the floor) and to ours, and the most memory above inputs and gradients
 (`benchmarks.memory`, in a process of its own); and writes them as CSV and as a plot. Of the divergences that were not
-asked for, ours has a line each.
+asked for, ours has a line each. `--divergences cross_entropy` compares with full logits and with three bare products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks import machine, plots
 from benchmarks import rows as files
 from benchmarks.memory import measure_apart
-from benchmarks.methods import METHODS, SHAPES, Floor, Inputs, Method, Shape, make_inputs, offers
+from benchmarks.methods import METHODS, OF_LABELS, SHAPES, Floor, Inputs, Method, Shape, make_inputs, offers
 from sdft_kernels.divergences import DIVERGENCES
 
 FLOOR = "bare products"
@@ -127,10 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--divergences",
         nargs="+",
-        choices=DIVERGENCES,
+        choices=(*DIVERGENCES, *OF_LABELS),
         default=["reverse_kl"],
         help="to compare every method on, every shape and head (default reverse_kl, which the bars are for); of the "
-        "others ours alone is run, on the first shape and head",
+        "other divergences ours alone is run, on the first shape and head, unless only losses of labels are asked for",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     files.add_arguments(parser, "speed")
@@ -139,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     methods = list(dict.fromkeys([OURS, *given.methods]))
     shapes = [shape for shape in SHAPES if shape.name in given.shapes]
     cases = [(shape, head, d, methods) for shape in shapes for head in given.heads for d in given.divergences]
-    cases += [(shapes[0], given.heads[0], d, [OURS]) for d in DIVERGENCES if d not in given.divergences]
+    if not set(given.divergences) <= set(OF_LABELS):
+        cases += [(shapes[0], given.heads[0], d, [OURS]) for d in DIVERGENCES if d not in given.divergences]
     offered = [sum(offers(m, d) for m in chosen) for _, _, d, chosen in cases]
     rows: list[Timing] = []
     with tqdm(total=sum((1 + count) * (given.rounds + 1) + count for count in offered), unit="run") as progress:

@@ -123,7 +123,7 @@ def test_right_arguments_pass() -> None:
 
 def test_numpys_numbers_are_numbers() -> None:
     criterion = FusedLinearDivergence("jsd", beta=np.float32(0.5), vocab_size=np.int64(50), max_chunk_bytes=np.int32(9))
-    assert [type(value) for value in asdict(criterion.options).values()].count(float) == 4
+    assert [type(value) for value in asdict(criterion.options).values()].count(float) == 5
     criterion(torch.randn(5, 8), torch.randn(60, 8), torch.randn(5, 6), torch.randn(50, 6))
     linear_token_stats(torch.randn(5, 8), torch.randn(50, 8), temperature=np.float16(0.5), vocab_size=np.uint8(20))
 
