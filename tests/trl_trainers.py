@@ -123,6 +123,8 @@ def build(name, folder, kind, lora=False, **options):
         "processing_class": AutoTokenizer.from_pretrained(folder / "student"),
         "peft_config": copy.deepcopy(LORA) if lora else None,
     }
+    if "eval_strategy" in options:
+        arguments["eval_dataset"] = arguments["train_dataset"]
     if name == "sdpo":
         arguments["reward_funcs"] = lengths
     if name not in ("sdft", "sdpo"):

@@ -47,9 +47,8 @@ class Labelled(Trainer):
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        if return_outputs:
-            raise refusals.no_logits(self)
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """The loss; with `return_outputs` also the model's outputs, which are none: there are no logits."""
         student = self.accelerator.unwrap_model(model)
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         labelled = inputs["labels"][:, 1:] != IGNORED  # the hidden state at one position predicts the next token
@@ -71,7 +70,15 @@ class Labelled(Trainer):
             num_items_in_batch = labelled.sum().clamp_min(1)
         elif isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        loss = total / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        if not prediction_loss_only:
+            raise refusals.no_logits(self)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
 class FusedGKDTrainer(Labelled, GKDTrainer):
@@ -101,6 +108,6 @@ class FusedIWOPDTrainer(Labelled, IWOPDTrainer):
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         _compat.check_tokenizers(self)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
