@@ -56,6 +56,15 @@ def test_the_chunked_loss_is_ligers(beta, bias, wider, parts):
     assert_same(LigerFusedLinearJSDLoss(**settings), LigersLoss(**settings), tensors(wider=wider, bias=bias))
 
 
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.3, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("wider", [0, 11])
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_hard_loss_is_ligers(shares, wider, parts):
+    settings = {**SOFT, "temperature": 1.7, "return_soft_hard_loss": parts}
+    settings |= dict(zip(("weight_hard_loss", "weight_soft_loss"), shares, strict=True))
+    assert_same(LigerFusedLinearJSDLoss(**settings), LigersLoss(**settings), tensors(wider=wider, bias=True))
+
+
 def test_tokens_that_are_all_ignored_make_no_loss():
     arguments = tensors()
     arguments[4] = torch.full((37,), -100)
@@ -78,12 +87,9 @@ def test_the_arguments_are_ligers(ours, theirs):
         assert list(got) == list(expected)
         for name, parameter in expected.items():
             assert parameter.default in (got[name].default, inspect.Parameter.empty), name
-    loss = ours(**({"weight_hard_loss": 0.0} if ours is LigerFusedLinearJSDLoss else {}))
-    assert vars(theirs()).keys() <= vars(loss).keys()
+    assert vars(theirs()).keys() <= vars(ours()).keys()
 
 
 def test_what_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"weight_hard_loss is 0\.5; it must be 0 here"):
-        LigerFusedLinearJSDLoss()
     with pytest.raises(ValueError, match="student_weight has 60 rows and teacher_weight 53"):
         LigerFusedLinearJSD()(torch.randn(2, 4), torch.randn(60, 4), torch.randn(2, 4), torch.randn(53, 4))

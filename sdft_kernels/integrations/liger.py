@@ -8,26 +8,32 @@ installed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from sdft_kernels.cross_entropy import fused_linear_cross_entropy
 from sdft_kernels.fused_linear import fused_linear_divergence
 from sdft_kernels.integrations._compat import warn_of_untried
 from sdft_kernels.integrations.models import named
-from sdft_kernels.scoring import linear_token_stats
+from sdft_kernels.outputs import DivergenceOutput
 
 warn_of_untried("liger-kernel")
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
-    """`liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: the soft loss, a mean over the tokens that are not ignored.
+    """`liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: means over the tokens that are not ignored.
+
+    The divergence and the cross-entropy come from the same logits, and their gradient from the same products.
 
     A teacher's head that is wider than the student's is compared as Liger does it: the student's logits are taken to be
     0 for what it lacks. That is a distribution over the teacher's vocabulary, in which padding has some probability;
-    `fused_linear_divergence` would compare what both have.
+    `fused_linear_divergence` would compare what both have. The cross-entropy is of the student's own vocabulary, and
+    then takes products of its own.
 
     Args:
-        weight_hard_loss: the share of the cross-entropy on `true_labels`; only 0 is taken yet.
+        weight_hard_loss: the share of the cross-entropy on `true_labels`.
         weight_soft_loss: the share of the divergence.
         beta: 0 is forward KL, 1 reverse KL, and between them the JSD in which the teacher's share is β.
         ignore_index: the label of tokens to leave out.
@@ -38,7 +44,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+        >>> loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.1, weight_soft_loss=0.9)
         >>> h, w = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8)
         >>> loss(h, w, torch.randn(5, 8), w, torch.randint(100, (5,))).backward()
     """
@@ -55,10 +61,6 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ) -> None:
         super().__init__()
-        if weight_hard_loss != 0:
-            raise ValueError(
-                f"weight_hard_loss is {weight_hard_loss!r}; it must be 0 here: the fused loss has no cross-entropy yet"
-            )
         self.weight_hard_loss = weight_hard_loss
         self.weight_soft_loss = weight_soft_loss
         self.ignore_index = ignore_index
@@ -80,7 +82,13 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss of hidden states (N, H), heads (V, H) and labels (N,)."""
         live = (true_labels != self.ignore_index).float()
-        soft = _mean_divergence(
+        labels = torch.where(live == 0, 0, true_labels)
+        wants_hard = self.weight_hard_loss != 0 or self.return_soft_hard_loss
+        together = wants_hard and self.weight_soft_loss != 0 and len(teacher_weight) <= len(student_weight)
+        hard_term: dict[str, Any] = {}
+        if together:
+            hard_term = {"hard_labels": labels, "hard_weight": self.weight_hard_loss / self.weight_soft_loss}
+        out = _divergence(
             student_input,
             *_widened(student_weight, student_bias, len(teacher_weight)),
             teacher_input,
@@ -89,14 +97,19 @@ class LigerFusedLinearJSDLoss(nn.Module):
             live,
             self.beta,
             self.temperature,
+            **hard_term,
         )
-        loss = self.weight_soft_loss * soft
+        loss, hard = self.weight_soft_loss * out.loss, out.hard_loss
+        if wants_hard and not together:
+            apart = fused_linear_cross_entropy(
+                student_input, student_weight, labels, bias=student_bias, token_weight=live
+            )
+            loss, hard = loss + self.weight_hard_loss * apart.loss, apart.token_loss
         if not self.return_soft_hard_loss:
             return loss
-        labels = torch.where(live == 0, 0, true_labels)
-        logprob = linear_token_stats(student_input, student_weight, labels, bias=student_bias).logprob
-        assert logprob is not None
-        return loss, soft.detach(), -(logprob * live).sum() / live.sum().clamp(min=1)
+        assert hard is not None
+        soft, hard = ((values * live).sum() / live.sum().clamp(min=1) for values in (out.token_loss, hard))
+        return loss, soft, hard
 
 
 class LigerFusedLinearJSD(nn.Module):
@@ -132,7 +145,7 @@ class LigerFusedLinearJSD(nn.Module):
     ) -> Tensor:
         """The loss of hidden states (N, H) and heads (V, H), of the tokens whose label (N,) is not ignored."""
         live = None if shift_labels is None else (shift_labels != self.ignore_index).float()
-        return _mean_divergence(
+        return _divergence(
             student_input,
             student_weight,
             None,
@@ -142,10 +155,10 @@ class LigerFusedLinearJSD(nn.Module):
             live,
             self.jsd_beta,
             self.temperature,
-        )
+        ).loss
 
 
-def _mean_divergence(
+def _divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
@@ -155,7 +168,8 @@ def _mean_divergence(
     live: Tensor | None,
     beta: float,
     temperature: float,
-) -> Tensor:
+    **hard_term: Any,
+) -> DivergenceOutput:
     if len(student_weight) != len(teacher_weight):
         raise ValueError(
             f"student_weight has {len(student_weight)} rows and teacher_weight {len(teacher_weight)}; both must have "
@@ -171,7 +185,8 @@ def _mean_divergence(
         token_weight=live,
         temperature=temperature,
         **named(beta),
-    ).loss
+        **hard_term,
+    )
 
 
 def _widened(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
