@@ -19,13 +19,12 @@ def _class(name: str, rule: str, members: str, others: str) -> Class:
 
 
 #: The frame around a class's name.
-QUESTIONS = ["Which of these is {name}?", "Find {name} in this list.", "Only one of these is {name}. Which one?"]
+QUESTIONS = ["Which of these is {name}?", "Which of the following is {name}?", "Which one of these is {name}?"]
 
 #: What follows the rule in a worked explanation.
 CONCLUSIONS = [
     "Of the four, only {thing} fits. The answer is {letter}.",
     "That is true of {thing} and not of the other three. The answer is {letter}.",
-    "In this list that means {thing}. The answer is {letter}.",
 ]
 
 CLASSES = [
