@@ -18,8 +18,12 @@ def _class(name: str, rule: str, members: str, others: str) -> Class:
     return Class(name, rule, members.split(", "), others.split(", "))
 
 
-#: The frame around a class's name.
-QUESTIONS = ["Which of these is {name}?", "Which of the following is {name}?", "Which one of these is {name}?"]
+#: The frame around a class's name. The options come before it: a small model answers at once what ends with options.
+QUESTIONS = [
+    "Which of these is {name}? State the rule, then the letter.",
+    "Which one of these is {name}? State the rule, then the letter.",
+    "Which of the four is {name}? State the rule, then the letter.",
+]
 
 #: What follows the rule in a worked explanation.
 CONCLUSIONS = [
