@@ -46,11 +46,11 @@ def test_a_skill_has_its_rows(name: str) -> None:
     assert all(SCORERS[SCORER[skill]](row["demonstration"], row["answer"]) for row in rows(name) if split != "train")
 
 
-@pytest.mark.parametrize("skill", SCORER)
-def test_demonstrations_are_short(skill: str) -> None:
+def test_demonstrations_are_short() -> None:
     tokenizer, _ = load_tokenizer(BUILT_IN)
-    texts = [row["demonstration"] for split in COUNTS for row in rows(f"{skill}_{split}")]
-    assert max(map(len, tokenizer(texts)["input_ids"])) <= MOST_TOKENS[skill]
+    for skill, most in MOST_TOKENS.items():
+        texts = [row["demonstration"] for split in COUNTS for row in rows(f"{skill}_{split}")]
+        assert max(map(len, tokenizer(texts)["input_ids"])) <= most
 
 
 def test_every_prompt_is_there_once() -> None:
