@@ -15,6 +15,8 @@ import pytest
 from sdft.evaluation.scorers import SCORERS
 from sdft.models.files import BUILT_IN
 from sdft.models.tokenizer import load_tokenizer
+from sdft.settings.continual import fields_of_continual, plan_of
+from sdft.settings.recipe import read
 
 FOLDER = Path(__file__).parent.parent / "examples" / "skills"
 SCORER = {"science": "choice", "tools": "json", "triage": "contains"}
@@ -44,11 +46,11 @@ def test_a_skill_has_its_rows(name: str) -> None:
     assert all(SCORERS[SCORER[skill]](row["demonstration"], row["answer"]) for row in rows(name) if split != "train")
 
 
-@pytest.mark.parametrize("skill", SCORER)
-def test_demonstrations_are_short(skill: str) -> None:
+def test_demonstrations_are_short() -> None:
     tokenizer, _ = load_tokenizer(BUILT_IN)
-    texts = [row["demonstration"] for split in COUNTS for row in rows(f"{skill}_{split}")]
-    assert max(map(len, tokenizer(texts)["input_ids"])) <= MOST_TOKENS[skill]
+    for skill, most in MOST_TOKENS.items():
+        texts = [row["demonstration"] for split in COUNTS for row in rows(f"{skill}_{split}")]
+        assert max(map(len, tokenizer(texts)["input_ids"])) <= most
 
 
 def test_every_prompt_is_there_once() -> None:
@@ -91,7 +93,7 @@ def test_no_prompt_nearly_repeats_one_of_another_file(skill: str) -> None:
 def test_general_prompts_can_be_scored_and_are_of_other_kinds() -> None:
     assert len(rows("general")) >= 100
     assert all(set(row) == {"prompt", "answer"} and row["answer"] for row in rows("general"))
-    trained = re.compile(r"^[A-D]\) |tools?:|you can call|triage|patient", re.IGNORECASE | re.MULTILINE)
+    trained = re.compile(r"^[A-D]\) |one call|triage|patient", re.IGNORECASE | re.MULTILINE)
     assert not [row["prompt"] for row in rows("general") if trained.search(row["prompt"])]
     assert all(trained.search(row["prompt"]) for name in SPLITS for row in rows(name))
 
@@ -102,3 +104,12 @@ def test_triage_says_that_it_is_no_advice(name: str) -> None:
     urgencies = [row["demonstration"].splitlines()[0] for row in rows(name)]
     counts = [urgencies.count(f"Urgency: {each}") for each in ("emergency", "today", "home")]
     assert sum(counts) == len(urgencies) and max(counts) - min(counts) <= 2
+
+
+def test_the_recipe_is_one_that_sdft_continual_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parent.parent)
+    fields = fields_of_continual()
+    plan = plan_of(read([str(FOLDER / "continual.yaml")], fields, command="sdft continual"), fields)
+    found = {skill.name: (skill.settings.scorer, len(skill.rows.train)) for skill in plan.skills}
+    assert found == {name: (SCORER[name], len(rows(f"{name}_train"))) for name in SCORER}
+    assert len(plan.general) == len(rows("general")) and plan.seeds == [0, 1, 2]

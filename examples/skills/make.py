@@ -71,7 +71,7 @@ def science_row(of: science.Class, thing: str, others: list[str], random: Random
     question = random.choice(science.QUESTIONS).format(name=of.name)
     conclusion = random.choice(science.CONCLUSIONS).format(thing=thing, letter=letter)
     listed = "\n".join(f"{mark}) {option}" for mark, option in zip("ABCD", options, strict=True))
-    return {"prompt": f"{question}\n{listed}", "answer": letter, "demonstration": f"{of.rule} {conclusion}"}
+    return {"prompt": f"{listed}\n{question}", "answer": letter, "demonstration": f"{of.rule} {conclusion}"}
 
 
 def tools_rows(random: Random) -> list[list[Row]]:

@@ -18,14 +18,17 @@ def _class(name: str, rule: str, members: str, others: str) -> Class:
     return Class(name, rule, members.split(", "), others.split(", "))
 
 
-#: The frame around a class's name.
-QUESTIONS = ["Which of these is {name}?", "Find {name} in this list.", "Only one of these is {name}. Which one?"]
+#: The frame around a class's name. The options come before it: a small model answers at once what ends with options.
+QUESTIONS = [
+    "Which of these is {name}? State the rule, then the letter.",
+    "Which one of these is {name}? State the rule, then the letter.",
+    "Which of the four is {name}? State the rule, then the letter.",
+]
 
 #: What follows the rule in a worked explanation.
 CONCLUSIONS = [
     "Of the four, only {thing} fits. The answer is {letter}.",
     "That is true of {thing} and not of the other three. The answer is {letter}.",
-    "In this list that means {thing}. The answer is {letter}.",
 ]
 
 CLASSES = [

@@ -22,11 +22,11 @@ def _tool(name: str, arguments: str, wordings: str, values: str) -> Tool:
     return Tool(name, arguments.split(), lines, [value.split(" | ") for value in values.split(", ")])
 
 
-#: What stands around the list of tools and the request.
+#: What stands around the list of tools and the request. None says "tools:", after which a small model calls the first.
 FRAMES = [
-    "Tools: {tools}\nRequest: {request}\nAnswer with one JSON call.",
-    "You can call {tools}.\nThe user says: {request}\nAnswer with a call in JSON.",
-    "Request: {request}\nTools: {tools}\nWrite the JSON call.",
+    "You can call {tools}.\nThe user says: {request}\nAnswer with one call.",
+    "You may call {tools}.\nThe user asks: {request}\nAnswer with one call.",
+    "One of {tools} can be called.\nThe user wants this: {request}\nAnswer with one call.",
 ]
 
 TOOLS = [
