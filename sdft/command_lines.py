@@ -180,7 +180,6 @@ def _generate(argv: list[str], started: float) -> None:
 
 def _data(argv: list[str], started: float) -> None:
     from sdft.data import load_rows
-    from sdft.data.files import is_hub_name, is_rows_file, is_saved_folder
     from sdft.early_checks import check_rows
     from sdft.models.files import check_model
     from sdft.settings import help
@@ -192,7 +191,7 @@ def _data(argv: list[str], started: float) -> None:
     fields = own_fields(DataArguments, ColumnArguments, DataCommand)
     if _helped("sdft data", help.DATA, fields, argv):
         return
-    if argv and any(known(argv[0]) for known in (is_rows_file, is_saved_folder, is_hub_name)):
+    if argv and not argv[0].startswith("-") and not argv[0].lower().endswith((".yaml", ".yml")):
         argv = ["--train_file", *argv]
     given = read(argv, fields, command="sdft data", ignored=_every_field())
     with given.located():

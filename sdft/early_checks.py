@@ -49,6 +49,10 @@ def check_rows(field: str, source: str | Collection[str] | None) -> None:
             check_package(f"{field} is {name!r}, a dataset of the hub", "datasets")
         elif is_saved_folder(name):
             check_package(f"{field} is {name!r}, which datasets has saved", "datasets")
+        elif os.path.isdir(name):
+            raise UsageError(
+                f"{field} is {name!r}, a folder that datasets has not saved; it must name a file, or several"
+            )
         else:
             check_readable(field, name)
 

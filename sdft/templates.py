@@ -98,7 +98,10 @@ def text_of(demonstration: str | list[Message]) -> str:
     if isinstance(demonstration, str):
         return demonstration
     (message,) = demonstration
-    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    calls = [dict(call.get("function", call)) for call in message.get("tool_calls") or ()]
+    for call in calls:  # OpenAI's have their arguments as text
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            call["arguments"] = json.loads(call["arguments"])
     lines = [json.dumps(call, ensure_ascii=False) for call in calls]
     return "\n".join([message["content"], *lines] if message["content"] else lines)
 

@@ -89,6 +89,8 @@ def check_options(options: LossOptions) -> LossOptions:
 
 def hard_weight(value: Any, labels: Tensor | None) -> Tensor | None:
     """The hard term's weight of each token, if there are hard labels."""
+    if value is None:
+        value = 0.0 if labels is None else 1.0
     given = isinstance(value, Tensor) or checks.finite("hard_weight", value) != 0
     if labels is None and given:
         raise ValueError("hard_weight needs hard_labels: the hard term is the cross-entropy with these")

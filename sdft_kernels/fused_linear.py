@@ -33,7 +33,7 @@ def fused_linear_divergence(
     labels: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     importance_clip: float | None = None,
-    hard_weight: float | Tensor = 0.0,
+    hard_weight: float | Tensor | None = None,
     hard_labels: Tensor | None = None,
     hard_temperature: float = 1.0,
     ignore_index: int = -100,
@@ -93,8 +93,8 @@ def fused_linear_divergence(
             1,023, even if a small factor of the loss would bring it back: `importance_clip` keeps it below.
         importance_clip: upper limit of that factor, positive, or None.
         hard_weight: with `hard_labels`, the factor of each token's cross-entropy with its hard label, which is then
-            added to the divergence: a number, or (N,) floating point. The token's weight multiplies both. That takes
-            no matrix product more, and an exponential a logit where the two temperatures differ.
+            added to the divergence: a number, (N,) floating point, or None for 1. The token's weight multiplies both.
+            That takes no matrix product more, and an exponential a logit where the two temperatures differ.
         hard_labels: (N,) int64, or None for no hard term. Not read where the weight is 0.
         hard_temperature: divides the student's logits in the cross-entropy, as `temperature` does in the divergence.
         ignore_index: the hard label of tokens that have none: of these only the divergence counts.
@@ -257,7 +257,7 @@ class FusedLinearDivergence(nn.Module):
         token_weight: Tensor | None = None,
         labels: Tensor | None = None,
         old_logprobs: Tensor | None = None,
-        hard_weight: float | Tensor = 0.0,
+        hard_weight: float | Tensor | None = None,
         hard_labels: Tensor | None = None,
     ) -> DivergenceOutput:
         """The loss of these hidden states and heads; `importance_clip` applies where `old_logprobs` are given, and

@@ -85,7 +85,7 @@ def divergence_of_logits(
     labels: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     importance_clip: float | None = None,
-    hard_weight: float | Tensor = 0.0,
+    hard_weight: float | Tensor | None = None,
     hard_labels: Tensor | None = None,
     hard_temperature: float = 1.0,
     ignore_index: int = -100,
@@ -117,7 +117,7 @@ def divergence_of_logits(
         counted = live & (hard_labels != ignore_index)
         hard_logits = student_logits * (temperature / hard_temperature)
         hard_loss = torch.where(counted, cross_entropy_per_token(hard_logits, torch.where(counted, hard_labels, 0)), 0)
-        with_hard = token_loss + hard_weight * hard_loss
+        with_hard = token_loss + (1.0 if hard_weight is None else hard_weight) * hard_loss
     return DivergenceOutput(
         loss=reduced(effective * with_hard, weight, reduction),
         token_loss=token_loss.detach(),

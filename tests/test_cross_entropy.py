@@ -253,9 +253,14 @@ def test_the_hard_term_in_half_precision_and_without_gradients(backend: str, dty
     assert_close(fused(case, backend=backend), reference(case), 3e-6, 5e-3)
 
 
+def test_hard_labels_alone_count_once() -> None:
+    case = random_case(5, hard_labels=torch.randint(0, 50, (5,)))
+    assert torch.equal(fused(case).output.loss, fused(case.with_options(hard_weight=1.0)).output.loss)
+
+
 def test_a_hard_term_of_weight_zero_only_reports_its_loss() -> None:
     case, labels = random_case(5), torch.randint(0, 1003, (5,))
-    alone, beside = fused(case), fused(case.with_options(hard_labels=labels))
+    alone, beside = fused(case), fused(case.with_options(hard_labels=labels, hard_weight=0.0))
     assert alone.output.hard_loss is None and beside.output.hard_loss is not None
     torch.testing.assert_close(beside.output.loss, alone.output.loss)
     logprob = fused(case.with_options(labels=labels)).output.student_logprob

@@ -185,3 +185,22 @@ def test_rows_that_are_too_long_are_refused_or_left_out_or_shortened(caplog):
         encode(rows[1:], context=context, overlong="skip")
     with pytest.raises(UsageError, match="the teacher prompt has"):  # a demonstration is not shortened
         encode(load_rows([{"prompt": "a", "demonstration": "x " * 90}]), context=60, overlong="truncate_prompt_left")
+
+
+def test_what_a_template_does_not_know_of_is_said(caplog):
+    bare = tiny.tiny_tokenizer()
+    call = {"role": "assistant", "content": "I ask.", "tool_calls": [CALL]}
+    rows = load_rows([{"prompt": [USER], "demonstration": [call], "tools": TOOLS}])
+    encode(rows, tokenizer=bare)
+    text = caplog.text
+    assert "leaves out tools, or calls of them, in 1 of 1 rows, the first in dataset, row 1" in text
+    assert "leaves out a part of the demonstration in 1 of 1 rows" in text
+    silent = load_rows([{"prompt": [USER], "demonstration": [{"role": "assistant", "tool_calls": [CALL]}]}])
+    with pytest.raises(UsageError, match="row 1: the tokenizer's chat template writes nothing of the demonstration"):
+        encode(silent, method="sft", tokenizer=bare)
+
+
+def test_arguments_that_are_text_are_shown_as_what_they_say():
+    told = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Lima"}'}}
+    (row,) = load_rows([{"prompt": [USER], "demonstration": [{"role": "assistant", "tool_calls": [told]}]}])
+    assert '{"name": "weather", "arguments": {"city": "Lima"}}' in teacher_text(row, TEMPLATES["paper"], tokenizer())

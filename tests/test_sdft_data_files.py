@@ -109,6 +109,7 @@ USUAL = [
     ({"prompt": "q", "privileged_context": "a"}, "q", "a", "a"),
     ({"prompt": TURNS[:1], "completion": TURNS[1:]}, TURNS[:1], TURNS[1:], "a"),
     ({"problem": "q", "solution": "a"}, "q", "a", "a"),
+    ({"Question": "q", "Response": "a"}, "q", "a", "a"),
 ]
 
 
@@ -132,12 +133,14 @@ def test_our_own_names_need_no_others(caplog):
     assert read["answer"] == "B"
 
 
-def test_columns_name_what_is_read(tmp_path):
+def test_columns_name_what_is_read(tmp_path, caplog):
     path = as_csv(tmp_path / "rows.csv", [{"q": "a question", "good": "an answer", "prompt": "not this"}])
     (row,) = load_rows(path, columns={"prompt": "q", "demonstration": "good"})
     assert (row["prompt"], row["demonstration"]) == ("a question", "an answer") and "q" not in row
     with pytest.raises(UsageError, match=r"columns has demonstration: better, and .* no such column; it has good, "):
         load_rows(path, columns={"prompt": "q", "demonstration": "better"})
+    (row,) = load_rows(path, columns={"prompt": "query", "demonstration": "good"})
+    assert row["prompt"] == "not this" and "no such column: its own prompt is read" in caplog.text
     (row,) = load_rows(path, need=("prompt",), columns={"prompt": "q", "demonstration": "better"})  # is not needed
     assert row["prompt"] == "a question"
 
@@ -161,6 +164,8 @@ def test_several_files_and_weights(tmp_path):
         ("rows.csv", "prompt,prompt\na,b\n", "has the column 'prompt' twice"),
         ("rows.csv", 'prompt,demonstration\n"a,b\n', "cannot be read as a table"),
         ("rows.csv", "prompt,demonstration\n", "is empty"),
+        ("rows.csv", "q,a\n1,2\n", r"row 1 has no prompt; it has q, a \(columns names what a file calls it\)"),
+        ("rows.json", '{\n"data": []\n}', "begins with an object over several lines; it must be a list of rows"),
         ("rows.json", "[{]", "is not JSON"),
         ("rows.json", '["a"]', "row 1 is a text"),
         ("rows.jsonl", "[1]\n[2]\n", "row 1 is a list"),
@@ -253,6 +258,9 @@ def test_sdft_data_says_what_does_not_fit(model, tmp_path, capsys):
     argv = ["data", str(tmp_path / "mine.jsonl"), "--model", model, "--rows", "0", *SHORT]
     assert main(argv) == 0
     shown = capsys.readouterr().out
+    assert main(["data", str(tmp_path / "mine.jsonl"), "--model", model, *SHORT, "--overlong", "skip"]) == 0
+    skipped = capsys.readouterr().out
+    assert "1 row would be left out:" in skipped and "characters ...]" in skipped and len(skipped) < 20_000
     assert "1 row would be refused:" in shown and "mine.jsonl, row 2: the prompt has" in shown
 
 
@@ -267,7 +275,7 @@ def test_sdft_data_takes_a_recipe(model, tmp_path, capsys):
 def test_a_run_on_a_csv_with_other_names(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     as_csv(tmp_path / "mine.csv", [{"q": row["prompt"], "a": "yes"} for row in tiny.rows(4)])
-    columns = json.dumps({"prompt": "q", "demonstration": "a"})
+    columns = "{prompt: q, demonstration: a}"
     argv = ["train", "--model", model, "--train_file", "mine.csv", "--columns", columns, "--output_dir", "out"]
     assert main([*argv, "--max_steps", "1", "--max_completion_length", "4", "--use_cpu", "--save_strategy", "no"]) == 0
     assert "prompt: q" in (tmp_path / "out" / "resolved_recipe.yaml").read_text()

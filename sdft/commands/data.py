@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 BINS = 32
+MOST_SHOWN = 4000  # characters of a text
+#: What becomes of rows that are too long, by `overlong`.
+BECOME = {"error": "refused", "skip": "left out", "truncate_prompt_left": "shortened, or refused"}
 
 
 def show(rows: list[Row], command: DataCommand) -> None:
@@ -74,9 +77,17 @@ def _by_roles(prompt: str | list[Message]) -> str:
 
 
 def _as_read(row: Row, texts: Texts) -> list[str]:
-    lines = ["", f"── {row[WHERE]}, as the student reads it", texts.student(row)]
-    lines += ["", f"── {row[WHERE]}, as the teacher reads it", texts.teacher(row)]
-    return [*lines, "", f"── {row[WHERE]}, its demonstration", texts.demonstration(row)]
+    lines = ["", f"── {row[WHERE]}, as the student reads it", _cut(texts.student(row))]
+    lines += ["", f"── {row[WHERE]}, as the teacher reads it", _cut(texts.teacher(row))]
+    return [*lines, "", f"── {row[WHERE]}, its demonstration", _cut(texts.demonstration(row))]
+
+
+def _cut(text: str) -> str:
+    """The text with what a screen cannot hold left out of its middle."""
+    left_out = len(text) - MOST_SHOWN
+    return (
+        text if left_out <= 0 else f"{text[: MOST_SHOWN // 2]}[... {left_out} characters ...]{text[-MOST_SHOWN // 2 :]}"
+    )
 
 
 def _lengths(rows: list[Row], of: Texts, limits: Limits, room: int) -> list[str]:
@@ -105,7 +116,13 @@ def _lengths(rows: list[Row], of: Texts, limits: Limits, room: int) -> list[str]
             refused.append(str(error))
     if refused:
         more = [f"and {len(refused) - 3} more"] if len(refused) > 3 else []
-        return [*lines, "", f"{counted(len(refused), 'row')} would be refused:", *refused[:3], *more]
+        return [
+            *lines,
+            "",
+            f"{counted(len(refused), 'row')} would be {BECOME[of.command.overlong]}:",
+            *refused[:3],
+            *more,
+        ]
     context = f" of {limits.context} tokens, with {room} for the completion" if limits.context else ""
     return [*lines, "", f"all rows fit the model's context{context}"]
 

@@ -86,11 +86,26 @@ def named(
     if columns:
         numbered = _renamed(numbered, source, columns, there, need)
         there |= {name for name, column in columns.items() if column in there}
-    convention = next((each for each in CONVENTIONS if there.issuperset(each.columns)), None)
-    if convention is None or there.issuperset(need):
+    if there.issuperset(need):
+        return list(numbered)
+    lowered = {name.lower() for name in there}
+    if _convention(there) is None and (_convention(lowered) or lowered.issuperset(need)):
+        numbered = [(number, _lowered(row)) for number, row in numbered]
+        return named(numbered, source, need) if there != lowered else list(numbered)
+    convention = _convention(there)
+    if convention is None:
         return list(numbered)
     logger.warning("%s: %s (columns can say otherwise)", source, convention.said)
     return [(number, _read(row, convention, f"{source}, row {number}", need)) for number, row in numbered]
+
+
+def _convention(there: Collection[str]) -> Convention | None:
+    return next((each for each in CONVENTIONS if set(there).issuperset(each.columns)), None)
+
+
+def _lowered(row: Any) -> Any:
+    """The row with its columns' names in small letters."""
+    return {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else row
 
 
 def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> Any:
@@ -118,10 +133,12 @@ def _renamed(
     need: Sequence[str],
 ) -> list[tuple[int, Any]]:
     for name, column in columns.items():
-        if column not in there and name in need and name not in there:
-            raise UsageError(
-                f"columns has {name}: {column}, and {source} has no such column; it has {', '.join(sorted(there))}"
-            )
+        if column in there or name not in need:
+            continue
+        missing = f"columns has {name}: {column}, and {source} has no such column"
+        if name not in there:
+            raise UsageError(f"{missing}; it has {', '.join(sorted(there))}")
+        logger.warning("%s: its own %s is read", missing, name)
     here = {name: column for name, column in columns.items() if column in there}
 
     def rename(row: Any) -> Any:

@@ -125,16 +125,24 @@ def encode_rows(
             "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
         )
     encoded = []
-    unseen, unlearned = (LeftOut(rows) for _ in range(2))
+    unseen, unlearned, untold = LeftOut(rows), LeftOut(rows), LeftOut(rows, "tools, or calls of them,")
     too_long: list[str] = []
 
     def encode(row: Row) -> Encoded:
-        ids: Row = {"prompt_ids": opening_ids(student_text(row, tokenizer, options), tokenizer)}
-        room, seen = 0 if method == "sft" else max_completion_length, []
+        text = student_text(row, tokenizer, options)
+        ids: Row = {"prompt_ids": opening_ids(text, tokenizer)}
+        shown = [tool.get("function", tool).get("name", "") for tool in row.get("tools") or ()]
+        seen = [(untold, text, [*map(str, shown), *tool_names(as_messages(row["prompt"]))])]
+        room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
             before, text = written(row, tokenizer, options)
-            seen.append((unlearned, text))
+            seen.append((unlearned, text, parts_of(row["demonstration"])))
             ids["completion_ids"] = encode_demonstration(before, text, tokenizer, eos_ids)
+            if not text.strip() or set(ids["completion_ids"]) <= eos_ids:
+                raise UsageError(
+                    f"{row[WHERE]}: the tokenizer's chat template writes nothing of the demonstration, so that there "
+                    "is nothing to learn from it"
+                )
             room = max(room, len(ids["completion_ids"]))
         if with_draft:
             draft = text_of(row["demonstration"]) if row.get("demonstration") else ""
@@ -147,7 +155,7 @@ def encode_rows(
             ids["teacher_prompt_ids"] = opening_ids(text, tokenizer)
             check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
             if row.get("teacher_prompt") is None:
-                seen.append((unseen, text))
+                seen.append((unseen, text, parts_of(row["demonstration"])))
         return ids, seen
 
     for row in rows:
@@ -160,8 +168,8 @@ def encode_rows(
             if overlong == "skip":
                 continue
             ids, seen = _shortened(row, error, encode, tokenizer)
-        for left_out, text in seen:
-            left_out.look(row, text)
+        for left_out, text, parts in seen:
+            left_out.look(row, text, parts)
         encoded.append(ids)
     if too_long:
         done = "are left out" if overlong == "skip" else "lose the beginning of their prompt"
@@ -172,6 +180,7 @@ def encode_rows(
         raise UsageError(
             f"overlong is {overlong!r}, and none of {counted(len(rows), 'row')} is short enough for the model"
         )
+    untold.warn("the model does not know of them")
     unseen.warn(
         "the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template than "
         "'turn' keeps it)"
@@ -180,20 +189,20 @@ def encode_rows(
     return encoded
 
 
-Encoded = tuple[Row, list[tuple["LeftOut", str]]]
+Encoded = tuple[Row, list[tuple["LeftOut", str, list[str]]]]
 
 
 def _shortened(
     row: Row, error: Overlong, encode: Callable[[Row], Encoded], tokenizer: PreTrainedTokenizerBase
 ) -> Encoded:
     """The row's ids, once the last message of its prompt by the user has lost as many tokens as it takes."""
-    messages = as_messages(row["prompt"])
+    first, messages = error, as_messages(row["prompt"])
     place = last_by_user(messages)
     kept: list[int] = tokenizer(messages[place]["content"], add_special_tokens=False)["input_ids"]
     while True:
         kept = kept[max(error.over // 2, 1) :]  # a teacher may see the prompt twice, and then loses it twice
         if not kept or row.get("teacher_prompt") is not None:
-            raise error
+            raise UsageError(f"{first}; to shorten its prompt is not enough, and overlong may be skip") from error
         content = str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
         shorter = [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
         try:
@@ -203,28 +212,40 @@ def _shortened(
 
 
 class LeftOut:
-    """The rows in whose text a chat template leaves out a part of the demonstration."""
+    """The rows in whose text a chat template leaves out a part of what it is to show."""
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows, self.places = rows, list[str]()
+    def __init__(self, rows: list[Row], part: str = "a part of the demonstration") -> None:
+        self.rows, self.part, self.places = rows, part, list[str]()
 
-    def look(self, row: Row, text: str) -> None:
-        demonstration = row["demonstration"]  # calls of tools a template writes in a form of its own
-        content = demonstration if isinstance(demonstration, str) else demonstration[0]["content"]
-        # Templates may set what they keep apart in lines of its own.
-        if "".join(content.split()) not in "".join(text.split()):
+    def look(self, row: Row, text: str, parts: list[str]) -> None:
+        """Find each of these parts in the row's text; templates may set what they keep apart in lines of its own."""
+        bare = "".join(text.split())
+        if any("".join(part.split()) not in bare for part in parts):
             self.places.append(row[WHERE])
 
     def warn(self, consequence: str) -> None:
         if self.places:
             logger.warning(
-                "the tokenizer's chat template leaves out a part of the demonstration in %d of %d rows, the first in "
-                "%s: %s",
+                "the tokenizer's chat template leaves out %s in %d of %d rows, the first in %s: %s",
+                self.part,
                 len(self.places),
                 len(self.rows),
                 self.places[0],
                 consequence,
             )
+
+
+def parts_of(demonstration: str | list[Message]) -> list[str]:
+    """What of a demonstration every template has to show: its text, and the names of the tools that it calls."""
+    if isinstance(demonstration, str):
+        return [demonstration]
+    return [demonstration[0]["content"], *tool_names(demonstration)]
+
+
+def tool_names(messages: list[Message]) -> list[str]:
+    """The names of the tools that messages call."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    return [str(call.get("function", call).get("name", "")) for call in calls]
 
 
 def check_ids(

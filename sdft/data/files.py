@@ -122,6 +122,8 @@ def _read_json(lines: IO[str], path: Path) -> Numbered:
     lines.seek(0)
     if first.startswith("[") and not (several and first.endswith("]")):
         return list(enumerate(_parse(lines.read(), str(path)), start=1))
+    if several and first == "{":  # the beginning of one object over several lines
+        raise UsageError(f"{path} begins with an object over several lines; it must be a list of rows, or one a line")
     return [(number, _parse(line, f"{path}, row {number}")) for number, line in enumerate(lines, 1) if line.strip()]
 
 

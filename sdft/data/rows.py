@@ -92,7 +92,8 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     for field in need:
         if row.get(field) is None:
             given = [str(name) for name, value in row.items() if name != WHERE and value is not None]
-            raise UsageError(f"{where} has no {field}; it has {', '.join(given) or 'nothing'}")
+            other = " (columns names what a file calls it)" if given and set(given).isdisjoint(COLUMNS) else ""
+            raise UsageError(f"{where} has no {field}; it has {', '.join(given) or 'nothing'}{other}")
         if row[field] in ("", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has an empty {field}")
     chats = {

@@ -19,7 +19,7 @@ from sdft.settings.checks import (
     chosen,
     matching,
 )
-from sdft.settings.config import EvalSettings
+from sdft.settings.config import OVERLONG, EvalSettings
 from sdft.settings.inherited import LARGEST_SEED
 from sdft.settings.rollouts import VLLM, BackendSettings
 from sdft.settings.setting import setting
@@ -128,12 +128,14 @@ class DataCommand(BothChatSettings):
         default="paper", metadata={"help": "How the teacher is shown a demonstration, as in sdft train."}
     )
     max_completion_length: int = setting(256, "The most tokens in an answer, for which a prompt must leave room.")
+    overlong: str = setting("error", "What becomes of a row that is too long for the model, as in sdft train.")
     rows: int = setting(3, "How many rows are shown.")
 
     def __post_init__(self) -> None:
         BothChatSettings.__post_init__(self)
         check_switches(self)
         check_at_least("max_completion_length", self.max_completion_length, 1)
+        self.overlong = chosen("overlong", self.overlong, OVERLONG)
         check_at_least("rows", self.rows, 0)
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
         parse_template(self.teacher_template)

@@ -7,13 +7,15 @@ takes a twentieth of a second where importing it takes five.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sdft.errors import UsageError, shown
 from sdft.settings.checks import chosen
@@ -67,8 +69,13 @@ class Field:
             raise self._refusal(value) from None
 
     def _from_text(self, text: str) -> Any:
-        if "dict" in self.kinds and text.lstrip().startswith("{"):
-            return json.loads(text)
+        for kind, opens in ((dict, "{"), (list, "[")):
+            if kind.__name__ in self.kinds and text.lstrip().startswith(opens):
+                with contextlib.suppress(yaml.YAMLError):  # which JSON is, too
+                    if isinstance(found := yaml.safe_load(text), kind):
+                        return found
+                if kind is dict:
+                    raise ValueError
         if "str" in self.kinds:
             return int(text) if "int" in self.kinds and text.isdecimal() else text
         if "int" in self.kinds and text.lower() not in (*YES[:-1], *NO[:-1]):
