@@ -37,8 +37,9 @@ def test_opcheck(divergence: str, reduction: str) -> None:
     hidden, weight, teacher_hidden, teacher_weight = small_inputs()
     bias = torch.randn(50, requires_grad=True)
     wanted = [reduction != "none"] * 3
-    per_token = torch.rand(12), torch.randint(0, 50, (12,)), -torch.rand(12)
-    options = (divergence, 0.5, 1.0, 1.0, 1.0, None, 5.0, 2.0, reduction, 50, None, "auto", torch.float32, *wanted)
+    labels, hard_labels = torch.randint(0, 50, (2, 12))
+    per_token = torch.rand(12), labels, -torch.rand(12), hard_labels, torch.rand(12)
+    options = (divergence, 0.5, 1.0, 1.0, 1.0, None, 5.0, 2.0, reduction, 50, None, "auto", 2.0, torch.float32, *wanted)
     arguments = (hidden, weight, bias, teacher_hidden, teacher_weight, None, *per_token, *options)
     torch.library.opcheck(fused_linear_divergence_op, arguments)
 
