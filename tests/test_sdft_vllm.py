@@ -1,6 +1,6 @@
 """The vLLM back-end with a stand-in for vLLM: what is refused, what the engine is told, and the check of its weights.
 
-tests/vllm has the same with vLLM itself.
+tests/with_vllm has the same with vLLM itself.
 """
 
 from __future__ import annotations
