@@ -20,7 +20,7 @@ from sdft.rollouts import server as by_server
 from sdft.rollouts.generate import write
 from sdft.rollouts.server import ServerRollouts
 from tests import tiny
-from tests.vllm.test_vllm import (
+from tests.with_vllm.test_vllm import (
     DRAWN,
     PROMPTS,
     assert_writes_as_generate,
