@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.sdft import SDFTTrainer
@@ -68,6 +69,7 @@ def pairs(folder):
                 trainer.train()
                 del trainer.compute_loss
             made[name, lora] = (*trainers, met[0])
+        Accelerator()  # its state is the whole process's, and begins anew with each configuration that is made
         return made[name, lora]
 
     return pair

@@ -905,7 +905,7 @@ def test_the_losses_of_a_run_are_means_over_its_first_and_last_tenth():
         (["train", "model.gguf"], "model.gguf is no recipe, which is a YAML file; a model is named by --model"),
         (
             ["train", "--model", "m", "--train_file", "."],
-            "--train_file is '.'; that is a folder, and it must be a file",
+            "--train_file is '.', a folder that datasets has not saved; it must name a file",
         ),
         (
             ["eval", "--model", "m", "--eval_file", "rows.jsonl", "--teacher"],
