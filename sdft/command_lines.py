@@ -43,7 +43,14 @@ def _train(argv: list[str], started: float) -> int:
     from sdft.settings.fields import own_fields, training_fields
     from sdft.settings.idle import OF_TRAINING, without_effect
     from sdft.settings.inherited import check_values
-    from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
+    from sdft.settings.inputs import (
+        SEED,
+        ColumnArguments,
+        DataArguments,
+        EvalArguments,
+        LoraArguments,
+        ModelArguments,
+    )
     from sdft.settings.recipe import read
     from sdft.settings.rollouts import VLLM
 
@@ -69,7 +76,7 @@ def _train(argv: list[str], started: float) -> int:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
         if method.rollout_backend == VLLM:
             check_vllm(method.rollout_server)
-        rows = rows_of_train(data, evaluation, method, columns, given.values.get("seed", 0))
+        rows = rows_of_train(data, evaluation, method, columns, given.values.get("seed", SEED))
 
         from sdft.settings.arguments import SDFTConfig
 
@@ -199,7 +206,7 @@ def _data(argv: list[str], started: float) -> None:
         check_rows("train_file", data.train_file)
         if command.model:
             check_model(command.model)
-        rows = load_rows(data.train_file, columns=columns.columns, seed=given.values.get("seed", 0))
+        rows = load_rows(data.train_file, columns=columns.columns, seed=command.seed)
 
         from sdft.commands.data import show
 

@@ -196,10 +196,9 @@ def said(args: SDFTConfig, first: str, *others: str) -> str:
 
 def prepare_memory(model: PreTrainedModel, args: SDFTConfig) -> None:
     """Have the model keep to the settings that save memory, and say which of them have no effect here."""
-    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # transformers 5.17 has the last
-        if options := getattr(args, name, None):
-            with installed(said(args, name)):
-                checkpoint(torch.clone, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
+    if options := cast(dict[str, Any] | None, args.activation_checkpointing_kwargs):
+        with installed(said(args, "activation_checkpointing_kwargs")):
+            checkpoint(torch.clone, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
     tiled = tile(model, args.max_forward_tokens)
     if args.max_forward_tokens is not None and not tiled:
         logger.warning(
@@ -230,7 +229,7 @@ def installed(asked: str) -> Iterator[None]:
         yield
     except (UsageError, TrainingError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # optimizers, schedules and trackers are others' code, and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingsError(f"{asked}, which cannot be had here: {reason}") from error
 

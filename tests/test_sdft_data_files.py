@@ -125,6 +125,13 @@ def test_usual_names_are_found_and_said(row, prompt, demonstration, answer, capl
     assert general["prompt"] == prompt and general.get("answer") == row.get("answer")
 
 
+def test_other_columns_stay_and_names_that_differ_by_case_alone_are_two():
+    (read,) = load_rows([{"question": "q", "answer": "a", "input": "beside it"}])
+    assert read["input"] == "beside it" and read["prompt"] == "q"
+    with pytest.raises(UsageError, match="row 1 has no prompt; it has Question, question, Response"):
+        load_rows([{"Question": "one", "question": "two", "Response": "a"}])
+
+
 def test_our_own_names_need_no_others(caplog):
     row = {**ROWS[0], "answer": "x", "question": "another", "messages": TURNS}
     (read,) = load_rows([row])
@@ -224,6 +231,8 @@ def test_wrong_columns_are_refused():
         ColumnArguments({"promt": "q"})
     with pytest.raises(UsageError, match="columns has prompt: 3; it must be the name of a column"):
         ColumnArguments({"prompt": 3})
+    with pytest.raises(UsageError, match="columns has 'q' for prompt and demonstration; each must be of its own"):
+        ColumnArguments({"prompt": "q", "demonstration": "q"})
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +271,13 @@ def test_sdft_data_says_what_does_not_fit(model, tmp_path, capsys):
     skipped = capsys.readouterr().out
     assert "1 row would be left out:" in skipped and "characters ...]" in skipped and len(skipped) < 20_000
     assert "1 row would be refused:" in shown and "mine.jsonl, row 2: the prompt has" in shown
+
+
+def test_sdft_data_says_what_the_template_does_not_show(model, tmp_path, capsys, caplog):
+    row = {**ROWS[0], "tools": [{"name": "weather"}]}
+    (tmp_path / "mine.jsonl").write_text(jsonl([row]))
+    assert main(["data", str(tmp_path / "mine.jsonl"), "--model", model, *SHORT]) == 0
+    assert "the tokenizer's chat template leaves out tools, or calls of them, in 1 of 1 rows" in caplog.text
 
 
 def test_sdft_data_takes_a_recipe(model, tmp_path, capsys):

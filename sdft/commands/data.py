@@ -17,6 +17,7 @@ from sdft.data import (
     teacher_chat,
     teacher_text,
 )
+from sdft.data.encode import Shown
 from sdft.errors import UsageError, counted
 from sdft.settings.commands import DataCommand
 from sdft.templates import Message, as_messages, parse_template, text_of
@@ -107,13 +108,15 @@ def _lengths(rows: list[Row], of: Texts, limits: Limits, room: int) -> list[str]
     lines += [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in ids.items()]
     if longer := sum(len(each) > room for each in ids["demonstration"]):
         lines += ["", f"{longer} of {counted(len(rows), 'demonstration')} longer than max_completion_length, {room}"]
-    refused: list[str] = []
+    refused, shown = list[str](), Shown(rows)
     for number, row in enumerate(rows):
+        shown.look(row, {"student": texts["prompt"][number], "teacher": texts["teacher prompt"][number]})
         try:
             for kind in ("prompt", "teacher prompt"):
                 check_ids(row, kind, ids[kind][number], tokenizer, room, limits)
         except UsageError as error:
             refused.append(str(error))
+    shown.warn()
     if refused:
         more = [f"and {len(refused) - 3} more"] if len(refused) > 3 else []
         return [

@@ -26,6 +26,7 @@ class Convention:
     columns: tuple[str, ...]
     said: str
     read: Callable[[Mapping[str, Any]], tuple[Any, Any]]
+    also: tuple[str, ...] = ()  # columns that it reads where they are there
 
 
 def _pair(prompt: str, answer: str) -> Convention:
@@ -65,6 +66,7 @@ CONVENTIONS = (
         ("instruction", "output"),
         "prompt is 'instruction', with 'input' after it, and demonstration 'output'",
         _of_instruction,
+        also=("input",),
     ),
     _pair("instruction", "response"),
     _pair("question", "answer"),
@@ -88,11 +90,10 @@ def named(
         there |= {name for name, column in columns.items() if column in there}
     if there.issuperset(need):
         return list(numbered)
-    lowered = {name.lower() for name in there}
-    if _convention(there) is None and (_convention(lowered) or lowered.issuperset(need)):
-        numbered = [(number, _lowered(row)) for number, row in numbered]
-        return named(numbered, source, need) if there != lowered else list(numbered)
-    convention = _convention(there)
+    lowered, convention = {name.lower() for name in there}, _convention(there)
+    alone = len(lowered) == len(there)  # no two names are the same but for their letters' case
+    if convention is None and alone and (lowered.issuperset(need) or _convention(lowered)) and lowered != there:
+        return named([(number, _lowered(row)) for number, row in numbered], source, need)
     if convention is None:
         return list(numbered)
     logger.warning("%s: %s (columns can say otherwise)", source, convention.said)
@@ -117,7 +118,7 @@ def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> 
         prompt, good = convention.read(row)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    used = {*convention.columns, "input"} - {"answer"}
+    used = {*convention.columns, *convention.also} - {"answer"}
     found = {name: value for name, value in row.items() if name not in used} | {"prompt": prompt}
     found.setdefault("demonstration", good)
     if "answer" in need:

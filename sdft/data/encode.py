@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sdft.data.chats import Options, opening, student_text, teacher_text, written
 from sdft.data.rows import WHERE, Row
@@ -124,19 +124,16 @@ def encode_rows(
         logger.warning(
             "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
         )
-    encoded = []
-    unseen, unlearned, untold = LeftOut(rows), LeftOut(rows), LeftOut(rows, "tools, or calls of them,")
+    encoded, shown = [], Shown(rows)
     too_long: list[str] = []
 
     def encode(row: Row) -> Encoded:
-        text = student_text(row, tokenizer, options)
-        ids: Row = {"prompt_ids": opening_ids(text, tokenizer)}
-        shown = [tool.get("function", tool).get("name", "") for tool in row.get("tools") or ()]
-        seen = [(untold, text, [*map(str, shown), *tool_names(as_messages(row["prompt"]))])]
+        texts = {"student": student_text(row, tokenizer, options)}
+        ids: Row = {"prompt_ids": opening_ids(texts["student"], tokenizer)}
         room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
             before, text = written(row, tokenizer, options)
-            seen.append((unlearned, text, parts_of(row["demonstration"])))
+            texts["learned"] = text
             ids["completion_ids"] = encode_demonstration(before, text, tokenizer, eos_ids)
             if not text.strip() or set(ids["completion_ids"]) <= eos_ids:
                 raise UsageError(
@@ -151,25 +148,22 @@ def encode_rows(
         if "completion_ids" in ids:
             check_ids(row, "demonstration", ids["completion_ids"], tokenizer, 0, limits)
         if method != "sft":
-            text = teacher_text(row, template, tokenizer, teacher_options)
-            ids["teacher_prompt_ids"] = opening_ids(text, tokenizer)
+            texts["teacher"] = teacher_text(row, template, tokenizer, teacher_options)
+            ids["teacher_prompt_ids"] = opening_ids(texts["teacher"], tokenizer)
             check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
-            if row.get("teacher_prompt") is None:
-                seen.append((unseen, text, parts_of(row["demonstration"])))
-        return ids, seen
+        return ids, texts
 
     for row in rows:
         try:
-            ids, seen = encode(row)
+            ids, texts = encode(row)
         except Overlong as error:
             if overlong == "error":
                 raise
             too_long.append(row[WHERE])
             if overlong == "skip":
                 continue
-            ids, seen = _shortened(row, error, encode, tokenizer)
-        for left_out, text, parts in seen:
-            left_out.look(row, text, parts)
+            ids, texts = _shortened(row, error, encode, tokenizer)
+        shown.look(row, texts)
         encoded.append(ids)
     if too_long:
         done = "are left out" if overlong == "skip" else "lose the beginning of their prompt"
@@ -180,16 +174,12 @@ def encode_rows(
         raise UsageError(
             f"overlong is {overlong!r}, and none of {counted(len(rows), 'row')} is short enough for the model"
         )
-    untold.warn("the model does not know of them")
-    unseen.warn(
-        "the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template than "
-        "'turn' keeps it)"
-    )
-    unlearned.warn("it is not learned (templates drop thinking that they keep in another field of the message)")
+    shown.warn()
     return encoded
 
 
-Encoded = tuple[Row, list[tuple["LeftOut", str, list[str]]]]
+#: A row's token ids, and the texts that they are of, by whose they are: "student", "teacher" and "learned".
+Encoded = tuple[Row, dict[str, str]]
 
 
 def _shortened(
@@ -211,38 +201,60 @@ def _shortened(
             error = still
 
 
-class LeftOut:
-    """The rows in whose text a chat template leaves out a part of what it is to show."""
+class Shown:
+    """Finds out, and says once, what the chat template leaves out of rows: templates may drop what they do not know."""
 
-    def __init__(self, rows: list[Row], part: str = "a part of the demonstration") -> None:
-        self.rows, self.part, self.places = rows, part, list[str]()
+    #: Whose text lacks what, and what follows from that.
+    LACKS: ClassVar = {
+        "student": ("tools, or calls of them,", "the model does not know of them"),
+        "teacher": (
+            "a part of the demonstration",
+            "the teacher does not see it (templates drop the thinking of earlier turns; another teacher_template than "
+            "'turn' keeps it)",
+        ),
+        "learned": (
+            "a part of the demonstration",
+            "it is not learned (templates drop thinking that they keep in another field of the message)",
+        ),
+    }
 
-    def look(self, row: Row, text: str, parts: list[str]) -> None:
-        """Find each of these parts in the row's text; templates may set what they keep apart in lines of its own."""
-        bare = "".join(text.split())
-        if any("".join(part.split()) not in bare for part in parts):
-            self.places.append(row[WHERE])
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows, self.places = rows, {whose: list[str]() for whose in self.LACKS}
 
-    def warn(self, consequence: str) -> None:
-        if self.places:
-            logger.warning(
-                "the tokenizer's chat template leaves out %s in %d of %d rows, the first in %s: %s",
-                self.part,
-                len(self.places),
-                len(self.rows),
-                self.places[0],
-                consequence,
-            )
+    def look(self, row: Row, texts: Mapping[str, str]) -> None:
+        """Look for what each of these texts of a row should have; templates may set what they keep in its own lines."""
+        for whose, text in texts.items():
+            bare = "".join(text.split())
+            if any("".join(part.split()) not in bare for part in _parts(row, whose)):
+                self.places[whose].append(row[WHERE])
+
+    def warn(self) -> None:
+        for whose, (what, consequence) in self.LACKS.items():
+            if places := self.places[whose]:
+                logger.warning(
+                    "the tokenizer's chat template leaves out %s in %d of %d rows, the first in %s: %s",
+                    what,
+                    len(places),
+                    len(self.rows),
+                    places[0],
+                    consequence,
+                )
 
 
-def parts_of(demonstration: str | list[Message]) -> list[str]:
-    """What of a demonstration every template has to show: its text, and the names of the tools that it calls."""
+def _parts(row: Row, whose: str) -> list[str]:
+    """What every template has to show in such a text: a demonstration's own, and the names of tools."""
+    if whose == "student":
+        tools = [str(tool.get("function", tool).get("name", "")) for tool in row.get("tools") or ()]
+        return [*tools, *_called(as_messages(row["prompt"]))]
+    demonstration = row.get("demonstration")
+    if demonstration is None or (whose == "teacher" and row.get("teacher_prompt") is not None):
+        return []
     if isinstance(demonstration, str):
         return [demonstration]
-    return [demonstration[0]["content"], *tool_names(demonstration)]
+    return [demonstration[0]["content"], *_called(demonstration)]
 
 
-def tool_names(messages: list[Message]) -> list[str]:
+def _called(messages: list[Message]) -> list[str]:
     """The names of the tools that messages call."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     return [str(call.get("function", call).get("name", "")) for call in calls]

@@ -1,4 +1,4 @@
-"""A model's tokenizer without its weights, and without the seconds that importing torch takes."""
+"""A model's tokenizer, without its weights and without the classes of models, which take seconds to import."""
 
 from __future__ import annotations
 

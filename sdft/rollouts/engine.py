@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,27 @@ class Engine(ABC):
                 f"{gap:.2g} nats in the mean of {len(own)} tokens after push {self.pushes} of its weights, where "
                 f"{limit:g} is rounding in {self.dtype}; rollout_backend may be generate"
             )
+
+
+def translated(request: Request, sampling: Sampling) -> dict[str, Any]:
+    """How to answer the request, in the words of vLLM's SamplingParams, which its server has too.
+
+    Without a seed it is drawn by one of torch's own random numbers.
+    """
+    seed = request.seed
+    if seed is None and sampling.temperature is not None:
+        seed = int(torch.randint(2**62, ()))
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature or 0.0,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": seed,
+        "stop_token_ids": sorted(sampling.eos_ids),
+        "ignore_eos": True,  # of vLLM's own knowledge
+        "logprobs": 0 if sampling.logprobs else None,  # 0: those of the tokens drawn, and no others
+    }
 
 
 def largest_gap(dtype: torch.dtype, device: torch.device) -> float:

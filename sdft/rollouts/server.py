@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.errors import TrainingError, UsageError
 from sdft.processes import is_first, of_first, wait_for_all
-from sdft.rollouts.engine import Engine, weights_of
+from sdft.rollouts.engine import Engine, translated, weights_of
 from sdft.rollouts.interface import Completion, Request, Sampling
 from sdft.rollouts.server_calls import Away, Refused, ask, call, describe, name_of_model
 
@@ -135,25 +135,14 @@ class ServerRollouts(Engine):
         return Completion(tokens, logprobs if with_logprobs else None)
 
     def _translated(self, request: Request, sampling: Sampling) -> dict[str, Any]:
-        """The request in the server's words. Without a seed it is drawn by one of torch's own random numbers."""
-        seed = request.seed
-        if seed is None and sampling.temperature is not None:
-            seed = int(torch.randint(2**62, ()))
+        """The request in the server's words."""
         return {
             "model": self.name,
             "prompt": list(request.prompt),
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature or 0.0,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
+            **translated(request, sampling),
             "repetition_penalty": 1.0,  # where the server has read others in the model's generation_config.json
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "seed": seed,
-            "stop_token_ids": sorted(sampling.eos_ids),
-            "ignore_eos": True,  # of vLLM's own knowledge
-            "logprobs": 0 if sampling.logprobs else None,  # 0: those of the tokens drawn, and no others
             "return_token_ids": True,
             "cache_salt": self.version,
         }

@@ -29,7 +29,7 @@ from sdft.early_checks import check_package
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import autocasting
 from sdft.memory.free import free_memory, give_back
-from sdft.rollouts.engine import Engine, is_untied_by_adapter, weights_of
+from sdft.rollouts.engine import Engine, is_untied_by_adapter, translated, weights_of
 from sdft.rollouts.interface import Backend, Completion, Request, Sampling
 
 #: What vLLM reads from the environment: an engine in this process, whose threads stay free and which reports to nobody.
@@ -96,8 +96,10 @@ class VllmRollouts(Engine):
         sampling: Sampling,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[Completion]:
+        from vllm import SamplingParams
+
         prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-        settings = [_translated(request, sampling) for request in requests]
+        settings = [SamplingParams(**translated(request, sampling), detokenize=False) for request in requests]
         with _undisturbed(model.device), autocasting(model.device, None):
             outputs = self.llm.generate(prompts, settings, use_tqdm=False)
         return [_completion(output.outputs[0], sampling) for output in outputs]
@@ -145,28 +147,6 @@ def _engine(model: PreTrainedModel, longest: int, dtype: torch.dtype, memory_sha
             logprobs_mode="processed_logprobs",
             **options,
         )
-
-
-def _translated(request: Request, sampling: Sampling) -> Any:
-    """How to answer the request, in vLLM's words. Without a seed it is drawn by one of torch's own random numbers."""
-    from vllm import SamplingParams
-
-    seed = request.seed
-    if seed is None and sampling.temperature is not None:
-        seed = int(torch.randint(2**62, ()))
-
-    return SamplingParams(
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature or 0.0,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=seed,
-        stop_token_ids=sorted(sampling.eos_ids),
-        ignore_eos=True,  # of vLLM's own knowledge
-        logprobs=0 if sampling.logprobs else None,  # 0: those of the tokens drawn, and no others
-        detokenize=False,
-    )
 
 
 def _completion(output: Any, sampling: Sampling) -> Completion:

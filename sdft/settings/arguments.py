@@ -69,9 +69,10 @@ class SDFTConfig(MethodSettings, Arguments):
             Arguments.__post_init__(self)
         except (ImportError, RuntimeError) as error:  # a ValueError says what is wrong, as a UsageError is one
             raise SettingsError(f"the settings ask for what is not here: {' '.join(str(error).split())}") from error
-        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if (getattr(self, name, None) or {}).get("offload"):
-                raise UsageError(f"{name} has offload; it must not, but activation_offload may be True instead")
+        if (cast(dict[str, Any] | None, self.activation_checkpointing_kwargs) or {}).get("offload"):
+            raise UsageError(
+                "activation_checkpointing_kwargs has offload; it must not, but activation_offload may be True instead"
+            )
         if self.activation_offload and not (self.activation_checkpointing or self.gradient_checkpointing):
             raise UsageError(
                 "activation_offload is True and activation_checkpointing is not set; it must be, for what is kept in "

@@ -21,6 +21,7 @@ from sdft.settings.checks import (
 )
 from sdft.settings.config import OVERLONG, EvalSettings
 from sdft.settings.inherited import LARGEST_SEED
+from sdft.settings.inputs import SEED
 from sdft.settings.rollouts import VLLM, BackendSettings
 from sdft.settings.setting import setting
 from sdft.templates import TEMPLATES, parse_template
@@ -129,12 +130,14 @@ class DataCommand(BothChatSettings):
     )
     max_completion_length: int = setting(256, "The most tokens in an answer, for which a prompt must leave room.")
     overlong: str = setting("error", "What becomes of a row that is too long for the model, as in sdft train.")
+    seed: int = setting(SEED, "What a part of a file's rows is drawn by, as in sdft train.")
     rows: int = setting(3, "How many rows are shown.")
 
     def __post_init__(self) -> None:
         BothChatSettings.__post_init__(self)
         check_switches(self)
         check_at_least("max_completion_length", self.max_completion_length, 1)
+        check_at_least("seed", self.seed, 0, LARGEST_SEED)
         self.overlong = chosen("overlong", self.overlong, OVERLONG)
         check_at_least("rows", self.rows, 0)
         self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template

@@ -14,6 +14,7 @@ from sdft.settings.checks import check_at_least, check_between, check_switches, 
 from sdft.settings.setting import setting
 
 DTYPES = ("float32", "bfloat16", "auto")
+SEED = 42  # where none is set, as transformers has it
 MOST_TIMES = 1000  # that a row may come in an epoch
 
 
@@ -133,3 +134,6 @@ class ColumnArguments:
                 raise UsageError(f"columns has {name!r}; it may have {', '.join(COLUMNS[:-1])} and {COLUMNS[-1]}")
             if not isinstance(column, str) or not column:
                 raise UsageError(f"columns has {name}: {column!r}; it must be the name of a column")
+        names = self.columns or {}
+        if same := [name for name in names if name != "prompt" and names[name] == names.get("prompt")]:
+            raise UsageError(f"columns has {names['prompt']!r} for prompt and {same[0]}; each must be of its own")
