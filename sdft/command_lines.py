@@ -192,6 +192,7 @@ def _data(argv: list[str], started: float) -> None:
     from sdft.settings import help
     from sdft.settings.commands import DataCommand
     from sdft.settings.fields import own_fields
+    from sdft.settings.idle import OF_DATA, without_effect
     from sdft.settings.inputs import ColumnArguments, DataArguments
     from sdft.settings.recipe import read
 
@@ -207,6 +208,8 @@ def _data(argv: list[str], started: float) -> None:
         if command.model:
             check_model(command.model)
         rows = load_rows(data.train_file, columns=columns.columns, seed=command.seed)
+        for sentence in without_effect(OF_DATA, command, only=given.flags):
+            logger.warning(sentence)
 
         from sdft.commands.data import show
 

@@ -280,6 +280,12 @@ def test_sdft_data_says_what_the_template_does_not_show(model, tmp_path, capsys,
     assert "the tokenizer's chat template leaves out tools, or calls of them, in 1 of 1 rows" in caplog.text
 
 
+def test_sdft_data_says_what_counts_with_a_model_alone(tmp_path, caplog):
+    (tmp_path / "mine.jsonl").write_text(jsonl(ROWS))
+    assert main(["data", str(tmp_path / "mine.jsonl"), "--rows", "0", "--overlong", "skip"]) == 0
+    assert "overlong is 'skip' and does nothing: model is not set" in caplog.text
+
+
 def test_sdft_data_takes_a_recipe(model, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text(jsonl(ROWS))
     recipe = {"model": model, "train_file": {str(tmp_path / "mine.jsonl"): 3}, "learning_rate": 1e-4}

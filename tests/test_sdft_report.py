@@ -136,7 +136,7 @@ def test_what_is_missing_or_cut_is_said(tmp_path: Path) -> None:
         "run.json is not whole",
         "has not ended",
         "up to step 40",
-        "1 of the lines",
+        "leaves out 1 line of completions.jsonl",
     ):
         assert part in said
     assert headline(run) == "40 steps logged" and facts(run).keys() == {"folder"}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from sdft.errors import counted
 from sdft.report.run_folder import RunFolder, is_number, json_lines
 from sdft.run_files import COMPLETIONS_FILE
 
@@ -31,7 +32,7 @@ def samples(run: RunFolder, share: float = 1.0) -> list[dict[str, Any]]:
             continue
         prompts.setdefault(line["prompt"], []).append((line["step"], place))
     if cut:
-        run.notes.append(f"{cut} of the lines of {COMPLETIONS_FILE} could not be read and are left out.")
+        run.notes.append(f"The page leaves out {counted(cut, 'line')} of {COMPLETIONS_FILE} that could not be read.")
     chosen = choose(list(prompts.values()), *(max(1, round(number * share)) for number in (TWICE, ONCE)))
     with path.open("rb") as file:
 

@@ -84,7 +84,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 def _lines(run: RunFolder) -> list[dict[str, Any]]:
     found = [line for _, line in json_lines(run.path / METRICS_FILE)]
     if cut := found.count(None):
-        run.notes.append(f"{counted(cut, 'line')} of {METRICS_FILE} could not be read and is left out.")
+        run.notes.append(f"The page leaves out {counted(cut, 'line')} of {METRICS_FILE} that could not be read.")
     if not found:
         run.notes.append(f"{METRICS_FILE} has no line yet.")
     return [line for line in found if line is not None]

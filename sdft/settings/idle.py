@@ -59,10 +59,17 @@ OF_EVAL: Rules = (
     (_OF_EVAL_FILE, {"eval_file": not_}),
     (_OF_GENERAL_FILE, {"general_file": not_}),
     (("base_model",), {"general_file": not_}),
-    (("teacher_template",), {"teacher": not_}),
+    (("teacher_template", "teacher_chat_template_kwargs"), {"teacher": not_}),
     (("seed",), {"eval_temperature": not_}),
 )
 OF_GENERATE: Rules = (*_OF_VLLM, (("seed",), {"temperature": not_}))
+#: Without a tokenizer nothing is counted, and no chat template is there.
+OF_DATA: Rules = (
+    (
+        ("overlong", "max_completion_length", "chat_template_kwargs", "teacher_chat_template_kwargs"),
+        {"model": not_},
+    ),
+)
 
 _WORDS = {"corrects": "rollouts take no correction"}
 
