@@ -21,8 +21,9 @@ from typing import IO, Any, cast
 
 from sdft.errors import UsageError
 
-#: What opens a compressed file, by the ending of its name.
+#: What opens a compressed file, by the ending of its name; and an ending that Python cannot open.
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+ZSTD = ".zst"
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt")
 #: A dataset on the hub: owner/name:split, or owner/name/configuration:split.
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<configuration>[\w.-]+))?:(?P<split>[\w.%\[\]:+-]+)")
@@ -47,14 +48,14 @@ def read_source(source: str | Path) -> Numbered:
     raise UsageError(f"{name} is not there: no such file")
 
 
-def is_rows_file(name: str) -> bool:
+def _is_rows_file(name: str) -> bool:
     """Whether a name ends as that of a file of rows does."""
-    return Path(name).suffix.lower() in (*FORMATS, *COMPRESSIONS, ".zst")
+    return Path(name).suffix.lower() in (*FORMATS, *COMPRESSIONS, ZSTD)
 
 
 def is_hub_name(name: str) -> bool:
     """Whether a name can only be that of a dataset on the hub."""
-    return HUB_NAME.fullmatch(name) is not None and not is_rows_file(name) and not os.path.exists(name)
+    return HUB_NAME.fullmatch(name) is not None and not _is_rows_file(name) and not os.path.exists(name)
 
 
 def is_saved_folder(name: str) -> bool:
@@ -68,8 +69,8 @@ def _folder_of(name: str) -> str:
 
 def _read_file(path: Path) -> Numbered:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = suffixes.pop() if suffixes and suffixes[-1] in (*COMPRESSIONS, ".zst") else None
-    if compressed == ".zst":
+    compressed = suffixes.pop() if suffixes and suffixes[-1] in (*COMPRESSIONS, ZSTD) else None
+    if compressed == ZSTD:
         raise UsageError(f"{path} is compressed by zstd; it must be unpacked first, or packed by gzip, bzip2 or xz")
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
