@@ -87,6 +87,7 @@ def _train(argv: list[str], started: float) -> int:
                 logger.warning(sentence)
 
         from sdft.commands.train import train
+        from sdft.processes import part
 
         kinds = (
             ModelArguments,
@@ -98,7 +99,10 @@ def _train(argv: list[str], started: float) -> int:
             SDFTConfig,
         )
         recipe = given.resolved(*kinds)
-        return train(model, lora, rows, config, started=started, command=["sdft", "train", *argv], recipe=recipe)
+        told = ["sdft", "train", *argv]
+        code = train(model, lora, rows, config, started=started, command=told, recipe=recipe)
+        part()
+        return code
 
 
 def _eval(argv: list[str], started: float) -> None:
@@ -291,8 +295,11 @@ def _continual(argv: list[str], started: float) -> int:
         plan = plan_of(given, fields)
 
         from sdft.commands.continual import continual
+        from sdft.processes import part
 
-        return continual(plan)
+        code = continual(plan)
+        part()
+        return code
 
 
 def _env(argv: list[str], started: float) -> None:

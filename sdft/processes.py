@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -34,6 +35,18 @@ def wait_for_all() -> None:
     """Go on once every process has come here."""
     if processes() > 1:
         dist.barrier()
+
+
+def part() -> None:
+    """End the work with the others, once all have come here, and once nobody holds a trainer of theirs any more.
+
+    gloo's threads are only joined with the last reference to their group, which DDP has too. One that still runs while
+    Python ends aborts the process, when all its work is done (SIGABRT, "terminate called without an active exception").
+    """
+    if processes() > 1:
+        wait_for_all()
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def each_batch(

@@ -4,6 +4,7 @@
 several, with a share of the same global batch each. With FSDP=1 in the environment the weights are sharded.
 """
 
+import gc
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ import torch
 from accelerate import state
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.checkpoints.signals import FinishOnSignal
-from sdft.processes import is_first, of_first, wait_for_all
+from sdft.processes import is_first, of_first, part, wait_for_all
 from tests import tiny
 
 GLOBAL_BATCH = 4
@@ -166,3 +168,6 @@ def finish(run, folder, resume=None, signal_in_step=None):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    part()
+    # A wrapper that is kept keeps the process group, whose threads may abort a process that ends.
+    assert not any(isinstance(kept, DistributedDataParallel) for kept in gc.get_objects())

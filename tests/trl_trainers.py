@@ -23,6 +23,7 @@ from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
+from sdft.processes import part
 from sdft_kernels.integrations import trl as ours
 from tests import tiny
 from tests.process_worker import shard_on_the_cpu
@@ -161,3 +162,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    part()
