@@ -219,9 +219,21 @@ def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:
 
 
 def demonstration_loss(
-    student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+    student: PreTrainedModel,
+    batch: Batch,
+    config: SDFTConfig,
+    autocast: torch.dtype | None,
+    base: Teacher | None = None,
+    *,
+    timed: contextlib.AbstractContextManager[None] | None = None,
 ) -> StepLoss:
-    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning."""
+    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning.
+
+    With `base`, the model that training started from, `base_kl_weight` times the divergence from it on the same tokens
+    is added. It scores within `timed`, and both come out of the same logits.
+    """
+    if base is not None:
+        return _loss_near(base, student, batch, config, autocast, timed or contextlib.nullcontext())
 
     def cross_entropy(head: Head) -> Tensor:
         return fused_linear_cross_entropy(
@@ -240,3 +252,33 @@ def demonstration_loss(
         with keeping(student.device, config.activation_offload):
             hidden = hidden_states(student, batch["input_ids"], batch["positions"])
         return StepLoss(at_head(student, cross_entropy), {})
+
+
+def _loss_near(
+    base: Teacher,
+    student: PreTrainedModel,
+    batch: Batch,
+    config: SDFTConfig,
+    autocast: torch.dtype | None,
+    timed: contextlib.AbstractContextManager[None],
+) -> StepLoss:
+    """Cross-entropy + weight * divergence, made as weight * (divergence + cross-entropy / weight)."""
+    with timed, base.scoring() as scorer:
+        own_prompts = {f"teacher_{name}": batch[name] for name in ("input_ids", "positions")}
+        seen = teacher_view(scorer, batch | own_prompts, autocast)
+    out = divergence(
+        student,
+        seen,
+        batch,
+        autocast=autocast,
+        on_host=config.activation_offload,
+        divergence=config.divergence,
+        beta=config.beta,
+        temperature=config.loss_temperature,
+        token_weight=batch.get("token_weight"),
+        hard_labels=batch["labels"],
+        hard_weight=1 / config.base_kl_weight,
+        reduction="sum",
+        max_chunk_bytes=config.max_chunk_bytes,
+    )
+    return StepLoss(config.base_kl_weight * out.loss, {"base_kl": out.token_loss.sum()})

@@ -128,7 +128,8 @@ class SDFTTrainer(SamplingTrainer):
         if args.method == "sdft":
             self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
-        self.starting_model = self._starting_model(keeps_start and bool(exam.general_rows))
+        penalised = args.method == "sft" and args.base_kl_weight > 0
+        self.starting_model = self._starting_model(penalised or (keeps_start and bool(exam.general_rows)))
         self.prompt_cache = self._prompt_cache(rows)
         self.completions: CompletionsFile | None = None
         if args.method == "sdft" and args.log_completions:
@@ -234,7 +235,9 @@ class SDFTTrainer(SamplingTrainer):
         def forward() -> StepLoss:
             student = causal_lm(module)
             if self.teacher is None:
-                out = demonstration_loss(student, inputs, self.args, self.autocast_type)
+                base = self.starting_model if self.args.base_kl_weight else None
+                timed = self.phases("score")
+                out = demonstration_loss(student, inputs, self.args, self.autocast_type, base, timed=timed)
                 return StepLoss(out.total / items, out.sums)
             logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
             out = distillation_loss(

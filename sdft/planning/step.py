@@ -122,6 +122,9 @@ class Step:
                 self.teacher = make_teacher(
                     self.config.teacher, self.learner, self.config.ema_rate, offload=self.config.teacher_offload
                 )
+            self.base: Teacher | None = None
+            if self.config.method == "sft" and self.config.base_kl_weight:
+                self.base = make_teacher("base", self.learner, 0, offload=self.config.teacher_offload)
         if self.config.activation_checkpointing or self.config.gradient_checkpointing:
             # The older name is that of transformers 5.17.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -212,10 +215,10 @@ class Step:
         compared = mock.patch.object(losses, "fused_linear_divergence", self._compare)
         shown = mock.patch.object(losses, "fused_linear_cross_entropy", self._cross_entropy)
         with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared, shown:
+            scoring = _Both(tracker.phase("scoring"), tracker.part("scoring"))
             if self.teacher is None:
-                loss = demonstration_loss(student, batch, self.config, self._mixed).total
+                loss = demonstration_loss(student, batch, self.config, self._mixed, self.base, timed=scoring).total
             else:
-                scoring = _Both(tracker.phase("scoring"), tracker.part("scoring"))
                 loss = distillation_loss(student, self.teacher, batch, self.config, self._mixed, timed=scoring).total
                 if share:
                     of_labels = demonstration_loss(student, demonstrations_of(batch), self.config, self._mixed)

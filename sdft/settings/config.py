@@ -106,6 +106,11 @@ class MethodSettings(EvalSettings, RolloutSettings):
         "Mix in plain cross-entropy on the demonstration: the loss is (1 - this) times the divergence plus this times "
         "the cross-entropy.",
     )
+    base_kl_weight: float = setting(
+        0.0,
+        "With method sft, add this times the divergence from the model that training started from, on the "
+        "demonstration's tokens: a penalty on forgetting. 0 is plain cross-entropy.",
+    )
     num_iterations: int = setting(
         1, "How many optimizer steps each batch of rollouts serves; above 1 tokens get importance weights."
     )
@@ -210,6 +215,7 @@ class MethodSettings(EvalSettings, RolloutSettings):
                 f"demonstration_weight is {self.demonstration_weight}; it must be below 1, for at 1 nothing but the "
                 "cross-entropy counts, and method sft has that without rollouts"
             )
+        check_from("base_kl_weight", self.base_kl_weight, 0.001, 1000, or_zero=True)
         check_at_least("num_iterations", self.num_iterations, 1)
         if self.rollout_lag and self.num_iterations > 1:
             raise UsageError(

@@ -167,6 +167,7 @@ GROUPS = {
         "skip_tokens",
         "loss_normalisation",
         "demonstration_weight",
+        "base_kl_weight",
         "num_iterations",
         "importance_clip",
     ),
