@@ -208,7 +208,7 @@ class SamplingTrainer(Runs):
         return functools.partial(
             self.write,
             model,
-            [Request(*each) for each in zip(prompts, seeds, drafts, strict=True)],
+            [Request(*each, self.known_texts.right) for each in zip(prompts, seeds, drafts, strict=True)],
             sampling,
             tokenizer=cast(PreTrainedTokenizerBase, self.processing_class),
             backend=backend,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -60,8 +61,11 @@ def by_drafts(
             logits = batch.read()
     completions = drawn([row.tokens for row in batch.rows], sampler)
     return [
-        replace(completion, drafted=row.drafted, accepted=row.accepted, passes=row.passes)
+        replace(
+            completion, drafted=row.drafted, accepted=row.accepted, passes=row.passes, foreseen=min(row.foreseen, count)
+        )
         for completion, row in zip(completions, batch.rows, strict=True)
+        for count in [len(completion.tokens)]
     ]
 
 
@@ -77,6 +81,7 @@ class _Row:
     drafted: int = 0
     accepted: int = 0
     passes: int = 0
+    foreseen: int = 0
     right: float = 0.5  # how often the draft has had the next token of late
     place: int = 0  # in the draft, of the token that is expected next
     lost: bool = False  # whether the last token was another, so that the place is a guess
@@ -95,6 +100,7 @@ class _Row:
         self.tokens.append(token)
         expected = self.place < len(self.draft) and self.draft[self.place] == token
         self.right += (expected - self.right) / 8
+        self.foreseen += expected
         self.place += 1
         if expected:
             self.lost = False
@@ -136,7 +142,9 @@ class _Batch:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.model, self.requests, self.sampling, self.tokenizer = model, requests, sampling, tokenizer
-        self.rows = [_Row(n, len(request.prompt), request.draft) for n, request in enumerate(requests)]
+        self.rows = [
+            _Row(n, len(request.prompt), request.draft, right=request.draft_right) for n, request in enumerate(requests)
+        ]
         self.inside = list(self.rows)  # those in the cache, in its order
         self.fed: list[Sequence[int]] = [()] * len(self.rows)  # the draft's tokens that each of them has read
         self.cache = cast(Any, roomy_cache(model))
@@ -153,10 +161,22 @@ class _Batch:
         return sum(len(row.tokens) for row in self.rows), sum(row.ended for row in self.rows)
 
     def read_prompts(self) -> Tensor:
-        """(rows, 1, V): the logits of the first tokens."""
+        """(rows, 1 + tokens, V): the logits of the first tokens, and those after the drafts' tokens that were read.
+
+        What a pass takes is not known yet, so that each row reads as much as is right more often than not.
+        """
         ids, self.mask = padded([request.prompt for request in self.requests], 0)
+        self.fed = [row.proposal(min(self._useful(row), _likely(row.right))) for row in self.inside]
+        length = max(map(len, self.fed))
+        places = self.mask.new_zeros(len(self.inside), length)
+        ids, self.mask = torch.cat((ids, places), dim=1), torch.cat((self.mask, places), dim=1)
+        for number, (row, fed) in enumerate(zip(self.inside, self.fed, strict=True)):
+            start = ids.shape[1] - length
+            ids[number, start : start + len(fed)] = torch.tensor(fed)
+            self.mask[number, start : start + len(fed)] = 1
+            row.drafted += len(fed)
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        return self._forward(ids, positions, logits_to_keep=1)
+        return self._forward(ids, positions, logits_to_keep=1 + length)
 
     def read(self) -> Tensor:
         """(rows, tokens, V): the logits after each row's last token, and after those of its draft that were read."""
@@ -246,6 +266,13 @@ class _Batch:
     def _forward(self, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
         self.started, self.tokens_read = time.perf_counter(), ids.numel()
         return _logits(self.model, self.cache, ids, self.mask, positions, **options)
+
+
+def _likely(right: float) -> int:
+    """The most tokens of a draft that are all right at least every second time, if each is right that often."""
+    if right >= 1:
+        return LONGEST
+    return min(int(math.log(0.5) / math.log(max(right, 1e-9))), LONGEST)
 
 
 def _expected(right: float, drafted: int) -> float:
