@@ -147,7 +147,7 @@ def test_rollout_speed_has_a_row_for_each_back_end() -> None:
     backends = {name: way for name, way in rollout_speed.backends_of(model, 8).items() if name != "vllm"}
     with torch.no_grad():
         found = rollout_speed.compare(model, backends, requests, 4, rounds=2)
-    assert [row.backend for row in found] == ["generate", "continuous", "TRL"]
+    assert [row.backend for row in found] == ["generate", "continuous", "as TRL"]
     assert all(row.tokens_per_second == 8 / row.seconds for row in found)
     assert rollout_speed.table(found).count("\n") == 2
     assert rollout_speed.case_of("8x512") == (8, 512)
