@@ -1,10 +1,10 @@
 """Tokens a second of the rollout back-ends: transformers' `generate` and continuous batching, TRL's rollouts, and vLLM.
 
 `python -m benchmarks.rollout_speed` has SmolLM2 answer 1, 8 or 64 prompts of 10 to 200 tokens at once, at temperature
-1. Ours have seeds of their own and give log-probabilities. "as TRL" is what TRL 1.16's SDFT trainer calls: `generate` for
-the padded batch, without either. vLLM has a row where it is installed, and each of its rounds begins with a push of the
-model's weights, as a training step does. Back-ends take turns after a short call that does not count, and a row has the
-median of `--rounds`.
+1. Ours have seeds of their own and give log-probabilities. "as TRL" is what the SDFT trainer of TRL 1.16 calls:
+`generate` for the padded batch, without either. vLLM has a row where it is installed; each of its rounds begins with a
+push of the model's weights, as a training step does. Back-ends take turns after a short call that does not count, and
+a row has the median of `--rounds`.
 """
 
 from __future__ import annotations
