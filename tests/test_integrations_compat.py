@@ -16,7 +16,11 @@ from sdft_kernels.integrations.trl.distillation import fused_divergence_loss
 
 pytestmark = pytest.mark.peers
 
-TRAINERS = {"SDFTTrainer": [SDFTTrainer, SDPOTrainer], "DistillationTrainer": [DistillationTrainer]}
+TRAINERS = {
+    "SDFTTrainer": [SDFTTrainer, SDPOTrainer],
+    "SDPOTrainer": [SDPOTrainer],
+    "DistillationTrainer": [DistillationTrainer],
+}
 
 
 @pytest.mark.parametrize("name", _compat.OVERRIDES)

@@ -44,10 +44,13 @@ OVERRIDES = {
         "SDFTTrainer", ("model", "input_ids", "attention_mask", "logits_to_keep"), "it gives hidden states for logits"
     ),
     "_compute_teacher_student_logits": Override(
-        "SDFTTrainer", ("model", "teacher_model", "inputs"), "the loss is computed in the student's forward pass"
+        "SDFTTrainer", ("model", "teacher_model", "inputs"), "log-probabilities may be all that the loss needs"
     ),
     "_compute_self_distillation_loss": Override(
-        "SDFTTrainer", ("model", "inputs", "distillation_logits"), "the loss is there, and is only logged"
+        "SDFTTrainer", ("model", "inputs", "distillation_logits"), "the loss is made of hidden states"
+    ),
+    "_compute_policy_loss": Override(
+        "SDPOTrainer", ("inputs", "student_logits"), "its log-probabilities come without logits"
     ),
     "_compute_rollout_logps": Override(
         "SDFTTrainer",

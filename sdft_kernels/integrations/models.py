@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sdft_kernels.cross_entropy import fused_linear_cross_entropy
 from sdft_kernels.fused_linear import fused_linear_divergence
 from sdft_kernels.outputs import DivergenceOutput
 from sdft_kernels.scoring import linear_token_stats
@@ -128,25 +129,32 @@ def divergence(student: View, teacher: View, beta: float, **options: Any) -> Div
 
 
 def logprobs(view: View, labels: Tensor, temperature: float) -> Tensor:
-    """The log-probability of each label, of the shape of the labels and without a gradient."""
+    """The log-probability of each label, of the shape of the labels; differentiable where gradients are recorded."""
 
     def score() -> Tensor:
         weight, bias = _weights(view.head)
         hidden = view.hidden.flatten(0, -2)
         dtype = shared_dtype(hidden, weight)
-        stats = linear_token_stats(
-            hidden.to(dtype),
-            weight.to(dtype),
-            labels.flatten(),
-            bias=bias,
-            temperature=temperature,
-            logit_scale=view.scale,
-            softcap=view.softcap,
-        )
-        assert stats.logprob is not None
-        return stats.logprob.view_as(labels)
+        tensors = hidden.to(dtype), weight.to(dtype), labels.flatten()
+        options: dict[str, Any] = {
+            "bias": bias,
+            "temperature": temperature,
+            "logit_scale": view.scale,
+            "softcap": view.softcap,
+        }
+        if torch.is_grad_enabled():
+            found = -fused_linear_cross_entropy(*tensors, **options, reduction="none").loss
+        else:
+            found = linear_token_stats(*tensors, **options).logprob  # type: ignore[assignment]  # there are labels
+        return found.view_as(labels)
 
     return _at_heads((view.head,), score)
+
+
+def logprobs_at(view: View, labels: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """`logprobs` of the labels (B, K) that a mask (B, K) names, and 0 for the others, which are not projected."""
+    found = logprobs(view.at(mask), labels[mask], temperature)
+    return found.new_zeros(labels.shape).masked_scatter(mask, found)
 
 
 def named(beta: float) -> dict[str, Any]:
