@@ -145,9 +145,9 @@ def pair_with(pairs, monkeypatch):
     return pair
 
 
-def assert_same_step(theirs, ours, batch):
-    expected, expected_gradients = loss_and_gradients(theirs, batch, None)
-    got, gradients = loss_and_gradients(ours, batch, None)
+def assert_same_step(theirs, ours, batch, items=None):
+    expected, expected_gradients = loss_and_gradients(theirs, batch, items)
+    got, gradients = loss_and_gradients(ours, batch, items)
     assert got.keys() == expected.keys() and gradients.keys() == expected_gradients.keys()
     assert len(gradients) > 5 and sum(gradient.norm() for gradient in gradients.values()) > 1e-3
     for key, value in expected.items():
@@ -155,6 +155,20 @@ def assert_same_step(theirs, ours, batch):
     for key, gradient in expected_gradients.items():
         assert_close(gradients[key], gradient, key)
     return got
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapter"])
+def test_the_loss_of_iw_opd_is_trls(pair_with, lora, monkeypatch):
+    theirs, ours, inputs = pair_with("iw_opd", lora, {})
+    written = torch.randn(inputs["labels"].shape, generator=torch.Generator().manual_seed(0)) - 5
+    for trainer in (theirs, ours):
+        monkeypatch.setattr(trainer, "distillation_objective", "iw_opd")
+        monkeypatch.setattr(trainer, "iw_opd_gamma", 0.8)
+    for batch, items in [(inputs, None), ({**inputs, "rollout_logprobs": written}, torch.tensor(11))]:
+        metrics = assert_same_step(theirs, ours, batch, items)
+        assert metrics["iw_opd/min_weight"] < metrics["iw_opd/max_weight"]
+    with no_logits(ours):
+        assert ours.compute_loss(ours.model_wrapped, inputs).isfinite()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapter"])
@@ -185,6 +199,7 @@ def test_a_batch_without_a_token_to_distil_has_a_loss_of_0_with_a_gradient(pair_
     assert all(gradient.count_nonzero() == 0 for gradient in gradients.values()) and gradients
 
 
+IW_OPD = {"distillation_objective": "iw_opd", "loss_top_k": 1}  # its defaults
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 TRAININGS = [
     ("sdft", {**EVALUATED, "gradient_accumulation_steps": 4, "num_iterations": 2, "num_loss_tokens_to_skip": 1}),
@@ -200,6 +215,8 @@ TRAININGS = [
     ("distillation", {**EVALUATED, "gradient_accumulation_steps": 4, "beta": 0.3}),
     ("gold", {**EVALUATED, "gradient_accumulation_steps": 4, "lmbda": 0.5, "temperature": 0.8}),
     ("iw_opd", {**EVALUATED, "gradient_accumulation_steps": 4, "beta": 0.5}),
+    ("iw_opd", {**EVALUATED, **IW_OPD, "gradient_accumulation_steps": 4, "temperature": 0.8}),
+    ("iw_opd", {**IW_OPD, "lora": True}),
 ]
 
 
@@ -260,7 +277,6 @@ REFUSED = [
     ("gkd", {"beta": 1e-4}, "beta must lie between 0.001 and 1 - 0.001"),
     ("distillation", {"beta": 1e-4}, "beta must lie between 0.001 and 1 - 0.001"),
     ("gold", {"use_uld_loss": True}, "use_uld_loss is True; it must be False here"),
-    ("iw_opd", {"distillation_objective": "iw_opd"}, "distillation_objective is 'iw_opd'; it must be 'jsd' here"),
     ("iw_opd", {"loss_top_k": 1}, "loss_top_k is 1; it must be 0 here: the fused loss compares whole vocabularies"),
 ]
 

@@ -10,7 +10,6 @@ from sdft_kernels import arguments
 
 TOP_K = "the fused loss compares whole vocabularies"
 SERVER = "the fused loss takes hidden states of a local teacher, and a server gives log-probabilities"
-SAMPLED = "its loss needs the log-probability of one sampled token with a gradient, which is not built here yet"
 
 
 def given_to(construct: Callable[..., None], positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,6 @@ class FusedSDPOTrainer(SelfDistillation, SDPOTrainer):  # type: ignore[misc]  # 
         old = inputs.get("old_per_token_logps")
         if old is not None:  # where nothing counts, both are 0, and their ratio is 1
             inputs = {**inputs, "old_per_token_logps": old.where(inputs["completion_mask"].bool(), 0.0)}
-        compute = _compat.with_names(
-            super()._compute_policy_loss.__func__, selective_log_softmax=lambda logprobs, labels: logprobs
-        )
+        theirs: Any = super()._compute_policy_loss
+        compute = _compat.with_names(theirs.__func__, selective_log_softmax=lambda logprobs, labels: logprobs)
         return compute(self, inputs, student)
