@@ -128,25 +128,46 @@ def divergence(student: View, teacher: View, beta: float, **options: Any) -> Div
     return _at_heads((student.head, teacher.head), compare)
 
 
+def cross_entropy(view: View, labels: Tensor, **options: Any) -> Tensor:
+    """The cross-entropy of a view (N, H) with labels (N,); `options` as in `fused_linear_cross_entropy`."""
+
+    def compare() -> Tensor:
+        weight, bias = _weights(view.head)
+        dtype = shared_dtype(view.hidden, weight)
+        return fused_linear_cross_entropy(
+            view.hidden.to(dtype),
+            weight.to(dtype),
+            labels,
+            bias=bias,
+            logit_scale=view.scale,
+            softcap=view.softcap,
+            **options,
+        ).loss
+
+    return _at_heads((view.head,), compare)
+
+
 def logprobs(view: View, labels: Tensor, temperature: float) -> Tensor:
     """The log-probability of each label, of the shape of the labels; differentiable where gradients are recorded."""
 
+    flat = View(view.hidden.flatten(0, -2), view.head, view.scale, view.softcap)
+    if torch.is_grad_enabled():
+        return -cross_entropy(flat, labels.flatten(), temperature=temperature, reduction="none").view_as(labels)
+
     def score() -> Tensor:
         weight, bias = _weights(view.head)
-        hidden = view.hidden.flatten(0, -2)
-        dtype = shared_dtype(hidden, weight)
-        tensors = hidden.to(dtype), weight.to(dtype), labels.flatten()
-        options: dict[str, Any] = {
-            "bias": bias,
-            "temperature": temperature,
-            "logit_scale": view.scale,
-            "softcap": view.softcap,
-        }
-        if torch.is_grad_enabled():
-            found = -fused_linear_cross_entropy(*tensors, **options, reduction="none").loss
-        else:
-            found = linear_token_stats(*tensors, **options).logprob  # type: ignore[assignment]  # there are labels
-        return found.view_as(labels)
+        dtype = shared_dtype(flat.hidden, weight)
+        stats = linear_token_stats(
+            flat.hidden.to(dtype),
+            weight.to(dtype),
+            labels.flatten(),
+            bias=bias,
+            temperature=temperature,
+            logit_scale=view.scale,
+            softcap=view.softcap,
+        )
+        assert stats.logprob is not None
+        return stats.logprob.view_as(labels)
 
     return _at_heads((view.head,), score)
 
@@ -164,6 +185,17 @@ def named(beta: float) -> dict[str, Any]:
     return {"divergence": "jsd", "beta": beta}
 
 
+def check_adapters(model: Any) -> None:
+    """ValueError for an adapter that makes other logits than the hidden states and the head's own weight give."""
+    name = type(text_model(model)).__name__
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            f"{name} has an adapter that learns a prompt, which the backbone's hidden states know nothing of"
+        )
+    if hasattr(text_model(model).get_output_embeddings(), "base_layer"):
+        raise ValueError(f"{name} has an adapter in its output head; target_modules must leave out the head")
+
+
 def check_head(
     model: Any, wrapper: nn.Module | None = None, precision: AbstractContextManager[Any] | None = None
 ) -> None:
@@ -171,14 +203,9 @@ def check_head(
 
     `wrapper` is around a model that is prepared for training already; `precision` is what both compute in.
     """
+    check_adapters(model)
     name, bare = type(text_model(model)).__name__, text_model(model)
-    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
-        raise ValueError(
-            f"{name} has an adapter that learns a prompt, which the backbone's hidden states know nothing of"
-        )
     head = bare.get_output_embeddings()
-    if hasattr(head, "base_layer"):
-        raise ValueError(f"{name} has an adapter in its output head; target_modules must leave out the head")
     if not isinstance(getattr(head, "weight", None), Tensor) or backbone(model) is bare:
         raise ValueError(f"{name} has no linear output head apart from its backbone, and the fused loss needs one")
     wrapper = model if wrapper is None else wrapper
