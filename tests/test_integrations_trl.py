@@ -272,10 +272,10 @@ def test_mixed_precision_is_trls_but_for_the_rounding_of_logits(folder, name):
 
 REFUSED = [
     ("sdft", {"distillation_mode": "topk_logits"}, "distillation_mode is 'topk_logits'; it must be 'full_logits' here"),
-    ("sdft", {"distillation_alpha": 1e-4}, "distillation_alpha must lie between 0.001 and 1 - 0.001"),
+    ("sdft", {"distillation_alpha": 1e-4}, "distillation_alpha is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("sdpo", {"distillation_mode": "topk_logits", "distillation_topk": 4}, "distillation_mode is 'topk_logits'"),
-    ("gkd", {"beta": 1e-4}, "beta must lie between 0.001 and 1 - 0.001"),
-    ("distillation", {"beta": 1e-4}, "beta must lie between 0.001 and 1 - 0.001"),
+    ("gkd", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
+    ("distillation", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("gold", {"use_uld_loss": True}, "use_uld_loss is True; it must be False here"),
     ("iw_opd", {"loss_top_k": 1}, "loss_top_k is 1; it must be 0 here: the fused loss compares whole vocabularies"),
 ]
@@ -287,6 +287,17 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(name, options, me
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         TRAINERS[name][1]("no such model", args=config(name, tmp_path, **options), **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_without_arguments_says_what_it_needs(name):
+    kind = TRAINERS[name][1]
+    if name in ("sdft", "sdpo", "distillation"):  # TRL gives the others' `model` a default
+        with pytest.raises(TypeError, match=f"{kind.__name__}: missing a required argument: 'model'"):
+            kind()
+    if name not in ("distillation", "iw_opd"):  # of which TRL makes a configuration
+        with pytest.raises(TypeError, match=f"{kind.__name__} needs args, the configuration that TRL has for it"):
+            kind("no such model")
 
 
 def test_outputs_with_logits_are_refused(pairs, folder):

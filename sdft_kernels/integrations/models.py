@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sdft_kernels import checks
+from sdft_kernels.arguments import LEAST_SHARE
 from sdft_kernels.cross_entropy import fused_linear_cross_entropy
 from sdft_kernels.fused_linear import fused_linear_divergence
 from sdft_kernels.outputs import DivergenceOutput
@@ -178,11 +180,20 @@ def logprobs_at(view: View, labels: Tensor, mask: Tensor, temperature: float) ->
     return found.new_zeros(labels.shape).masked_scatter(mask, found)
 
 
-def named(beta: float) -> dict[str, Any]:
-    """TRL's and Liger's β (TRL's α too) as arguments of the loss: 0 forward KL, 1 reverse KL, between them the JSD."""
+def named(beta: float, name: str = "beta") -> dict[str, Any]:
+    """TRL's and Liger's β (TRL's α too) as arguments of the loss: 0 forward KL, 1 reverse KL, between them the JSD.
+
+    ValueError, with the name that it has there, for what is none of these.
+    """
     if beta in (0, 1):
         return {"divergence": "reverse_kl" if beta else "forward_kl"}
-    return {"divergence": "jsd", "beta": beta}
+    share = checks.number(name, beta)
+    if not LEAST_SHARE <= share <= 1 - LEAST_SHARE:
+        raise ValueError(
+            f"{name} is {share!r}; it may be 0 (forward KL), 1 (reverse KL), or for the JSD from {LEAST_SHARE:g} to "
+            f"{1 - LEAST_SHARE:g}, since nearer the ends float32 hardly tells the mixture from one of the models"
+        )
+    return {"divergence": "jsd", "beta": share}
 
 
 def check_adapters(model: Any) -> None:

@@ -30,9 +30,13 @@ IGNORED = -100
 class Labelled(Trainer):
     """Between one of TRL's trainers and a class below: `compute_loss` without logits."""
 
+    #: Whether TRL makes a configuration where none is given.
+    has_defaults = False
+
     def __init__(self, *positional: Any, **named: Any) -> None:
-        given = refusals.given_to(super().__init__, positional, named)
-        if (args := given.get("args")) is not None:  # TRL refuses that
+        given = refusals.given_to(self, super().__init__, positional, named)
+        if given.get("args") is not None or not self.has_defaults:
+            args = refusals.configuration(self, given)
             self.check_settings(args)
             refusals.check_share(args, "beta")
         if given.get("compute_metrics") is not None or given.get("preprocess_logits_for_metrics") is not None:
@@ -112,6 +116,8 @@ class FusedGOLDTrainer(Labelled, GOLDTrainer):
 class FusedIWOPDTrainer(Labelled, IWOPDTrainer):
     """TRL's `IWOPDTrainer` for a local teacher, without logits in memory: its default objective, and "jsd" without
     top-k."""
+
+    has_defaults = True
 
     def check_settings(self, args: Any) -> None:
         refusals.must_be(args, "use_teacher_server", False, refusals.SERVER)

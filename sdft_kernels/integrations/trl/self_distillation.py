@@ -34,8 +34,8 @@ class SelfDistillation(Trainer):
     """
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        if (args := refusals.given_to(super().__init__, positional, named).get("args")) is not None:  # TRL refuses that
-            self.check_settings(args)
+        given = refusals.given_to(self, super().__init__, positional, named)
+        self.check_settings(refusals.configuration(self, given))
         super().__init__(*positional, **named)
         check_head(self.model, precision=self.accelerator.autocast())
 
