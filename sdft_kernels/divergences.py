@@ -97,6 +97,15 @@ class HardTerm:
     entropy_weight: float = 0.0
 
 
+@dataclass(frozen=True)
+class Coarse:
+    """A divergence from a teacher who gives some entries' probabilities; see coarse.py, and its `TAILS`."""
+
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    tail: str = "bucket"
+
+
 #: The objective that has no teacher: its hard term alone.
 CROSS_ENTROPY = "cross_entropy"
 
@@ -105,7 +114,8 @@ CROSS_ENTROPY = "cross_entropy"
 class Objective:
     """What is computed for each token: a divergence or `CROSS_ENTROPY`, and its options.
 
-    A divergence has a hard term beside it where `hard` is given; cross-entropy always is one.
+    A divergence has a hard term beside it where `hard` is given; cross-entropy always is one. With `coarse` the passes
+    over logits are those of a cross-entropy, and the loss is the coarse divergence.
     """
 
     divergence: str = "reverse_kl"
@@ -114,6 +124,7 @@ class Objective:
     teacher: LogitOptions = LogitOptions()
     importance_clip: float | None = None
     hard: HardTerm | None = None
+    coarse: Coarse | None = None
 
     @property
     def has_teacher(self) -> bool:
