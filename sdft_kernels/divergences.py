@@ -51,8 +51,9 @@ from torch import Tensor
 NATS = math.log(2)
 
 #: A bias below this, such as the -inf that excludes a vocabulary entry, is replaced by it: the entry's probability is 0
-#: at every temperature all the same, and the difference of two such logits is a number.
-MASKED = -1e30
+#: at every temperature all the same, and the difference of two such logits is a number. It is a power of two, some
+#: 1e30, so that factors multiply it exactly, and the difference of two products is 0.
+MASKED = -(2.0**100)
 
 #: Log-ratios of p and q are bounded by this, near the end of float32's exponents: one of the two is then under
 #: 1e-34 of the other, and adds nothing.

@@ -25,7 +25,7 @@ def logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); where b is -inf, a constant -1e30 · |scale| is capped."""
+    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); where b is -inf, a constant -2^100 · |scale| is capped."""
     y = scale * (hidden @ weight.T)
     if bias is not None:
         bias = bias.to(y)

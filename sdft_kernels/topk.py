@@ -15,6 +15,7 @@ from sdft_kernels.options import TopkInputs, TopkOptions
 from sdft_kernels.outputs import TopkDivergenceOutput
 from sdft_kernels.tokens import LiveTokens, TokenRows, on_its_device
 
+
 def fused_linear_topk_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -64,7 +65,7 @@ def fused_linear_topk_divergence(
             probabilities sum to at most 1, up to rounding: 1.0001 in float32. Each token has at least one.
         teacher_tail_logprob: (N,) log-probability of all other entries, where it is known better than as what the given
             ones leave, log(1 - Σ q). That is taken to be at least 1e-7, as in TRL, since rounding hides less. Of one
-            that is given, -inf becomes -1e30.
+            that is given, -inf becomes -2^100.
         bias: (V,) or None; an entry of -inf masks the token, as in `fused_linear_divergence`.
         divergence: "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl" or "skew_forward_kl", as there.
         beta: the teacher's share of the mixture, as there.

@@ -45,7 +45,8 @@ def check(given: TopkInputs, options: TopkOptions) -> torch.dtype:
         raise TypeError(f"teacher_ids must be int64, not {arguments.dtype_name(given.teacher_ids)}")
     if given.teacher_logprobs.dtype not in arguments.DTYPES:
         raise TypeError(
-            f"teacher_logprobs must be float32, bfloat16, float16 or float64, not {arguments.dtype_name(given.teacher_logprobs)}"
+            "teacher_logprobs must be float32, bfloat16, float16 or float64, not "
+            f"{arguments.dtype_name(given.teacher_logprobs)}"
         )
     arguments.per_token("teacher_tail_logprob", given.teacher_tail_logprob, tokens, device, floating=True)
     arguments.per_token("token_weight", given.token_weight, tokens, device, floating=True)
@@ -53,7 +54,9 @@ def check(given: TopkInputs, options: TopkOptions) -> torch.dtype:
     arguments.per_token("old_logprobs", given.old_logprobs, tokens, device, floating=True)
     arguments.differentiated_by_backward(given)
     if given.teacher_tail_logprob is not None and options.tail == "dropped":
-        raise ValueError("teacher_tail_logprob does nothing with tail='dropped', which compares the given entries alone")
+        raise ValueError(
+            "teacher_tail_logprob does nothing with tail='dropped', which compares the given entries alone"
+        )
     arguments.importance_weights(given, options.importance_clip)
     vocab = arguments.shared_vocabulary(given.weight.shape[0], given.weight.shape[0], options.vocab_size)
     if given.teacher_ids.shape[1] > vocab:
@@ -69,7 +72,8 @@ def check_options(options: TopkOptions) -> TopkOptions:
     checks.one_of("tail", options.tail, TAILS)
     checks.one_of("reduction", options.reduction, arguments.REDUCTIONS)
     arguments.available_backend(options.backend)
-    logits, clip = arguments.logit_options("", options.logit_scale, options.softcap, options.temperature), options.importance_clip
+    logits = arguments.logit_options("", options.logit_scale, options.softcap, options.temperature)
+    clip = options.importance_clip
     return replace(
         options,
         beta=arguments.teachers_share(options.beta, options.divergence),
@@ -94,8 +98,9 @@ def top_tokens(given: TopkInputs, live: LiveTokens, vocab: int, student_tail: Te
         tail = None if tail is None else torch.where(counts.squeeze(1), tail, -math.log(2))
     _check_logprobs(logprobs, tail)
     entries = logprobs > -torch.inf
+    _check_some(entries)
     ids, order = ids.where(entries, vocab).sort(dim=1)
-    _check_ids(ids, entries.gather(1, order), vocab)
+    check_ids("teacher_ids", ids, vocab, entries.gather(1, order))
     return TopTokens(
         ids.contiguous(),
         logprobs.gather(1, order),
@@ -104,17 +109,25 @@ def top_tokens(given: TopkInputs, live: LiveTokens, vocab: int, student_tail: Te
     )
 
 
-def _check_ids(ids: Tensor, entries: Tensor, vocab: int) -> None:
+def check_ids(name: str, ids: Tensor, vocab: int, entries: Tensor | None = None) -> None:
     """Checks ids in rising order, each row's entries: they lie in the vocabulary, and none comes twice."""
-    check_labels(ids.where(entries, 0), vocab, "teacher_ids")
-    repeated = (ids[:, 1:] == ids[:, :-1]) & entries[:, 1:]
+    repeated = ids[:, 1:] == ids[:, :-1]
+    if entries is not None:
+        ids, repeated = ids.where(entries, 0), repeated & entries[:, 1:]
+    check_labels(ids, vocab, name)
     if not reads_are_free(ids):
-        assert_on_device(~repeated.any(), "teacher_ids must not name an entry twice for one token")
-        assert_on_device(entries.any(-1).all(), "teacher_logprobs must have an entry above -inf for each token")
+        assert_on_device(~repeated.any(), f"{name} must not name an entry twice for one token")
     elif repeated.any():
         entry = ids[:, 1:][repeated][0].item()
-        raise ValueError(f"teacher_ids name entry {entry} twice for one token: each may come once")
-    elif not entries.any(-1).all():
+        raise ValueError(f"{name} must name each entry once for a token, and name {entry} twice")
+
+
+def _check_some(entries: Tensor) -> None:
+    """Checks that there is an entry in each row."""
+    some = entries.any(-1).all()
+    if not reads_are_free(entries):
+        assert_on_device(some, "teacher_logprobs must have an entry above -inf for each token")
+    elif not some:
         raise ValueError(
             "teacher_logprobs are all -inf for a token, which says that the teacher gives nothing of it: give such a "
             "token weight 0 (token_weight)"
@@ -139,8 +152,8 @@ def _check_logprobs(logprobs: Tensor, tail: Tensor | None) -> None:
         raise ValueError(f"teacher_logprobs must be log-probabilities, at most 0, and reach {largest.item():.6g}")
     elif over and tail is None:
         raise ValueError(
-            f"teacher_logprobs have probabilities that sum to {whole.amax().item():.6g} for a token: they must be those "
-            "of a softmax over the whole vocabulary, whose sum is at most 1"
+            f"teacher_logprobs have probabilities that sum to {whole.amax().item():.6g} for a token: they must be "
+            "those of a softmax over the whole vocabulary, whose sum is at most 1"
         )
     elif over or under:
         worst = whole[(whole - 1).abs().argmax()].item()
@@ -148,5 +161,3 @@ def _check_logprobs(logprobs: Tensor, tail: Tensor | None) -> None:
             f"teacher_tail_logprob and teacher_logprobs have probabilities that sum to {worst:.6g} for a token: the "
             "tail's must be what the entries leave to 1"
         )
-
-

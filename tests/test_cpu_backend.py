@@ -54,7 +54,7 @@ def interface() -> str:
     declared = re.findall(
         r"^(?:struct|enum) \w+ \{.*?\};|^(?:void|long|int) \w+\([^)]*\)", code, re.DOTALL | re.MULTILINE
     )
-    structs = [library.Options, library.Model, library.Carry]
+    structs = [library.Options, library.Model, library.Labels, library.Carry]
     found = library.find()
     assert found is not None
     names = re.findall(r"^(?:void|long|int) (\w+)\(", code, re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ledger import IMPLEMENTATIONS, TRAFFIC
 from benchmarks.recorder import record
-from sdft_kernels import TopkDivergenceOutput, fused_linear_divergence, fused_linear_topk_divergence, topk_arguments
+from sdft_kernels import (
+    TopkDivergenceOutput,
+    fused_linear_divergence,
+    fused_linear_topk_divergence,
+    linear_topk_logprobs,
+    topk_arguments,
+)
 from sdft_kernels.coarse import LEAST_TAIL
 from sdft_kernels.reference import divergence_per_token, reference_divergence, reference_topk_divergence
 from sdft_kernels.topk import fused_linear_topk_divergence_op
@@ -106,7 +113,11 @@ def test_matches_the_float64_reference(backend: str, divergence: str) -> None:
     for number, (tokens, vocab, k) in enumerate(((1, 1003, 1), (33, 1008, 7), (70, 333, 40))):
         tokens = min(tokens, 6) if backend == "triton" else tokens
         for tail in TAILS if k > 1 else TAILS[:1]:  # a single outcome has no divergence
-            plain: dict[str, Any] = {"divergence": divergence, "tail": tail, "reduction": ("mean", "none", "sum")[number]}
+            plain: dict[str, Any] = {
+                "divergence": divergence,
+                "tail": tail,
+                "reduction": ("mean", "none", "sum")[number],
+            }
             of = {"backend": backend, "max_chunk_bytes": 60_000}
             given = inputs(tokens, vocab, k)
             assert_matches(given, plain, **of)
@@ -148,7 +159,7 @@ def test_it_is_at_most_the_whole_divergence_and_grows_with_k() -> None:
             ).token_loss
             for k in (1, 2, 10, 100, 333)
         ]
-        assert all((less <= more + 1e-6).all() for less, more in zip(losses, losses[1:], strict=False))
+        assert all((less <= more + 1e-6).all() for less, more in pairwise(losses))
 
 
 def test_where_the_rest_is_in_proportion_it_is_the_whole_divergence() -> None:
@@ -221,7 +232,8 @@ def test_gradcheck(divergence: str, reduction: str) -> None:
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return sum(
-            fused_linear_topk_divergence(hidden, weight, **given, bias=bias, tail=tail, **options).loss for tail in TAILS
+            fused_linear_topk_divergence(hidden, weight, **given, bias=bias, tail=tail, **options).loss
+            for tail in TAILS
         )
 
     assert torch.autograd.gradcheck(loss, trained)
@@ -361,7 +373,11 @@ WRONG = torch.tensor([[0.4, 0.2], [0.3, 0.3], [0.2, 0.6]]).log()
         (ValueError, "divergence must be one of", {"divergence": "kl"}),
         (ValueError, "tail must be one of 'bucket', 'dropped', not 'none'", {"tail": "none"}),
         (ValueError, "beta must lie between 0.001", {"divergence": "jsd", "beta": 0.0}),
-        (ValueError, r"teacher_ids must have shape \(3, K\), K at least 1, not \(3, 0\)", {"teacher_ids": "no columns"}),
+        (
+            ValueError,
+            r"teacher_ids must have shape \(3, K\), K at least 1, not \(3, 0\)",
+            {"teacher_ids": "no columns"},
+        ),
         (ValueError, r"teacher_ids must have shape \(3, K\)", {"teacher_ids": torch.tensor([1, 2, 3])}),
         (ValueError, "teacher_logprobs must have the shape of teacher_ids", {"teacher_logprobs": torch.zeros(3, 3)}),
         (TypeError, "teacher_ids must be int64, not int32", {"teacher_ids": torch.ones(3, 2, dtype=torch.int32)}),
@@ -369,7 +385,11 @@ WRONG = torch.tensor([[0.4, 0.2], [0.3, 0.3], [0.2, 0.6]]).log()
         (TypeError, "teacher_logprobs must be a tensor", {"teacher_logprobs": [[0.0]]}),
         (ValueError, "teacher_ids run from 1 to 50", {"teacher_ids": torch.tensor([[1, 2], [3, 50], [5, 6]])}),
         (ValueError, "teacher_ids run from -1 to 6", {"teacher_ids": torch.tensor([[1, 2], [3, -1], [5, 6]])}),
-        (ValueError, "teacher_ids name entry 3 twice", {"teacher_ids": torch.tensor([[1, 2], [3, 3], [5, 6]])}),
+        (
+            ValueError,
+            "teacher_ids must name each entry once for a token, and name 3 twice",
+            {"teacher_ids": torch.tensor([[1, 2], [3, 3], [5, 6]])},
+        ),
         (ValueError, "some are NaN", {"teacher_logprobs": WRONG * torch.tensor([1, torch.nan])}),
         (ValueError, "at most 0, and reach 0.5", {"teacher_logprobs": WRONG + torch.tensor([1.4162907, 0])}),
         (ValueError, "sum to 1.11111 for a token", {"teacher_logprobs": (WRONG.exp() / 0.72).log()}),
@@ -409,3 +429,49 @@ def test_beside_the_divergence_of_a_teacher_with_hidden_states() -> None:
     (whole,) = torch.autograd.grad(fused_linear_divergence(hidden, weight, teacher, weight).loss, hidden)
     (found,) = torch.autograd.grad(fused_linear_topk_divergence(hidden, weight, ids, logprobs).loss, hidden)
     assert relative_error(found, whole) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_a_teacher_gives(dtype: torch.dtype) -> None:
+    """Its likeliest entries, then the same ones by name; with every option, in chunks."""
+    hidden, weight, bias = torch.randn(37, 16).to(dtype), torch.randn(333, 16).to(dtype), torch.randn(333).to(dtype)
+    options: dict[str, Any] = {"temperature": 0.8, "logit_scale": -1.2, "softcap": 9.0, "vocab_size": 300}
+    z = -1.2 * (hidden.double() @ weight[:300].double().T + bias[:300].double())
+    log_p = (9 * torch.tanh(z / 9) / 0.8).log_softmax(-1)
+    expected, ids = log_p.topk(7)
+    found = linear_topk_logprobs(hidden, weight, 7, bias=bias, max_chunk_bytes=30_000, **options)
+    assert torch.equal(found.ids, ids)
+    again = linear_topk_logprobs(hidden, weight, ids=ids, bias=bias, **options)
+    for got in (found, again):
+        assert relative_error(got.logprobs, expected) < 1e-6
+        assert relative_error(got.tail_logprob, torch.log1p(-expected.exp().sum(-1))) < 1e-6
+    everything = linear_topk_logprobs(hidden, weight, 333)
+    assert (everything.tail_logprob == -torch.inf).all()
+
+
+def test_a_student_is_at_no_distance_from_itself() -> None:
+    """Of what it gives of itself, with a rest that float32's sum of the entries would not tell."""
+    hidden, weight = 3 * torch.randn(20, 16), torch.randn(200, 16)
+    ids, logprobs, tail = linear_topk_logprobs(hidden, weight, 10)
+    assert tail.min() < -16
+    out = fused_linear_topk_divergence(hidden, weight, ids, logprobs, teacher_tail_logprob=tail)
+    assert out.token_loss.abs().max() < 1e-6
+    torch.testing.assert_close(out.student_tail_logprob, tail)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "asked"),
+    [
+        (ValueError, "needs one of k and ids", {}),
+        (ValueError, "k must lie between 1 and 50, the vocabulary's size, not be 51", {"k": 51}),
+        (ValueError, "k must be positive", {"k": 0}),
+        (TypeError, "k must be a number of entries", {"k": 1.5}),
+        (ValueError, r"ids must have shape \(3, K\)", {"ids": torch.zeros(2, 2, dtype=torch.int64)}),
+        (TypeError, "ids must be int64, not float32", {"ids": torch.zeros(3, 2)}),
+        (ValueError, "ids must name each entry once", {"ids": torch.tensor([[0, 1], [2, 2], [3, 4]])}),
+        (ValueError, "ids run from 0 to 50", {"ids": torch.tensor([[0, 1], [2, 50], [3, 4]])}),
+    ],
+)
+def test_a_wrong_question_is_named(error: type[Exception], message: str, asked: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        linear_topk_logprobs(torch.randn(3, 8), torch.randn(50, 8), **asked)

@@ -61,15 +61,25 @@ class TileSoftmax:
 
 
 def softmax_of(
-    logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float, labels: Tensor | None
+    logits: Tensor,
+    exponentials: Tensor,
+    scratch: Tensor,
+    unit: float,
+    labels: Tensor | None,
+    *,
+    inexact_masks: bool = False,
 ) -> TileSoftmax:
     """Turns logits into bits by `unit`, subtracts each token's maximum, and writes two to the power of the result.
 
-    `labels` count from the tile's start. The label's logit means nothing for a label outside the tile.
+    Masked logits that something but a power of two has multiplied are rounded by more than there are exponents; in a
+    tile of nothing else they would lie above their maximum. `labels` count from the tile's start. The label's logit
+    means nothing for a label outside the tile.
     """
     peak = logits.amax(0)
     label = None if labels is None else at_labels(logits, labels)
     torch.add(-peak * unit, logits, alpha=unit, out=logits)
+    if inexact_masks:
+        logits.clamp_(max=0)
     torch.exp2(logits, out=exponentials)
     return TileSoftmax(peak, exponentials.sum(0), column_dot(exponentials, logits, scratch), label)
 
@@ -204,7 +214,7 @@ def take_out(logits: Tensor, labels: Tensor, found: Tensor) -> None:
 
 
 def u_of_labels(labels: Tensor, u: Tensor, ids: Tensor, u_of_ids: Tensor) -> Tensor:
-    """u of labels, (width,), from what the logits have there, and what was taken out of them at `ids`, (each, width)."""
+    """u of labels, (width,), from what the logits have there, and what was taken out at `ids`, (each, width)."""
     taken = ids == labels
     return torch.where(taken.any(0), torch.where(taken, u_of_ids, 0).sum(0), u)
 

@@ -136,7 +136,7 @@ def _process_pair(
         student_logits, teacher_logits = logits.split(width, 1)
         transform(student_logits, columns.bias, part, objective.student)
         transform(teacher_logits, columns.teacher_bias, part, objective.teacher)
-        if teacher_unit != unit:
+        if scaled := teacher_unit != unit:
             teacher_logits.mul_(teacher_unit / unit)
         if hard_labels is not None:
             hard_u.append(at_labels(student_logits, hard_labels - part.start))
@@ -144,7 +144,8 @@ def _process_pair(
             apart, own = passing[:, 2 * width :].copy_(student_logits), kept[:, 2 * width :]
             hard_seen.append(softmax_of(apart, own, scratch[:, 2 * width :], hard_unit, None))
         of_tile = None if labels is None else labels - part.start
-        seen.append(softmax_of(logits, exponentials, scratch[:, both], unit, of_tile))
+        inexact = scaled and columns.teacher_bias is not None
+        seen.append(softmax_of(logits, exponentials, scratch[:, both], unit, of_tile, inexact_masks=inexact))
         if mixture:
             at_peaks.append(_at_peak(student_logits, teacher_logits))
         else:

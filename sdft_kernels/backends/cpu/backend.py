@@ -31,8 +31,8 @@ from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.records import Field
 from sdft_kernels.backends.tiles import Target, aligned, padded, padded_labels, u_of_labels
 from sdft_kernels.backends.torch import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
-from sdft_kernels.backends.torch import scale as scale
 from sdft_kernels.backends.torch import compare_top, padded_ids, store_rows, store_scores, store_top
+from sdft_kernels.backends.torch import scale as scale
 from sdft_kernels.chunking import Held
 from sdft_kernels.divergences import (
     CROSS_ENTROPY,
@@ -52,6 +52,7 @@ TILE_BYTES = 12 << 20
 #: Floats in a cache line; and a number of floats such that rows whose length is a multiple of it share a few sets of
 #: the cache.
 LINE, SETS = 16, 128
+
 
 def address(tensor: Tensor) -> int:
     """The address of a tensor's values, which C reads without asking what is there: so the tensor is checked."""

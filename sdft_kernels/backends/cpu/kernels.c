@@ -160,7 +160,7 @@ INLINE float share_of_exponential_minus_1(float x, float share, float power) {
 /* ---- Formulas of divergences.py for one logit ---- */
 
 /* u of a masked entry, where there is no soft cap. */
-static const float MASKED = -1e30f;
+static const float MASKED = -0x1p100f;
 
 /* Log-ratios are bounded so that their exponentials are finite. */
 INLINE float bounded(float log_ratio) {

@@ -1,8 +1,8 @@
 """The coarse divergence of a block of logits, by the kernels of a cross-entropy.
 
-Before they read the logits, the entries that the teacher gives are taken out, so that the softmax is the rest's. Between
-their last two, torch compares the few outcomes of each row and replaces the constants of the gradient, into which the
-entries' own is then put.
+Before they read the logits, the entries that the teacher gives are taken out, so that the softmax is the rest's.
+Between their last two, torch compares the few outcomes of each row and replaces the constants of the gradient, into
+which the entries' own is then put.
 """
 
 from __future__ import annotations
