@@ -77,12 +77,14 @@ def compare(
     entropy = tail_p * (rest_entropy - tail_logprob) - (log_p.exp() * log_p).sum(-1)
 
     # A rest of no entries is no outcome, and neither is one that the student cannot have and the teacher hardly has.
-    nothing = (given.sum(-1) == vocab) | ((rest_logsumexp <= masked) & (teacher_tail <= math.log(LEAST_TAIL)))
+    none_left = given.sum(-1) == vocab
+    nothing = none_left | ((rest_logsumexp <= masked) & (teacher_tail <= math.log(LEAST_TAIL)))
     has_tail = ~nothing if coarse.tail == "bucket" else torch.zeros_like(nothing)
     outcomes = torch.cat((given, has_tail.unsqueeze(-1)), -1)
     log_p = _normalised(torch.cat((log_p, tail_logprob.unsqueeze(-1)), -1), outcomes)
     log_q = _normalised(torch.cat((teacher_logprobs, teacher_tail.unsqueeze(-1).clamp(min=MASKED)), -1), outcomes)
     loss, gradient = divergence_and_gradient(log_p, log_q, coarse.divergence, coarse.beta)
+    tail_logprob = tail_logprob.masked_fill(none_left, -torch.inf)
     return Compared(loss, entropy, logsumexp, tail_logprob, gradient[..., :-1], gradient[..., -1])
 
 

@@ -80,13 +80,13 @@ def coarse_per_token(
     rest = torch.ones_like(log_p).scatter_add(1, torch.where(given, ids, 0), -given.to(log_p)) > 0
     some = rest.any(-1, keepdim=True)
     student_tail = torch.where(rest | ~some, log_p, -math.inf).logsumexp(-1, keepdim=True)
-    student_tail = torch.where(some, student_tail, MASKED)
     outcomes = torch.cat((given, some & (tail == "bucket")), 1)
 
     def normalised(entries: Tensor, rest: Tensor) -> Tensor:
         both = torch.where(outcomes, torch.cat((entries, rest), 1), MASKED)
         return torch.where(outcomes, both.log_softmax(-1), MASKED)
 
+    student_tail = torch.where(some, student_tail, -math.inf)
     log_p_coarse = normalised(log_p.gather(1, torch.where(given, ids, 0)), student_tail)
     log_q_coarse = normalised(teacher_logprobs, teacher_tail.unsqueeze(1))
     return divergence_per_token(log_p_coarse, log_q_coarse, divergence, beta), student_tail.squeeze(1)

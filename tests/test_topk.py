@@ -58,7 +58,7 @@ def every_option(given: dict[str, Tensor]) -> dict[str, Any]:
         "softcap": 9.0,
         "token_weight": weight,
         "labels": labels,
-        "old_logprobs": -8 * torch.rand(tokens),
+        "old_logprobs": (2 * torch.randn(tokens) - 2 - math.log(len(given["weight"]))).clamp(max=0),
         "importance_clip": 3.0,
     }
 
@@ -83,6 +83,8 @@ def assert_matches(given: dict[str, Tensor], options: dict[str, Any], limit: flo
     actual = run(fused_linear_topk_divergence, given, upstream, **options, **of)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
+        if value.isinf().all() and torch.equal(value.double(), expected[name]):
+            continue
         least = LEAST_NATS * len(given["hidden"]) ** 0.5 if name.endswith(("entropy", "logprob")) else 0
         error = relative_error(value, expected[name], least)
         assert error <= (limit if name.startswith("grad") else 3e-6), (name, error)
@@ -144,7 +146,7 @@ def test_every_entry_given_is_the_whole_divergence(backend: str, scale: float) -
             student_logit_scale=scale,
         )
         assert relative_error(found.token_loss, whole.token_loss) < 3e-6
-        assert (found.student_tail_logprob < -1e29).all()
+        assert (found.student_tail_logprob == -torch.inf).all()
 
 
 def test_it_is_at_most_the_whole_divergence_and_grows_with_k() -> None:
@@ -163,25 +165,25 @@ def test_it_is_at_most_the_whole_divergence_and_grows_with_k() -> None:
 
 
 def test_where_the_rest_is_in_proportion_it_is_the_whole_divergence() -> None:
-    hidden, weight, change = torch.randn(5, 16), torch.randn(90, 16), torch.zeros(5, 90)
-    change[:, :4] = torch.randn(5, 4)
+    hidden, weight = torch.randn(5, 16).double(), torch.randn(90, 16).double()
     z = hidden @ weight.T
-    logprobs = (z + change).log_softmax(-1)
-    ids = torch.arange(4).expand(5, 4)
+    ids = z.topk(4).indices
+    logprobs = z.scatter_add(1, ids, torch.randn(5, 4).double()).log_softmax(-1)
+    given = (hidden, weight, ids, logprobs.gather(1, ids))
     for divergence in DIVERGENCES:
-        found = fused_linear_topk_divergence(hidden, weight, ids, logprobs[:, :4], divergence=divergence).token_loss
-        whole = divergence_per_token(z.double().log_softmax(-1), logprobs.double(), divergence)
-        assert relative_error(found, whole) < 1e-5
+        found = fused_linear_topk_divergence(*given, divergence=divergence).token_loss
+        assert relative_error(found, divergence_per_token(z.log_softmax(-1), logprobs, divergence)) < 1e-12
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_student_whose_entries_hold_nearly_everything(backend: str, divergence: str) -> None:
-    """Down to a rest of 1e-12, whose logarithm 1 - Σ p would not know in float32; and the teacher's is 1e-3."""
+    """Down to a rest of 1e-12, whose logarithm 1 - Σ p would not know in float32; the teacher's is 1e-3. Products are
+    exact, so that what is measured is what is made of them."""
     vocab, size, gaps = 1008, 16, torch.tensor([2.0, 10.0, 15.0, 22.0, 27.0, 34.0])
-    weight, ids = torch.randn(vocab, size), torch.arange(3).expand(len(gaps), 3)
+    weight, ids = (torch.randn(vocab, size) * 16).round() / 16, torch.arange(3).expand(len(gaps), 3)
     weight[:, 0] = torch.where(torch.arange(vocab) < 3, 1.0, 0.0)
-    hidden = 0.2 * torch.randn(len(gaps), size)
+    hidden = (3 * torch.randn(len(gaps), size)).round() / 16
     hidden[:, 0] = gaps
     logprobs = (torch.tensor([0.5, 0.3, 0.2]) * 0.999).log().expand(len(gaps), 3)
     given = {"hidden": hidden, "weight": weight, "bias": torch.zeros(vocab)}
@@ -191,9 +193,9 @@ def test_a_student_whose_entries_hold_nearly_everything(backend: str, divergence
     assert expected["student_tail_logprob"].min() < -26
     for name, value in actual.items():
         least = LEAST_NATS * len(gaps) ** 0.5 if name.endswith("entropy") else 0
-        assert relative_error(value, expected[name], least) < 3e-6, name
+        assert relative_error(value, expected[name], least) < 2e-6, name
     rows = (actual["grad of hidden"].double() - expected["grad of hidden"]).norm(dim=1)
-    assert (rows / expected["grad of hidden"].norm(dim=1)).max() < 3e-6
+    assert (rows / expected["grad of hidden"].norm(dim=1)).max() < 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -355,13 +357,23 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", ["torch", "compiled"])
 def test_it_never_holds_all_logits(backend: str) -> None:
-    given = inputs(512, 4003, 5, size=8)
-    del given["bias"]
-    hidden = given.pop("hidden").requires_grad_()
+    """In chunks of 64 of 512 tokens."""
+    given, vocab = inputs(512, 4003, 5, size=8), 4003
+    tensors = (given["hidden"], given["weight"], None, given["teacher_ids"], given["teacher_logprobs"])
+    options = ("jsd", 0.5, "bucket", 1.0, 1.0, None, None, "mean", None, 4 * vocab * 64, backend, torch.float32)
     with LargestTensor() as mode:
-        out = fused_linear_topk_divergence(hidden, **given, backend=backend, max_chunk_bytes=4 * 4003 * 64)
-    out.loss.backward()
-    assert 4003 * 8 <= mode.entries <= 4003 * 64 + 4003 * 16
+        IMPLEMENTATIONS[fused_linear_topk_divergence_op](*tensors, *[None] * 4, *options, True, True, False)
+    assert 64 * vocab <= mode.entries <= 1.1 * 64 * vocab
+
+
+def test_on_a_device_it_holds_the_logits_of_a_block() -> None:
+    tokens, vocab, k = 8192, 32_768, 20
+    hidden = torch.empty(tokens, 256, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    head = torch.empty(vocab, 256, dtype=torch.bfloat16, device="meta")
+    ids = torch.empty(tokens, k, dtype=torch.int64, device="meta")
+    logprobs = torch.empty(tokens, k, device="meta")
+    call = lambda: fused_linear_topk_divergence(hidden, head, ids, logprobs).loss.backward()  # noqa: E731
+    assert record(call, TRAFFIC, IMPLEMENTATIONS).peak < 4 * tokens * vocab / 5
 
 
 WRONG = torch.tensor([[0.4, 0.2], [0.3, 0.3], [0.2, 0.6]]).log()
