@@ -65,7 +65,7 @@ class TopkDivergenceOutput(NamedTuple):
         token_loss: (N,) the divergence of each token, unweighted.
         student_entropy: (N,) entropy of the student's next-token distribution over the whole vocabulary.
         student_tail_logprob: (N,) the student's log-probability of all entries that the teacher does not give, -inf
-            where it gives all. Where this is far above the teacher's, the student has left what the teacher's entries cover.
+            where it gives all. Far above the teacher's, it says that the student has left what the entries cover.
         student_logprob: (N,) the student's log-probability of the label; None without labels.
     """
 

@@ -144,9 +144,9 @@ def process_chunk(
         labels, label_logits = hard_labels, hard_u
         target = add_hard_term(rows, p, records[:, Field.HARD_SUM], hard_u, objective, constants)
     elif out is not None:
-        ids, found, factor = out.labels.T, out.values.T, objective.student.factor
-        compared = compare_top(rows, objective, factor * found.double(), p.logsumexp, p.entropy, len(student.weight))
-        label_z = None if labels is None else factor * u_of_labels(labels, label_logits, ids, found).double()
+        ids, found, of = out.labels.T, out.values.T, objective.student.factor
+        compared = compare_top(rows, objective, of * found.double(), p.logsumexp, p.entropy, len(student.weight))
+        label_z = None if labels is None else of * u_of_labels(labels, label_logits, ids, found).double()
         store_top(rows, objective, compared, label_z)
         constants = constants_of(p, -compared.of_rest)
         labels, label_logits, target = ids, found, -compared.of_entries.T
