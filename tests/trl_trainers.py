@@ -38,8 +38,13 @@ TRAINERS = {
     "gold": (GOLDTrainer, ours.FusedGOLDTrainer, GOLDConfig, {"use_uld_loss": False}),
     "iw_opd": (IWOPDTrainer, ours.FusedIWOPDTrainer, IWOPDConfig, {"distillation_objective": "jsd", "loss_top_k": 0}),
 }
-#: In two processes: one trainer of each module of ours.
-IN_TWO = ("sdft", "gkd", "distillation")
+#: In two processes: one trainer of each module of ours, and one whose loss is of sampled tokens, with its settings.
+IN_TWO = {
+    "sdft": {},
+    "sdpo": {"distillation_mode": "sampled_token", "distillation_weight": 0.4},
+    "gkd": {},
+    "distillation": {},
+}
 #: Whether each of the two has a part of each weight.
 SHARDED = bool(os.environ.get("FSDP"))
 LORA = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
@@ -149,10 +154,10 @@ def learnt(trainer):
 def main(folder):
     if SHARDED:
         shard_on_the_cpu()
-    for name in IN_TWO:
+    for name, settings in IN_TWO.items():
         theirs, fused, *_ = TRAINERS[name]
         for kind in (theirs, fused):
-            trainer = build(name, folder, kind, gradient_accumulation_steps=2, fsdp=SHARDED)
+            trainer = build(name, folder, kind, gradient_accumulation_steps=2, fsdp=SHARDED, **settings)
             found = learnt(trainer)
             assert trainer.accelerator.num_processes == 2
             assert ("FSDP" in type(trainer.model).__name__) == SHARDED
