@@ -404,6 +404,6 @@ def test_two_processes_train_as_trls_do(folder, wrapped):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    for name in trl_trainers.IN_TWO:
+    for name in (*trl_trainers.IN_TWO, "labels"):
         ours, theirs = (torch.load(folder / f"{name}-{whose}.pt") for whose in ("ours", "theirs"))
         assert_same_training(ours, theirs)

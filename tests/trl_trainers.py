@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
@@ -25,6 +25,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from sdft.processes import part
 from sdft_kernels.integrations import trl as ours
+from sdft_kernels.integrations.transformers import fused_causal_lm_loss
 from tests import tiny
 from tests.process_worker import shard_on_the_cpu
 
@@ -151,6 +152,20 @@ def learnt(trainer):
     return {"logged": logged, "weights": whole}
 
 
+def of_labels(folder, fused):
+    """transformers' own Trainer, on rows with labels of many lengths."""
+    model = loaded(folder / "student")
+    if fused:
+        fused_causal_lm_loss(model)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    args = TrainingArguments(str(folder / "out"), learning_rate=0.1, optim="sgd", fsdp=SHARDED, **options, **quiet)
+    tokens = torch.randint(4, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(3))
+    labels = [torch.where(torch.arange(12) < 3 + n, row, -100) for n, row in enumerate(tokens)]
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    return Trainer(model, args, train_dataset=rows)
+
+
 def main(folder):
     if SHARDED:
         shard_on_the_cpu()
@@ -163,6 +178,11 @@ def main(folder):
             assert ("FSDP" in type(trainer.model).__name__) == SHARDED
             if trainer.accelerator.is_main_process:
                 torch.save(found, folder / f"{name}-{'ours' if kind is fused else 'theirs'}.pt")
+    for whose in ("theirs", "ours"):
+        trainer = of_labels(folder, whose == "ours")
+        found = learnt(trainer)
+        if trainer.accelerator.is_main_process:
+            torch.save(found, folder / f"labels-{whose}.pt")
 
 
 if __name__ == "__main__":
