@@ -191,6 +191,21 @@ def test_losses_of_sampled_tokens_are_trls(pair_with, name, options, lora, monke
     assert loss_and_gradients(ours, unlikely, None)[0] == got  # padding's ratio of e**200 takes no part
 
 
+TOP_K = {"distillation_mode": "topk_logits", "distillation_topk": 7}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize("add_tail", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["sdft", "sdpo"])
+def test_losses_of_the_likeliest_tokens_are_trls(pair_with, name, alpha, add_tail, lora):
+    options = {**TOP_K, "distillation_alpha": alpha, "distillation_add_tail": add_tail}
+    theirs, ours, inputs = pair_with(name, lora, options)
+    written = torch.randn(inputs["completion_ids"].shape, generator=torch.Generator().manual_seed(0)) - 5
+    for batch in (inputs, {**inputs, "old_per_token_logps": written}):
+        assert_same_step(theirs, ours, batch)
+
+
 def test_a_batch_without_a_token_to_distil_has_a_loss_of_0_with_a_gradient(pair_with):
     theirs, ours, inputs = pair_with("sdpo", False, {"distillation_mode": "sampled_token"})
     empty = {**inputs, "self_distillation_mask": torch.zeros(len(inputs["prompt_ids"]))}
@@ -208,6 +223,8 @@ TRAININGS = [
     ("sdpo", {**EVALUATED, "gradient_accumulation_steps": 4, "distillation_alpha": 0.5}),
     ("sdft", {**SAMPLED[0][1], "distillation_alpha": 1.0, "gradient_accumulation_steps": 4, "lora": True}),
     ("sdpo", {**EVALUATED, **SAMPLED[2][1], "gradient_accumulation_steps": 4, "num_iterations": 2}),
+    ("sdft", {**EVALUATED, **TOP_K, "gradient_accumulation_steps": 4, "num_iterations": 2}),
+    ("sdpo", {**TOP_K, "distillation_alpha": 0.5, "distillation_add_tail": True, "lora": True}),
     ("sdpo", {**SAMPLED[3][1], "steps_per_generation": 2, "teacher_model_kind": "live"}),
     ("sdpo", {**EVALUATED, **SAMPLED[4][1], "importance_sampling_level": "sequence"}),
     ("gkd", {**EVALUATED, "gradient_accumulation_steps": 4, "lmbda": 0.5, "temperature": 0.8}),
@@ -249,8 +266,8 @@ def test_no_logits_are_made(pairs, name):
             assert ours._compute_rollout_logps(*(inputs[name] for name in names)).isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "options"), SAMPLED)
-def test_no_logits_are_made_for_sampled_tokens(pair_with, name, options):
+@pytest.mark.parametrize(("name", "options"), [*SAMPLED, ("sdft", TOP_K)])
+def test_no_logits_are_made_for_sampled_tokens_and_the_likeliest(pair_with, name, options):
     _, ours, inputs = pair_with(name, False, options)
     with no_logits(ours):
         assert ours.compute_loss(ours.model_wrapped, dict(inputs)).isfinite()
@@ -271,9 +288,13 @@ def test_mixed_precision_is_trls_but_for_the_rounding_of_logits(folder, name):
 
 
 REFUSED = [
-    ("sdft", {"distillation_mode": "topk_logits"}, "distillation_mode is 'topk_logits'; it must be 'full_logits' here"),
+    (
+        "sdft",
+        {"distillation_mode": "topk_logits", "distillation_topk": None},
+        "distillation_topk is None; 'topk_logits'",
+    ),
+    ("sdft", {"distillation_mode": "logits"}, "distillation_mode must be one of 'full_logits', 'topk_logits', 'sam"),
     ("sdft", {"distillation_alpha": 1e-4}, "distillation_alpha is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
-    ("sdpo", {"distillation_mode": "topk_logits", "distillation_topk": 4}, "distillation_mode is 'topk_logits'"),
     ("gkd", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("distillation", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("gold", {"use_uld_loss": True}, "use_uld_loss is True; it must be False here"),

@@ -19,8 +19,10 @@ from sdft_kernels import checks
 from sdft_kernels.arguments import LEAST_SHARE
 from sdft_kernels.cross_entropy import fused_linear_cross_entropy
 from sdft_kernels.fused_linear import fused_linear_divergence
-from sdft_kernels.outputs import DivergenceOutput
+from sdft_kernels.outputs import DivergenceOutput, TopkDivergenceOutput
 from sdft_kernels.scoring import linear_token_stats
+from sdft_kernels.top_scoring import linear_topk_logprobs
+from sdft_kernels.topk import fused_linear_topk_divergence
 
 Result = TypeVar("Result")
 
@@ -103,6 +105,35 @@ class View:
         bias = None if bias is None else bias.float()
         logits = self.scale * nn.functional.linear(self.hidden.float(), weight.float(), bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def topk_divergence(
+    student: View, teacher: View, beta: float, k: int, temperature: float, **options: Any
+) -> TopkDivergenceOutput:
+    """`divergence` on the student's K likeliest tokens, found before the loss; `options` as in
+    `fused_linear_topk_divergence`."""
+
+    def compare() -> TopkDivergenceOutput:
+        student_weight, student_bias = _weights(student.head)
+        teacher_weight, teacher_bias = _weights(teacher.head)
+        dtype = shared_dtype(student.hidden, student_weight, teacher.hidden, teacher_weight)
+        hidden, weight = student.hidden.to(dtype), student_weight.to(dtype)
+        own: dict[str, Any] = {"bias": student_bias, "logit_scale": student.scale, "softcap": student.softcap}
+        ids = linear_topk_logprobs(hidden, weight, k, **own).ids
+        taught = linear_topk_logprobs(
+            teacher.hidden.to(dtype),
+            teacher_weight.to(dtype),
+            ids=ids,
+            bias=teacher_bias,
+            logit_scale=teacher.scale,
+            softcap=teacher.softcap,
+            temperature=temperature,
+        )
+        return fused_linear_topk_divergence(
+            hidden, weight, ids, taught.logprobs, temperature=temperature, **own, **named(beta), **options
+        )
+
+    return _at_heads((student.head, teacher.head), compare)
 
 
 def divergence(student: View, teacher: View, beta: float, **options: Any) -> DivergenceOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from trl.experimental.sdft import SDFTTrainer, loss_utils
 from trl.experimental.sdpo import SDPOTrainer
 
+from sdft_kernels import checks
 from sdft_kernels.integrations import _compat
 from sdft_kernels.integrations.models import (
     View,
@@ -19,6 +21,7 @@ from sdft_kernels.integrations.models import (
     hidden_states,
     logprobs,
     logprobs_at,
+    topk_divergence,
 )
 from sdft_kernels.integrations.trl import refusals
 
@@ -42,8 +45,9 @@ class SelfDistillation(Trainer):
     def check_settings(self, args: Any) -> None:
         """ValueError for another loss than one of two local models."""
         refusals.must_be(args, "use_teacher_server", False, refusals.SERVER)
-        if args.distillation_mode not in LOSSES:
-            refusals.must_be(args, "distillation_mode", "full_logits", refusals.TOP_K)
+        checks.one_of("distillation_mode", args.distillation_mode, tuple(LOSSES))
+        if args.distillation_mode == "topk_logits" and args.distillation_topk is None:
+            raise ValueError("distillation_topk is None; 'topk_logits' needs the number of tokens to compare")
         refusals.check_share(args, "distillation_alpha")
 
     def compute_loss(
@@ -105,9 +109,9 @@ def sequence_weights(loss_mask: Tensor) -> Tensor:
 
 
 def divergence_loss(trainer: Any, views: Any, old_logprobs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss for "full_logits", and the mean over tokens."""
+    """The loss for "full_logits" and "topk_logits", and the mean over tokens."""
     mask, clip = views.loss_mask.bool(), trainer.args.distillation_is_clip
-    sampled: dict[str, Any] = {}
+    compare, sampled = _comparison(trainer.args), {}
     if clip is not None and old_logprobs is not None:
         sampled = {
             "labels": views.completion_ids[mask],
@@ -115,7 +119,7 @@ def divergence_loss(trainer: Any, views: Any, old_logprobs: Tensor | None) -> tu
             "importance_clip": min(clip, LARGEST_RATIO),
         }
     with trainer.accelerator.autocast():
-        out = divergence(
+        out = compare(
             views.student_logits.at(mask),
             views.teacher_logits.at(mask),
             trainer.args.distillation_alpha,
@@ -132,6 +136,14 @@ def divergence_loss(trainer: Any, views: Any, old_logprobs: Tensor | None) -> tu
     return out.loss, token_loss.sum() / mask.sum().clamp(min=1)
 
 
+def _comparison(args: Any) -> Any:
+    """`divergence`, or `topk_divergence` of as many tokens as the settings say."""
+    if args.distillation_mode != "topk_logits":
+        return divergence
+    tail = "bucket" if args.distillation_add_tail else "dropped"
+    return partial(topk_divergence, k=args.distillation_topk, tail=tail)
+
+
 def sampled_token_loss(trainer: Any, views: Any, old_logprobs: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss for "sampled_token", TRL's `compute_sampled_token_self_distillation_loss`, and the mean over tokens."""
     student, teacher, clip = views.student_logits, views.teacher_logits, trainer.args.distillation_is_clip
@@ -143,18 +155,18 @@ def sampled_token_loss(trainer: Any, views: Any, old_logprobs: Tensor | None) ->
 
 
 #: By `distillation_mode`.
-LOSSES = {"full_logits": divergence_loss, "sampled_token": sampled_token_loss}
+LOSSES = {"full_logits": divergence_loss, "topk_logits": divergence_loss, "sampled_token": sampled_token_loss}
 
 #: TRL limits the logarithm of an importance weight to 20.
 LARGEST_RATIO = float(torch.tensor(20.0).exp())
 
 
 class FusedSDFTTrainer(SelfDistillation, SDFTTrainer):  # type: ignore[misc]  # views pass where TRL has logits
-    """TRL's `SDFTTrainer` for "full_logits" and "sampled_token", without logits in memory."""
+    """TRL's `SDFTTrainer` for a local teacher, without logits in memory."""
 
 
 class FusedSDPOTrainer(SelfDistillation, SDPOTrainer):  # type: ignore[misc]  # as above
-    """TRL's `SDPOTrainer` for "full_logits" and "sampled_token", with its policy loss, without logits in memory."""
+    """TRL's `SDPOTrainer` for a local teacher, with its policy loss, without logits in memory."""
 
     def _compute_policy_loss(self, inputs: dict[str, Any], student_logits: View | Tensor) -> Tensor:
         student = self.sampled(student_logits, inputs)
