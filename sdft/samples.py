@@ -117,6 +117,10 @@ class SamplingTrainer(Runs):
             return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
         asked = self._asked(rows)
         skip = self.args.skip_tokens
+        completions = self.rollouts(asked)
+        if self.teacher is not None:
+            for completion in completions:
+                self.teacher.check_reads(completion.tokens)
         return [
             Sample(
                 row["prompt_ids"],
@@ -125,7 +129,7 @@ class SamplingTrainer(Runs):
                 row.get("completion_ids"),
                 None if completion.logprobs is None else completion.logprobs[skip:],
             )
-            for (row, _), completion in zip(asked, self.rollouts(asked), strict=True)
+            for (row, _), completion in zip(asked, completions, strict=True)
         ]
 
     def _asked(self, rows: list[Row]) -> list[tuple[Row, int]]:

@@ -42,7 +42,8 @@ from sdft.rows import training_rows
 from sdft.samples import SamplingTrainer
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import check_arguments
-from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, TeacherFollows, make_teacher, trains_beside_adapter
+from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, TeacherFollows, trains_beside_adapter
+from sdft.teacher_model import GivenTeacher, other_teacher, teacher_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ class SDFTTrainer(SamplingTrainer):
     `train_dataset` a `datasets.Dataset`, a list of rows, or a file's name; `eval_dataset` the same with
     `prompt` and `answer`, for the accuracy that `evaluate` reports; `general_dataset` the same with `prompt`, of other
     kinds, for how far the model has moved from where it started. An `exam` has the two in one, read and checked
-    before; the starting model is then kept only where `eval_strategy` asks for it. Other arguments are the Trainer's.
+    before; the starting model is then kept only where `eval_strategy` asks for it. `teacher_model`, where the teacher
+    is 'model', is one, which is frozen; or a name; or a model with its tokenizer, which then is compared with the
+    model's own on every row. Other arguments are the Trainer's.
 
     >>> SDFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", SDFTConfig(), train_dataset=rows).train()
     """
@@ -74,6 +77,7 @@ class SDFTTrainer(SamplingTrainer):
         peft_config: Any = None,
         general_dataset: Any = None,
         exam: Exam | None = None,
+        teacher_model: GivenTeacher = None,
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
@@ -85,10 +89,10 @@ class SDFTTrainer(SamplingTrainer):
         check_adapters(learner)
         bare = causal_lm(learner)
         self.sampling = sampling_by(args, bare, processing_class)
-        rows = None
+        rows, other = None, other_teacher(teacher_model, args, bare, processing_class)
         if train_dataset is not None:
             ends = eos_token_ids(bare, processing_class)
-            rows = training_rows(train_dataset, args, processing_class, ends, limits(bare))
+            rows = training_rows(train_dataset, args, processing_class, ends, limits(bare), other and other.reads)
         keeps_start = exam is None or args.eval_strategy != "no"
         if exam is None:
             exam = exam_by(args, eval_dataset, general_dataset)
@@ -120,13 +124,14 @@ class SDFTTrainer(SamplingTrainer):
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
-        if tokens := self._some_tokens(rows):
+        tokens = self._some_tokens(rows)
+        if tokens:
             check_head(self.student, tokens, self.autocast_type)
             check_same_in_training(self.student, tokens, self.autocast_type)
         self.step_log = StepLog(self.accelerator, self.phases, args.max_completion_length)
         self.teacher = None
         if args.method == "sdft":
-            self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
+            self.teacher = teacher_of(args, self.learner, other, tokens, self.autocast_type)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
         self.starting_model = self._starting_model(keeps_start and bool(exam.general_rows))
         self.prompt_cache = self._prompt_cache(rows)

@@ -24,6 +24,30 @@ class Limits(NamedTuple):
     tokens: int | None = None
 
 
+class TeacherReads(NamedTuple):
+    """Of a teacher that is another model: its tokenizer, where that is known, and what it can read."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    limits: Limits
+
+    def check(self, row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """UsageError where the teacher's tokenizer makes other tokens of a row's text than the student's."""
+        if self.tokenizer is None:
+            return
+        own, its = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, self.tokenizer))
+        if own == its:
+            return
+        place = next((n for n, (a, b) in enumerate(zip(own, its, strict=False)) if a != b), min(len(own), len(its)))
+        first, other = (
+            f"{by.convert_ids_to_tokens(ids[place])!r} ({ids[place]})" if place < len(ids) else "nothing"
+            for by, ids in ((tokenizer, own), (self.tokenizer, its))
+        )
+        raise UsageError(
+            f"{row[WHERE]}: token {place + 1} is {first} for the model and {other} for teacher_model; they must have "
+            "the same tokenizer"
+        )
+
+
 class Overlong(UsageError):
     """A row that is too long for the model, and by how many tokens it is."""
 
@@ -112,14 +136,17 @@ def encode_rows(
     options: Options = None,
     teacher_options: Options = None,
     overlong: str = "error",
+    teacher: TeacherReads | None = None,
 ) -> list[Row]:
     """The rows with the token ids that training needs, each checked against what the model can read.
 
     `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
     it is asked for; `draft_ids`, the demonstration's text alone, where it is asked for. `overlong` says what becomes of
     a row that is too long for the model: an error, or it is left out ("skip"), or the last message of its prompt by the
-    user loses its beginning ("truncate_prompt_left").
+    user loses its beginning ("truncate_prompt_left"). `teacher` says what a teacher reads that is another model, which
+    must be the same tokens.
     """
+    reads = teacher or TeacherReads(None, limits)
     if not tokenizer.chat_template:
         logger.warning(
             "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
@@ -150,7 +177,9 @@ def encode_rows(
         if method != "sft":
             texts["teacher"] = teacher_text(row, template, tokenizer, teacher_options)
             ids["teacher_prompt_ids"] = opening_ids(texts["teacher"], tokenizer)
-            check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
+            check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, reads.limits)
+            for text in (*dict.fromkeys(texts.values()), text_of(row.get("demonstration") or "")):
+                reads.check(row, text, tokenizer)
         return ids, texts
 
     for row in rows:

@@ -172,6 +172,8 @@ GROUPS = {
     ),
     "teacher": (
         "teacher",
+        "teacher_model",
+        "teacher_dtype",
         "teacher_template",
         "ema_rate",
         "ema_interval",
