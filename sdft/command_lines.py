@@ -36,6 +36,7 @@ def _let_segments_grow() -> None:
 def _train(argv: list[str], started: float) -> int:
     _let_segments_grow()
     from sdft.early_checks import check_package, check_rows, check_vllm, check_writable
+    from sdft.feedback.find import find_feedback
     from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_train
     from sdft.settings import help
@@ -73,6 +74,8 @@ def _train(argv: list[str], started: float) -> int:
         check_rows("general_file", evaluation.general_file)
         check_model(model.model)
         check_named(method, method.teacher)
+        if method.method == "sdft":
+            find_feedback(method)
         if method.teacher_model is not None:
             with named_by("teacher_model"):
                 check_model(method.teacher_model)

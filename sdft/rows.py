@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sdft.data import COLUMNS, WHERE, Limits, Row, TeacherReads, encode_rows, load_rows, teacher_chat
+from sdft.data.chats import can_be_shown
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
 from sdft.settings.commands import EvalCommand
 from sdft.settings.config import EvalSettings, MethodSettings
+from sdft.settings.feedback import FEEDBACKS
 from sdft.settings.inputs import DataArguments, EvalArguments, ModelArguments
 from sdft.templates import PROMPT, Message, parse_template, shows_demonstration
 
@@ -43,7 +45,8 @@ def rows_of_train(
     train = load_rows(of_data.train_file, need=needed(settings), columns=columns, seed=seed)
     held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, settings, columns)
     if settings.method == "sdft":
-        _check_teacher(train, settings.template)
+        shown = [row for row in train if settings.feedback is None or can_be_shown(row, settings.template)]
+        _check_teacher(shown, settings.template)
     learned = settings.method == "sft" or settings.demonstration_weight > 0
     if learned and (bare := next((row for row in train if row.get("demonstration") is None), None)):
         raise UsageError(f"{bare[WHERE]} has no demonstration, which is what is to be learned")
@@ -55,7 +58,9 @@ def rows_of_train(
 def needed(settings: MethodSettings) -> tuple[str, ...]:
     """The fields that every row to learn from must have."""
     learned = settings.method == "sft" or settings.demonstration_weight > 0
-    return ("prompt", "demonstration") if learned or shows_demonstration(settings.template) else ("prompt",)
+    shown = shows_demonstration(settings.template) and settings.feedback is None
+    judged = FEEDBACKS.get(settings.feedback or "", ()) if settings.method == "sdft" else ()
+    return ("prompt", *(("demonstration",) if learned or shown else ()), *judged)
 
 
 def rows_of_eval(
@@ -118,7 +123,8 @@ def training_rows(
     `teacher` is what a teacher reads that is another model.
     """
     rows = load_rows(source, name="train_dataset", need=needed(settings))
-    if unused := sorted({name for row in rows for name in row} - {*COLUMNS, WHERE}):
+    unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
+    if unused and settings.feedback is None:
         logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))
     return encode_rows(
         rows,
@@ -134,6 +140,7 @@ def training_rows(
         teacher_options=settings.teacher_options,
         overlong=settings.overlong,
         teacher=teacher,
+        feedback=settings.feedback is not None and settings.method == "sdft",
     )
 
 

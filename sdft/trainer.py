@@ -28,6 +28,8 @@ from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluation.completion_log import CompletionsFile
 from sdft.evaluation.exam import Exam
+from sdft.feedback.interface import FeedbackFunction
+from sdft.feedback.stage import stage_of
 from sdft.forward import as_forward_of
 from sdft.head import backbone, check_head, check_same_in_training
 from sdft.launch import installed, prepare, switch_off_dropout
@@ -59,7 +61,8 @@ class SDFTTrainer(SamplingTrainer):
     kinds, for how far the model has moved from where it started. An `exam` has the two in one, read and checked
     before; the starting model is then kept only where `eval_strategy` asks for it. `teacher_model`, where the teacher
     is 'model', is one, which is frozen; or a name; or a model with its tokenizer, which then is compared with the
-    model's own on every row. Other arguments are the Trainer's.
+    model's own on every row. `feedback` is a function (`sdft.feedback`) that says, once a step's rollouts are written,
+    what the teacher sees of each. Other arguments are the Trainer's.
 
     >>> SDFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", SDFTConfig(), train_dataset=rows).train()
     """
@@ -78,6 +81,7 @@ class SDFTTrainer(SamplingTrainer):
         general_dataset: Any = None,
         exam: Exam | None = None,
         teacher_model: GivenTeacher = None,
+        feedback: FeedbackFunction | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
@@ -90,6 +94,8 @@ class SDFTTrainer(SamplingTrainer):
         bare = causal_lm(learner)
         self.sampling = sampling_by(args, bare, processing_class)
         rows, other = None, other_teacher(teacher_model, args, bare, processing_class)
+        seen = limits(bare) if other is None else other.reads.limits
+        self.feedback = stage_of(feedback, args, processing_class, seen)
         if train_dataset is not None:
             ends = eos_token_ids(bare, processing_class)
             rows = training_rows(train_dataset, args, processing_class, ends, limits(bare), other and other.reads)
@@ -165,7 +171,7 @@ class SDFTTrainer(SamplingTrainer):
         if self.teacher is None or not rows or not self.args.teacher_cache_gib:
             return None
         with self.teacher.scoring() as model:
-            check_prompt_cache(model, backbone(model), rows[0]["teacher_prompt_ids"][:16], self.autocast_type)
+            check_prompt_cache(model, backbone(model), rows[0]["prompt_ids"][:16], self.autocast_type)
         return PromptCache(int(self.args.teacher_cache_gib * 2**30))
 
     # One optimizer step: rollouts, layout, loss
@@ -185,12 +191,8 @@ class SDFTTrainer(SamplingTrainer):
         items = torch.tensor([sum(count_items(b) for b in part if b) for part in parts], device=device)
         if self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, "sum")
-        if not items[0] and self.is_world_process_zero():
-            logger.warning(
-                "step %d has nothing to learn from: none of its completions is longer than skip_tokens, which is %d",
-                self.state.global_step + 1,
-                self.args.skip_tokens,
-            )
+        if not items[0]:
+            self.say_nothing_to_learn()
         items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
         for piece in pieces:
             piece["demonstration_items"] = demonstration_items

@@ -90,7 +90,7 @@ def _train(
 ) -> int:
     exam, distilled = exam_of(rows, config), config.method == "sdft"
     template = config.template
-    asks_teacher = can_ask_teacher(exam.eval_rows, template)
+    asks_teacher = can_ask_teacher(exam.eval_rows, template) and config.feedback is None
     folder = Path(str(config.output_dir))
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     taught_by = load_teacher(config, trust=of_model.trust) if config.teacher == MODEL and distilled else None

@@ -14,10 +14,11 @@ from sdft.data.encode import (
     encode_rows,
     openings_ids,
 )
-from sdft.data.rows import COLUMNS, UNREAD, WHERE, Row, load_rows
+from sdft.data.rows import COLUMNS, ROW, UNREAD, WHERE, Row, load_rows
 
 __all__ = [
     "COLUMNS",
+    "ROW",
     "UNREAD",
     "WHERE",
     "Limits",

@@ -56,6 +56,12 @@ def opening(
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
 
 
+def can_be_shown(row: Row, template: list[Message]) -> bool:
+    """Whether the row has what the teacher is shown of it."""
+    there = row.get("teacher_prompt") is not None or row.get("demonstration") is not None
+    return there or not shows_demonstration(template)
+
+
 def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
     """The chat that the teacher sees of a row: its `teacher_prompt`, or the template with its demonstration.
 

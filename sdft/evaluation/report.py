@@ -53,6 +53,7 @@ class Summary:
     training_seconds: float = 0.0
     total_seconds: float = 0.0
     rollout_seconds: float = 0.0
+    feedback_seconds: float = 0.0
     score_seconds: float = 0.0
     learn_seconds: float = 0.0
     save_seconds: float = 0.0
@@ -62,6 +63,7 @@ class Summary:
     rollout_tokens_per_second: float | None = None
     peak_memory_mib: float | None = None
     rollout_peak_memory_mib: float | None = None
+    feedback_peak_memory_mib: float | None = None
     score_peak_memory_mib: float | None = None
     learn_peak_memory_mib: float | None = None
     save_peak_memory_mib: float | None = None

@@ -21,6 +21,7 @@ from sdft.settings.checks import (
     check_temperature,
     chosen,
 )
+from sdft.settings.feedback import FeedbackSettings
 from sdft.settings.rollouts import RolloutSettings
 from sdft.settings.setting import setting
 from sdft.settings.teachers import BASE, MODEL, TeacherSettings
@@ -75,7 +76,7 @@ class EvalSettings(BothChatSettings):
 
 
 @dataclass
-class MethodSettings(EvalSettings, TeacherSettings, RolloutSettings):
+class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSettings):
     """The settings of `SDFTConfig` that are the method's own, or have a default of its own."""
 
     method: str = setting(
@@ -168,6 +169,7 @@ class MethodSettings(EvalSettings, TeacherSettings, RolloutSettings):
         check_from("beta", self.beta, 0.001, 0.999)
         check_temperature("loss_temperature", self.loss_temperature)
         TeacherSettings.__post_init__(self)
+        FeedbackSettings.__post_init__(self)
         RolloutSettings.__post_init__(self)
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)
@@ -178,6 +180,11 @@ class MethodSettings(EvalSettings, TeacherSettings, RolloutSettings):
             raise UsageError(
                 f"demonstration_weight is {self.demonstration_weight}; it must be below 1, for at 1 nothing but the "
                 "cross-entropy counts, and method sft has that without rollouts"
+            )
+        if self.feedback is not None and self.rollout_from == "teacher":
+            raise UsageError(
+                f"feedback is {self.feedback!r} and rollout_from 'teacher'; it must be 'student', for what the teacher "
+                "sees is made of what the student wrote"
             )
         check_at_least("num_iterations", self.num_iterations, 1)
         if self.rollout_lag and self.num_iterations > 1:

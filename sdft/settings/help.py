@@ -179,6 +179,8 @@ GROUPS = {
         "ema_interval",
         "teacher_offload",
         "teacher_cache_gib",
+        "feedback",
+        "feedback_args",
     ),
     "rollouts": (
         "max_completion_length",

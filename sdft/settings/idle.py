@@ -32,6 +32,7 @@ _OF_SDFT = (
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_stop", "rollout_from"),
     *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
     *("vllm_memory_share", "rollout_server", "rollout_lag", "rollout_compile", "log_completions"),
+    *("feedback", "feedback_args"),
 )
 
 _OF_VLLM: Rules = (
@@ -45,6 +46,7 @@ OF_TRAINING: Rules = (
     (("beta",), {"divergence": lambda divergence: divergence in ("reverse_kl", "forward_kl")}),
     (("ema_rate", "ema_interval"), {"teacher": _is_not("ema")}),
     (("teacher_dtype",), {"teacher_model": not_}),
+    (("feedback_args",), {"feedback": not_}),
     *_OF_VLLM,
     (("importance_clip",), {"num_iterations": _is(1), "corrects": not_}),
     (("lora_alpha", "lora_target_modules"), {"lora_rank": _is(0)}),
