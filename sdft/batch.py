@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class Sample:
 
     `demonstration` is the expert's completion of the student's prompt, where cross-entropy on it is part of the loss.
     `old_logprobs` are the log-probabilities with which the completion's tokens in the loss were drawn, where tokens get
-    importance weights.
+    importance weights. `weight` is what each of them counts beside those of other completions; one of weight 0 is left
+    out of the loss. `feedback` is what was said of it.
     """
 
     prompt: list[int]
@@ -32,9 +33,23 @@ class Sample:
     teacher_prompt: list[int] | None = None
     demonstration: list[int] | None = None
     old_logprobs: list[float] | None = None
+    weight: float = 1.0
+    feedback: str | None = None
 
     def __len__(self) -> int:
-        return max(len(self.prompt), len(self.teacher_prompt or ())) + len(self.completion)
+        read = self.read()
+        return max(len(read.prompt), len(read.teacher_prompt or ())) + len(read.completion)
+
+    def read(self) -> Sample:
+        """The sample as far as models go through it: of one that is left out, only what its demonstration takes."""
+        if self.weight:
+            return self
+        prompt = self.prompt if self.demonstration is not None else self.prompt[:1]
+        old_logprobs = None if self.old_logprobs is None else list[float]()
+        teacher_prompt = None if self.teacher_prompt is None else self.teacher_prompt[:1]
+        return replace(
+            self, prompt=prompt, completion=[], teacher_prompt=teacher_prompt, old_logprobs=old_logprobs, weight=1.0
+        )
 
 
 def lay_out(samples: Sequence[Sample], skip_tokens: int, normalisation: str = "token") -> Batch:
@@ -42,11 +57,13 @@ def lay_out(samples: Sequence[Sample], skip_tokens: int, normalisation: str = "t
 
     `input_ids` (rows, length) and `positions` (N,), flat into it; the same for the teacher; `labels` (N,), the
     completion tokens in the order of the positions, with `old_logprobs` (N,) where the samples have them. Tokens count
-    alike, or with normalisation "sequence" by `token_weight` (N,), the inverse of their number in their completion.
+    alike, or by `token_weight` (N,): their sample's weight, where some have another than 1, and with normalisation
+    "sequence" the inverse of their number in their completion.
     Demonstrations come the same way: `demonstration_input_ids`, `_positions`, `_labels` and `_token_weight`.
     """
+    samples = [sample.read() for sample in samples]
     prompts, completions = [s.prompt for s in samples], [s.completion for s in samples]
-    batch = _completions(prompts, completions, skip_tokens, normalisation)
+    batch = _completions(prompts, completions, skip_tokens, normalisation, [s.weight for s in samples])
     teacher_prompts = [s.teacher_prompt for s in samples if s.teacher_prompt is not None]
     if teacher_prompts:
         batch["teacher_input_ids"], batch["teacher_positions"] = _pack(teacher_prompts, completions, skip_tokens)
@@ -72,13 +89,19 @@ def count_items(batch: Batch) -> float:
 
 
 def _completions(
-    prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_tokens: int, normalisation: str
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    skip_tokens: int,
+    normalisation: str,
+    weights: Sequence[float] = (),
 ) -> Batch:
     kept = [completion[skip_tokens:] for completion in completions]
     batch = {"labels": torch.tensor([token for tokens in kept for token in tokens], dtype=torch.long)}
     batch["input_ids"], batch["positions"] = _pack(prompts, completions, skip_tokens)
-    if normalisation == "sequence":
-        batch["token_weight"] = torch.tensor([1 / len(tokens) for tokens in kept for _ in tokens])
+    by_sequence, weights = normalisation == "sequence", weights or [1.0] * len(kept)
+    if by_sequence or any(weight != 1 for weight in weights):
+        weighted = zip(weights, kept, strict=True)
+        batch["token_weight"] = torch.tensor([w / len(t) if by_sequence else w for w, t in weighted for _ in t])
     return batch
 
 
@@ -115,6 +138,7 @@ def parts_within(samples: Sequence[Sample], tokens: int) -> int:
 
 
 def _padded_tokens(samples: Sequence[Sample]) -> int:
+    samples = [sample.read() for sample in samples]
     answers = max(len(s.prompt) + len(s.completion) for s in samples)
     demonstrations = max(0 if s.demonstration is None else len(s.prompt) + len(s.demonstration) for s in samples)
     return len(samples) * (answers + demonstrations)

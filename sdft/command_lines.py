@@ -36,7 +36,8 @@ def _let_segments_grow() -> None:
 def _train(argv: list[str], started: float) -> int:
     _let_segments_grow()
     from sdft.early_checks import check_package, check_rows, check_vllm, check_writable
-    from sdft.models.files import check_model
+    from sdft.feedback.find import find_feedback
+    from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_train
     from sdft.settings import help
     from sdft.settings.config import MethodSettings
@@ -53,6 +54,7 @@ def _train(argv: list[str], started: float) -> int:
     )
     from sdft.settings.recipe import read
     from sdft.settings.rollouts import VLLM
+    from sdft.settings.teachers import check_named
 
     fields = (
         own_fields(ModelArguments, LoraArguments, DataArguments, ColumnArguments, EvalArguments) | training_fields()
@@ -71,6 +73,12 @@ def _train(argv: list[str], started: float) -> int:
         check_rows("eval_file", evaluation.eval_file)
         check_rows("general_file", evaluation.general_file)
         check_model(model.model)
+        check_named(method, method.teacher)
+        if method.method == "sdft":
+            find_feedback(method)
+        if method.teacher_model is not None:
+            with named_by("teacher_model"):
+                check_model(method.teacher_model)
         check_package("sdft train draws curves", "matplotlib")
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
@@ -117,14 +125,14 @@ def _eval(argv: list[str], started: float) -> None:
     from sdft.settings.inputs import ColumnArguments, EvalArguments, ModelArguments
     from sdft.settings.recipe import read
     from sdft.settings.rollouts import VLLM
-    from sdft.templates import TEMPLATES
+    from sdft.templates import PROMPT, TEMPLATES
 
     def adapt(recipe: dict[str, Written]) -> None:
         if "model" in recipe:
             recipe.setdefault("base_model", recipe["model"])
         recipe.pop("teacher", None)  # in a recipe it is who scores the rollouts, here whether to score the teacher
         # As a flag a name means that form alone. The recipe's is the one it trains with, and is measured with the rest.
-        if "teacher_template" in recipe and matching(recipe["teacher_template"].value, TEMPLATES):
+        if "teacher_template" in recipe and matching(recipe["teacher_template"].value, (*TEMPLATES, PROMPT)):
             del recipe["teacher_template"]
 
     fields = own_fields(ModelArguments, EvalArguments, ColumnArguments, EvalCommand)
@@ -144,6 +152,9 @@ def _eval(argv: list[str], started: float) -> None:
         if command.base_model:
             with named_by("base_model"):
                 check_model(command.base_model)
+        if command.teacher and command.teacher_model:
+            with named_by("teacher_model"):
+                check_model(command.teacher_model)
         if command.rollout_backend == VLLM:
             check_vllm(command.rollout_server)
         rows = rows_of_eval(model, evaluation, command, given.make(ColumnArguments).columns)
@@ -199,6 +210,7 @@ def _data(argv: list[str], started: float) -> None:
     from sdft.settings.idle import OF_DATA, without_effect
     from sdft.settings.inputs import ColumnArguments, DataArguments
     from sdft.settings.recipe import read
+    from sdft.templates import shows_demonstration
 
     fields = own_fields(DataArguments, ColumnArguments, DataCommand)
     if _helped("sdft data", help.DATA, fields, argv):
@@ -211,7 +223,8 @@ def _data(argv: list[str], started: float) -> None:
         check_rows("train_file", data.train_file)
         if command.model:
             check_model(command.model)
-        rows = load_rows(data.train_file, columns=columns.columns, seed=command.seed)
+        need = ("prompt", "demonstration") if shows_demonstration(command.template) else ("prompt",)
+        rows = load_rows(data.train_file, need=need, columns=columns.columns, seed=command.seed)
         for sentence in without_effect(OF_DATA, command, only=given.flags):
             logger.warning(sentence)
 
@@ -231,6 +244,7 @@ def _plan(argv: list[str], started: float) -> None:
     from sdft.settings.fields import own_fields, training_fields
     from sdft.settings.inputs import LoraArguments, ModelArguments
     from sdft.settings.recipe import read
+    from sdft.settings.teachers import check_named
 
     of_command = own_fields(PlanCommand)
     fields = own_fields(ModelArguments, LoraArguments) | training_fields() | of_command
@@ -240,7 +254,8 @@ def _plan(argv: list[str], started: float) -> None:
     given = read(argv, fields, command="sdft plan", ignored=_every_field())
     with given.located():
         model, lora = given.make(ModelArguments), given.make(LoraArguments)
-        given.make(MethodSettings)
+        method = given.make(MethodSettings)
+        check_named(method, method.teacher)
         command = given.make(PlanCommand)
         memory_of(command.gpu)
         check_output_file("output_file", command.output_file)

@@ -28,6 +28,7 @@ from sdft.settings.config import SDFTConfig
 from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inherited import REFUSED
 from sdft.settings.rollouts import AUTO, VLLM
+from sdft.settings.teachers import MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ def _check_fsdp(plugin: Any, adapter: bool, args: SDFTConfig) -> None:
             "be a number or not set"
         )
     cache = args.teacher_cache_gib
-    if cache and adapter:  # the processes would read unlike numbers of prompts, and wait for each other
+    if (
+        cache and adapter and args.teacher != MODEL
+    ):  # the processes would read unlike numbers of prompts, and wait for each other
         raise UsageError(
             f"teacher_cache_gib is {cache}; under FSDP with an adapter, whose teacher is sharded, it must be 0"
         )

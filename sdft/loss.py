@@ -72,16 +72,18 @@ def divergence(
     seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
 
     def compare(head: Head) -> DivergenceOutput:
-        student_hidden, teacher_hidden = hidden, seen.hidden
-        if autocast is None:
-            student_hidden, teacher_hidden = student_hidden.to(head.weight.dtype), teacher_hidden.to(head.weight.dtype)
+        student_hidden, teacher_hidden, teacher_weight, dtype = hidden, seen.hidden, seen.head.weight, head.weight.dtype
+        if autocast is None:  # another model as teacher may be of another type
+            student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.to(dtype)
+            teacher_weight = teacher_weight.to(dtype)
         out = fused_linear_divergence(
             student_hidden,
             head.weight,
             teacher_hidden,
-            seen.head.weight,
+            teacher_weight,
             student_bias=head.bias,
             teacher_bias=seen.head.bias,
+            vocab_size=min(len(head.weight), len(teacher_weight)),
             student_logit_scale=head.scale,
             teacher_logit_scale=seen.head.scale,
             student_softcap=head.softcap,

@@ -56,6 +56,7 @@ class PromptCache:
             return self._hidden_states(backbone, samples, skip_tokens)
 
     def _hidden_states(self, backbone: nn.Module, samples: Sequence[Sample], skip_tokens: int) -> Tensor:
+        samples = [sample.read() for sample in samples]
         # The last token of a prompt is read with the completion, which it predicts the first token of.
         prompts = [tuple(sample.teacher_prompt or ()) for sample in samples]
         rows = [

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sdft.data import COLUMNS, WHERE, Limits, Row, encode_rows, load_rows, teacher_chat
+from sdft.data import COLUMNS, WHERE, Limits, Row, TeacherReads, encode_rows, load_rows, teacher_chat
+from sdft.data.chats import can_be_shown
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
 from sdft.settings.commands import EvalCommand
 from sdft.settings.config import EvalSettings, MethodSettings
+from sdft.settings.feedback import FEEDBACKS
 from sdft.settings.inputs import DataArguments, EvalArguments, ModelArguments
-from sdft.templates import Message, parse_template
+from sdft.templates import PROMPT, Message, parse_template, shows_demonstration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,17 +42,25 @@ def rows_of_train(
     seed: int = 0,
 ) -> Rows:
     """The rows of `sdft train`; by `seed` those of a file are drawn of which a part is taken."""
-    train = load_rows(of_data.train_file, columns=columns, seed=seed)
+    train = load_rows(of_data.train_file, need=needed(settings), columns=columns, seed=seed)
     held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, settings, columns)
-    template = parse_template(settings.teacher_template)
     if settings.method == "sdft":
-        _check_teacher(train, template)
+        shown = [row for row in train if settings.feedback is None or can_be_shown(row, settings.template)]
+        _check_teacher(shown, settings.template)
     learned = settings.method == "sft" or settings.demonstration_weight > 0
     if learned and (bare := next((row for row in train if row.get("demonstration") is None), None)):
         raise UsageError(f"{bare[WHERE]} has no demonstration, which is what is to be learned")
-    if have_demonstrations(held_out):
-        _check_teacher(held_out, template)
+    if can_ask_teacher(held_out, settings.template):
+        _check_teacher(held_out, settings.template)
     return Rows(train, held_out, general)
+
+
+def needed(settings: MethodSettings) -> tuple[str, ...]:
+    """The fields that every row to learn from must have."""
+    learned = settings.method == "sft" or settings.demonstration_weight > 0
+    shown = shows_demonstration(settings.template) and settings.feedback is None
+    judged = FEEDBACKS.get(settings.feedback or "", ()) if settings.method == "sdft" else ()
+    return ("prompt", *(("demonstration",) if learned or shown else ()), *judged)
 
 
 def rows_of_eval(
@@ -72,10 +82,12 @@ def rows_of_eval(
             raise UsageError(
                 "teacher is True and eval_file is not set; it must be, for the teacher answers its prompts"
             )
-        for row in held_out:
+        prompt_alone = of_command.teacher_model is not None and of_command.teacher_template in (None, PROMPT)
+        for row in held_out if not prompt_alone else ():
             if not row.get("demonstration"):
                 raise UsageError(f"teacher is True, and {row[WHERE]} has no demonstration for the teacher to see")
-        _check_teacher(held_out, parse_template("turn"))
+        if have_demonstrations(held_out):
+            _check_teacher(held_out, parse_template("turn"))
     return Rows(held_out=held_out, general=general)
 
 
@@ -99,11 +111,20 @@ def exam_rows(
 
 
 def training_rows(
-    source: Any, settings: MethodSettings, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], limits: Limits
+    source: Any,
+    settings: MethodSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: frozenset[int],
+    limits: Limits,
+    teacher: TeacherReads | None = None,
 ) -> list[Row]:
-    """The rows that a trainer learns from, with their token ids: from what `load_rows` takes, or rows read before."""
-    rows = load_rows(source, name="train_dataset")
-    if unused := sorted({name for row in rows for name in row} - {*COLUMNS, WHERE}):
+    """The rows that a trainer learns from, with their token ids: from what `load_rows` takes, or rows read before.
+
+    `teacher` is what a teacher reads that is another model.
+    """
+    rows = load_rows(source, name="train_dataset", need=needed(settings))
+    unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
+    if unused and settings.feedback is None:
         logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))
     return encode_rows(
         rows,
@@ -111,19 +132,26 @@ def training_rows(
         method=settings.method,
         with_demonstration=settings.demonstration_weight > 0,
         with_draft=settings.rollout_draft == "demonstration",
-        template=parse_template(settings.teacher_template),
+        template=settings.template,
         eos_ids=eos_ids,
         max_completion_length=settings.max_completion_length,
         limits=limits,
         options=settings.chat_template_kwargs,
         teacher_options=settings.teacher_options,
         overlong=settings.overlong,
+        teacher=teacher,
+        feedback=settings.feedback is not None and settings.method == "sdft",
     )
 
 
 def have_demonstrations(rows: Sequence[Row]) -> bool:
     """Whether a teacher can be shown the demonstration of every row."""
     return bool(rows) and all(row.get("demonstration") or row.get("teacher_prompt") for row in rows)
+
+
+def can_ask_teacher(rows: Sequence[Row], template: list[Message]) -> bool:
+    """Whether a teacher can be shown what the template has of every row."""
+    return bool(rows) and (not shows_demonstration(template) or have_demonstrations(rows))
 
 
 def _check_teacher(rows: Sequence[Row], template: list[Message]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from sdft.checkpoints.runs import Runs
 from sdft.data import Row
 from sdft.errors import TrainingError
 from sdft.evaluation.exam import Exam
+from sdft.feedback.stage import FeedbackStage, Taught
 from sdft.forward import Result, as_forward_of
 from sdft.loss import completion_logprobs
 from sdft.models.adapters import causal_lm
@@ -37,6 +39,8 @@ from sdft.rollouts.writer import make_engine
 from sdft.settings.rollouts import VLLM
 from sdft.teacher import Teacher
 
+logger = logging.getLogger(__name__)
+
 #: Back-ends that draw from the student itself, whose probabilities in float32 are those of the loss.
 EXACT = ("generate", "continuous")
 
@@ -47,6 +51,7 @@ class SamplingTrainer(Runs):
     progress = Progress()
     sampling: Sampling
     teacher: Teacher | None
+    feedback: FeedbackStage | None
     step_log: StepLog
     exam: Exam
     engine: Engine | None = None
@@ -97,7 +102,7 @@ class SamplingTrainer(Runs):
             score = functools.partial(completion_logprobs, self.student, batch, self.args, self.autocast_type)
             with torch.no_grad():  # around the wrapper, too: DDP would wait for gradients
                 logprobs = as_forward_of(self.model_wrapped, self.learner, score)
-            lengths = [len(sample.completion[skip:]) for sample in members]
+            lengths = [len(sample.read().completion[skip:]) for sample in members]
             for one, values in zip(members, logprobs.split(lengths), strict=True):
                 scored[id(one)] = dataclasses.replace(one, old_logprobs=values.tolist())
         return [scored[id(one)] for one in samples]
@@ -117,16 +122,39 @@ class SamplingTrainer(Runs):
             return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
         asked = self._asked(rows)
         skip = self.args.skip_tokens
+        completions = self.rollouts(asked)
+        if self.teacher is not None:
+            for completion in completions:
+                self.teacher.check_reads(completion.tokens)
         return [
             Sample(
                 row["prompt_ids"],
                 completion.tokens,
-                row["teacher_prompt_ids"],
+                taught.prompt or row["prompt_ids"],
                 row.get("completion_ids"),
                 None if completion.logprobs is None else completion.logprobs[skip:],
+                taught.weight,
+                taught.log,
             )
-            for (row, _), completion in zip(asked, self.rollouts(asked), strict=True)
+            for (row, _), completion, taught in zip(asked, completions, self._taught(asked, completions), strict=True)
         ]
+
+    def _taught(self, asked: list[tuple[Row, int]], completions: list[Completion]) -> list[Taught]:
+        """What the teacher sees before each completion: what its row says, or what feedback makes of it now."""
+        if self.feedback is None:
+            return [Taught(row["teacher_prompt_ids"]) for row, _ in asked]
+        with self.phases("feedback"):
+            taught = self.feedback(asked, completions, self.state.global_step + 1)
+        self.step_log.add(left_out=sum(each.weight == 0 for each in taught))
+        return taught
+
+    def say_nothing_to_learn(self) -> None:
+        """Say of a step that no token of it counts, and why."""
+        why = f"none of its completions is longer than skip_tokens, which is {self.args.skip_tokens}"
+        if self.feedback is not None:
+            why = f"feedback has left out all of its rollouts, or {why}"
+        if self.is_world_process_zero():
+            logger.warning("step %d has nothing to learn from: %s", self.state.global_step + 1, why)
 
     def _asked(self, rows: list[Row]) -> list[tuple[Row, int]]:
         """Each row as often as it is to have rollouts, with the rollout's place in the step's batch."""

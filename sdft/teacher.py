@@ -1,4 +1,4 @@
-"""The teacher: the model as it was before training, a slow average of the student, or the student itself.
+"""The teacher: the model as it was before training, a slow average of the student, the student itself, or another one.
 
 Whoever it is, `with teacher.scoring() as model` lends a model to score rollouts with, in evaluation mode, and
 afterwards everything is as it was. What is kept beside the student depends on what trains:
@@ -7,6 +7,8 @@ afterwards everything is as it was. What is kept beside the student depends on w
 - an adapter (peft): no second model. The base is the student with its adapter switched off; the average is a second
   set of the adapter's weights, put in place of the first while it scores;
 - nothing for a live teacher.
+
+Another model (`sdft.teacher_model`) is there in whole, and frozen.
 
 Arithmetic of the average: average += rate * (student - average), in float32 whatever the student's type. In
 bfloat16, with 8 bits of mantissa, a rate of 0.01 would round to no movement at all.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,7 +30,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from sdft._compat import CHECKPOINTED
-from sdft.errors import UsageError
+from sdft.errors import TrainingError, UsageError
 from sdft.forward import evaluating
 from sdft.memory.tiles import layers_of
 from sdft.models.adapters import causal_lm, has_adapter
@@ -47,6 +49,9 @@ class Teacher:
         """The model that scores rollouts; it is to be used, and its head read, before the block ends."""
         with evaluating(self.student):
             yield causal_lm(self.student)
+
+    def check_reads(self, tokens: Sequence[int]) -> None:
+        """TrainingError for a completion with a token that the teacher, or the student, does not have."""
 
     def update(self, student: nn.Module) -> None:
         """Follow the student after an optimizer step."""
@@ -70,6 +75,33 @@ class BaseTeacher(Teacher):
     @contextlib.contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
         yield self.model
+
+
+class ModelTeacher(Teacher):
+    """Another model, which is frozen and put where the student is; `offload` keeps its layers on the CPU."""
+
+    def __init__(self, student: nn.Module, model: PreTrainedModel, *, offload: bool = False) -> None:
+        super().__init__(student)
+        self.model = model.eval().requires_grad_(False)
+        self.tokens = min(len(cast(Tensor, each.get_input_embeddings().weight)) for each in (model, causal_lm(student)))
+        if not offload:
+            nn.Module.to(self.model, causal_lm(student).device)
+            return
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise UsageError("teacher_offload is True, and teacher_model is quantised; it must be False")
+        stream(self.model, causal_lm(student))
+        _move_all_but_layers(self.model, causal_lm(student).device)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[PreTrainedModel]:
+        yield self.model
+
+    def check_reads(self, tokens: Sequence[int]) -> None:
+        if (largest := max(tokens, default=0)) >= self.tokens:
+            raise TrainingError(
+                f"a rollout has token {largest}, which is in the padding of one vocabulary: the model and "
+                f"teacher_model have {self.tokens} tokens in common"
+            )
 
 
 class AdapterOffTeacher(Teacher):
@@ -240,6 +272,16 @@ def stream(model: PreTrainedModel, student: PreTrainedModel) -> None:
         layer.register_forward_hook(lambda *_, own=own, kept=kept: _move(own, kept), always_call=True)
 
 
+def _move_all_but_layers(model: PreTrainedModel, device: torch.device) -> None:
+    of_layers = {id(parameter) for layer in layers_of(model) for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in of_layers:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
 def _move(parameters: list[nn.Parameter], tensors: list[Tensor], device: torch.device | None = None) -> None:
     """Give parameters the tensors for their data, on a device if one is named."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
@@ -247,7 +289,7 @@ def _move(parameters: list[nn.Parameter], tensors: list[Tensor], device: torch.d
 
 
 def make_teacher(kind: str, student: nn.Module, ema_rate: float, *, offload: bool = False) -> Teacher:
-    """The teacher called `kind`: base, ema or live."""
+    """The teacher called `kind`: base, ema or live, which are made of the student."""
     if kind == "live":
         return Teacher(student)
     if has_adapter(student):

@@ -11,6 +11,9 @@ templates come built in:
   answer, question again. Small models copy the form of an earlier turn more readily than they follow the paper's
   wording;
 - "first" puts the demonstration before the question, so that the question is the last that the model reads.
+
+"prompt" is the prompt as it is: what a teacher sees that is another model. A template without {demonstration} is for
+such a teacher, or has a system message of its own, which only the teacher sees.
 """
 
 from __future__ import annotations
@@ -50,10 +53,35 @@ TEMPLATES: dict[str, list[Message]] = {
 }
 
 
-def parse_template(template: Any) -> list[Message]:
-    """The messages of a template given by name, as text, as a list of messages, or as that list in JSON."""
+#: The template by which a teacher sees the prompt as it is, and its name.
+PROMPT = "prompt"
+PROMPT_ALONE: list[Message] = [{"role": "user", "content": "{prompt}"}]
+
+
+def default_template(*, other_model: bool) -> str:
+    """The template where none is named: another model as teacher sees the prompt, the model itself a demonstration."""
+    return PROMPT if other_model else "paper"
+
+
+def shows_demonstration(template: list[Message]) -> bool:
+    """Whether a teacher is shown a demonstration by this template."""
+    return any(PLACEHOLDERS[1] in message["content"] for message in template)
+
+
+def parse_template(template: Any, *, other_model: bool = False) -> list[Message]:
+    """The messages of a template given by name, as text, as a list of messages, or as that list in JSON.
+
+    `other_model` says that the teacher is another model, which may see no more than the prompt.
+    """
     if isinstance(template, str) and template in TEMPLATES:
         return TEMPLATES[template]
+    if template == PROMPT and not other_model:
+        raise UsageError(
+            "teacher_template is 'prompt', by which the teacher sees what the student sees; it may be so where "
+            f"teacher_model is another model, and otherwise {' or '.join(map(repr, TEMPLATES))}, a text, or messages"
+        )
+    if template == PROMPT:
+        return PROMPT_ALONE
     messages = template
     if isinstance(template, str):
         messages = [{"role": "user", "content": template}]
@@ -66,7 +94,8 @@ def parse_template(template: Any) -> list[Message]:
             "or a list of messages, each with a role and a content"
         )
     text = "\n".join(message["content"] for message in messages)
-    missing = [placeholder for placeholder in PLACEHOLDERS if placeholder not in text]
+    alone = other_model or messages[0]["role"] == "system"
+    missing = [each for each in PLACEHOLDERS[: 1 if alone else 2] if each not in text]
     if missing:
         close = get_close_matches(str(template).strip().lower(), TEMPLATES, n=1)
         if close and len(missing) == len(PLACEHOLDERS):

@@ -28,6 +28,8 @@ from sdft.early_checks import check_writable
 from sdft.errors import TrainingError, UsageError
 from sdft.evaluation.completion_log import CompletionsFile
 from sdft.evaluation.exam import Exam
+from sdft.feedback.interface import FeedbackFunction
+from sdft.feedback.stage import stage_of
 from sdft.forward import as_forward_of
 from sdft.head import backbone, check_head, check_same_in_training
 from sdft.launch import installed, prepare, switch_off_dropout
@@ -42,7 +44,8 @@ from sdft.rows import training_rows
 from sdft.samples import SamplingTrainer
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import check_arguments
-from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, TeacherFollows, make_teacher, trains_beside_adapter
+from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, TeacherFollows, trains_beside_adapter
+from sdft.teacher_model import GivenTeacher, other_teacher, teacher_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,10 @@ class SDFTTrainer(SamplingTrainer):
     `train_dataset` a `datasets.Dataset`, a list of rows, or a file's name; `eval_dataset` the same with
     `prompt` and `answer`, for the accuracy that `evaluate` reports; `general_dataset` the same with `prompt`, of other
     kinds, for how far the model has moved from where it started. An `exam` has the two in one, read and checked
-    before; the starting model is then kept only where `eval_strategy` asks for it. Other arguments are the Trainer's.
+    before; the starting model is then kept only where `eval_strategy` asks for it. `teacher_model`, where the teacher
+    is 'model', is one, which is frozen; or a name; or a model with its tokenizer, which then is compared with the
+    model's own on every row. `feedback` is a function (`sdft.feedback`) that says, once a step's rollouts are written,
+    what the teacher sees of each. Other arguments are the Trainer's.
 
     >>> SDFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", SDFTConfig(), train_dataset=rows).train()
     """
@@ -74,6 +80,8 @@ class SDFTTrainer(SamplingTrainer):
         peft_config: Any = None,
         general_dataset: Any = None,
         exam: Exam | None = None,
+        teacher_model: GivenTeacher = None,
+        feedback: FeedbackFunction | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or SDFTConfig()
@@ -85,10 +93,12 @@ class SDFTTrainer(SamplingTrainer):
         check_adapters(learner)
         bare = causal_lm(learner)
         self.sampling = sampling_by(args, bare, processing_class)
-        rows = None
+        rows, other = None, other_teacher(teacher_model, args, bare, processing_class)
+        seen = limits(bare) if other is None else other.reads.limits
+        self.feedback = stage_of(feedback, args, processing_class, seen)
         if train_dataset is not None:
             ends = eos_token_ids(bare, processing_class)
-            rows = training_rows(train_dataset, args, processing_class, ends, limits(bare))
+            rows = training_rows(train_dataset, args, processing_class, ends, limits(bare), other and other.reads)
         keeps_start = exam is None or args.eval_strategy != "no"
         if exam is None:
             exam = exam_by(args, eval_dataset, general_dataset)
@@ -120,13 +130,14 @@ class SDFTTrainer(SamplingTrainer):
             # The Trainer would leave that until training starts, and teachers are copied before.
             nn.Module.to(self.learner, args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the step's tokens; the Trainer need not
-        if tokens := self._some_tokens(rows):
+        tokens = self._some_tokens(rows)
+        if tokens:
             check_head(self.student, tokens, self.autocast_type)
             check_same_in_training(self.student, tokens, self.autocast_type)
         self.step_log = StepLog(self.accelerator, self.phases, args.max_completion_length)
         self.teacher = None
         if args.method == "sdft":
-            self.teacher = make_teacher(args.teacher, self.learner, args.ema_rate, offload=args.teacher_offload)
+            self.teacher = teacher_of(args, self.learner, other, tokens, self.autocast_type)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
         penalised = args.method == "sft" and args.base_kl_weight > 0
         self.starting_model = self._starting_model(penalised or (keeps_start and bool(exam.general_rows)))
@@ -161,7 +172,7 @@ class SDFTTrainer(SamplingTrainer):
         if self.teacher is None or not rows or not self.args.teacher_cache_gib:
             return None
         with self.teacher.scoring() as model:
-            check_prompt_cache(model, backbone(model), rows[0]["teacher_prompt_ids"][:16], self.autocast_type)
+            check_prompt_cache(model, backbone(model), rows[0]["prompt_ids"][:16], self.autocast_type)
         return PromptCache(int(self.args.teacher_cache_gib * 2**30))
 
     # One optimizer step: rollouts, layout, loss
@@ -181,12 +192,8 @@ class SDFTTrainer(SamplingTrainer):
         items = torch.tensor([sum(count_items(b) for b in part if b) for part in parts], device=device)
         if self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, "sum")
-        if not items[0] and self.is_world_process_zero():
-            logger.warning(
-                "step %d has nothing to learn from: none of its completions is longer than skip_tokens, which is %d",
-                self.state.global_step + 1,
-                self.args.skip_tokens,
-            )
+        if not items[0]:
+            self.say_nothing_to_learn()
         items, demonstration_items = items.clamp(min=torch.finfo(items.dtype).tiny).unbind()
         for piece in pieces:
             piece["demonstration_items"] = demonstration_items

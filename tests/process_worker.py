@@ -56,6 +56,7 @@ CASES = {
         "save_steps": 2,
     },
     "several rollouts": {"rollouts_per_prompt": 2, "teacher_cache_gib": 0.1},
+    "another model": {"teacher": "model", "rollouts_per_prompt": 2, "teacher_cache_gib": 0.1},
     "mostly skipped": {"skip_tokens": 2, "gradient_accumulation_steps": 2},
 }
 
@@ -113,6 +114,7 @@ def trainer(folder, processes, **options):
         if config.teacher == "live" or lora or config.load_best_model_at_end
         else None,
         processing_class=tiny.tiny_tokenizer(),
+        teacher_model=tiny.tiny_model(5, hidden_size=48) if config.teacher == "model" else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
 

@@ -16,7 +16,7 @@ from sdft.settings.inputs import EvalArguments, LoraArguments, ModelArguments
     [
         ("method", "ppo", "sdft or sft"),
         ("divergence", "kl", "skew_reverse_kl or skew_forward_kl"),
-        ("teacher", "other", "base, ema or live"),
+        ("teacher", "other", "base, ema, live or model"),
         ("loss_normalisation", "batch", "token or sequence"),
         ("demonstration_weight", 1.0, "below 1"),
         ("num_iterations", 0, "at least 1"),
@@ -143,7 +143,7 @@ def test_bf16_on_a_machine_without_such_a_gpu_is_a_sentence(tmp_path, monkeypatc
 
 
 def test_a_live_teacher_cannot_be_offloaded(tmp_path):
-    with pytest.raises(UsageError, match="teacher_offload is True; it is for teacher base or ema"):
+    with pytest.raises(UsageError, match="teacher_offload is True; it is for teacher base, ema or model"):
         SDFTConfig(output_dir=str(tmp_path), teacher="live", teacher_offload=True)
 
 

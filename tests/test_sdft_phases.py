@@ -21,10 +21,10 @@ def test_time_within_a_phase_of_a_phase_is_the_inner_ones(monkeypatch):
         passes(20)
         assert spent.now == "score"
     passes(3)
-    assert spent.take() == {"rollout": 0, "score": 20, "learn": 4, "save": 0, "eval": 0}
+    assert spent.take() == {"rollout": 0, "feedback": 0, "score": 20, "learn": 4, "save": 0, "eval": 0}
     passes(5)
     spent.begin(None)
     passes(100)
     with spent("save"):
         passes(6)
-    assert spent.take() == {"rollout": 0, "score": 0, "learn": 5, "save": 6, "eval": 0}
+    assert spent.take() == {"rollout": 0, "feedback": 0, "score": 0, "learn": 5, "save": 6, "eval": 0}

@@ -105,7 +105,14 @@ def test_recipes_for_gpus_have_the_papers_settings(name: str, settings: Any) -> 
 
 
 def test_there_is_a_recipe_for_each_model_and_way() -> None:
-    assert RECIPES == ["demo.yaml", "qwen2.5-7b-lora.yaml", "qwen2.5-7b.yaml", "qwen3-4b-lora.yaml", "qwen3-4b.yaml"]
+    assert RECIPES == [
+        "demo.yaml",
+        "on-policy-distillation.yaml",
+        "qwen2.5-7b-lora.yaml",
+        "qwen2.5-7b.yaml",
+        "qwen3-4b-lora.yaml",
+        "qwen3-4b.yaml",
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -27,7 +27,6 @@ from sdft.settings.config import MethodSettings, SDFTConfig
 from sdft.settings.continual import Method, Plan, Skill
 from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.teacher import Teacher
-from sdft.templates import parse_template
 
 BASE_FILE, SCORES_FILE = "base.json", "scores.json"
 
@@ -106,7 +105,7 @@ class Measure:
         model, tokenizer = self._load(self.plan.model.model)
         teacher = {}
         for skill in self.plan.skills:
-            exam, template = self.skills[skill.name], parse_template(skill.settings.teacher_template)
+            exam, template = self.skills[skill.name], skill.settings.template
             exam.check(model, tokenizer, [template] if exam.has_demonstrations else [])
             if exam.has_demonstrations:
                 teacher[skill.name] = accuracy_of(exam.held_out(model, tokenizer, f"teacher, {skill.name}", template))

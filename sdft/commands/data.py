@@ -20,7 +20,7 @@ from sdft.data import (
 from sdft.data.encode import Shown
 from sdft.errors import UsageError, counted
 from sdft.settings.commands import DataCommand
-from sdft.templates import Message, as_messages, parse_template, text_of
+from sdft.templates import Message, as_messages, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def show(rows: list[Row], command: DataCommand) -> None:
         from sdft.models.tokenizer import load_tokenizer
 
         tokenizer, limits = load_tokenizer(command.model, trust_remote_code=command.trust_remote_code)
-    template = parse_template(command.teacher_template)
+    template = command.template
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     print(counted(len(rows), "row") + (f"; columns that are not used: {', '.join(unused)}" if unused else ""))
     texts = Texts(tokenizer, template, command)

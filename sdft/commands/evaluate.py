@@ -22,8 +22,10 @@ from sdft.rollouts.writer import writer_for
 from sdft.rows import Rows
 from sdft.settings.commands import EvalCommand
 from sdft.settings.inputs import ModelArguments
+from sdft.settings.rollouts import VLLM
 from sdft.teacher import Teacher
-from sdft.templates import TEMPLATES, Message, parse_template
+from sdft.teacher_model import load_teacher
+from sdft.templates import PROMPT, PROMPT_ALONE, TEMPLATES, Message, parse_template
 
 
 def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> None:
@@ -37,7 +39,7 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
         seed=of_command.seed,
     )
     has_base = of_command.base_model not in (None, of_model.model)
-    templates = teacher_templates(of_command.teacher_template) if of_command.teacher else {}
+    templates = teacher_templates(of_command, exam.has_demonstrations) if of_command.teacher else {}
     device = device_here()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
     exam.check(model, tokenizer, list(templates.values()))
@@ -51,14 +53,18 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
 
         backend = stack.enter_context(writer_for(of_command, model, longest=exam.longest, probe=exam.first))
         held_out = exam.held_out(model, tokenizer, "held-out prompts", made=into_file(0, "held-out"), backend=backend)
+        teacher, teachers_backend = model, backend
+        if of_command.teacher and of_command.teacher_model is not None:
+            teacher = load_teacher(of_command, device, of_model.trust).model
+            teachers_backend = "generate" if of_command.rollout_backend == VLLM else backend
         teachers = {
             name: exam.held_out(
-                model,
+                teacher,
                 tokenizer,
                 f"teacher ({name}), held-out prompts",
                 template,
                 made=into_file(1 + order, f"teacher ({name})"),
-                backend=backend,
+                backend=teachers_backend,
             )
             for order, (name, template) in enumerate(templates.items())
         }
@@ -81,6 +87,7 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
         general_scorer=of_command.general_scorer,
         base_model=of_command.base_model if has_base else None,
         forgetting=forgetting,
+        teacher_model=of_command.teacher_model if of_command.teacher else None,
     )
     lines = score_lines(scores)
     if general is not None and of_command.base_model is None:
@@ -118,9 +125,16 @@ def _record(name: str, row: Row, text: str, right: bool | None, finished: bool) 
     }
 
 
-def teacher_templates(wanted: list[Message] | str | None) -> dict[str, list[Message]]:
-    """The templates to measure the teacher under: the built-in one called `wanted`, or all of them and one's own."""
-    if isinstance(wanted, str) and wanted in TEMPLATES:
-        return {wanted: TEMPLATES[wanted]}
-    own = {} if wanted is None else {"your own": parse_template(wanted)}
-    return {**TEMPLATES, **own}
+def teacher_templates(command: EvalCommand, demonstrations: bool) -> dict[str, list[Message]]:
+    """The templates to measure the teacher under: the built-in one that is named, or all of them and one's own.
+
+    Another model is asked the prompt alone as well, and shown `demonstrations` where there are any.
+    """
+    wanted, other_model = command.teacher_template, command.teacher_model is not None
+    built_in = TEMPLATES if demonstrations else {}
+    if other_model:
+        built_in = {PROMPT: PROMPT_ALONE, **built_in}
+    if isinstance(wanted, str) and wanted in built_in:
+        return {wanted: built_in[wanted]}
+    own = {} if wanted is None else {"your own": parse_template(wanted, other_model=other_model)}
+    return {**built_in, **own}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdft.commands.shared import quiet
 from sdft.errors import UsageError
+from sdft.models.files import named_by
 from sdft.planning.devices import RESERVED, memory_of
 from sdft.planning.plot import draw
 from sdft.planning.presets import config_of
@@ -38,7 +39,11 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
         raise UsageError(f"rollout_tokens is {rollout}; it must be above skip_tokens, which is {config.skip_tokens}")
     shown = of_command.demonstration_tokens
     lengths = Lengths(of_command.prompt_tokens, rollout, rollout if shown is None else shown)
-    step = Step(model_config, of_model.dtype, of_lora, config)
+    teacher_config = None
+    if config.method == "sdft" and config.teacher_model is not None:
+        with named_by("teacher_model"):
+            teacher_config = config_of(config.teacher_model, trust_remote_code=of_model.trust_remote_code)
+    step = Step(model_config, of_model.dtype, of_lora, config, teacher_config=teacher_config)
     measured = step.run(lengths)
     runs: dict[int, Measured] = {rollout: measured}
 
@@ -64,7 +69,7 @@ def plan(of_model: ModelArguments, of_lora: LoraArguments, config: SDFTConfig, o
     settings = []
     if of_command.compare:
         for name, lora, changed, dtype in alternatives(of_lora, config, of_model.dtype):
-            other = Step(model_config, dtype, lora, changed)
+            other = Step(model_config, dtype, lora, changed, teacher_config=teacher_config)
             settings.append(Setting(name, other.run(lengths).peak.total))
     found = Plan(
         model=of_model.model,

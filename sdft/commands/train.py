@@ -39,12 +39,14 @@ from sdft.models.files import check_apart
 from sdft.models.load import load_model
 from sdft.progress.display import Display
 from sdft.report.page import page
-from sdft.rows import Rows
+from sdft.rows import Rows, can_ask_teacher
 from sdft.run_files import CURVES_FILE, METRICS_FILE, REPORT_FILE, RESOLVED_FILE, SUMMARY_FILE
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments, ModelArguments
-from sdft.teacher import Teacher
-from sdft.templates import Message, parse_template
+from sdft.settings.teachers import MODEL
+from sdft.teacher import ModelTeacher, Teacher
+from sdft.teacher_model import OtherModel, load_teacher
+from sdft.templates import Message
 from sdft.trainer import SDFTTrainer
 
 
@@ -86,13 +88,15 @@ def _train(
     command: Sequence[str],
     recipe: str,
 ) -> int:
-    exam = exam_of(rows, config)
-    template = parse_template(config.teacher_template)
+    exam, distilled = exam_of(rows, config), config.method == "sdft"
+    template = config.template
+    asks_teacher = can_ask_teacher(exam.eval_rows, template) and config.feedback is None
     folder = Path(str(config.output_dir))
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
-    exam.check(model, tokenizer, [template] if exam.has_demonstrations else [])
+    taught_by = load_teacher(config, trust=of_model.trust) if config.teacher == MODEL and distilled else None
+    exam.check(model, tokenizer, [template] if asks_teacher else [])
     set_seed(config.seed)  # of which an adapter begins
-    trainer = trainer_of(add_lora(model, of_lora), tokenizer, rows, exam, config)
+    trainer = trainer_of(add_lora(model, of_lora), tokenizer, rows, exam, config, taught_by)
     if nothing_is_left(trainer, claim, folder):
         return 0
     say_what_is_planned(trainer, of_model, of_lora)
@@ -100,7 +104,7 @@ def _train(
     trainer.add_callback(display)
     measure = Measure(trainer, exam)
 
-    teacher = measure.held_out("teacher", template) if exam.has_demonstrations else None
+    teacher = measure.teacher(template) if asks_teacher else None
     before, general_before = measure.held_out("before"), measure.general("before")
     exam.starting_answers = general_before
     train_started = time.perf_counter()
@@ -125,12 +129,12 @@ def _train(
         return 0
 
     loss_first, loss_last = loss_ends(trainer.state.log_history)
-    distilled = config.method == "sdft"
     summary = Summary(
         model=of_model.model,
         method=config.method,
         divergence=config.divergence if distilled else None,
         teacher=config.teacher if distilled else None,
+        teacher_model=config.teacher_model if distilled else None,
         steps=trainer.state.global_step,
         loss_first=loss_first,
         loss_last=loss_last,
@@ -188,7 +192,12 @@ def exam_of(rows: Rows, config: SDFTConfig) -> Exam:
 
 
 def trainer_of(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, exam: Exam, config: SDFTConfig
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    exam: Exam,
+    config: SDFTConfig,
+    taught_by: OtherModel | None = None,
 ) -> SDFTTrainer:
     """The trainer, which leaves the terminal to the command and writes metrics.jsonl."""
     try:
@@ -198,6 +207,7 @@ def trainer_of(
             train_dataset=rows.train,
             processing_class=tokenizer,
             exam=exam,
+            teacher_model=taught_by,
         )
     except UsageError:
         raise
@@ -246,9 +256,22 @@ class Measure:
         self.trainer, self.exam = trainer, exam
         self.tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
 
-    def held_out(self, when: str, template: list[Message] | None = None) -> Answers | None:
-        """Answers to the held-out prompts, with a template by the teacher."""
-        return self._answers(self.exam.held_out, self.exam.eval_rows, f"{when}, held-out prompts", template)
+    def held_out(self, when: str) -> Answers | None:
+        """Answers to the held-out prompts."""
+        return self._answers(self.exam.held_out, self.exam.eval_rows, f"{when}, held-out prompts")
+
+    def teacher(self, template: list[Message]) -> Answers | None:
+        """The teacher's answers to the held-out prompts under a template: before training that is the model itself,
+        unless another one teaches it."""
+        told, other = ("teacher, held-out prompts", template), self.trainer.teacher
+        if not isinstance(other, ModelTeacher):
+            return self._answers(self.exam.held_out, self.exam.eval_rows, *told)
+
+        def measure() -> Answers | None:
+            with other.scoring() as model:
+                return self.exam.held_out(model, self.tokenizer, *told)
+
+        return self._run(measure)
 
     def general(self, when: str) -> Answers | None:
         """Answers to the general prompts."""

@@ -5,16 +5,26 @@ and teacher read, as text and as token ids.
 """
 
 from sdft.data.chats import Options, opening, student_text, teacher_chat, teacher_text, written
-from sdft.data.encode import Limits, check_ids, encode_demonstration, encode_prompt, encode_rows, openings_ids
-from sdft.data.rows import COLUMNS, UNREAD, WHERE, Row, load_rows
+from sdft.data.encode import (
+    Limits,
+    TeacherReads,
+    check_ids,
+    encode_demonstration,
+    encode_prompt,
+    encode_rows,
+    openings_ids,
+)
+from sdft.data.rows import COLUMNS, ROW, UNREAD, WHERE, Row, load_rows
 
 __all__ = [
     "COLUMNS",
+    "ROW",
     "UNREAD",
     "WHERE",
     "Limits",
     "Options",
     "Row",
+    "TeacherReads",
     "check_ids",
     "encode_demonstration",
     "encode_prompt",

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.data.rows import WHERE, Row
 from sdft.errors import UsageError
-from sdft.templates import Message, as_messages, last_by_user, teacher_messages, text_of
+from sdft.templates import (
+    PROMPT_ALONE,
+    Message,
+    as_messages,
+    last_by_user,
+    shows_demonstration,
+    teacher_messages,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +56,12 @@ def opening(
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
 
 
+def can_be_shown(row: Row, template: list[Message]) -> bool:
+    """Whether the row has what the teacher is shown of it."""
+    there = row.get("teacher_prompt") is not None or row.get("demonstration") is not None
+    return there or not shows_demonstration(template)
+
+
 def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
     """The chat that the teacher sees of a row: its `teacher_prompt`, or the template with its demonstration.
 
@@ -55,9 +69,13 @@ def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
     """
     if row.get("teacher_prompt") is not None:
         return as_messages(row["teacher_prompt"])
-    if row.get("demonstration") is None:
+    prompt, demonstration = as_messages(row["prompt"]), row.get("demonstration")
+    if template == PROMPT_ALONE:
+        return prompt
+    if not shows_demonstration(template):
+        demonstration = ""
+    if demonstration is None:
         raise UsageError(f"{row[WHERE]} has neither a demonstration nor a teacher_prompt for the teacher to see")
-    prompt, demonstration = as_messages(row["prompt"]), row["demonstration"]
     shown = [(prompt[last_by_user(prompt)], {"role", "content"})]
     shown += [] if isinstance(demonstration, str) else [(demonstration[0], {"role", "content", "tool_calls"})]
     if other := sorted({name for message, known in shown for name in message.keys() - known if message[name]}):

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from sdft.data.chats import Options, opening, student_text, teacher_text, written
-from sdft.data.rows import WHERE, Row
+from sdft.data.chats import Options, can_be_shown, opening, student_text, teacher_text, written
+from sdft.data.rows import ROW, WHERE, Row
 from sdft.errors import UsageError, counted
 from sdft.templates import Message, as_messages, last_by_user, text_of
 
@@ -22,6 +22,30 @@ class Limits(NamedTuple):
 
     context: int | None = None
     tokens: int | None = None
+
+
+class TeacherReads(NamedTuple):
+    """Of a teacher that is another model: its tokenizer, where that is known, and what it can read."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    limits: Limits
+
+    def check(self, row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """UsageError where the teacher's tokenizer makes other tokens of a row's text than the student's."""
+        if self.tokenizer is None:
+            return
+        own, its = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, self.tokenizer))
+        if own == its:
+            return
+        place = next((n for n, (a, b) in enumerate(zip(own, its, strict=False)) if a != b), min(len(own), len(its)))
+        first, other = (
+            f"{by.convert_ids_to_tokens(ids[place])!r} ({ids[place]})" if place < len(ids) else "nothing"
+            for by, ids in ((tokenizer, own), (self.tokenizer, its))
+        )
+        raise UsageError(
+            f"{row[WHERE]}: token {place + 1} is {first} for the model and {other} for teacher_model; they must have "
+            "the same tokenizer"
+        )
 
 
 class Overlong(UsageError):
@@ -112,14 +136,18 @@ def encode_rows(
     options: Options = None,
     teacher_options: Options = None,
     overlong: str = "error",
+    teacher: TeacherReads | None = None,
+    feedback: bool = False,
 ) -> list[Row]:
     """The rows with the token ids that training needs, each checked against what the model can read.
 
     `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
     it is asked for; `draft_ids`, the demonstration's text alone, where it is asked for. `overlong` says what becomes of
     a row that is too long for the model: an error, or it is left out ("skip"), or the last message of its prompt by the
-    user loses its beginning ("truncate_prompt_left").
+    user loses its beginning ("truncate_prompt_left"). `teacher` says what a teacher reads that is another model, which
+    must be the same tokens. With `feedback` each keeps its row (`ROW`), and a teacher's prompt may be missing.
     """
+    reads = teacher or TeacherReads(None, limits)
     if not tokenizer.chat_template:
         logger.warning(
             "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
@@ -147,10 +175,15 @@ def encode_rows(
         check_ids(row, "prompt", ids["prompt_ids"], tokenizer, room, limits)
         if "completion_ids" in ids:
             check_ids(row, "demonstration", ids["completion_ids"], tokenizer, 0, limits)
-        if method != "sft":
+        if feedback:
+            ids[ROW] = row
+        if method != "sft" and (not feedback or can_be_shown(row, template)):
             texts["teacher"] = teacher_text(row, template, tokenizer, teacher_options)
             ids["teacher_prompt_ids"] = opening_ids(texts["teacher"], tokenizer)
-            check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, limits)
+            check_ids(row, "teacher prompt", ids["teacher_prompt_ids"], tokenizer, max_completion_length, reads.limits)
+        if method != "sft":
+            for text in (*dict.fromkeys(texts.values()), text_of(row.get("demonstration") or "")):
+                reads.check(row, text, tokenizer)
         return ids, texts
 
     for row in rows:

@@ -20,6 +20,7 @@ from sdft.errors import UsageError, counted, kind_of
 from sdft.templates import Message, as_messages, is_messages
 
 Row = dict[str, Any]
+ROW = "__row__"  # the key under which the token ids of a row keep the row, where that is asked for
 WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
 #: What other trainers read of a row, and would change what the model sees: refused where a row has it.
 UNREAD = ("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")

@@ -4,7 +4,8 @@ A line has `step` (the one whose loss the rollout is part of, counted from 1), `
 `teacher_prompt` and `completion` as text with their special tokens, `completion_ids`, and for each of these ids its
 text (`tokens`) and a number: `divergence`, `student_logprob` and `teacher_logprob`, in nats, to six decimals, at the
 loss's temperature. `student_top` and `teacher_top` have the few tokens that the model holds likeliest there, as pairs
-of text and log-probability. All but the texts are null for the tokens that `skip_tokens` leaves out of the loss.
+of text and log-probability. All but the texts are null for the tokens that `skip_tokens` leaves out of the loss. Where
+there is feedback, `feedback` is what it had logged, and `weight` what the rollout counts; at 0 it is left out.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class CompletionsFile(TrainerCallback):
         """Keep the samples of a micro-batch for the end of the step, with what is known of its loss's tokens."""
         values = {each.name: iter(self._listed(getattr(tokens, each.name))) for each in fields(tokens)}
         for sample in samples:
-            skipped = min(self.skip_tokens, len(sample.completion))
-            scored = range(len(sample.completion) - skipped)
+            scored = range(max(0, len(sample.read().completion) - self.skip_tokens))
+            skipped = len(sample.completion) - len(scored)
+            feedback = {} if sample.feedback is None else {"weight": sample.weight, "feedback": sample.feedback}
             self.records.append(
                 {
                     "prompt": self._text(sample.prompt),
@@ -58,6 +60,7 @@ class CompletionsFile(TrainerCallback):
                     "completion": self._text(sample.completion),
                     "completion_ids": sample.completion,
                     "tokens": self.texts.of(sample.completion),
+                    **feedback,
                     **{name: [None] * skipped + [next(each) for _ in scored] for name, each in values.items()},
                 }
             )

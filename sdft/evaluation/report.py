@@ -53,14 +53,17 @@ class Summary:
     training_seconds: float = 0.0
     total_seconds: float = 0.0
     rollout_seconds: float = 0.0
+    feedback_seconds: float = 0.0
     score_seconds: float = 0.0
     learn_seconds: float = 0.0
     save_seconds: float = 0.0
     eval_seconds: float = 0.0
     tokens_per_second: float | None = None
+    teacher_model: str | None = None
     rollout_tokens_per_second: float | None = None
     peak_memory_mib: float | None = None
     rollout_peak_memory_mib: float | None = None
+    feedback_peak_memory_mib: float | None = None
     score_peak_memory_mib: float | None = None
     learn_peak_memory_mib: float | None = None
     save_peak_memory_mib: float | None = None
@@ -83,6 +86,7 @@ class Scores:
     general_scorer: str
     base_model: str | None
     forgetting: float | None
+    teacher_model: str | None = None
 
 
 def score_lines(scores: Scores) -> list[str]:
@@ -96,7 +100,8 @@ def score_lines(scores: Scores) -> list[str]:
         how = ANSWERED[scores.scorer]
         lines.append(f"held-out prompts {how} ({scores.held_out_prompts}): {percent(scores.accuracy)}")
     if scores.accuracy_by_template:
-        lines.append("the same, shown the demonstration under teacher_template")
+        whose = "the same, shown the demonstration" if scores.teacher_model is None else f"by {scores.teacher_model}"
+        lines.append(f"{whose} under teacher_template")
         width = max(map(len, scores.accuracy_by_template))
         lines += [f"  {name.ljust(width)}  {percent(value):>6}" for name, value in scores.accuracy_by_template.items()]
     if scores.general_accuracy is not None:
@@ -163,6 +168,8 @@ def describe(summary: Summary) -> str:
     how = "cross-entropy on the demonstrations"
     if summary.method == "sdft":
         how = f"self-distillation ({_name(summary.divergence)}, {summary.teacher} teacher)"
+        if summary.teacher_model is not None:
+            how = f"distillation ({_name(summary.divergence)}, from {summary.teacher_model})"
     minutes, seconds = divmod(round(summary.total_seconds), 60)
     return f"{summary.model}: {counted(summary.steps, 'step')} of {how}, {minutes} min {seconds:02d} s in all"
 

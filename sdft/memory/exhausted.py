@@ -13,6 +13,7 @@ from sdft.progress.phases import Phases
 #: By phase: the settings that bound its memory, those that cost least first.
 ADVICE = {
     "rollout": "rollout_batch_size auto or a smaller one, or a smaller max_completion_length, takes less",
+    "feedback": "the function of feedback, or what it calls, must take less",
     "score": "a smaller max_forward_tokens or teacher_cache_gib, or teacher_offload with full fine-tuning, takes less",
     "learn": "a smaller max_forward_tokens, activation_checkpointing, activation_offload, lora_rank or optim "
     "adamw_8bit takes less",

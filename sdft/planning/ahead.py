@@ -14,6 +14,7 @@ from sdft.planning.devices import GIB, RESERVED
 from sdft.planning.pretend import Device
 from sdft.planning.step import Lengths, Step
 from sdft.settings.inputs import LoraArguments
+from sdft.teacher import ModelTeacher
 
 if TYPE_CHECKING:
     from sdft.trainer import SDFTTrainer
@@ -46,7 +47,9 @@ def _line(trainer: SDFTTrainer, dtype: str, lora: LoraArguments, memory: int, un
     config = copy.copy(trainer.args)
     config.bf16, config.fp16 = (trainer.autocast_type == kind for kind in (torch.bfloat16, torch.float16))
     lengths = longest(trainer)
-    step = Step(copy.deepcopy(trainer.student.config), dtype, lora, config, Device(until=until))
+    teacher = trainer.teacher.model.config if isinstance(trainer.teacher, ModelTeacher) else None
+    configs = copy.deepcopy((trainer.student.config, teacher))
+    step = Step(configs[0], dtype, lora, config, Device(until=until), teacher_config=configs[1])
     taken, there = step.run(lengths).peak.total + RESERVED, memory / GIB
     length = lengths.rollout if config.method == "sdft" else lengths.demonstration
     said = f"{taken / GIB:.1f} GiB of {there:.1f} at most, with completions of {length} tokens"

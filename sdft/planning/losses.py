@@ -18,16 +18,16 @@ def full_logits(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: 
     """Reverse KL of float32 log-softmaxes of all logits, and its gradients by autograd."""
     hidden = student_hidden.detach().requires_grad_()
     weight = student_weight.detach().requires_grad_(student_weight.requires_grad)
-    device = hidden.device.type
+    device, shared = hidden.device.type, min(len(student_weight), len(teacher_weight))
     mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
     def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
         return functional.linear(hidden.to(mixed), weight.to(mixed)).log_softmax(-1, dtype=torch.float32)
 
     with torch.autocast(device, enabled=False):  # which would keep its copy of the head for the rest of the step
-        log_p = log_softmax(hidden, weight)
+        log_p = log_softmax(hidden, weight[:shared])
         with torch.no_grad():
-            log_q = log_softmax(teacher_hidden, teacher_weight)
+            log_q = log_softmax(teacher_hidden, teacher_weight[:shared])
         functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).sum().backward()
 
 

@@ -15,6 +15,7 @@ from sdft.planning.tracker import Peak
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments
 from sdft.settings.rollouts import AUTO, VLLM
+from sdft.settings.teachers import MODEL
 
 #: Rollouts are looked for up to this length, and to a multiple of this many tokens.
 LONGEST, STEP = 2**20, 128
@@ -125,11 +126,15 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
         changed = _with(config, activation_checkpointing=True)
         changes.append(("activation_checkpointing true", lora, changed, dtype))
     if not lora.lora_rank:
-        adapter = replace(lora, lora_rank=64), _with(config, teacher_offload=False)  # whose teacher has no weights
+        # Unless another model teaches it, a model with an adapter has a teacher without weights.
+        offload = config.teacher_offload and config.teacher == MODEL
+        adapter = replace(lora, lora_rank=64), _with(config, teacher_offload=offload)
         changes.append(("lora_rank 64", *adapter, dtype))
     if not is_in_8_bits(config.optim):
         changes.append(("optim adamw_8bit", lora, _with(config, optim="adamw_8bit"), dtype))
-    if config.method == "sdft" and config.teacher != "live":
+    if config.method == "sdft" and config.teacher == MODEL and not config.teacher_offload:
+        changes.append(("teacher_offload true", lora, _with(config, teacher_offload=True), dtype))
+    elif config.method == "sdft" and config.teacher not in ("live", MODEL):
         changes.append(("teacher live", lora, _with(config, teacher="live"), dtype))
     if dtype == "float32":
         changes.append(("dtype bfloat16", lora, config, "bfloat16"))

@@ -32,7 +32,8 @@ from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments
-from sdft.teacher import Teacher, make_teacher
+from sdft.teacher import ModelTeacher, Teacher, make_teacher
+from sdft.teacher_model import OtherModel, teacher_of
 from sdft_kernels import CrossEntropyOutput, DivergenceOutput, fused_linear_cross_entropy, fused_linear_divergence
 
 #: The phase of the loss, which a step of another loss has otherwise.
@@ -71,13 +72,21 @@ class Step:
     """A model with its teacher and optimizer, of which a step can be run for any length."""
 
     def __init__(
-        self, model_config: Any, dtype: str, lora: LoraArguments, config: SDFTConfig, device: Device | None = None
+        self,
+        model_config: Any,
+        dtype: str,
+        lora: LoraArguments,
+        config: SDFTConfig,
+        device: Device | None = None,
+        *,
+        teacher_config: Any = None,
     ) -> None:
+        """`teacher_config` is the configuration of another model that teaches."""
         check_plannable(config)
         self.config, self.device = config, device or Device()
         self.tracker = self.device.tracker
         with self.device.planning():
-            self._make(model_config, dtype, lora)
+            self._make(model_config, dtype, lora, teacher_config)
 
     def run(self, lengths: Lengths) -> Measured:
         """The memory of a step in which every sequence has these lengths."""
@@ -92,10 +101,9 @@ class Step:
                 parameter.grad = None
         return Measured(self.tracker.peaks, self.tracker.host_peak, self.tracker.asides)
 
-    def _make(self, model_config: Any, dtype: str, lora: LoraArguments) -> None:
-        chosen = model_config.get_text_config().dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        with self.tracker.part("weights"), self.device.tensors:
-            model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config, dtype=chosen))
+    def _make(self, model_config: Any, dtype: str, lora: LoraArguments, teacher_config: Any) -> None:
+        with self.tracker.part("weights"):
+            model = self._model(model_config, dtype)
         if (how := quantisation_of(model_config)) is not None and not lora.lora_rank:
             raise UsageError(
                 f"lora_rank is 0, and the model's weights are in {how.bits} bits, which do not train; it must be at "
@@ -119,9 +127,7 @@ class Step:
         with self.tracker.part("teacher"):
             self.teacher: Teacher | None = None
             if self.config.method == "sdft":
-                self.teacher = make_teacher(
-                    self.config.teacher, self.learner, self.config.ema_rate, offload=self.config.teacher_offload
-                )
+                self.teacher = teacher_of(self.config, self.learner, self._other_teacher(teacher_config))
             self.base: Teacher | None = None
             if self.config.method == "sft" and self.config.base_kl_weight:
                 self.base = make_teacher("base", self.learner, 0, offload=self.config.teacher_offload)
@@ -138,6 +144,23 @@ class Step:
         self.learner.train()
         with self.tracker.part("optimizer"):
             self._make_optimizer()
+
+    def _model(self, model_config: Any, dtype: str) -> PreTrainedModel:
+        """A model of this configuration, with weights in this type."""
+        chosen = model_config.get_text_config().dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        with self.device.tensors:
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config, dtype=chosen))
+
+    def _other_teacher(self, model_config: Any) -> OtherModel | None:
+        """The other model that teaches, which training loads into host memory."""
+        if model_config is None:
+            return None
+        offloaded = self.config.teacher_offload
+        with self.tracker.in_host_memory() if offloaded else contextlib.nullcontext():
+            model = self._model(model_config, self.config.teacher_dtype)
+        if (how := quantisation_of(model_config)) is not None:
+            quantise(model, how)
+        return OtherModel(model)
 
     def _make_optimizer(self) -> None:
         embeddings = {id(module.weight) for module in self.learner.modules() if isinstance(module, nn.Embedding)}
@@ -161,6 +184,8 @@ class Step:
         at_once = self.config.rollout_batch_size or self._rows
         rows = 1 if isinstance(at_once, str) else min(self._rows, at_once)  # where the memory says, one has to fit
         model = causal_lm(self.learner)
+        if self.config.rollout_from == "teacher" and isinstance(self.teacher, ModelTeacher):
+            model = self.teacher.model
         update = Cache.update
 
         def labelled(cache: Any, *args: Any, **kwargs: Any) -> Any:

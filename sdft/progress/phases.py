@@ -1,8 +1,8 @@
 """Where a run's time goes, and how much memory it has taken.
 
-A phase is what a run does at a time: it writes rollouts, scores them, learns, saves or evaluates. Within one phase
-there may be another, whose time is its own. On a GPU time is that of its stream: the CPU is ahead of it, and making it
-wait at every boundary would cost what is to be measured.
+A phase is what a run does at a time: it writes rollouts, has feedback on them, scores them, learns, saves or
+evaluates. Within one phase there may be another, whose time is its own. On a GPU time is that of its stream: the CPU is
+ahead of it, and making it wait at every boundary would cost what is to be measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from sdft.memory.peaks import Peaks
 
-PHASES = ("rollout", "score", "learn", "save", "eval")
+PHASES = ("rollout", "feedback", "score", "learn", "save", "eval")
 
 
 class Phases:

@@ -66,6 +66,8 @@ class StepLog:
         if sums.get("completions"):
             line["completion_length"] = sums["completion_length"] / sums["completions"]
             line["finished"] = sums["finished"] / sums["completions"]
+            if "left_out" in sums:
+                line["left_out"] = sums["left_out"] / sums["completions"]
             if "behind" in sums:
                 line["rollout_lag"] = sums["behind"] / sums["completions"]
             self._warn_of_cuts(int(sums["completions"]), int(sums["finished"]))
@@ -115,7 +117,7 @@ class StepLog:
         """Seconds by phase, of a process, and tokens a second, of all of them."""
         seconds = {name: sums[f"{name}_seconds"] / self.accelerator.num_processes for name in PHASES}
         spent = {f"{name}_seconds": value for name, value in seconds.items() if value}
-        of_step = seconds["rollout"] + seconds["score"] + seconds["learn"]
+        of_step = seconds["rollout"] + seconds["feedback"] + seconds["score"] + seconds["learn"]
         if of_step and sums.get("tokens"):
             spent["tokens_per_second"] = sums["tokens"] / of_step
         if seconds["rollout"] and sums.get("completion_length"):

@@ -33,7 +33,7 @@ CURVES = (
     "tokens_per_second",
     "rollout_tokens_per_second",
 )
-PHASES = ("rollout", "score", "learn", "save", "eval")
+PHASES = ("rollout", "feedback", "score", "learn", "save", "eval")
 SCRIPTS = ("chart.umd.min.js", "plots.js", "rollouts.js", "report.js")
 
 
@@ -114,7 +114,7 @@ def step_seconds(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in (line for line in lines if "loss" in line):
         steps = max(1, line["step"] - before)
         before = line["step"]
-        spent = {phase: line.get(f"{phase}_seconds") for phase in PHASES[:3]}
+        spent = {phase: line.get(f"{phase}_seconds") for phase in PHASES[:4]}
         found.append(
             {"step": line["step"], **{phase: each / steps for phase, each in spent.items() if is_number(each)}}
         )

@@ -24,14 +24,15 @@ from sdft.settings.inherited import LARGEST_SEED
 from sdft.settings.inputs import SEED
 from sdft.settings.rollouts import VLLM, BackendSettings
 from sdft.settings.setting import setting
-from sdft.templates import TEMPLATES, parse_template
+from sdft.settings.teachers import OtherTeacher
+from sdft.templates import PROMPT, TEMPLATES, Message, default_template, parse_template
 
 if TYPE_CHECKING:
     from sdft.settings.arguments import SDFTConfig as SDFTConfig
 
 
 @dataclass
-class EvalCommand(EvalSettings, BackendSettings):
+class EvalCommand(EvalSettings, OtherTeacher, BackendSettings):
     """What `sdft eval` alone is told."""
 
     base_model: str | None = setting(
@@ -41,14 +42,14 @@ class EvalCommand(EvalSettings, BackendSettings):
     )
     teacher: bool = setting(
         False,
-        "Score the model as the teacher too: with each held-out prompt's demonstration shown to it, in each of the "
-        "built-in forms.",
+        "Score the teacher too: the model with each held-out prompt's demonstration shown to it, in each of the "
+        "built-in forms, or teacher_model, with the prompt alone as well.",
     )
     teacher_template: list[dict[str, str]] | str | None = field(
         default=None,
         metadata={
-            "help": f"With teacher: only this built-in form ({', '.join(TEMPLATES)}), or your own text or messages to "
-            "try beside them."
+            "help": f"With teacher: only this built-in form ({', '.join(TEMPLATES)}; prompt with teacher_model), or "
+            "your own text or messages to try beside them."
         },
     )
     output_file: str | None = setting(
@@ -66,9 +67,10 @@ class EvalCommand(EvalSettings, BackendSettings):
         _check_backend(self)
         check_at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
         check_at_least("seed", self.seed, 0, LARGEST_SEED)
+        OtherTeacher.__post_init__(self)
         if self.teacher_template is not None:
-            self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
-            parse_template(self.teacher_template)
+            self.teacher_template = matching(self.teacher_template, (*TEMPLATES, PROMPT)) or self.teacher_template
+            parse_template(self.teacher_template, other_model=self.teacher_model is not None)
 
 
 @dataclass
@@ -125,8 +127,11 @@ class DataCommand(BothChatSettings):
         None, "The model whose tokenizer and chat template the rows are shown with; its weights are not loaded."
     )
     trust_remote_code: bool = setting(False, "Run code that comes with the tokenizer.")
-    teacher_template: list[dict[str, str]] | str = field(
-        default="paper", metadata={"help": "How the teacher is shown a demonstration, as in sdft train."}
+    teacher_template: list[dict[str, str]] | str | None = field(
+        default=None, metadata={"help": "How the teacher is shown a demonstration, as in sdft train."}
+    )
+    teacher_model: str | None = setting(
+        None, "That the teacher is another model, which sees the prompt as it is where teacher_template is not set."
     )
     max_completion_length: int = setting(256, "The most tokens in an answer, for which a prompt must leave room.")
     overlong: str = setting("error", "What becomes of a row that is too long for the model, as in sdft train.")
@@ -140,8 +145,15 @@ class DataCommand(BothChatSettings):
         check_at_least("seed", self.seed, 0, LARGEST_SEED)
         self.overlong = chosen("overlong", self.overlong, OVERLONG)
         check_at_least("rows", self.rows, 0)
-        self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
-        parse_template(self.teacher_template)
+        if self.teacher_template is None:
+            self.teacher_template = default_template(other_model=self.teacher_model is not None)
+        self.teacher_template = matching(self.teacher_template, (*TEMPLATES, PROMPT)) or self.teacher_template
+        parse_template(self.teacher_template, other_model=self.teacher_model is not None)
+
+    @property
+    def template(self) -> list[Message]:
+        """The messages by which the teacher is shown a row."""
+        return parse_template(self.teacher_template, other_model=self.teacher_model is not None)
 
 
 @dataclass

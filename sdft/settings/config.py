@@ -7,7 +7,7 @@ in `sdft.settings.arguments` and here once asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError
@@ -20,11 +20,11 @@ from sdft.settings.checks import (
     check_switches,
     check_temperature,
     chosen,
-    matching,
 )
+from sdft.settings.feedback import FeedbackSettings
 from sdft.settings.rollouts import RolloutSettings
 from sdft.settings.setting import setting
-from sdft.templates import TEMPLATES, parse_template
+from sdft.settings.teachers import BASE, MODEL, TeacherSettings
 
 if TYPE_CHECKING:
     from sdft.settings.arguments import SDFTConfig as SDFTConfig
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 METHODS = ("sdft", "sft")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 NORMALISATIONS = ("token", "sequence")  # the loss is a mean over tokens, or over the means of completions
-TEACHERS = ("base", "ema", "live")
 OVERLONG = ("error", "skip", "truncate_prompt_left")
 
 
@@ -77,7 +76,7 @@ class EvalSettings(BothChatSettings):
 
 
 @dataclass
-class MethodSettings(EvalSettings, RolloutSettings):
+class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSettings):
     """The settings of `SDFTConfig` that are the method's own, or have a default of its own."""
 
     method: str = setting(
@@ -132,34 +131,6 @@ class MethodSettings(EvalSettings, RolloutSettings):
         None, "The memory that the loss may use for logits, in bytes; chosen for the device when not set."
     )
 
-    teacher: str = setting(
-        "base",
-        "Who scores the rollouts: base (the model as it was before training), ema (an exponential moving average of "
-        "the student, kept in float32) or live (the student itself, as it is at each step).",
-    )
-    ema_rate: float = setting(0.01, "How far the average moves to the student at each update (teacher: ema).")
-    ema_interval: int = setting(1, "Update the average every so many steps (teacher: ema).")
-    teacher_offload: bool = setting(
-        False,
-        "With full fine-tuning, keep on the CPU what the teacher needs only now and then: its layers, each brought to "
-        "the device as it computes, and the float32 average of ema.",
-    )
-    teacher_cache_gib: float = setting(
-        0.0,
-        "GiB of the model's device for the keys and values of prompts that the teacher has read, which it then does "
-        "not read again: for several rollouts of a prompt, or several epochs (teacher: base). What it takes to score a "
-        "batch comes on top. 0 keeps none.",
-    )
-    teacher_template: list[dict[str, str]] | str | None = field(
-        default="paper",
-        metadata={
-            "help": "How the teacher is shown the demonstration: paper (the question, the demonstration as an example "
-            "response, the request for one's own), turn (the demonstration as an earlier turn of the chat), first (the "
-            "demonstration before the question), or your own text or list of messages with both {prompt} and "
-            "{demonstration}."
-        },
-    )
-
     log_completions: int | bool = setting(
         0,
         "Write the rollouts of every so many steps to output_dir/completions.jsonl, with each token's divergence and "
@@ -200,10 +171,10 @@ class MethodSettings(EvalSettings, RolloutSettings):
             raise UsageError("output_dir is ''; it must be a folder to write to")
         self.method = chosen("method", self.method, METHODS)
         self.divergence = chosen("divergence", self.divergence, DIVERGENCES)
-        self.teacher = chosen("teacher", self.teacher, TEACHERS)
         check_from("beta", self.beta, 0.001, 0.999)
-        check_between("ema_rate", self.ema_rate, 0, 1, closed_above=True)
         check_temperature("loss_temperature", self.loss_temperature)
+        TeacherSettings.__post_init__(self)
+        FeedbackSettings.__post_init__(self)
         RolloutSettings.__post_init__(self)
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)
@@ -216,6 +187,11 @@ class MethodSettings(EvalSettings, RolloutSettings):
                 "cross-entropy counts, and method sft has that without rollouts"
             )
         check_from("base_kl_weight", self.base_kl_weight, 0.001, 1000, or_zero=True)
+        if self.feedback is not None and self.rollout_from == "teacher":
+            raise UsageError(
+                f"feedback is {self.feedback!r} and rollout_from 'teacher'; it must be 'student', for what the teacher "
+                "sees is made of what the student wrote"
+            )
         check_at_least("num_iterations", self.num_iterations, 1)
         if self.rollout_lag and self.num_iterations > 1:
             raise UsageError(
@@ -223,9 +199,6 @@ class MethodSettings(EvalSettings, RolloutSettings):
                 "several steps are written in few of them"
             )
         check_between("importance_clip", self.importance_clip, 0)
-        check_at_least("ema_interval", self.ema_interval, 1)
-        if self.teacher_offload and self.teacher == "live":
-            raise UsageError("teacher_offload is True; it is for teacher base or ema, and teacher is 'live'")
         self._check_teacher_cache()
         for name in ("max_chunk_bytes", "max_forward_tokens"):
             if getattr(self, name) is not None:
@@ -236,16 +209,14 @@ class MethodSettings(EvalSettings, RolloutSettings):
                 f"{self.max_completion_length}, or no token is left to learn from"
             )
         self.overlong = chosen("overlong", self.overlong, OVERLONG)
-        self.teacher_template = matching(self.teacher_template, TEMPLATES) or self.teacher_template
-        parse_template(self.teacher_template)
 
     def _check_teacher_cache(self) -> None:
         if self.teacher_cache_gib == 0:
             return
         check_between("teacher_cache_gib", self.teacher_cache_gib, 0)
-        for name, needed in (("method", "sdft"), ("teacher", "base"), ("teacher_offload", False)):
-            if (value := getattr(self, name)) != needed:
+        for name, needed in (("method", ("sdft",)), ("teacher", (BASE, MODEL)), ("teacher_offload", (False,))):
+            if (value := getattr(self, name)) not in needed:
                 raise UsageError(
                     f"teacher_cache_gib is {self.teacher_cache_gib}; it must be 0 where {name} is {value!r}, for it "
-                    f"needs {name} {needed!r}"
+                    f"needs {name} {' or '.join(map(repr, needed))}"
                 )

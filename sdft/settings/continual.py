@@ -18,6 +18,7 @@ from sdft.settings.fields import Field, own_fields, training_fields
 from sdft.settings.inherited import check_values
 from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 from sdft.settings.recipe import Given
+from sdft.settings.teachers import MODEL
 
 #: What each stage is given by the command itself, or by its skill.
 OF_THE_COMMAND = (
@@ -80,6 +81,7 @@ def plan_of(given: Given, fields: Mapping[str, Field]) -> Plan:
         raise UsageError(f"eval_file is {evaluation.eval_file!r}; it must not be set, for each of skills has its own")
     if given.make(LoraArguments).lora_rank:
         raise UsageError(f"lora_rank is {given.values['lora_rank']}; it must be 0: sdft continual trains all weights")
+    check_own_teacher(settings)
     check_values(given.values)
     check_writable(str(settings.output_dir))
     check_rows("general_file", evaluation.general_file)
@@ -90,6 +92,15 @@ def plan_of(given: Given, fields: Mapping[str, Field]) -> Plan:
     _check_joint(methods, skills)
     _, general = exam_rows(None, evaluation.general_file or None, settings, columns)
     return Plan(given, model, settings, skills, general, methods, command.seeds)
+
+
+def check_own_teacher(settings: MethodSettings) -> None:
+    """UsageError where another model is to teach."""
+    if settings.teacher == MODEL:
+        raise UsageError(
+            f"teacher_model is {settings.teacher_model!r}; it must not be set, for in sdft continual the model that "
+            "learns is its own teacher, and is measured as one"
+        )
 
 
 def _skill(
@@ -120,7 +131,7 @@ def _method(name: str, values: Mapping[str, Any], given: Given, fields: Mapping[
     places = {**given.places, **dict.fromkeys(read, where)}
     method = Method(name, Given({**given.values, **read}, places), joint)
     with method.given.located():
-        method.given.make(MethodSettings)
+        check_own_teacher(method.given.make(MethodSettings))
         check_values(method.given.values)
     return method
 

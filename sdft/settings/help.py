@@ -173,11 +173,15 @@ GROUPS = {
     ),
     "teacher": (
         "teacher",
+        "teacher_model",
+        "teacher_dtype",
         "teacher_template",
         "ema_rate",
         "ema_interval",
         "teacher_offload",
         "teacher_cache_gib",
+        "feedback",
+        "feedback_args",
     ),
     "rollouts": (
         "max_completion_length",

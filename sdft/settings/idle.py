@@ -9,6 +9,7 @@ from operator import not_
 from typing import Any
 
 from sdft.errors import shown
+from sdft.settings.teachers import BASE
 
 #: Settings, and what the values of others are where they do nothing.
 Rules = tuple[tuple[tuple[str, ...], Mapping[str, Callable[[Any], bool]]], ...]
@@ -27,10 +28,11 @@ _OF_GENERAL_FILE = ("general_scorer", "general_completion_length")
 #: What `sft` knows nothing of: the teacher, the rollouts and their loss.
 _OF_SDFT = (
     *("demonstration_weight", "importance_clip"),
-    *("teacher", "ema_rate", "ema_interval"),
+    *("teacher", "teacher_model", "teacher_dtype", "ema_rate", "ema_interval"),
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_stop", "rollout_from"),
     *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
     *("vllm_memory_share", "rollout_server", "rollout_lag", "rollout_compile", "log_completions"),
+    *("feedback", "feedback_args"),
 )
 
 _OF_VLLM: Rules = (
@@ -45,6 +47,8 @@ OF_TRAINING: Rules = (
     (("base_kl_weight",), {"method": _is("sdft")}),
     (("beta",), {"divergence": lambda divergence: divergence in ("reverse_kl", "forward_kl")}),
     (("ema_rate", "ema_interval"), {"teacher": _is_not("ema")}),
+    (("teacher_dtype",), {"teacher_model": not_}),
+    (("feedback_args",), {"feedback": not_}),
     *_OF_VLLM,
     (("importance_clip",), {"num_iterations": _is(1), "corrects": not_}),
     (("lora_alpha", "lora_target_modules"), {"lora_rank": _is(0)}),
@@ -61,7 +65,11 @@ OF_EVAL: Rules = (
     (_OF_EVAL_FILE, {"eval_file": not_}),
     (_OF_GENERAL_FILE, {"general_file": not_}),
     (("base_model",), {"general_file": not_}),
-    (("teacher_template", "teacher_chat_template_kwargs"), {"teacher": not_}),
+    (
+        ("teacher_template", "teacher_chat_template_kwargs", "teacher_model", "teacher_dtype"),
+        {"teacher": not_},
+    ),
+    (("teacher_dtype",), {"teacher_model": not_}),
     (("seed",), {"eval_temperature": not_}),
 )
 OF_GENERATE: Rules = (*_OF_VLLM, (("seed",), {"temperature": not_}))
@@ -74,6 +82,8 @@ OF_DATA: Rules = (
 )
 
 _WORDS = {"corrects": "rollouts take no correction"}
+#: What settings that are not set are chosen to be: no more than a default is it said of them that they do nothing.
+_CHOSEN = {"teacher": BASE}
 
 
 def without_effect(rules: Rules, *settings: Any, only: Collection[str] | None = None, **known: Any) -> list[str]:
@@ -87,7 +97,8 @@ def without_effect(rules: Rules, *settings: Any, only: Collection[str] | None = 
         for field in dataclasses.fields(each):
             values[field.name] = getattr(each, field.name)
             made = field.default_factory
-            defaults[field.name] = field.default if made is dataclasses.MISSING else made()
+            default = field.default if made is dataclasses.MISSING else made()
+            defaults[field.name] = _CHOSEN.get(field.name) if default is None else default
     found: list[str] = []
     told: set[str] = set()
     for names, beside in rules:

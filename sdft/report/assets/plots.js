@@ -183,7 +183,7 @@ function stepSecondsCard(run, named) {
 function secondsCard(runs) {
   const timed = runs.filter((run) => run.seconds.length);
   if (!timed.length) return null;
-  const phases = ["rollout", "score", "learn", "save", "eval"].filter((phase) =>
+  const phases = ["rollout", "feedback", "score", "learn", "save", "eval"].filter((phase) =>
     timed.some((run) => run.seconds.some(([name]) => name === phase)),
   );
   const description = timed
