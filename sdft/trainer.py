@@ -36,6 +36,7 @@ from sdft.launch import installed, prepare, switch_off_dropout
 from sdft.loss import StepLoss, demonstration_loss, distillation_loss
 from sdft.models.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
 from sdft.models.load import eos_token_ids, limits, load_model
+from sdft.progress.collapse import CollapseWatch
 from sdft.progress.step_log import StepLog
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import load_samples, save_samples
@@ -134,6 +135,7 @@ class SDFTTrainer(SamplingTrainer):
         if tokens:
             check_head(self.student, tokens, self.autocast_type)
             check_same_in_training(self.student, tokens, self.autocast_type)
+        self.add_callback(CollapseWatch(args.stop_on_collapse))
         self.step_log = StepLog(self.accelerator, self.phases, args.max_completion_length)
         self.teacher = None
         if args.method == "sdft":

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.checkpoints.signals import FinishOnSignal
+from sdft.feedback import Feedback
 from sdft.processes import is_first, of_first, part, wait_for_all
 from tests import tiny
 
@@ -57,8 +58,22 @@ CASES = {
     },
     "several rollouts": {"rollouts_per_prompt": 2, "teacher_cache_gib": 0.1},
     "another model": {"teacher": "model", "rollouts_per_prompt": 2, "teacher_cache_gib": 0.1},
+    "feedback": {
+        "feedback": "tests.process_worker:by_length",
+        "rollouts_per_prompt": 2,
+        "demonstration_weight": 0.2,
+        "gradient_accumulation_steps": 2,
+    },
     "mostly skipped": {"skip_tokens": 2, "gradient_accumulation_steps": 2},
 }
+
+
+def by_length(rollouts):
+    """Feedback on each rollout by its length alone: some are left out, and others count more."""
+    lengths = [len(rollout.completion) for rollout in rollouts]
+    shown = [rollout.completion or "nothing" if n % 3 else None for rollout, n in zip(rollouts, lengths, strict=True)]
+    return [Feedback(text, 1 + n / 4) for text, n in zip(shown, lengths, strict=True)]
+
 
 RESUMED = {"average": 2, "adapter's average": 2, "sft": 2, "repeats": 1}  # from which step's checkpoint
 

@@ -59,14 +59,16 @@ def distance(got, expected):
     return float((got.double() - expected).norm() / expected.norm())
 
 
-def full_logits_gradients(student, teacher, samples, divergence, beta=0.5):
+def full_logits_gradients(student, teacher, samples, divergence, beta=0.5, skipped=0):
     """Gradients of the mean divergence over the samples' tokens, in float64 from whole logits of the shared tokens."""
     student, teacher = student.double(), teacher.double()
     losses, shared = [], min(student.config.vocab_size, teacher.config.vocab_size)
     for sample in samples:
         logps = []
         for model, prompt in ((student, sample.prompt), (teacher, sample.teacher_prompt)):
-            logits = model(torch.tensor([[*prompt, *sample.completion]])).logits[0, len(prompt) - 1 : -1, :shared]
+            logits = model(torch.tensor([[*prompt, *sample.completion]])).logits[
+                0, len(prompt) - 1 + skipped : -1, :shared
+            ]
             logps.append(logits.log_softmax(-1))
         p, q = logps[0], logps[1].detach()
         m = torch.logaddexp(p + torch.tensor(1 - beta).log(), q + torch.tensor(beta).log())

@@ -25,6 +25,7 @@ from sdft.settings.feedback import FeedbackSettings
 from sdft.settings.rollouts import RolloutSettings
 from sdft.settings.setting import setting
 from sdft.settings.teachers import BASE, MODEL, TeacherSettings
+from sdft.settings.token_weights import TokenWeightSettings
 
 if TYPE_CHECKING:
     from sdft.settings.arguments import SDFTConfig as SDFTConfig
@@ -76,7 +77,7 @@ class EvalSettings(BothChatSettings):
 
 
 @dataclass
-class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSettings):
+class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, TokenWeightSettings, RolloutSettings):
     """The settings of `SDFTConfig` that are the method's own, or have a default of its own."""
 
     method: str = setting(
@@ -175,6 +176,7 @@ class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSet
         check_temperature("loss_temperature", self.loss_temperature)
         TeacherSettings.__post_init__(self)
         FeedbackSettings.__post_init__(self)
+        TokenWeightSettings.__post_init__(self)
         RolloutSettings.__post_init__(self)
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)

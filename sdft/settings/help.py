@@ -170,6 +170,10 @@ GROUPS = {
         "base_kl_weight",
         "num_iterations",
         "importance_clip",
+        "token_weighting",
+        "divergence_clip",
+        "mask_truncated_completions",
+        "stop_on_collapse",
     ),
     "teacher": (
         "teacher",

@@ -33,6 +33,7 @@ _OF_SDFT = (
     *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
     *("vllm_memory_share", "rollout_server", "rollout_lag", "rollout_compile", "log_completions"),
     *("feedback", "feedback_args"),
+    *("token_weighting", "divergence_clip", "mask_truncated_completions", "stop_on_collapse"),
 )
 
 _OF_VLLM: Rules = (
