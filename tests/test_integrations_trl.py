@@ -271,13 +271,13 @@ def test_mixed_precision_is_trls_but_for_the_rounding_of_logits(folder, name):
 
 
 REFUSED = [
-    ("sdft", {"distillation_mode": "topk_logits"}, "distillation_mode is 'topk_logits'; it must be 'full_logits' here"),
+    ("sdft", {"distillation_mode": "topk_logits"}, "it must be 'full_logits' or 'sampled_token' here"),
     ("sdft", {"distillation_alpha": 1e-4}, "distillation_alpha is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("sdpo", {"distillation_mode": "topk_logits", "distillation_topk": 4}, "distillation_mode is 'topk_logits'"),
     ("gkd", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("distillation", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("gold", {"use_uld_loss": True}, "use_uld_loss is True; it must be False here"),
-    ("iw_opd", {"loss_top_k": 1}, "loss_top_k is 1; it must be 0 here: the fused loss compares whole vocabularies"),
+    ("iw_opd", {"loss_top_k": 1}, "loss_top_k is 1; it must be 0 here: a loss of top-k logits is not fused"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdft_kernels.integrations import models
 
-TOP_K = "the fused loss compares whole vocabularies"
+TOP_K = "a loss of top-k logits is not fused, and those of whole vocabularies and of sampled tokens are"
 SERVER = "the fused loss takes hidden states of a local teacher, and a server gives log-probabilities"
 
 
@@ -32,9 +32,10 @@ def configuration(trainer: object, given: dict[str, Any]) -> Any:
 
 
 def must_be(args: Any, name: str, needed: Any, reason: str) -> None:
-    """ValueError where a setting is not what the fused loss needs."""
-    if (value := getattr(args, name)) != needed:
-        raise ValueError(f"{name} is {value!r}; it must be {needed!r} here: {reason}")
+    """ValueError where a setting is not what the fused loss needs: a value, or one of a tuple."""
+    values = needed if isinstance(needed, tuple) else (needed,)
+    if (value := getattr(args, name)) not in values:
+        raise ValueError(f"{name} is {value!r}; it must be {' or '.join(map(repr, values))} here: {reason}")
 
 
 def check_share(args: Any, name: str) -> None:

@@ -42,8 +42,7 @@ class SelfDistillation(Trainer):
     def check_settings(self, args: Any) -> None:
         """ValueError for another loss than one of two local models."""
         refusals.must_be(args, "use_teacher_server", False, refusals.SERVER)
-        if args.distillation_mode not in LOSSES:
-            refusals.must_be(args, "distillation_mode", "full_logits", refusals.TOP_K)
+        refusals.must_be(args, "distillation_mode", tuple(LOSSES), refusals.TOP_K)
         refusals.check_share(args, "distillation_alpha")
 
     def compute_loss(
