@@ -55,6 +55,13 @@ def test_links_and_images_are_there(page: Path) -> None:
         assert not path or re.match(r"\w+:", path) or (page.parent / path).exists(), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+def test_every_table_has_a_head(page: Path) -> None:
+    """An empty line ends a table, and rows behind it are shown as text with bars in it."""
+    tables = re.findall(r"(?:^\|.*\n)+", without_code(page.read_text(encoding="utf-8")), re.MULTILINE)
+    assert [table for table in tables if not re.match(r".*\n\|[-:| ]+\|\n", table)] == []
+
+
 @pytest.fixture(scope="module")
 def sources() -> str:
     """All that a page may name: the packages, the benchmarks, the tests' and the examples' files."""
