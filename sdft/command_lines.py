@@ -5,6 +5,7 @@ A command is a function of its words and of when it began; it imports what it ta
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -203,6 +204,7 @@ def _generate(argv: list[str], started: float) -> None:
 def _data(argv: list[str], started: float) -> None:
     from sdft.data import load_rows
     from sdft.early_checks import check_rows
+    from sdft.errors import UsageError
     from sdft.models.files import check_model
     from sdft.settings import help
     from sdft.settings.commands import DataCommand
@@ -216,6 +218,9 @@ def _data(argv: list[str], started: float) -> None:
     if _helped("sdft data", help.DATA, fields, argv):
         return
     if argv and not argv[0].startswith("-") and not argv[0].lower().endswith((".yaml", ".yml")):
+        if len(argv) > 1 and not argv[1].startswith("-"):
+            files = ", ".join(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+            raise UsageError(f"{argv[1]!r} is one file too many; several are one list: --train_file '[{files}]'")
         argv = ["--train_file", *argv]
     given = read(argv, fields, command="sdft data", ignored=_every_field())
     with given.located():

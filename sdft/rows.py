@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sdft.data import COLUMNS, WHERE, Limits, Row, TeacherReads, encode_rows, load_rows, teacher_chat
+from sdft.data import COLUMNS, WHERE, Limits, Row, TeacherReads, check_options, encode_rows, load_rows, teacher_chat
 from sdft.data.chats import can_be_shown
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
@@ -122,6 +122,11 @@ def training_rows(
 
     `teacher` is what a teacher reads that is another model.
     """
+    check_options(
+        tokenizer,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        teacher_chat_template_kwargs=settings.teacher_chat_template_kwargs,
+    )
     rows = load_rows(source, name="train_dataset", need=needed(settings))
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     if unused and settings.feedback is None:

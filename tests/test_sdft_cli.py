@@ -505,7 +505,7 @@ DEMONSTRATED = '{"prompt": "a", "demonstration": "b"}\n'
         ),
         ({"train_file": None}, None, ["train_file", "not set"]),
         ({"learning_rate": None}, None, ["recipe.yaml, line ", ": learning_rate is not set"]),
-        ({"log_completions": "often"}, None, ["log_completions", "'often'", "a whole number, true or false"]),
+        ({"log_completions": "often"}, None, ["log_completions", "'often'", "a whole number or true or false"]),
     ],
     ids=str,
 )
@@ -527,6 +527,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
         (["train", "--lr", "1e-5"], ["unknown field '--lr'"]),
         (["train", "--lr", "1e-5", "recipe.yaml"], ["unknown field '--lr'"]),
         (["train", "recipe.yaml", "more.yaml"], ["more.yaml", "one argument too many"]),
+        (["data", "a.jsonl", "b.jsonl", "--rows", "1"], ["'b.jsonl'", "--train_file '[a.jsonl, b.jsonl]'"]),
         (["train", "recipe.yaml", "--max_steps"], ["--max_steps has no value"]),
         (["train", "train.jsonl"], ["train.jsonl", "is no recipe"]),
         (["trian", "recipe.yaml"], ["unknown command 'trian'", "train"]),

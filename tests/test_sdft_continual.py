@@ -152,6 +152,7 @@ def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], m
         ({"methods": {"all": {"joint": True}}}, "methods.all: joint is True, and"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; each must be there once"),
         ({"seeds": ["x"]}, "seeds is 'x'"),
+        ({"seeds": "nope"}, "seeds is 'nope'; it must be a list of whole numbers"),
         ({"eval_file": "first_choose.jsonl"}, "eval_file is 'first_choose.jsonl'"),
         ({"lora_rank": 4}, "lora_rank is 4"),
         ({"general_file": "none.jsonl"}, "general_file is 'none.jsonl'"),

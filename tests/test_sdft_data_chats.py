@@ -8,7 +8,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from sdft.cli import main
-from sdft.data import Limits, encode_rows, load_rows, student_text, teacher_text, written
+from sdft.data import Limits, check_options, encode_rows, load_rows, student_text, teacher_text, written
 from sdft.errors import UsageError
 from sdft.settings.chats import BothChatSettings
 from sdft.templates import TEMPLATES, parse_template, teacher_messages
@@ -134,12 +134,42 @@ def test_options_of_a_template_are_checked():
         BothChatSettings(None, {"tools": []})
 
 
+def test_an_option_that_the_template_does_not_read_is_refused():
+    made = tokenizer()
+    check_options(made, chat_template_kwargs={"enable_thinking": False, "documents": []}, other=None)
+    message = "^kwargs has 'enable_thinkin', which the tokenizer's chat template does not read; did you mean 'enable_th"
+    with pytest.raises(UsageError, match=message):
+        check_options(made, kwargs={"enable_thinkin": False})
+    made.chat_template = {"default": TEMPLATE, "tool_use": "{{ reasoning }}"}
+    check_options(made, kwargs={"enable_thinking": False, "reasoning": "low"})
+    with pytest.raises(UsageError, match=r"has 'xyz', which the tokenizer's chat template does not read$"):
+        check_options(made, kwargs={"xyz": 1})
+    made.chat_template = None
+    with pytest.raises(UsageError, match="has 'xyz', and the tokenizer has no chat template that could read it"):
+        check_options(made, kwargs={"xyz": 1})
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny.tiny_model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.parametrize("command", ["train", "data", "generate", "eval"])
+def test_every_command_refuses_such_an_option(command, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "demonstration": "d", "answer": "d"}) + "\n")
+    told = {
+        "train": ["--train_file", "rows.jsonl", "--output_dir", "out", "--use_cpu", "--max_steps", "1"],
+        "data": ["rows.jsonl"],
+        "generate": ["--prompt", "q"],
+        "eval": ["--eval_file", "rows.jsonl"],
+    }
+    words = [command, *told[command], "--model", model, "--chat_template_kwargs", "{enable_thinkin: false}"]
+    assert main(words) == 2
+    assert "--chat_template_kwargs has 'enable_thinkin', which the tokenizer's chat" in capsys.readouterr().err
 
 
 def test_a_run_tells_its_template_and_those_who_use_its_model_after_it(model, tmp_path, monkeypatch, capsys):

@@ -59,6 +59,10 @@ def test_the_divergences_are_those_of_the_kernels() -> None:
         ("learning_rate: [1, 2]", "recipe.yaml, line 3: learning_rate is ['1', '2']; it must be a single value"),
         ("rollout_stop: x", "recipe.yaml, line 3: rollout_stop is 'x'; it must be a list of texts"),
         ("rollout_stop: {a: b}", "recipe.yaml, line 3: rollout_stop is {'a': 'b'}; it must be a list of texts"),
+        (
+            "teacher_template: {a: b}",
+            "recipe.yaml, line 3: teacher_template is {'a': 'b'}; it must be a list of messages or a text",
+        ),
         ("liger_kernel_config: x", "recipe.yaml, line 3: liger_kernel_config is 'x'; it must be a mapping"),
         ("lr_scheduler_kwargs: '{'", "recipe.yaml, line 3: lr_scheduler_kwargs is '{'; it must be a mapping"),
         ("learning_rate:", "recipe.yaml, line 3: learning_rate is not set"),

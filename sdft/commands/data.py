@@ -12,6 +12,7 @@ from sdft.data import (
     Limits,
     Row,
     check_ids,
+    check_options,
     openings_ids,
     student_text,
     teacher_chat,
@@ -39,6 +40,11 @@ def show(rows: list[Row], command: DataCommand) -> None:
         from sdft.models.tokenizer import load_tokenizer
 
         tokenizer, limits = load_tokenizer(command.model, trust_remote_code=command.trust_remote_code)
+        check_options(
+            tokenizer,
+            chat_template_kwargs=command.chat_template_kwargs,
+            teacher_chat_template_kwargs=command.teacher_chat_template_kwargs,
+        )
     template = command.template
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     print(counted(len(rows), "row") + (f"; columns that are not used: {', '.join(unused)}" if unused else ""))

@@ -6,7 +6,7 @@ import contextlib
 import sys
 
 from sdft.commands.shared import device_here, quiet
-from sdft.data import WHERE, Row
+from sdft.data import WHERE, Row, check_options
 from sdft.errors import counted
 from sdft.evaluation.answers_file import AnswersFile
 from sdft.evaluation.exam import complete, prompts_for
@@ -23,6 +23,7 @@ def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateComm
     """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
     quiet()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device_here(), **of_model.trust)
+    check_options(tokenizer, chat_template_kwargs=of_command.chat_template_kwargs)
     prompts = prompts_for(
         model, tokenizer, rows, of_command.max_completion_length, options=of_command.chat_template_kwargs
     )

@@ -4,7 +4,7 @@
 and teacher read, as text and as token ids.
 """
 
-from sdft.data.chats import Options, opening, student_text, teacher_chat, teacher_text, written
+from sdft.data.chats import Options, check_options, opening, student_text, teacher_chat, teacher_text, written
 from sdft.data.encode import (
     Limits,
     TeacherReads,
@@ -26,6 +26,7 @@ __all__ = [
     "Row",
     "TeacherReads",
     "check_ids",
+    "check_options",
     "encode_demonstration",
     "encode_prompt",
     "encode_rows",

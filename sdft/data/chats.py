@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -111,6 +114,26 @@ def render(
         roles = ", ".join(message["role"] for message in messages)
         raise UsageError(f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}") from error
     return str(text)
+
+
+def check_options(tokenizer: PreTrainedTokenizerBase, **options: Options) -> None:
+    """UsageError where options, by the names of their fields, have a name that the chat template does not read.
+
+    A template says nothing of such a name, and writes the prompt as if it were not there.
+    """
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else "\n".join(template.values())  # a text, or several by name
+    read = {*re.findall(r"[A-Za-z_]\w*", text)}
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters if text else ()
+    for field, given in options.items():
+        for name in given or {}:
+            if name in read or name in taken:
+                continue
+            if not text:
+                raise UsageError(f"{field} has {name!r}, and the tokenizer has no chat template that could read it")
+            close = difflib.get_close_matches(name, read, n=1, cutoff=0.8)
+            more = f"; did you mean {close[0]!r}?" if close else ""
+            raise UsageError(f"{field} has {name!r}, which the tokenizer's chat template does not read{more}")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Sample, lay_out
-from sdft.data import WHERE, Options, Row, check_ids, encode_prompt, teacher_chat
+from sdft.data import WHERE, Options, Row, check_ids, check_options, encode_prompt, teacher_chat
 from sdft.evaluation.scorers import SCORERS, Scorer, exact
 from sdft.forward import evaluating
 from sdft.loss import divergence, teacher_view
@@ -237,7 +237,16 @@ class Exam:
     def check(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]] = ()
     ) -> None:
-        """Find a prompt that is too long for the model, or for the teacher under a template, before anything runs."""
+        """Find what cannot be asked, before anything runs.
+
+        That is an option that the chat template does not read, and a prompt that is too long for the model, or for the
+        teacher under a template.
+        """
+        check_options(
+            tokenizer,
+            chat_template_kwargs=self.settings.chat_template_kwargs,
+            teacher_chat_template_kwargs=self.settings.teacher_chat_template_kwargs,
+        )
         general, held_out = self.settings.general_completion_length, self.settings.eval_completion_length
         prompts_of = functools.partial(prompts_for, model, tokenizer)
         asked = [(prompts_of(self.general_rows, general, options=self.options()), general)]

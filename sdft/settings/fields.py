@@ -35,6 +35,7 @@ class Field:
     default: Any = None
     help: str = ""
     inherited: bool = False
+    items: str = "texts"  # what a list has
 
     @property
     def is_switch(self) -> bool:
@@ -91,13 +92,14 @@ class Field:
             "float": "a number",
             "int": "a whole number",
             "bool": "true or false",
-            "list": "a list of texts",
+            "list": f"a list of {self.items}",
             "dict": "a mapping",
+            "str": "a text",
         }
         allowed = [text for kind, text in words.items() if kind in self.kinds]
         if not allowed:
             return UsageError(f"{self.name} is {shown(value)}; it can only be set from Python")
-        return UsageError(f"{self.name} is {shown(value)}; it must be {', '.join(allowed)}")
+        return UsageError(f"{self.name} is {shown(value)}; it must be {' or '.join(allowed)}")
 
 
 def own_fields(*settings: Any) -> dict[str, Field]:
@@ -105,7 +107,9 @@ def own_fields(*settings: Any) -> dict[str, Field]:
     found = {}
     for field in (field for each in settings for field in dataclasses.fields(each)):
         default = None if field.default is dataclasses.MISSING else field.default
-        found[field.name] = Field(field.name, _kinds(str(field.type)), (), default, field.metadata["help"])
+        kinds, items = str(field.type), {"list[int]": "whole numbers", "list[dict": "messages"}
+        items_of = next((name for kind, name in items.items() if kind in kinds), "texts")
+        found[field.name] = Field(field.name, _kinds(kinds), (), default, field.metadata["help"], items=items_of)
     return found
 
 
