@@ -523,6 +523,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
     ("argv", "expected"),
     [
         (["train", "absent.yaml"], ["absent.yaml", "no such recipe"]),
+        (["generate", "Good morning"], ["Good morning is not there: no such recipe", "field, as in --model NAME"]),
         (["train", "recipe.yaml", "--learning-rte", "1"], ["--learning-rte", "did you mean '--learning_rate'"]),
         (["train", "--lr", "1e-5"], ["unknown field '--lr'"]),
         (["train", "--lr", "1e-5", "recipe.yaml"], ["unknown field '--lr'"]),

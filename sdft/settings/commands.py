@@ -261,7 +261,7 @@ class ContinualCommand:
 def _check_names(field: str, names: Iterable[str]) -> None:
     """Refuse no names, and names that are no names of folders."""
     if not list(names):
-        raise UsageError(f"{field} is not set; it must name at least one")
+        raise UsageError(f"{field} is not set; it must name at least one, as in examples/skills/continual.yaml")
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
             raise UsageError(

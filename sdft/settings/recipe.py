@@ -178,7 +178,9 @@ def read_recipe(path: str) -> dict[str, Written]:
     if not Path(path).is_file():
         if Path(path).is_dir():
             raise UsageError(f"{path} is a folder; it must be a recipe, and a model is named by --model {path}")
-        raise UsageError(f"{path} is not there: no such recipe")
+        other = "; a recipe is a YAML file, and any other value follows the name of its field, as in --model NAME"
+        is_yaml = Path(path).suffix.lower() in (".yaml", ".yml")
+        raise UsageError(f"{path} is not there: no such recipe{'' if is_yaml else other}")
     if (kind := Path(path).suffix.lower()) in NAMED_BY:
         raise UsageError(f"{path} is no recipe, which is a YAML file; {NAMED_BY[kind]}")
     try:
