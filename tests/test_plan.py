@@ -13,9 +13,10 @@ from benchmarks.plan_check import measured, planned
 from sdft._compat import storage_number
 from sdft.cli import main
 from sdft.commands.train import say_what_is_planned
+from sdft.early_checks import BITSANDBYTES, TORCHAO
 from sdft.planning.ahead import longest, plan_ahead
 from sdft.planning.devices import GIB, memory_of
-from sdft.planning.optimizers import state_of
+from sdft.planning.optimizers import COMPUTED, state_of
 from sdft.planning.presets import config_of, preset_of, presets
 from sdft.planning.pretend import Device, attention
 from sdft.planning.quantised import QuantisedLinear
@@ -322,6 +323,11 @@ def test_adafactor_keeps_rows_and_columns_and_makes_copies_of_one_parameter_on_t
     step = Step(tiny_model(**MANY_LAYERS).config, "bfloat16", LoraArguments(), settings(optim="adafactor"))
     assert step.tracker.parts["optimizer"] < 0.1 * step.parameters
     assert step.run(Lengths(8, 16, 0)).phases["optimizer step"].parts["optimizer step"] >= 3 * 4 * 128 * 256
+
+
+def test_the_packages_of_optimizers_are_known_before_transformers_is_imported():
+    assert {name for name, state in COMPUTED.items() if state.bitsandbytes} == set(BITSANDBYTES)
+    assert {name for name, state in COMPUTED.items() if not state.bitsandbytes} == set(TORCHAO)
 
 
 @pytest.mark.parametrize(

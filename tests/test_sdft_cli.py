@@ -531,6 +531,14 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
         (["data", "a.jsonl", "b.jsonl", "--rows", "1"], ["'b.jsonl'", "--train_file '[a.jsonl, b.jsonl]'"]),
         (["train", "recipe.yaml", "--max_steps"], ["--max_steps has no value"]),
         (["train", "train.jsonl"], ["train.jsonl", "is no recipe"]),
+        *(
+            (["train", "recipe.yaml", *words], [f"{words[0]} is", f"pip install {package}"])
+            for words, package in (
+                (["--optim", "paged-adamw-8bit"], "bitsandbytes"),
+                (["--optim", "adamw_torch_4bit"], "torchao"),
+            )
+            if importlib.util.find_spec(package) is None
+        ),
         (["trian", "recipe.yaml"], ["unknown command 'trian'", "train"]),
         (["eval", "recipe.yaml", "--eval_file", "", "--general_file", ""], ["eval_file and general_file"]),
         (["eval", "recipe.yaml", "--max_step", "3"], ["--max_step"]),

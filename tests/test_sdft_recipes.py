@@ -40,6 +40,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(
         early_checks, "check_rows", lambda field, source: None
     )  # a recipe names files that are the user's
+    monkeypatch.setattr(early_checks, "check_packages_of", lambda values: None)  # and packages of a GPU's
     monkeypatch.setattr(rows, "rows_of_train", lambda data, of_eval, *_: SimpleNamespace(**vars(data), **vars(of_eval)))
 
     def read(name: str) -> dict[str, Any]:
