@@ -116,6 +116,7 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     ]
     for stage in (stage for run in runs for stage in run["stages"]):
         assert stage["forgetting"] > 0 and stage["weights_moved"] > 0 and stage["seconds"] > 0
+    assert "sft-joint" in Path("out/report.html").read_text()
     shown = read_continual(Path("out/continual.json"))
     assert (shown.methods, shown.evaluated) == (["sdft", "sft", "sft-joint"], ["first", "second", "general"])
     assert [*shown.of("sft")] == ["base", "first", "second"] and [*shown.of("sft-joint")] == ["base", "all at once"]
