@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ from sdft.likeliest import Likeliest, likeliest
 from sdft.memory.offload import keeping
 from sdft.prompt_cache import PromptCache
 from sdft.settings.config import SDFTConfig
+from sdft.settings.token_weights import UNIFORM
 from sdft.teacher import Teacher
+from sdft.token_weights import Weighed, weigh
 from sdft_kernels import DivergenceOutput, fused_linear_cross_entropy, fused_linear_divergence, linear_token_stats
 
 
@@ -61,13 +64,15 @@ def divergence(
     autocast: torch.dtype | None = None,
     on_host: bool = False,
     look: Callable[[DivergenceOutput, View, View], None] | None = None,
+    weigh: Callable[[DivergenceOutput], Weighed] | None = None,
     **options: Any,
 ) -> DivergenceOutput:
     """The divergence between two models at each completion token of the batch, without a graph through the teacher.
 
     `autocast` is the type of mixed-precision products (None: the weights' own type); the softmax arithmetic is float32
     either way. With `on_host`, what the student keeps for its backward pass is in host memory. `look` is shown the
-    outcome and both views while the student's head is whole. `options` go to `fused_linear_divergence`.
+    outcome and both views while the student's head is whole. `weigh` makes of the outcome what each token counts; the
+    outcome then is the one without, but for its loss. `options` go to `fused_linear_divergence`.
     """
     seen = teacher if isinstance(teacher, View) else teacher_view(teacher, batch, autocast)
 
@@ -76,20 +81,20 @@ def divergence(
         if autocast is None:  # another model as teacher may be of another type
             student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.to(dtype)
             teacher_weight = teacher_weight.to(dtype)
-        out = fused_linear_divergence(
+        compare_by = functools.partial(
+            fused_linear_divergence,
             student_hidden,
             head.weight,
             teacher_hidden,
-            teacher_weight,
+            seen.head.weight,
             student_bias=head.bias,
             teacher_bias=seen.head.bias,
-            vocab_size=min(len(head.weight), len(teacher_weight)),
             student_logit_scale=head.scale,
             teacher_logit_scale=seen.head.scale,
             student_softcap=head.softcap,
             teacher_softcap=seen.head.softcap,
-            **options,
         )
+        out = compare_by(**options) if weigh is None else _weighted(compare_by, weigh, options)
         if look is not None:
             look(out, View(hidden.detach(), head), seen)
         return out
@@ -98,6 +103,18 @@ def divergence(
         with keeping(student.device, on_host):
             hidden = hidden_states(student, batch["input_ids"], batch["positions"])
         return at_head(student, compare)
+
+
+def _weighted(
+    compare: Callable[..., DivergenceOutput], weigh: Callable[[DivergenceOutput], Weighed], options: dict[str, Any]
+) -> DivergenceOutput:
+    """The outcome without weights, with the loss that has them; `options` have `reduction` "sum"."""
+    given = options.get("token_weight")
+    with torch.no_grad():
+        known = weigh(compare(**{**options, "token_weight": None, "old_logprobs": None, "importance_clip": None}))
+    counted = torch.where(known.clipped, 0, known.weights)
+    out = compare(**{**options, "token_weight": counted if given is None else counted * given})
+    return known.seen._replace(loss=out.loss + known.value_of_clipped(given))
 
 
 @torch.no_grad()
@@ -166,6 +183,12 @@ def distillation_loss(
         seen = teacher_view(scorer, batch, autocast, prompts, config.skip_tokens)
     old_logprobs = batch.get("old_logprobs")
     tokens: list[OfTokens] = []
+    weighed: list[Weighed] = []
+    weighs = config.token_weighting != UNIFORM or config.divergence_clip is not None
+
+    def weigh_tokens(out: DivergenceOutput) -> Weighed:
+        weighed.append(weigh(out, batch, config))
+        return weighed[0]
 
     def look(out: DivergenceOutput, *views: View) -> None:
         assert out.student_logprob is not None and out.teacher_logprob is not None
@@ -191,17 +214,20 @@ def distillation_loss(
         autocast=autocast,
         on_host=config.activation_offload,
         look=look if per_token else None,
+        weigh=weigh_tokens if weighs else None,
         divergence=config.divergence,
         beta=config.beta,
         temperature=config.loss_temperature,
         token_weight=batch.get("token_weight"),
-        labels=None if old_logprobs is None and not per_token else batch["labels"],
+        labels=batch["labels"] if weighs or per_token or old_logprobs is not None else None,
         old_logprobs=old_logprobs,
         importance_clip=None if old_logprobs is None else config.importance_clip,
         reduction="sum",
         max_chunk_bytes=config.max_chunk_bytes,
     )
     sums = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
+    for each in weighed:
+        sums |= {"token_weight": each.weights.sum(), "clipped": each.clipped.sum()}
     if out.student_logprob is None or out.teacher_logprob is None:
         return StepLoss(out.loss, sums)
     if old_logprobs is not None:
@@ -221,9 +247,21 @@ def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:
 
 
 def demonstration_loss(
-    student: PreTrainedModel, batch: Batch, config: SDFTConfig, autocast: torch.dtype | None
+    student: PreTrainedModel,
+    batch: Batch,
+    config: SDFTConfig,
+    autocast: torch.dtype | None,
+    base: Teacher | None = None,
+    *,
+    timed: contextlib.AbstractContextManager[None] | None = None,
 ) -> StepLoss:
-    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning."""
+    """The summed cross-entropy of the completions, which are demonstrations here: supervised fine-tuning.
+
+    With `base`, the model that training started from, `base_kl_weight` times the divergence from it on the same tokens
+    is added. It scores within `timed`, and both come out of the same logits.
+    """
+    if base is not None:
+        return _loss_near(base, student, batch, config, autocast, timed or contextlib.nullcontext())
 
     def cross_entropy(head: Head) -> Tensor:
         return fused_linear_cross_entropy(
@@ -242,3 +280,33 @@ def demonstration_loss(
         with keeping(student.device, config.activation_offload):
             hidden = hidden_states(student, batch["input_ids"], batch["positions"])
         return StepLoss(at_head(student, cross_entropy), {})
+
+
+def _loss_near(
+    base: Teacher,
+    student: PreTrainedModel,
+    batch: Batch,
+    config: SDFTConfig,
+    autocast: torch.dtype | None,
+    timed: contextlib.AbstractContextManager[None],
+) -> StepLoss:
+    """Cross-entropy + weight * divergence, made as weight * (divergence + cross-entropy / weight)."""
+    with timed, base.scoring() as scorer:
+        own_prompts = {f"teacher_{name}": batch[name] for name in ("input_ids", "positions")}
+        seen = teacher_view(scorer, batch | own_prompts, autocast)
+    out = divergence(
+        student,
+        seen,
+        batch,
+        autocast=autocast,
+        on_host=config.activation_offload,
+        divergence=config.divergence,
+        beta=config.beta,
+        temperature=config.loss_temperature,
+        token_weight=batch.get("token_weight"),
+        hard_labels=batch["labels"],
+        hard_weight=1 / config.base_kl_weight,
+        reduction="sum",
+        max_chunk_bytes=config.max_chunk_bytes,
+    )
+    return StepLoss(config.base_kl_weight * out.loss, {"base_kl": out.token_loss.sum()})

@@ -133,7 +133,7 @@ class SamplingTrainer(Runs):
                 taught.prompt or row["prompt_ids"],
                 row.get("completion_ids"),
                 None if completion.logprobs is None else completion.logprobs[skip:],
-                taught.weight,
+                0.0 if self.args.mask_truncated_completions and completion.end == LENGTH else taught.weight,
                 taught.log,
             )
             for (row, _), completion, taught in zip(asked, completions, self._taught(asked, completions), strict=True)
@@ -153,6 +153,8 @@ class SamplingTrainer(Runs):
         why = f"none of its completions is longer than skip_tokens, which is {self.args.skip_tokens}"
         if self.feedback is not None:
             why = f"feedback has left out all of its rollouts, or {why}"
+        if self.args.mask_truncated_completions:
+            why = f"mask_truncated_completions has left out all that were cut, or {why}"
         if self.is_world_process_zero():
             logger.warning("step %d has nothing to learn from: %s", self.state.global_step + 1, why)
 
@@ -236,7 +238,7 @@ class SamplingTrainer(Runs):
         return functools.partial(
             self.write,
             model,
-            [Request(*each) for each in zip(prompts, seeds, drafts, strict=True)],
+            [Request(*each, self.known_texts.right) for each in zip(prompts, seeds, drafts, strict=True)],
             sampling,
             tokenizer=cast(PreTrainedTokenizerBase, self.processing_class),
             backend=backend,

@@ -36,6 +36,7 @@ from sdft.launch import installed, prepare, switch_off_dropout
 from sdft.loss import StepLoss, demonstration_loss, distillation_loss
 from sdft.models.adapters import adapted, causal_lm, check_adapters, check_new_tokens, has_adapter
 from sdft.models.load import eos_token_ids, limits, load_model
+from sdft.progress.collapse import CollapseWatch
 from sdft.progress.step_log import StepLog
 from sdft.prompt_cache import PromptCache, check_prompt_cache
 from sdft.repeats import load_samples, save_samples
@@ -134,12 +135,14 @@ class SDFTTrainer(SamplingTrainer):
         if tokens:
             check_head(self.student, tokens, self.autocast_type)
             check_same_in_training(self.student, tokens, self.autocast_type)
+        self.add_callback(CollapseWatch(args.stop_on_collapse))
         self.step_log = StepLog(self.accelerator, self.phases, args.max_completion_length)
         self.teacher = None
         if args.method == "sdft":
             self.teacher = teacher_of(args, self.learner, other, tokens, self.autocast_type)
             self.add_callback(TeacherFollows(self.teacher, args.ema_interval))
-        self.starting_model = self._starting_model(keeps_start and bool(exam.general_rows))
+        penalised = args.method == "sft" and args.base_kl_weight > 0
+        self.starting_model = self._starting_model(penalised or (keeps_start and bool(exam.general_rows)))
         self.prompt_cache = self._prompt_cache(rows)
         self.completions: CompletionsFile | None = None
         if args.method == "sdft" and args.log_completions:
@@ -241,7 +244,9 @@ class SDFTTrainer(SamplingTrainer):
         def forward() -> StepLoss:
             student = causal_lm(module)
             if self.teacher is None:
-                out = demonstration_loss(student, inputs, self.args, self.autocast_type)
+                base = self.starting_model if self.args.base_kl_weight else None
+                timed = self.phases("score")
+                out = demonstration_loss(student, inputs, self.args, self.autocast_type, base, timed=timed)
                 return StepLoss(out.total / items, out.sums)
             logged = self.completions is not None and self.completions.wants(self.state.global_step + 1)
             out = distillation_loss(

@@ -18,7 +18,7 @@ from sdft_kernels._compat import interpreted, stands_for_others, under_grad, und
 from sdft_kernels.backends.cpu import library
 from sdft_kernels.backends.select import BACKENDS
 from sdft_kernels.divergences import DIVERGENCES, LogitOptions, is_mixture
-from sdft_kernels.options import CrossEntropyInputs, CrossEntropyOptions, LossInputs, LossOptions
+from sdft_kernels.options import CrossEntropyInputs, CrossEntropyOptions, LossInputs, LossOptions, TopkInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -44,10 +44,7 @@ def check(given: LossInputs, options: LossOptions) -> torch.dtype:
     per_token("hard_weight", given.hard_weight, tokens, device, floating=True)
     same_device("teacher_hidden", given.teacher_hidden, device)
     differentiated_by_backward(given)
-    if given.old_logprobs is not None and given.labels is None:
-        raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
-    if options.importance_clip is not None and given.old_logprobs is None:
-        raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
+    importance_weights(given, options.importance_clip)
     shared_vocabulary(given.student_weight.shape[0], given.teacher_weight.shape[0], options.vocab_size)
     dtype = products_dtype(
         device,
@@ -132,6 +129,14 @@ def check_cross_entropy_options(options: CrossEntropyOptions) -> CrossEntropyOpt
     )
 
 
+def importance_weights(given: LossInputs | TopkInputs, importance_clip: float | None) -> None:
+    """Checks that what importance weights are made of is there."""
+    if given.old_logprobs is not None and given.labels is None:
+        raise ValueError("old_logprobs needs labels: importance weights compare log-probabilities of sampled tokens")
+    if importance_clip is not None and given.old_logprobs is None:
+        raise ValueError("importance_clip needs old_logprobs: without them there are no importance weights to clip")
+
+
 def logit_options(side: str, scale: Any, softcap: Any, temperature: Any) -> LogitOptions:
     """Options of one model's logits, named `{side}_logit_scale` and so on."""
     prefix = f"{side}_" if side else ""
@@ -211,7 +216,7 @@ def readable(name: str, tensor: Tensor) -> None:
         )
 
 
-def differentiated_by_backward(given: LossInputs | CrossEntropyInputs) -> None:
+def differentiated_by_backward(given: LossInputs | CrossEntropyInputs | TopkInputs) -> None:
     """Refuses tensors that torch.func is to differentiate, of which `requires_grad` says nothing; gradients reach the
     first three."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 #: The bounds of a logit's scale or soft cap over the temperature, and of its scale over the soft cap. A masked logit,
-#: -1e30, then stays 1,000 below the others or at the cap's end, and within float32.
+#: some -1e30, then stays 1,000 below the others or at the cap's end, and within float32.
 LEAST_QUOTIENT, LARGEST_QUOTIENT = 1e-27, 1e6
 
 #: What passes to kernels: numbers in float32, counts in int64.

@@ -20,7 +20,7 @@ from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.backends.select import select
 from sdft_kernels.chunking import plan_chunks
 from sdft_kernels.divergences import MASKED, LogitOptions
-from sdft_kernels.options import CrossEntropyOptions, LossOptions
+from sdft_kernels.options import CrossEntropyOptions, LossOptions, TopkOptions
 from sdft_kernels.tokens import LiveTokens, TokenRows, reads_are_free
 
 
@@ -64,7 +64,7 @@ def run_chunks(
     teacher: Side | None,
     live: LiveTokens,
     rows: TokenRows,
-    options: LossOptions | CrossEntropyOptions,
+    options: LossOptions | CrossEntropyOptions | TopkOptions,
     vocab: int,
     dtypes: Dtypes,
     wanted: Wanted,

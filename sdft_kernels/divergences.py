@@ -51,8 +51,9 @@ from torch import Tensor
 NATS = math.log(2)
 
 #: A bias below this, such as the -inf that excludes a vocabulary entry, is replaced by it: the entry's probability is 0
-#: at every temperature all the same, and the difference of two such logits is a number.
-MASKED = -1e30
+#: at every temperature all the same, and the difference of two such logits is a number. It is a power of two, some
+#: 1e30, so that factors multiply it exactly, and the difference of two products is 0.
+MASKED = -(2.0**100)
 
 #: Log-ratios of p and q are bounded by this, near the end of float32's exponents: one of the two is then under
 #: 1e-34 of the other, and adds nothing.
@@ -97,6 +98,15 @@ class HardTerm:
     entropy_weight: float = 0.0
 
 
+@dataclass(frozen=True)
+class Coarse:
+    """A divergence from a teacher who gives some entries' probabilities; see coarse.py, and its `TAILS`."""
+
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    tail: str = "bucket"
+
+
 #: The objective that has no teacher: its hard term alone.
 CROSS_ENTROPY = "cross_entropy"
 
@@ -105,7 +115,8 @@ CROSS_ENTROPY = "cross_entropy"
 class Objective:
     """What is computed for each token: a divergence or `CROSS_ENTROPY`, and its options.
 
-    A divergence has a hard term beside it where `hard` is given; cross-entropy always is one.
+    A divergence has a hard term beside it where `hard` is given; cross-entropy always is one. With `coarse` the passes
+    over logits are those of a cross-entropy, and the loss is the coarse divergence.
     """
 
     divergence: str = "reverse_kl"
@@ -114,6 +125,7 @@ class Objective:
     teacher: LogitOptions = LogitOptions()
     importance_clip: float | None = None
     hard: HardTerm | None = None
+    coarse: Coarse | None = None
 
     @property
     def has_teacher(self) -> bool:

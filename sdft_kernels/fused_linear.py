@@ -69,7 +69,7 @@ def fused_linear_divergence(
         teacher_hidden: (N, Ht), the teacher's hidden states at the same tokens; Ht may differ from Hs.
         teacher_weight: (Vt, Ht), the teacher's LM head; may be the same tensor as `student_weight`.
         student_bias: (V,) or None. An entry of -inf masks the token, under a negative scale too: what both models mask
-            has no part in the loss. Its logit is -1e30 times the scale's size, so that all stays finite where only one
+            has no part in the loss. Its logit is -2^100 times the scale's size, so that all stays finite where only one
             model masks: there reverse KL is the student's probability of what only the teacher masks, times some
             1e30 / temperature, and forward KL the other way round, instead of inf. Under a soft cap a bias of -inf
             only makes the logit -softcap. A masked logit is a constant: its bias and its row of the head get a gradient

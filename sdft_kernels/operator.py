@@ -41,7 +41,7 @@ def forward(
         old_logprobs = live.take(old_logprobs).to(dtypes.wide).contiguous()
     loss, student_entropy, teacher_entropy = (hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(3))
     logprobs = [None if labels is None else torch.empty_like(loss) for _ in range(2)]
-    rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, *logprobs)
+    rows = TokenRows(weight, labels, old_logprobs, loss, student_entropy, teacher_entropy, logprobs[0], logprobs[1])
     if given.hard_labels is not None and given.hard_weight is not None:
         rows.hard_labels = live.take(given.hard_labels).contiguous()
         rows.hard_weight = live.take(given.hard_weight).to(dtypes.wide).contiguous()

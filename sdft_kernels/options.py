@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdft_kernels.divergences import CROSS_ENTROPY, HardTerm, LogitOptions, Objective
+from sdft_kernels.divergences import CROSS_ENTROPY, Coarse, HardTerm, LogitOptions, Objective
 
 
 @dataclass(frozen=True)
@@ -107,4 +107,47 @@ class CrossEntropyOptions:
             CROSS_ENTROPY,
             student=LogitOptions(self.logit_scale, self.softcap, self.temperature),
             hard=HardTerm(self.temperature, self.label_smoothing, self.z_loss, self.entropy_weight),
+        )
+
+
+@dataclass(frozen=True)
+class TopkInputs:
+    """The tensors of `fused_linear_topk_divergence`, in the operator's order."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_ids: Tensor
+    teacher_logprobs: Tensor
+    teacher_tail_logprob: Tensor | None
+    token_weight: Tensor | None
+    labels: Tensor | None
+    old_logprobs: Tensor | None
+
+
+@dataclass(frozen=True)
+class TopkOptions:
+    """The settings of `fused_linear_topk_divergence`, which says what each means."""
+
+    divergence: str
+    beta: float
+    tail: str
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    importance_clip: float | None
+    reduction: str
+    vocab_size: int | None
+    max_chunk_bytes: int | None
+    backend: str
+
+    @property
+    def objective(self) -> Objective:
+        """What is computed for each token."""
+        return Objective(
+            CROSS_ENTROPY,
+            student=LogitOptions(self.logit_scale, self.softcap, self.temperature),
+            importance_clip=self.importance_clip,
+            hard=HardTerm(self.temperature),
+            coarse=Coarse(self.divergence, self.beta, self.tail),
         )

@@ -52,3 +52,25 @@ class CrossEntropyOutput(NamedTuple):
     logprob: Tensor
     entropy: Tensor
     logsumexp: Tensor
+
+
+class TopkDivergenceOutput(NamedTuple):
+    """The result of `fused_linear_topk_divergence`.
+
+    Everything but `loss` is detached, float32 (float64 for float64 inputs), in nats, and 0 for a token whose weight
+    is 0.
+
+    Attributes:
+        loss: scalar, or (N,) for reduction="none"; differentiable.
+        token_loss: (N,) the divergence of each token, unweighted.
+        student_entropy: (N,) entropy of the student's next-token distribution over the whole vocabulary.
+        student_tail_logprob: (N,) the student's log-probability of all entries that the teacher does not give, -inf
+            where it gives all. Far above the teacher's, it says that the student has left what the entries cover.
+        student_logprob: (N,) the student's log-probability of the label; None without labels.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    student_entropy: Tensor
+    student_tail_logprob: Tensor
+    student_logprob: Tensor | None

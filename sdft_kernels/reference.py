@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels.divergences import MASKED
-from sdft_kernels.outputs import CrossEntropyOutput, DivergenceOutput
+from sdft_kernels.outputs import CrossEntropyOutput, DivergenceOutput, TopkDivergenceOutput
 
 
 def logits(
@@ -25,7 +25,7 @@ def logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); where b is -inf, a constant -1e30 · |scale| is capped."""
+    """z = softcap(scale · (h Wᵀ + b)) / temperature, (N, V); where b is -inf, a constant -2^100 · |scale| is capped."""
     y = scale * (hidden @ weight.T)
     if bias is not None:
         bias = bias.to(y)
@@ -62,6 +62,34 @@ def cross_entropy_per_token(
     entropy = -(log_p.exp() * log_p).sum(-1)
     likelihood = (1 - label_smoothing) * label_logprob + label_smoothing * log_p.mean(-1)
     return -likelihood + z_loss * logits.logsumexp(-1).square() - entropy_weight * entropy
+
+
+def coarse_per_token(
+    log_p: Tensor,
+    ids: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_tail: Tensor,
+    divergence: str,
+    beta: float = 0.5,
+    *,
+    tail: str = "bucket",
+) -> tuple[Tensor, Tensor]:
+    """Of each row of (N, V) log-probabilities, (N,): the divergence from a teacher who gives K entries, (N, K), and the
+    rest's log-probability, (N,); and the student's log-probability of the rest. What is -inf is no entry."""
+    given = teacher_logprobs > -math.inf
+    rest = torch.ones_like(log_p).scatter_add(1, torch.where(given, ids, 0), -given.to(log_p)) > 0
+    some = rest.any(-1, keepdim=True)
+    student_tail = torch.where(rest | ~some, log_p, -math.inf).logsumexp(-1, keepdim=True)
+    outcomes = torch.cat((given, some & (tail == "bucket")), 1)
+
+    def normalised(entries: Tensor, rest: Tensor) -> Tensor:
+        both = torch.where(outcomes, torch.cat((entries, rest), 1), MASKED)
+        return torch.where(outcomes, both.log_softmax(-1), MASKED)
+
+    student_tail = torch.where(some, student_tail, -math.inf)
+    log_p_coarse = normalised(log_p.gather(1, torch.where(given, ids, 0)), student_tail)
+    log_q_coarse = normalised(teacher_logprobs, teacher_tail.unsqueeze(1))
+    return divergence_per_token(log_p_coarse, log_q_coarse, divergence, beta), student_tail.squeeze(1)
 
 
 def reduced(weighted: Tensor, weight: Tensor, reduction: str) -> Tensor:
@@ -191,4 +219,53 @@ def reference_cross_entropy(
         logprob=torch.where(live, log_p.gather(1, labels.unsqueeze(1)).squeeze(1), 0),
         entropy=torch.where(live, -(log_p.exp() * log_p).sum(-1), 0),
         logsumexp=torch.where(live, z.detach().logsumexp(-1), 0),
+    )
+
+
+def reference_topk_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    teacher_tail_logprob: Tensor | None = None,
+    bias: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    importance_clip: float | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+) -> TopkDivergenceOutput:
+    """As `sdft_kernels.fused_linear_topk_divergence`, which documents the arguments, with all logits held."""
+    token_weight = torch.ones_like(hidden[:, 0]) if token_weight is None else token_weight.to(hidden.dtype)
+    live = token_weight != 0
+    hidden = torch.where(live.unsqueeze(1), hidden, 0)
+    bias = None if bias is None else bias[:vocab_size]
+    z = logits(hidden, weight[:vocab_size], bias, scale=logit_scale, softcap=softcap, temperature=temperature)
+    log_p, teacher_logprobs = z.log_softmax(-1), teacher_logprobs.to(z)
+    if teacher_tail_logprob is None:
+        teacher_tail_logprob = torch.log((1 - teacher_logprobs.exp().sum(-1)).clamp(min=1e-7))
+    token_loss, student_tail = coarse_per_token(
+        log_p, teacher_ids, teacher_logprobs, teacher_tail_logprob.to(z), divergence, beta, tail=tail
+    )
+    token_loss, student_logprob, effective = torch.where(live, token_loss, 0), None, token_weight
+    if labels is not None:
+        targets = torch.where(live, labels, 0).unsqueeze(1)
+        student_logprob = torch.where(live, log_p.detach().gather(1, targets).squeeze(1), 0)
+        if old_logprobs is not None:
+            ratio = torch.where(live, student_logprob - old_logprobs, 0).exp()
+            effective = token_weight * ratio.clamp(max=importance_clip or math.inf)
+    return TopkDivergenceOutput(
+        loss=reduced(effective * token_loss, token_weight, reduction),
+        token_loss=token_loss.detach(),
+        student_entropy=torch.where(live, -(log_p.exp() * log_p).sum(-1), 0).detach(),
+        student_tail_logprob=torch.where(live, student_tail, 0).detach(),
+        student_logprob=student_logprob,
     )

@@ -42,13 +42,27 @@ class _Vectors:
 
 
 @dataclass
+class TopTokens(_Vectors):
+    """What a teacher gives of each token: K entries, (N, K), and the rest's log-probability, (N,).
+
+    `ids` rise within a row. Those whose `logprobs` are -inf are none, and have the vocabulary's size for an id.
+    `student_tail`, (N,), is written: the student's log-probability of the rest.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+    student_tail: Tensor
+
+
+@dataclass
 class TokenRows(_Vectors):
     """What the loss reads and writes for each token, (N,), on one device.
 
     `weight` is read as the factor of each token's gradient and multiplied in place by its importance weight.
     The vectors from `loss` to `logsumexp` are written, and `hard_loss`. All but labels are in the accumulation dtype.
     `hard_weight` times `hard_loss` is the hard term of a divergence. Without a teacher there is nothing of one, and
-    `loss` is the cross-entropy of `labels`.
+    `loss` is the cross-entropy of `labels`, or the divergence from what a teacher gives of `top`.
     """
 
     weight: Tensor
@@ -63,6 +77,7 @@ class TokenRows(_Vectors):
     hard_labels: Tensor | None = None
     hard_weight: Tensor | None = None
     hard_loss: Tensor | None = None
+    top: TopTokens | None = None
 
 
 @dataclass

@@ -44,7 +44,7 @@ def test_they_are_built_here_and_taken_for_float32_logits() -> None:
 
 
 #: What passed between Python and the library at each INTERFACE, as `interface` sums it up.
-INTERFACES = {1: "e35cbe8ee1c141af", 2: "e35cbe8ee1c141af", 3: "54e09be5acc12ae1"}
+INTERFACES = {1: "e35cbe8ee1c141af", 2: "e35cbe8ee1c141af", 3: "54e09be5acc12ae1", 4: "03047a3518b457ff"}
 
 
 def interface() -> str:
@@ -54,7 +54,7 @@ def interface() -> str:
     declared = re.findall(
         r"^(?:struct|enum) \w+ \{.*?\};|^(?:void|long|int) \w+\([^)]*\)", code, re.DOTALL | re.MULTILINE
     )
-    structs = [library.Options, library.Model, library.Carry]
+    structs = [library.Options, library.Model, library.Labels, library.Carry]
     found = library.find()
     assert found is not None
     names = re.findall(r"^(?:void|long|int) (\w+)\(", code, re.MULTILINE)

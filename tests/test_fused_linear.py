@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from sdft_kernels import FusedLinearDivergence, fused_linear_divergence, linear_token_stats
+from sdft_kernels.backends import tiles
+from sdft_kernels.backends.cpu import backend as compiled
 from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunk_loop import FLOAT16_WEIGHT, token_weights
 from sdft_kernels.tokens import LiveTokens
@@ -445,3 +447,19 @@ def test_token_weights_whose_sum_float32_cannot_hold(weight: torch.Tensor, dtype
     case = random_case(4, dtype=dtype)
     plain = fused(case).output.loss.item()
     assert abs(fused(case.with_options(token_weight=weight)).output.loss.item() / plain - 1) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"teacher_logit_scale": 1.1}])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
+def test_a_tile_of_masked_entries_alone(
+    backend: str, divergence: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what is masked is rounded, an exponential of the rounding would be infinite."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+    monkeypatch.setattr(compiled, "TILE_BYTES", 1)
+    case = random_case(5, vocab=500, bias=True, divergence=divergence, **options)
+    assert case.student_bias is not None
+    case.student_bias[100:400] = -torch.inf
+    case.options["teacher_bias"] = torch.where(case.student_bias == -torch.inf, -torch.inf, 0)
+    assert_close(fused(case, backend=backend), reference(case), 3e-6, 3e-6)

@@ -16,7 +16,11 @@ from sdft_kernels.integrations.trl.distillation import fused_divergence_loss
 
 pytestmark = pytest.mark.peers
 
-TRAINERS = {"SDFTTrainer": [SDFTTrainer, SDPOTrainer], "DistillationTrainer": [DistillationTrainer]}
+TRAINERS = {
+    "SDFTTrainer": [SDFTTrainer, SDPOTrainer],
+    "SDPOTrainer": [SDPOTrainer],
+    "DistillationTrainer": [DistillationTrainer],
+}
 
 
 @pytest.mark.parametrize("name", _compat.OVERRIDES)
@@ -35,6 +39,19 @@ def test_trl_has_the_methods_that_are_replaced(name):
         (SDFTTrainer, "_log_self_distillation_metric", ["self", "mode", "value"]),
         (SDPOTrainer, "_log_self_distillation_metric", ["self", "mode", "value"]),
         (GOLDTrainer, "_get_model_forward_kwargs", ["self", "inputs", "exclude"]),
+        (
+            IWOPDTrainer,
+            "_compute_iw_opd_loss",
+            [
+                "self",
+                "student_logits",
+                "completion_tokens",
+                "labels",
+                "teacher_actual_logprobs",
+                "rollout_logprobs",
+                "num_items_in_batch",
+            ],
+        ),
         (IWOPDTrainer, "_raise_if_local_teacher_tokenizer_mismatch", ["self"]),
     ],
 )

@@ -93,3 +93,36 @@ def test_the_arguments_are_ligers(ours, theirs):
 def test_what_is_not_there_is_refused():
     with pytest.raises(ValueError, match="student_weight has 60 rows and teacher_weight 53"):
         LigerFusedLinearJSD()(torch.randn(2, 4), torch.randn(60, 4), torch.randn(2, 4), torch.randn(53, 4))
+    labels, message = torch.arange(2), r"true_labels must be whole numbers of shape \(2,\), not "
+    arguments = torch.randn(2, 4), torch.randn(60, 4), torch.randn(2, 4), torch.randn(60, 4)
+    for wrong, found in [
+        (None, "None; LigerFusedLinearJSD takes none"),
+        (labels[:1], r"torch.int64 of shape \(1,\)"),
+        (labels.float(), r"torch.float32 of shape"),
+    ]:
+        with pytest.raises(ValueError, match=message + found):
+            LigerFusedLinearJSDLoss(weight_hard_loss=0.0)(*arguments, wrong)
+    with pytest.raises(ValueError, match="shift_labels must be whole numbers of shape"):
+        LigerFusedLinearJSD()(*arguments, labels[:1])
+    for loss, name in [(LigerFusedLinearJSDLoss(beta=1e-4), "beta"), (LigerFusedLinearJSD(jsd_beta=1e-4), "jsd_beta")]:
+        with pytest.raises(
+            ValueError, match=rf"^{name} is 0.0001; it may be 0 \(forward KL\), 1 \(reverse KL\)"
+        ) as error:
+            loss(*arguments, labels)
+        assert "_kl" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.randn(1, 2, 4), r"^student_input must have shape \(N, H\), not \(1, 2, 4\)"),
+        (2, torch.randn(1, 2, 4), "^teacher_input must have shape"),
+        (1, torch.randn(60, 5), "^student_weight has 5 columns and student_input 4"),
+        (4, torch.tensor([0, 60]), "true_labels"),
+    ],
+)
+def test_errors_have_ligers_names(place, value, message):
+    arguments = [torch.randn(2, 4), torch.randn(60, 4), torch.randn(2, 4), torch.randn(60, 4), torch.arange(2)]
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        LigerFusedLinearJSDLoss()(*arguments)

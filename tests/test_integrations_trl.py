@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -119,17 +120,120 @@ def test_losses_gradients_and_metrics_are_trls(pairs, name, share, lora):
             assert_close(gradients[key], gradient, key)
 
 
+SAMPLED = [
+    ("sdft", {"distillation_mode": "sampled_token"}),
+    ("sdpo", {"distillation_mode": "sampled_token"}),
+    ("sdpo", {"distillation_mode": "sampled_token", "distillation_weight": 0.3}),
+    ("sdpo", {"distillation_weight": 0.3, "distillation_alpha": 0.5}),
+    ("sdpo", {"distillation_weight": 0.0}),
+]
+POLICIES = [("grpo", "token"), ("bnpo", "sequence"), ("dr_grpo", "token"), ("dapo", "sequence")]
+
+
+@pytest.fixture
+def pair_with(pairs, monkeypatch):
+    """TRL's trainer and ours with other settings, and the batch that TRL's met."""
+
+    def pair(name, lora, options):
+        theirs, ours, inputs = pairs(name, lora)
+        for trainer in (theirs, ours):
+            monkeypatch.setattr(trainer, "temperature", 0.7)
+            for key, value in {"distillation_alpha": 1.0, "distillation_is_clip": 2.0, **options}.items():
+                monkeypatch.setattr(trainer.args, key, value)
+        return theirs, ours, inputs
+
+    return pair
+
+
+def assert_same_step(theirs, ours, batch, items=None):
+    expected, expected_gradients = loss_and_gradients(theirs, batch, items)
+    got, gradients = loss_and_gradients(ours, batch, items)
+    assert got.keys() == expected.keys() and gradients.keys() == expected_gradients.keys()
+    assert len(gradients) > 5 and sum(gradient.norm() for gradient in gradients.values()) > 1e-3
+    for key, value in expected.items():
+        assert_close(got[key], value, key)
+    for key, gradient in expected_gradients.items():
+        assert_close(gradients[key], gradient, key)
+    return got
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapter"])
+def test_the_loss_of_iw_opd_is_trls(pair_with, lora, monkeypatch):
+    theirs, ours, inputs = pair_with("iw_opd", lora, {})
+    written = torch.randn(inputs["labels"].shape, generator=torch.Generator().manual_seed(0)) - 5
+    for trainer in (theirs, ours):
+        monkeypatch.setattr(trainer, "distillation_objective", "iw_opd")
+        monkeypatch.setattr(trainer, "iw_opd_gamma", 0.8)
+    for batch, items in [(inputs, None), ({**inputs, "rollout_logprobs": written}, torch.tensor(11))]:
+        metrics = assert_same_step(theirs, ours, batch, items)
+        assert metrics["iw_opd/min_weight"] < metrics["iw_opd/max_weight"]
+    with no_logits(ours):
+        assert ours.compute_loss(ours.model_wrapped, inputs).isfinite()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize(("name", "options"), SAMPLED)
+def test_losses_of_sampled_tokens_are_trls(pair_with, name, options, lora, monkeypatch):
+    theirs, ours, inputs = pair_with(name, lora, options)
+    monkeypatch.setattr(ours, "num_iterations", 2)
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    logprobs = ours._compute_rollout_logps(*(inputs[name] for name in names))
+    random = torch.Generator().manual_seed(0)
+    inputs = {**inputs, "advantages": torch.randn(len(logprobs), generator=random)}
+    for old in (None, logprobs + 0.5 * torch.randn(logprobs.shape, generator=random)):  # some ratios are clipped
+        batch = inputs if old is None else {**inputs, "old_per_token_logps": old}
+        for loss_type, level in POLICIES if options.get("distillation_weight", 1) < 1 else POLICIES[:1]:
+            for trainer in (theirs, ours):
+                monkeypatch.setattr(trainer, "loss_type", loss_type, raising=False)
+                monkeypatch.setattr(trainer, "importance_sampling_level", level, raising=False)
+            got = assert_same_step(theirs, ours, batch)
+    unlikely = {**inputs, "old_per_token_logps": old.where(inputs["completion_mask"].bool(), -200)}
+    assert loss_and_gradients(ours, unlikely, None)[0] == got  # padding's ratio of e**200 takes no part
+
+
+TOP_K = {"distillation_mode": "topk_logits", "distillation_topk": 7}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize("add_tail", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["sdft", "sdpo"])
+def test_losses_of_the_likeliest_tokens_are_trls(pair_with, name, alpha, add_tail, lora):
+    options = {**TOP_K, "distillation_alpha": alpha, "distillation_add_tail": add_tail}
+    theirs, ours, inputs = pair_with(name, lora, options)
+    written = torch.randn(inputs["completion_ids"].shape, generator=torch.Generator().manual_seed(0)) - 5
+    for batch in (inputs, {**inputs, "old_per_token_logps": written}):
+        assert_same_step(theirs, ours, batch)
+
+
+def test_a_batch_without_a_token_to_distil_has_a_loss_of_0_with_a_gradient(pair_with):
+    theirs, ours, inputs = pair_with("sdpo", False, {"distillation_mode": "sampled_token"})
+    empty = {**inputs, "self_distillation_mask": torch.zeros(len(inputs["prompt_ids"]))}
+    (expected, _), (got, gradients) = (loss_and_gradients(trainer, empty, None) for trainer in (theirs, ours))
+    assert got == expected and got["loss"] == 0
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients.values()) and gradients
+
+
+IW_OPD = {"distillation_objective": "iw_opd", "loss_top_k": 1}  # its defaults
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 TRAININGS = [
     ("sdft", {**EVALUATED, "gradient_accumulation_steps": 4, "num_iterations": 2, "num_loss_tokens_to_skip": 1}),
     ("sdft", {"teacher_model_kind": "ema", "teacher_update_rate": 0.5, "temperature": 0.8, "lora": True}),
     ("sdft", {"teacher_model_kind": "live", "gradient_checkpointing": True, "steps_per_generation": 2}),
     ("sdpo", {**EVALUATED, "gradient_accumulation_steps": 4, "distillation_alpha": 0.5}),
+    ("sdft", {**SAMPLED[0][1], "distillation_alpha": 1.0, "gradient_accumulation_steps": 4, "lora": True}),
+    ("sdpo", {**EVALUATED, **SAMPLED[2][1], "gradient_accumulation_steps": 4, "num_iterations": 2}),
+    ("sdft", {**EVALUATED, **TOP_K, "gradient_accumulation_steps": 4, "num_iterations": 2}),
+    ("sdpo", {**TOP_K, "distillation_alpha": 0.5, "distillation_add_tail": True, "lora": True}),
+    ("sdpo", {**SAMPLED[3][1], "steps_per_generation": 2, "teacher_model_kind": "live"}),
+    ("sdpo", {**EVALUATED, **SAMPLED[4][1], "importance_sampling_level": "sequence"}),
     ("gkd", {**EVALUATED, "gradient_accumulation_steps": 4, "lmbda": 0.5, "temperature": 0.8}),
     ("gkd", {"seq_kd": True, "lmbda": 0.0, "beta": 1.0, "lora": True}),
     ("distillation", {**EVALUATED, "gradient_accumulation_steps": 4, "beta": 0.3}),
     ("gold", {**EVALUATED, "gradient_accumulation_steps": 4, "lmbda": 0.5, "temperature": 0.8}),
     ("iw_opd", {**EVALUATED, "gradient_accumulation_steps": 4, "beta": 0.5}),
+    ("iw_opd", {**EVALUATED, **IW_OPD, "gradient_accumulation_steps": 4, "temperature": 0.8}),
+    ("iw_opd", {**IW_OPD, "lora": True}),
 ]
 
 
@@ -139,21 +243,34 @@ def test_a_training_is_trls(folder, name, options):
     assert_same_training(learnt(build(name, folder, ours, **options)), learnt(build(name, folder, theirs, **options)))
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_no_logits_are_made(pairs, name):
-    _, ours, inputs = pairs(name, False)
-    heads = [ours.model.lm_head, ours.accelerator.unwrap_model(ours.teacher_model).lm_head]
+@contextmanager
+def no_logits(trainer):
+    heads = [trainer.model.lm_head, trainer.accelerator.unwrap_model(trainer.teacher_model).lm_head]
     for head in heads:
         head.forward = lambda hidden: pytest.fail("the head has made logits")
     try:
+        yield
+    finally:
+        for head in heads:
+            del head.forward
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_no_logits_are_made(pairs, name):
+    _, ours, inputs = pairs(name, False)
+    with no_logits(ours):
         assert ours.compute_loss(ours.model_wrapped, dict(inputs)) > 0
         if name in ("sdft", "sdpo"):
             names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
             ours.num_iterations = 2
             assert ours._compute_rollout_logps(*(inputs[name] for name in names)).isfinite().all()
-    finally:
-        for head in heads:
-            del head.forward
+
+
+@pytest.mark.parametrize(("name", "options"), [*SAMPLED, ("sdft", TOP_K)])
+def test_no_logits_are_made_for_sampled_tokens_and_the_likeliest(pair_with, name, options):
+    _, ours, inputs = pair_with(name, False, options)
+    with no_logits(ours):
+        assert ours.compute_loss(ours.model_wrapped, dict(inputs)).isfinite()
 
 
 @pytest.mark.parametrize("name", ["sdft", "gkd"])
@@ -171,14 +288,16 @@ def test_mixed_precision_is_trls_but_for_the_rounding_of_logits(folder, name):
 
 
 REFUSED = [
-    ("sdft", {"distillation_mode": "topk_logits"}, "distillation_mode is 'topk_logits'; it must be 'full_logits' here"),
-    ("sdft", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}, "distillation_mode is 'sampled_token'"),
-    ("sdft", {"distillation_alpha": 1e-4}, "distillation_alpha must lie between 0.001 and 1 - 0.001"),
-    ("sdpo", {"distillation_weight": 0.5}, "distillation_weight is 0.5; it must be 1.0 here"),
-    ("gkd", {"beta": 1e-4}, "beta must lie between 0.001 and 1 - 0.001"),
-    ("distillation", {"beta": 1e-4}, "beta must lie between 0.001 and 1 - 0.001"),
+    (
+        "sdft",
+        {"distillation_mode": "topk_logits", "distillation_topk": None},
+        "distillation_topk is None; 'topk_logits'",
+    ),
+    ("sdft", {"distillation_mode": "logits"}, "distillation_mode must be one of 'full_logits', 'topk_logits', 'sam"),
+    ("sdft", {"distillation_alpha": 1e-4}, "distillation_alpha is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
+    ("gkd", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
+    ("distillation", {"beta": 1e-4}, "beta is 0.0001; it may be 0 (forward KL), 1 (reverse KL)"),
     ("gold", {"use_uld_loss": True}, "use_uld_loss is True; it must be False here"),
-    ("iw_opd", {"distillation_objective": "iw_opd"}, "distillation_objective is 'iw_opd'; it must be 'jsd' here"),
     ("iw_opd", {"loss_top_k": 1}, "loss_top_k is 1; it must be 0 here: the fused loss compares whole vocabularies"),
 ]
 
@@ -189,6 +308,17 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(name, options, me
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         TRAINERS[name][1]("no such model", args=config(name, tmp_path, **options), **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_without_arguments_says_what_it_needs(name):
+    kind = TRAINERS[name][1]
+    if name in ("sdft", "sdpo", "distillation"):  # TRL gives the others' `model` a default
+        with pytest.raises(TypeError, match=f"{kind.__name__}: missing a required argument: 'model'"):
+            kind()
+    if name not in ("distillation", "iw_opd"):  # of which TRL makes a configuration
+        with pytest.raises(TypeError, match=f"{kind.__name__} needs args, the configuration that TRL has for it"):
+            kind("no such model")
 
 
 def test_outputs_with_logits_are_refused(pairs, folder):
@@ -274,6 +404,6 @@ def test_two_processes_train_as_trls_do(folder, wrapped):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    for name in trl_trainers.IN_TWO:
+    for name in (*trl_trainers.IN_TWO, "labels"):
         ours, theirs = (torch.load(folder / f"{name}-{whose}.pt") for whose in ("ours", "theirs"))
         assert_same_training(ours, theirs)

@@ -158,8 +158,17 @@ def test_a_live_teacher_cannot_be_offloaded(tmp_path):
             "demonstration_weight is 0.1 and does nothing: method is 'sft'",
         ),
         (
-            {"method": "sft", "divergence": "jsd", "teacher": "ema", "ema_rate": 0.3, "beta": 0.3},
-            "divergence, beta, teacher and ema_rate do nothing: method is 'sft'",
+            {"method": "sft", "teacher": "ema", "ema_rate": 0.3},
+            "teacher and ema_rate do nothing: method is 'sft'",
+        ),
+        (
+            {"method": "sft", "divergence": "jsd", "beta": 0.3},
+            "divergence and beta do nothing: method is 'sft' and base_kl_weight is 0.0",
+        ),
+        ({"base_kl_weight": 0.1}, "base_kl_weight is 0.1 and does nothing: method is 'sdft'"),
+        (
+            {"method": "sft", "base_kl_weight": 0.1, "rollout_top_p": 0.3},
+            "rollout_top_p is 0.3 and does nothing: method is 'sft'",
         ),
         (
             {"importance_clip": 5.0},

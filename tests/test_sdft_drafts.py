@@ -52,12 +52,14 @@ def test_tokens_are_those_without_drafts(cases):
         requests, sampling = drawn_case(random_)
         plain = write(model, requests, sampling, tokenizer=tokenizer)
         drafts = [damaged(completion.tokens, random_) for completion in plain]
-        helped = [Request(r.prompt, r.seed, draft) for r, draft in zip(requests, drafts, strict=True)]
+        right = random_.choice([0.1, 0.5, 0.9, 1.0])
+        helped = [Request(r.prompt, r.seed, draft, right) for r, draft in zip(requests, drafts, strict=True)]
         written = write(model, helped, sampling, tokenizer=tokenizer)
         assert [(c.tokens, c.end) for c in written] == [(c.tokens, c.end) for c in plain]
         for one, other in zip(written, plain, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
             assert one.accepted <= one.drafted and one.passes <= len(one.tokens)
+            assert one.accepted <= one.foreseen <= len(one.tokens)
         tokens += sum(len(c.tokens) for c in written if c.passes)
         passes += sum(c.passes for c in written)
     assert passes < tokens
@@ -68,9 +70,11 @@ def test_a_draft_that_is_right_is_read_in_one_pass_where_a_pass_takes_one_time(m
     model = tiny.tiny_model()
     request, sampling = Request([5, 6, 7], 3), Sampling(30, temperature=1.0)
     (plain,) = write(model, [request], sampling)
-    (written,) = write(model, [Request([5, 6, 7], 3, plain.tokens)], sampling)
-    assert written.tokens == plain.tokens
-    assert (written.drafted, written.accepted, written.passes) == (28, 28, 2)  # the prompt's pass draws the first token
+    # In the first batch nothing is known of passes, and the prompt's pass draws the first token alone.
+    for drafted, passes in ((28, 2), (29, 1)):
+        (written,) = write(model, [Request([5, 6, 7], 3, plain.tokens)], sampling)
+        assert written.tokens == plain.tokens and written.foreseen == 30
+        assert (written.drafted, written.accepted, written.passes) == (drafted, drafted, passes)
 
 
 def test_where_each_token_of_a_pass_takes_its_time_nothing_is_read_ahead(monkeypatch):
@@ -78,7 +82,7 @@ def test_where_each_token_of_a_pass_takes_its_time_nothing_is_read_ahead(monkeyp
     model = tiny.tiny_model()
     (plain,) = write(model, [Request([5, 6, 7], 3)], Sampling(20, temperature=1.0))
     draft = [token + (place % 2) for place, token in enumerate(plain.tokens)]
-    (written,) = write(model, [Request([5, 6, 7], 3, draft)], Sampling(20, temperature=1.0))
+    (written,) = write(model, [Request([5, 6, 7], 3, draft, 0.4)], Sampling(20, temperature=1.0))
     assert written.tokens == plain.tokens and written.drafted == 0
 
 
@@ -138,6 +142,10 @@ def test_sources_of_drafts():
     for other in (KnownTexts("none"), KnownTexts("demonstration")):
         other.note(row, 0, Completion([9]))
     assert list(KnownTexts("none").draft(row, 0)) == []
+    for _ in range(50):
+        history.note(row, 1, Completion([9, 10, 11, 12], passes=2, foreseen=3))
+        history.note(row, 0, Completion([9]))  # written without a draft, which says nothing of drafts
+    assert history.right == pytest.approx(0.75, abs=0.01)
 
 
 @pytest.mark.parametrize("source", ["demonstration", "history"])

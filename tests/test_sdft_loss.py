@@ -1,5 +1,6 @@
 """Layout and loss, against full logits computed here: one unpadded sequence at a time, the formulas written out."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -93,6 +94,31 @@ def test_sft_is_cross_entropy_on_the_demonstration(chunk, tmp_path):
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients(model), expected_gradients)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("weight", [0.3, 20.0])
+def test_sft_near_the_base_is_cross_entropy_and_the_weighted_divergence_from_it(divergence, weight, tmp_path):
+    """Of full logits in float64; both models read the prompt alone."""
+    model, start = tiny.tiny_model(0), tiny.tiny_model(1)
+    settings = config(
+        tmp_path, method="sft", base_kl_weight=weight, divergence=divergence, loss_temperature=1.7, max_chunk_bytes=1212
+    )
+    exact, exact_start = (copy.deepcopy(each).double() for each in (model, start))
+    alike = [Sample(s.prompt, s.completion, s.prompt) for s in SAMPLES]
+    divergences = full_logits_loss(exact, exact_start, alike, divergence, skip=0, temperature=1.7, beta=0.5)
+    cross_entropy = -sum(
+        logprobs(exact, s.prompt, s.completion).gather(-1, torch.tensor(s.completion)[:, None]).sum() for s in SAMPLES
+    )
+    expected = cross_entropy + weight * divergences
+    expected.backward()
+    batch = lay_out([Sample(s.prompt, s.completion) for s in SAMPLES], skip_tokens=0)
+    out = demonstration_loss(model, batch, settings, None, Teacher(start))
+    out.total.backward()
+    torch.testing.assert_close(out.total.detach().double(), expected.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.sums["base_kl"].double(), divergences.detach(), rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(model), gradients(exact))
+    assert all(p.grad is None for p in start.parameters())
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])

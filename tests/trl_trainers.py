@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
@@ -25,6 +25,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from sdft.processes import part
 from sdft_kernels.integrations import trl as ours
+from sdft_kernels.integrations.transformers import fused_causal_lm_loss
 from tests import tiny
 from tests.process_worker import shard_on_the_cpu
 
@@ -38,8 +39,13 @@ TRAINERS = {
     "gold": (GOLDTrainer, ours.FusedGOLDTrainer, GOLDConfig, {"use_uld_loss": False}),
     "iw_opd": (IWOPDTrainer, ours.FusedIWOPDTrainer, IWOPDConfig, {"distillation_objective": "jsd", "loss_top_k": 0}),
 }
-#: In two processes: one trainer of each module of ours.
-IN_TWO = ("sdft", "gkd", "distillation")
+#: In two processes: one trainer of each module of ours, and one whose loss is of sampled tokens, with its settings.
+IN_TWO = {
+    "sdft": {},
+    "sdpo": {"distillation_mode": "sampled_token", "distillation_weight": 0.4},
+    "gkd": {},
+    "distillation": {},
+}
 #: Whether each of the two has a part of each weight.
 SHARDED = bool(os.environ.get("FSDP"))
 LORA = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
@@ -146,18 +152,37 @@ def learnt(trainer):
     return {"logged": logged, "weights": whole}
 
 
+def of_labels(folder, fused):
+    """transformers' own Trainer, on rows with labels of many lengths."""
+    model = loaded(folder / "student")
+    if fused:
+        fused_causal_lm_loss(model)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    args = TrainingArguments(str(folder / "out"), learning_rate=0.1, optim="sgd", fsdp=SHARDED, **options, **quiet)
+    tokens = torch.randint(4, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(3))
+    labels = [torch.where(torch.arange(12) < 3 + n, row, -100) for n, row in enumerate(tokens)]
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    return Trainer(model, args, train_dataset=rows)
+
+
 def main(folder):
     if SHARDED:
         shard_on_the_cpu()
-    for name in IN_TWO:
+    for name, settings in IN_TWO.items():
         theirs, fused, *_ = TRAINERS[name]
         for kind in (theirs, fused):
-            trainer = build(name, folder, kind, gradient_accumulation_steps=2, fsdp=SHARDED)
+            trainer = build(name, folder, kind, gradient_accumulation_steps=2, fsdp=SHARDED, **settings)
             found = learnt(trainer)
             assert trainer.accelerator.num_processes == 2
             assert ("FSDP" in type(trainer.model).__name__) == SHARDED
             if trainer.accelerator.is_main_process:
                 torch.save(found, folder / f"{name}-{'ours' if kind is fused else 'theirs'}.pt")
+    for whose in ("theirs", "ours"):
+        trainer = of_labels(folder, whose == "ours")
+        found = learnt(trainer)
+        if trainer.accelerator.is_main_process:
+            torch.save(found, folder / f"labels-{whose}.pt")
 
 
 if __name__ == "__main__":

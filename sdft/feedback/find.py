@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from sdft.errors import UsageError
 from sdft.feedback.interface import FeedbackFunction
+from sdft.named_functions import imported
 from sdft.settings.feedback import FEEDBACKS, FeedbackSettings
 
 
@@ -20,16 +18,7 @@ def find_feedback(settings: FeedbackSettings) -> FeedbackFunction | None:
     if settings.feedback is None:
         return None
     name, given = settings.feedback, settings.feedback_args or {}
-    module, _, path = f"sdft.feedback.{name}:{name}".partition(":") if name in FEEDBACKS else name.partition(":")
-    sys.path.insert(0, os.getcwd())  # a command's own folder is there in place of it
-    try:
-        function = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-    except Exception as error:  # a module is a user's code, and may raise anything
-        raise UsageError(f"feedback is {name!r}, which cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise UsageError(f"feedback is {name!r}; it must be a function, and {path} is a {type(function).__name__}")
+    function = imported("feedback", name, f"sdft.feedback.{name}:{name}" if name in FEEDBACKS else name)
     return bound(name, function, given)
 
 

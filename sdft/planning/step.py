@@ -32,7 +32,7 @@ from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments
-from sdft.teacher import ModelTeacher, Teacher
+from sdft.teacher import ModelTeacher, Teacher, make_teacher
 from sdft.teacher_model import OtherModel, teacher_of
 from sdft_kernels import CrossEntropyOutput, DivergenceOutput, fused_linear_cross_entropy, fused_linear_divergence
 
@@ -128,6 +128,9 @@ class Step:
             self.teacher: Teacher | None = None
             if self.config.method == "sdft":
                 self.teacher = teacher_of(self.config, self.learner, self._other_teacher(teacher_config))
+            self.base: Teacher | None = None
+            if self.config.method == "sft" and self.config.base_kl_weight:
+                self.base = make_teacher("base", self.learner, 0, offload=self.config.teacher_offload)
         if self.config.activation_checkpointing or self.config.gradient_checkpointing:
             # The older name is that of transformers 5.17.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -237,10 +240,10 @@ class Step:
         compared = mock.patch.object(losses, "fused_linear_divergence", self._compare)
         shown = mock.patch.object(losses, "fused_linear_cross_entropy", self._cross_entropy)
         with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared, shown:
+            scoring = _Both(tracker.phase("scoring"), tracker.part("scoring"))
             if self.teacher is None:
-                loss = demonstration_loss(student, batch, self.config, self._mixed).total
+                loss = demonstration_loss(student, batch, self.config, self._mixed, self.base, timed=scoring).total
             else:
-                scoring = _Both(tracker.phase("scoring"), tracker.part("scoring"))
                 loss = distillation_loss(student, self.teacher, batch, self.config, self._mixed, timed=scoring).total
                 if share:
                     of_labels = demonstration_loss(student, demonstrations_of(batch), self.config, self._mixed)

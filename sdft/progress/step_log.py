@@ -54,6 +54,9 @@ class StepLog:
         for name in ("student_entropy", "teacher_entropy"):
             if name in sums:
                 line[name] = sums[name] / max(sums["tokens"], 1)
+        for name in ("base_kl", "token_weight", "clipped"):
+            if name in sums:
+                line[name] = sums[name] / max(sums["tokens"], 1)
         if sums.get("squared_importance"):
             line["rollout_gap"] = sums["rollout_gap"] / sums["tokens"]
             line["effective_share"] = sums["importance"] ** 2 / (sums["tokens"] * sums["squared_importance"])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -60,8 +61,11 @@ def by_drafts(
             logits = batch.read()
     completions = drawn([row.tokens for row in batch.rows], sampler)
     return [
-        replace(completion, drafted=row.drafted, accepted=row.accepted, passes=row.passes)
+        replace(
+            completion, drafted=row.drafted, accepted=row.accepted, passes=row.passes, foreseen=min(row.foreseen, count)
+        )
         for completion, row in zip(completions, batch.rows, strict=True)
+        for count in [len(completion.tokens)]
     ]
 
 
@@ -77,6 +81,7 @@ class _Row:
     drafted: int = 0
     accepted: int = 0
     passes: int = 0
+    foreseen: int = 0
     right: float = 0.5  # how often the draft has had the next token of late
     place: int = 0  # in the draft, of the token that is expected next
     lost: bool = False  # whether the last token was another, so that the place is a guess
@@ -95,6 +100,7 @@ class _Row:
         self.tokens.append(token)
         expected = self.place < len(self.draft) and self.draft[self.place] == token
         self.right += (expected - self.right) / 8
+        self.foreseen += expected
         self.place += 1
         if expected:
             self.lost = False
@@ -110,6 +116,11 @@ class _Pace:
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, tokens, seconds, tokens², tokens * seconds
 
+    def __bool__(self) -> bool:
+        """Whether passes of unlike lengths were seen."""
+        count, x, _, xx, _ = self._sums
+        return count > 0 and xx / count - (x / count) ** 2 > 1e-6
+
     def add(self, tokens: int, seconds: float) -> None:
         new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         self._sums = [0.95 * old + value for old, value in zip(self._sums, new, strict=True)]
@@ -117,12 +128,15 @@ class _Pace:
     def seconds(self, tokens: int) -> float:
         """How long a pass over so many tokens may take; each counts for something, whatever was measured."""
         count, x, y, xx, xy = self._sums
-        spread = xx / count - (x / count) ** 2
         each = y / x  # for all that is known
-        if spread > 1e-6:
-            each = max((xy / count - x * y / count**2) / spread, 1e-9)
+        if self:
+            each = max((xy / count - x * y / count**2) / (xx / count - (x / count) ** 2), 1e-9)
         fixed = max((y - each * x) / count, 0.0)
         return fixed + each * tokens
+
+
+#: What passes of a model took in the batches before.
+_PACES: weakref.WeakKeyDictionary[PreTrainedModel, _Pace] = weakref.WeakKeyDictionary()
 
 
 class _Batch:
@@ -136,11 +150,13 @@ class _Batch:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.model, self.requests, self.sampling, self.tokenizer = model, requests, sampling, tokenizer
-        self.rows = [_Row(n, len(request.prompt), request.draft) for n, request in enumerate(requests)]
+        self.rows = [
+            _Row(n, len(request.prompt), request.draft, right=request.draft_right) for n, request in enumerate(requests)
+        ]
         self.inside = list(self.rows)  # those in the cache, in its order
         self.fed: list[Sequence[int]] = [()] * len(self.rows)  # the draft's tokens that each of them has read
         self.cache = cast(Any, roomy_cache(model))
-        self.pace = _Pace()
+        self.pace = _PACES.setdefault(model, _Pace())
         self.started, self.tokens_read = 0.0, 0
 
     @property
@@ -153,10 +169,20 @@ class _Batch:
         return sum(len(row.tokens) for row in self.rows), sum(row.ended for row in self.rows)
 
     def read_prompts(self) -> Tensor:
-        """(rows, 1, V): the logits of the first tokens."""
+        """(rows, 1 + tokens, V): the logits of the first tokens, and those after the drafts' tokens that were read."""
         ids, self.mask = padded([request.prompt for request in self.requests], 0)
+        ahead = self._ahead_of_prompts(ids.numel()) if self.pace else 0
+        self.fed = [row.proposal(min(ahead, self._useful(row))) for row in self.inside]
+        length = max(map(len, self.fed))
+        places = self.mask.new_zeros(len(self.inside), length)
+        ids, self.mask = torch.cat((ids, places), dim=1), torch.cat((self.mask, places), dim=1)
+        for number, (row, fed) in enumerate(zip(self.inside, self.fed, strict=True)):
+            start = ids.shape[1] - length
+            ids[number, start : start + len(fed)] = torch.tensor(fed)
+            self.mask[number, start : start + len(fed)] = 1
+            row.drafted += len(fed)
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        return self._forward(ids, positions, logits_to_keep=1)
+        return self._forward(ids, positions, logits_to_keep=1 + length)
 
     def read(self) -> Tensor:
         """(rows, tokens, V): the logits after each row's last token, and after those of its draft that were read."""
@@ -220,13 +246,30 @@ class _Batch:
 
     def _length(self) -> int:
         """The tokens of a row in the next pass: those with which most tokens are written in a second."""
-        proposed = [(row.right, len(row.proposal(self._useful(row)))) for row in self.inside if not row.ended]
+        return max(range(1, 2 + self._most()), key=self._rate)
 
-        def rate(length: int) -> float:
-            written = sum(_expected(right, min(length - 1, count)) for right, count in proposed)
-            return written / self.pace.seconds(len(self.inside) * length)
+    def _ahead_of_prompts(self, tokens: int) -> int:
+        """How much of each draft is read with the prompts: what takes least, if a token that is not written here takes
+        as long as in the passes that follow."""
+        later = 1 / self._rate(self._length())
 
-        return max(range(1, 2 + max(count for _, count in proposed)), key=rate)
+        def gain(length: int) -> float:
+            return self._written(length) * later - self.pace.seconds(tokens + len(self.inside) * (length - 1))
+
+        return max(range(1, 2 + self._most()), key=gain) - 1
+
+    def _rate(self, length: int) -> float:
+        """Tokens that are written in a second of passes with so many tokens of each row."""
+        return self._written(length) / self.pace.seconds(len(self.inside) * length)
+
+    def _written(self, length: int) -> float:
+        """Tokens that a pass writes which reads all but one of so many tokens of each row from its draft."""
+        going = [row for row in self.inside if not row.ended]
+        return sum(_expected(row.right, min(length - 1, len(row.proposal(self._useful(row))))) for row in going)
+
+    def _most(self) -> int:
+        """The tokens of a draft that the next pass could read."""
+        return max(len(row.proposal(self._useful(row))) for row in self.inside if not row.ended)
 
     def _take_out(self) -> None:
         """Leave out of the cache the rows that have ended, and places without a token, once they are many."""

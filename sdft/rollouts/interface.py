@@ -50,12 +50,14 @@ class Request:
     """A prompt to answer.
 
     With a seed its completion is drawn from random numbers of its own, whatever is sampled beside it. `draft` is a
-    text that the completion may resemble: it changes how fast the completion is written, and no token of it.
+    text that the completion may resemble, and `draft_right` the share of its tokens that are expected to be right. They
+    change how fast the completion is written, and no token of it.
     """
 
     prompt: Sequence[int]
     seed: int | None = None
     draft: Sequence[int] = ()
+    draft_right: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Completion:
 
     `logprobs` are the log-probabilities, in nats, with which its tokens were drawn: after temperature, top-k, top-p and
     min-p. They are None where nobody asked, and where the back-end does not know. With a draft, so many of its tokens
-    were read in so many `passes` of the model, and so many of those were right.
+    were read in so many `passes` of the model, and so many of those were right; `foreseen` are the completion's tokens
+    that the draft had, whether they were read ahead or not.
     """
 
     tokens: list[int]
@@ -73,6 +76,7 @@ class Completion:
     drafted: int = 0
     accepted: int = 0
     passes: int = 0
+    foreseen: int = 0
 
 
 Backend = Callable[

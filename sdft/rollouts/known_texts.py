@@ -15,11 +15,12 @@ DEMONSTRATION, HISTORY = "demonstration", "history"
 class KnownTexts:
     """The drafts of a process's rollouts, from one of these sources; none from any other.
 
-    `number` tells the rollouts of one prompt apart. What was written is kept as long as the process lives.
+    `number` tells the rollouts of one prompt apart. What was written is kept as long as the process lives. `right` is
+    the share of the last completions' tokens that their drafts had.
     """
 
     def __init__(self, source: str) -> None:
-        self.source = source
+        self.source, self.right = source, 0.5
         self._written: dict[tuple[bytes, int], array[int]] = {}
 
     def draft(self, row: dict[str, Any], number: int) -> Sequence[int]:
@@ -29,7 +30,9 @@ class KnownTexts:
         return self._written.get(_key(row, number), ()) if self.source == HISTORY else ()
 
     def note(self, row: dict[str, Any], number: int, completion: Completion) -> None:
-        """Keep what was written to the row."""
+        """Keep what was written to the row, and how far its draft had it."""
+        if completion.passes and completion.tokens:
+            self.right += (completion.foreseen / len(completion.tokens) - self.right) / 8
         if self.source == HISTORY:
             self._written[_key(row, number)] = array("i", completion.tokens)
 

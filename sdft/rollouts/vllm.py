@@ -131,6 +131,8 @@ def _engine(model: PreTrainedModel, longest: int, dtype: torch.dtype, memory_sha
         _compat.keep_vllm_from_packing_weights()
         options = {"kv_cache_memory_bytes": int(memory_share * (free_memory(model.device) or 2**32))}
         options["enforce_eager"] = True
+        # vLLM takes back random numbers of a prompt that it has read in part, which a CPU's generator cannot do.
+        options["enable_chunked_prefill"] = False
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if is_untied_by_adapter(model):

@@ -61,10 +61,11 @@ def check_temperature(name: str, value: Any, *, or_greedy: bool = False) -> None
         check_from(name, value, *TEMPERATURES)
 
 
-def check_from(name: str, value: Any, low: float, high: float) -> None:
+def check_from(name: str, value: Any, low: float, high: float, *, or_zero: bool = False) -> None:
     """Refuse a number that is below `low` or above `high`; NaN is both."""
-    if not is_number(value) or not low <= value <= high:
-        raise UsageError(f"{name} is {shown(value)}; it must be a number from {low:g} to {high:g}")
+    if not is_number(value) or not (low <= value <= high or (or_zero and value == 0)):
+        zero = "0, or " if or_zero else ""
+        raise UsageError(f"{name} is {shown(value)}; it must be {zero}a number from {low:g} to {high:g}")
 
 
 def check_texts(name: str, value: Any) -> None:

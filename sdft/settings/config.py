@@ -25,6 +25,7 @@ from sdft.settings.feedback import FeedbackSettings
 from sdft.settings.rollouts import RolloutSettings
 from sdft.settings.setting import setting
 from sdft.settings.teachers import BASE, MODEL, TeacherSettings
+from sdft.settings.token_weights import TokenWeightSettings
 
 if TYPE_CHECKING:
     from sdft.settings.arguments import SDFTConfig as SDFTConfig
@@ -76,7 +77,7 @@ class EvalSettings(BothChatSettings):
 
 
 @dataclass
-class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSettings):
+class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, TokenWeightSettings, RolloutSettings):
     """The settings of `SDFTConfig` that are the method's own, or have a default of its own."""
 
     method: str = setting(
@@ -104,6 +105,11 @@ class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSet
         0.0,
         "Mix in plain cross-entropy on the demonstration: the loss is (1 - this) times the divergence plus this times "
         "the cross-entropy.",
+    )
+    base_kl_weight: float = setting(
+        0.0,
+        "With method sft, add this times the divergence from the model that training started from, on the "
+        "demonstration's tokens: a penalty on forgetting. 0 is plain cross-entropy.",
     )
     num_iterations: int = setting(
         1, "How many optimizer steps each batch of rollouts serves; above 1 tokens get importance weights."
@@ -170,6 +176,7 @@ class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSet
         check_temperature("loss_temperature", self.loss_temperature)
         TeacherSettings.__post_init__(self)
         FeedbackSettings.__post_init__(self)
+        TokenWeightSettings.__post_init__(self)
         RolloutSettings.__post_init__(self)
         if not isinstance(self.log_completions, bool):  # True is every step
             check_at_least("log_completions", self.log_completions, 0)
@@ -181,6 +188,7 @@ class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, RolloutSet
                 f"demonstration_weight is {self.demonstration_weight}; it must be below 1, for at 1 nothing but the "
                 "cross-entropy counts, and method sft has that without rollouts"
             )
+        check_from("base_kl_weight", self.base_kl_weight, 0.001, 1000, or_zero=True)
         if self.feedback is not None and self.rollout_from == "teacher":
             raise UsageError(
                 f"feedback is {self.feedback!r} and rollout_from 'teacher'; it must be 'student', for what the teacher "

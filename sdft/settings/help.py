@@ -167,8 +167,13 @@ GROUPS = {
         "skip_tokens",
         "loss_normalisation",
         "demonstration_weight",
+        "base_kl_weight",
         "num_iterations",
         "importance_clip",
+        "token_weighting",
+        "divergence_clip",
+        "mask_truncated_completions",
+        "stop_on_collapse",
     ),
     "teacher": (
         "teacher",

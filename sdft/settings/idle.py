@@ -27,12 +27,13 @@ _OF_EVAL_FILE = ("scorer", "eval_temperature", "eval_samples", "eval_completion_
 _OF_GENERAL_FILE = ("general_scorer", "general_completion_length")
 #: What `sft` knows nothing of: the teacher, the rollouts and their loss.
 _OF_SDFT = (
-    *("divergence", "beta", "loss_temperature", "demonstration_weight", "importance_clip"),
+    *("demonstration_weight", "importance_clip"),
     *("teacher", "teacher_model", "teacher_dtype", "ema_rate", "ema_interval"),
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_stop", "rollout_from"),
     *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
     *("vllm_memory_share", "rollout_server", "rollout_lag", "rollout_compile", "log_completions"),
     *("feedback", "feedback_args"),
+    *("token_weighting", "divergence_clip", "mask_truncated_completions", "stop_on_collapse"),
 )
 
 _OF_VLLM: Rules = (
@@ -43,6 +44,8 @@ _OF_VLLM: Rules = (
 #: `corrects` is whether the rollouts' probabilities correct the loss, which the trainer knows.
 OF_TRAINING: Rules = (
     (_OF_SDFT, {"method": _is("sft")}),
+    (("divergence", "beta", "loss_temperature"), {"method": _is("sft"), "base_kl_weight": not_}),
+    (("base_kl_weight",), {"method": _is("sdft")}),
     (("beta",), {"divergence": lambda divergence: divergence in ("reverse_kl", "forward_kl")}),
     (("ema_rate", "ema_interval"), {"teacher": _is_not("ema")}),
     (("teacher_dtype",), {"teacher_model": not_}),

@@ -61,15 +61,25 @@ class TileSoftmax:
 
 
 def softmax_of(
-    logits: Tensor, exponentials: Tensor, scratch: Tensor, unit: float, labels: Tensor | None
+    logits: Tensor,
+    exponentials: Tensor,
+    scratch: Tensor,
+    unit: float,
+    labels: Tensor | None,
+    *,
+    inexact_masks: bool = False,
 ) -> TileSoftmax:
     """Turns logits into bits by `unit`, subtracts each token's maximum, and writes two to the power of the result.
 
-    `labels` count from the tile's start. The label's logit means nothing for a label outside the tile.
+    Masked logits that something but a power of two has multiplied are rounded by more than there are exponents; in a
+    tile of nothing else they would lie above their maximum. `labels` count from the tile's start. The label's logit
+    means nothing for a label outside the tile.
     """
     peak = logits.amax(0)
     label = None if labels is None else at_labels(logits, labels)
     torch.add(-peak * unit, logits, alpha=unit, out=logits)
+    if inexact_masks:
+        logits.clamp_(max=0)
     torch.exp2(logits, out=exponentials)
     return TileSoftmax(peak, exponentials.sum(0), column_dot(exponentials, logits, scratch), label)
 
@@ -170,14 +180,19 @@ def masked_entries(bias: Tensor | None, options: LogitOptions) -> Tensor | None:
 
 @dataclass
 class Target:
-    """The labels of a chunk's columns, (width,), and what the gradient of their logits lacks."""
+    """Labels of a chunk's columns, (each, width), as many for each column, and what the gradient of their logits lacks.
+
+    A label outside the vocabulary is none.
+    """
 
     labels: Tensor
     weight: Tensor
 
     @classmethod
     def of(cls, labels: Tensor, u: Tensor, options: LogitOptions, weight: Tensor) -> Target:
-        """For a cross-entropy of this weight, (width,), from the labels' u; a masked entry's is a constant."""
+        """For a cross-entropy of this weight from the labels' u, (width,) or (each, width); a masked entry's is a
+        constant."""
+        labels, u, weight = (values.view(-1, values.shape[-1]) for values in (labels, u, weight))
         if options.softcap is not None:
             return cls(labels, weight * (1 - u.double().square()))
         return cls(labels, torch.where(u > MASKED, weight, 0))
@@ -186,7 +201,22 @@ class Target:
         """From the gradient of a tile of the vocabulary, (v, width)."""
         here = (self.labels >= part.start) & (self.labels < part.stop)
         rows = (self.labels - part.start).clamp_(0, len(gradient) - 1)
-        gradient.scatter_add_(0, rows.unsqueeze(0), torch.where(here, -self.weight, 0).unsqueeze(0))
+        gradient.scatter_add_(0, rows, torch.where(here, -self.weight, 0))
+
+
+def take_out(logits: Tensor, labels: Tensor, found: Tensor) -> None:
+    """Moves a tile's u at labels that count from its start, (each, width), into `found`, and masks them in the tile."""
+    here = (labels >= 0) & (labels < len(logits))
+    rows = labels.clamp(0, len(logits) - 1)
+    found.copy_(torch.where(here, logits.gather(0, rows), found))
+    # Of labels elsewhere, nothing is less than infinity.
+    logits.scatter_reduce_(0, rows, torch.where(here, MASKED, torch.inf).to(logits.dtype), "amin")
+
+
+def u_of_labels(labels: Tensor, u: Tensor, ids: Tensor, u_of_ids: Tensor) -> Tensor:
+    """u of labels, (width,), from what the logits have there, and what was taken out at `ids`, (each, width)."""
+    taken = ids == labels
+    return torch.where(taken.any(0), torch.where(taken, u_of_ids, 0).sum(0), u)
 
 
 @dataclass

@@ -34,10 +34,14 @@ from sdft_kernels.backends.tiles import (
     padded_labels,
     slope_of,
     softmax_of,
+    take_out,
     transform,
+    u_of_labels,
 )
 from sdft_kernels.chunking import Held
+from sdft_kernels.coarse import Compared, compare
 from sdft_kernels.divergences import (
+    MASKED,
     MIXTURES,
     NATS,
     PLAIN,
@@ -51,7 +55,7 @@ from sdft_kernels.divergences import (
     is_mixture,
     log_ratio_of,
 )
-from sdft_kernels.tokens import TokenRows, TokenScores
+from sdft_kernels.tokens import TokenRows, TokenScores, TopTokens
 
 #: Whether the teacher's hidden state of a token of weight 0 may hold anything.
 TEACHER_MAY_BE_ANYTHING = False
@@ -94,7 +98,9 @@ def process_chunk(
 ) -> None:
     """Fills `rows` and `gradients` for C tokens' hidden states, (C, Hs) and (C, Ht)."""
     hidden = padded(student_hidden, aligned(len(rows.loss)), rows.loss.dtype)
-    if teacher_hidden is None or teacher is None:
+    if rows.top is not None:
+        made = _process_top(hidden, student, rows, objective, workspace, with_gradient=gradients.any)
+    elif teacher_hidden is None or teacher is None:
         made = _process_labels(hidden, student, rows, objective, workspace, with_gradient=gradients.any)
     else:
         columns = _Columns(hidden, padded(teacher_hidden, len(hidden), hidden.dtype), student, teacher)
@@ -130,7 +136,7 @@ def _process_pair(
         student_logits, teacher_logits = logits.split(width, 1)
         transform(student_logits, columns.bias, part, objective.student)
         transform(teacher_logits, columns.teacher_bias, part, objective.teacher)
-        if teacher_unit != unit:
+        if scaled := teacher_unit != unit:
             teacher_logits.mul_(teacher_unit / unit)
         if hard_labels is not None:
             hard_u.append(at_labels(student_logits, hard_labels - part.start))
@@ -138,7 +144,8 @@ def _process_pair(
             apart, own = passing[:, 2 * width :].copy_(student_logits), kept[:, 2 * width :]
             hard_seen.append(softmax_of(apart, own, scratch[:, 2 * width :], hard_unit, None))
         of_tile = None if labels is None else labels - part.start
-        seen.append(softmax_of(logits, exponentials, scratch[:, both], unit, of_tile))
+        inexact = scaled and columns.teacher_bias is not None
+        seen.append(softmax_of(logits, exponentials, scratch[:, both], unit, of_tile, inexact_masks=inexact))
         if mixture:
             at_peaks.append(_at_peak(student_logits, teacher_logits))
         else:
@@ -216,6 +223,62 @@ def _process_labels(
         coefficients.append(torch.full_like(softmax.share, -hard.label_smoothing / vocab))
     target = torch.full_like(softmax.logprob, 1 - hard.label_smoothing)
     return GradientParts(coefficients, Target.of(labels, softmax.label_u, options, target))
+
+
+def _process_top(
+    hidden: Tensor,
+    head: HeadOperands,
+    rows: TokenRows,
+    objective: Objective,
+    workspace: LogitTiles,
+    *,
+    with_gradient: bool,
+) -> GradientParts:
+    """Fills `rows` with a coarse divergence, and leaves in the workspace the exponentials of the rest's logits."""
+    options, width = objective.student, len(hidden)
+    assert rows.top is not None
+    ids = padded_ids(rows.top, width, len(head.weight))
+    found, unit = hidden.new_full(ids.shape, MASKED), bits(options, hidden.dtype)
+    labels = padded_labels(rows.labels, width, models=1)
+    seen: list[TileSoftmax] = []
+    for part, exponentials, logits, scratch in workspace.tiles(width):
+        multiply(head.weight, hidden, part, logits)
+        transform(logits, head.bias, part, options)
+        take_out(logits, ids - part.start, found)
+        seen.append(softmax_of(logits, exponentials, scratch, unit, None if labels is None else labels - part.start))
+        if with_gradient and options.softcap is not None:
+            apply_slope(slope_of(logits, seen[-1], unit, scratch).clamp_(min=0), exponentials)
+    rest = WholeSoftmax(seen, labels, workspace.tile, unit)
+    label_u = None if labels is None or rest.label_u is None else u_of_labels(labels, rest.label_u, ids, found)
+    of = NATS * unit
+    compared = compare_top(rows, objective, of * found.double(), rest.logsumexp, rest.entropy, len(head.weight))
+    store_top(rows, objective, compared, None if label_u is None else of * label_u.double())
+    return GradientParts([rest.share * compared.of_rest], Target.of(ids, found, options, -compared.of_entries.T))
+
+
+def padded_ids(top: TopTokens, width: int, vocab: int) -> Tensor:
+    """The ids of a chunk's columns, (K, width); columns that only fill up the chunk have none."""
+    return torch.nn.functional.pad(top.ids.T, (0, width - len(top.ids)), value=vocab)
+
+
+def compare_top(
+    rows: TokenRows, objective: Objective, z: Tensor, rest_logsumexp: Tensor, rest_entropy: Tensor, vocab: int
+) -> Compared:
+    """Of a chunk's columns, from z at the teacher's entries, (K, width), and the softmax over the rest, (width,)."""
+    assert rows.top is not None and objective.coarse is not None
+    missing = len(rest_entropy) - len(rows.loss)
+    teacher = torch.nn.functional.pad(rows.top.logprobs.double(), (0, 0, 0, missing), value=-torch.inf)
+    tail = torch.nn.functional.pad(rows.top.tail, (0, missing))
+    masked = MASKED / 2 * objective.student.factor
+    return compare(objective.coarse, z.T, rest_logsumexp, rest_entropy, teacher, tail, masked=masked, vocab=vocab)
+
+
+def store_top(rows: TokenRows, objective: Objective, compared: Compared, label_z: Tensor | None) -> None:
+    """A chunk's values into `rows`, from what was compared and the labels' z, (width,)."""
+    logprob = None if label_z is None else label_z - compared.logsumexp
+    store_rows(rows, objective, compared.loss, compared.entropy, logprob)
+    if rows.top is not None:
+        rows.top.student_tail.copy_(compared.tail_logprob[: len(rows.loss)])
 
 
 def store_rows(

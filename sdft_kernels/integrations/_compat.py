@@ -9,8 +9,11 @@ import inspect
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
 
 #: The releases under which the tests have passed.
 TRIED = {"trl": "1.16", "liger-kernel": "0.8"}
@@ -44,10 +47,13 @@ OVERRIDES = {
         "SDFTTrainer", ("model", "input_ids", "attention_mask", "logits_to_keep"), "it gives hidden states for logits"
     ),
     "_compute_teacher_student_logits": Override(
-        "SDFTTrainer", ("model", "teacher_model", "inputs"), "the loss is computed in the student's forward pass"
+        "SDFTTrainer", ("model", "teacher_model", "inputs"), "log-probabilities may be all that the loss needs"
     ),
     "_compute_self_distillation_loss": Override(
-        "SDFTTrainer", ("model", "inputs", "distillation_logits"), "the loss is there, and is only logged"
+        "SDFTTrainer", ("model", "inputs", "distillation_logits"), "the loss is made of hidden states"
+    ),
+    "_compute_policy_loss": Override(
+        "SDPOTrainer", ("inputs", "student_logits"), "its log-probabilities come without logits"
     ),
     "_compute_rollout_logps": Override(
         "SDFTTrainer",
@@ -83,6 +89,24 @@ def log_distillation_loss(trainer: Any, mode: str, value: float) -> None:
 def model_inputs(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """What TRL's GOLD trainer gives to a model besides tokens and their mask: images, for one that reads them."""
     return trainer._get_model_forward_kwargs(inputs)
+
+
+def iw_opd_loss(
+    trainer: Any,
+    student: Tensor,
+    labels: Tensor,
+    teacher: Tensor,
+    rollout: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """TRL's loss of importance-weighted on-policy distillation, with its metrics, of log-probabilities (B, K).
+
+    The method takes the student's logits and nothing else of it: here each position has one, which is its
+    log-probability already.
+    """
+    compute = with_names(type(trainer)._compute_iw_opd_loss, F=SimpleNamespace(log_softmax=lambda scaled, dim: scaled))
+    logits = (student * trainer.temperature).unsqueeze(-1)
+    return compute(trainer, logits, torch.zeros_like(labels), labels, teacher, rollout, num_items_in_batch)
 
 
 def check_tokenizers(trainer: Any) -> None:

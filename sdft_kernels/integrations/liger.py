@@ -8,6 +8,8 @@ installed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss of hidden states (N, H), heads (V, H) and labels (N,)."""
-        live = (true_labels != self.ignore_index).float()
+        live = _live("true_labels", true_labels, student_input, self.ignore_index)
         labels = torch.where(live == 0, 0, true_labels)
         wants_hard = self.weight_hard_loss != 0 or self.return_soft_hard_loss
         together = wants_hard and self.weight_soft_loss != 0 and len(teacher_weight) <= len(student_weight)
@@ -95,7 +97,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
             teacher_weight,
             teacher_bias,
             live,
-            self.beta,
+            named(self.beta),
             self.temperature,
             **hard_term,
         )
@@ -144,7 +146,9 @@ class LigerFusedLinearJSD(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss of hidden states (N, H) and heads (V, H), of the tokens whose label (N,) is not ignored."""
-        live = None if shift_labels is None else (shift_labels != self.ignore_index).float()
+        live = None
+        if shift_labels is not None:
+            live = _live("shift_labels", shift_labels, student_input, self.ignore_index)
         return _divergence(
             student_input,
             student_weight,
@@ -153,7 +157,7 @@ class LigerFusedLinearJSD(nn.Module):
             teacher_weight,
             None,
             live,
-            self.jsd_beta,
+            named(self.jsd_beta, "jsd_beta"),
             self.temperature,
         ).loss
 
@@ -166,7 +170,7 @@ def _divergence(
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
     live: Tensor | None,
-    beta: float,
+    divergence: dict[str, Any],
     temperature: float,
     **hard_term: Any,
 ) -> DivergenceOutput:
@@ -175,18 +179,51 @@ def _divergence(
             f"student_weight has {len(student_weight)} rows and teacher_weight {len(teacher_weight)}; both must have "
             "one for each token of the vocabulary"
         )
-    return fused_linear_divergence(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        token_weight=live,
-        temperature=temperature,
-        **named(beta),
-        **hard_term,
-    )
+    with _ligers_names():
+        return fused_linear_divergence(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            token_weight=live,
+            temperature=temperature,
+            **divergence,
+            **hard_term,
+        )
+
+
+#: What the loss calls its arguments, and what they are called here.
+NAMES = {
+    "student_hidden": "student_input",
+    "teacher_hidden": "teacher_input",
+    "hard_labels": "true_labels",
+    "hard_weight": "weight_hard_loss / weight_soft_loss",
+}
+
+
+@contextmanager
+def _ligers_names() -> Iterator[None]:
+    """Errors of the loss name its arguments as Liger does."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        for name, ligers in NAMES.items():
+            message = message.replace(name, ligers)
+        raise type(error)(message) from None
+
+
+def _live(name: str, labels: Any, hidden: Tensor, ignore_index: int) -> Tensor:
+    """1 for each token (N,) with a label, and 0 for those that are ignored."""
+    if hidden.dim() != 2:
+        raise ValueError(f"student_input must have shape (N, H), not {tuple(hidden.shape)}")
+    if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:1] or labels.is_floating_point():
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        without = "; LigerFusedLinearJSD takes none" if labels is None else ""
+        raise ValueError(f"{name} must be whole numbers of shape ({len(hidden)},), not {found}{without}")
+    return (labels != ignore_index).float()
 
 
 def _widened(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:

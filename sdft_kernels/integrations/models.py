@@ -15,9 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sdft_kernels import checks
+from sdft_kernels.arguments import LEAST_SHARE
+from sdft_kernels.cross_entropy import fused_linear_cross_entropy
 from sdft_kernels.fused_linear import fused_linear_divergence
-from sdft_kernels.outputs import DivergenceOutput
+from sdft_kernels.outputs import DivergenceOutput, TopkDivergenceOutput
 from sdft_kernels.scoring import linear_token_stats
+from sdft_kernels.top_scoring import linear_topk_logprobs
+from sdft_kernels.topk import fused_linear_topk_divergence
 
 Result = TypeVar("Result")
 
@@ -102,6 +107,35 @@ class View:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def topk_divergence(
+    student: View, teacher: View, beta: float, k: int, temperature: float, **options: Any
+) -> TopkDivergenceOutput:
+    """`divergence` on the student's K likeliest tokens, found before the loss; `options` as in
+    `fused_linear_topk_divergence`."""
+
+    def compare() -> TopkDivergenceOutput:
+        student_weight, student_bias = _weights(student.head)
+        teacher_weight, teacher_bias = _weights(teacher.head)
+        dtype = shared_dtype(student.hidden, student_weight, teacher.hidden, teacher_weight)
+        hidden, weight = student.hidden.to(dtype), student_weight.to(dtype)
+        own: dict[str, Any] = {"bias": student_bias, "logit_scale": student.scale, "softcap": student.softcap}
+        ids = linear_topk_logprobs(hidden, weight, k, **own).ids
+        taught = linear_topk_logprobs(
+            teacher.hidden.to(dtype),
+            teacher_weight.to(dtype),
+            ids=ids,
+            bias=teacher_bias,
+            logit_scale=teacher.scale,
+            softcap=teacher.softcap,
+            temperature=temperature,
+        )
+        return fused_linear_topk_divergence(
+            hidden, weight, ids, taught.logprobs, temperature=temperature, **own, **named(beta), **options
+        )
+
+    return _at_heads((student.head, teacher.head), compare)
+
+
 def divergence(student: View, teacher: View, beta: float, **options: Any) -> DivergenceOutput:
     """The divergence of two views by the name that TRL and Liger give it: see `named`. `options` as there."""
 
@@ -127,15 +161,37 @@ def divergence(student: View, teacher: View, beta: float, **options: Any) -> Div
     return _at_heads((student.head, teacher.head), compare)
 
 
+def cross_entropy(view: View, labels: Tensor, **options: Any) -> Tensor:
+    """The cross-entropy of a view (N, H) with labels (N,); `options` as in `fused_linear_cross_entropy`."""
+
+    def compare() -> Tensor:
+        weight, bias = _weights(view.head)
+        dtype = shared_dtype(view.hidden, weight)
+        return fused_linear_cross_entropy(
+            view.hidden.to(dtype),
+            weight.to(dtype),
+            labels,
+            bias=bias,
+            logit_scale=view.scale,
+            softcap=view.softcap,
+            **options,
+        ).loss
+
+    return _at_heads((view.head,), compare)
+
+
 def logprobs(view: View, labels: Tensor, temperature: float) -> Tensor:
-    """The log-probability of each label, of the shape of the labels and without a gradient."""
+    """The log-probability of each label, of the shape of the labels; differentiable where gradients are recorded."""
+
+    flat = View(view.hidden.flatten(0, -2), view.head, view.scale, view.softcap)
+    if torch.is_grad_enabled():
+        return -cross_entropy(flat, labels.flatten(), temperature=temperature, reduction="none").view_as(labels)
 
     def score() -> Tensor:
         weight, bias = _weights(view.head)
-        hidden = view.hidden.flatten(0, -2)
-        dtype = shared_dtype(hidden, weight)
+        dtype = shared_dtype(flat.hidden, weight)
         stats = linear_token_stats(
-            hidden.to(dtype),
+            flat.hidden.to(dtype),
             weight.to(dtype),
             labels.flatten(),
             bias=bias,
@@ -149,11 +205,37 @@ def logprobs(view: View, labels: Tensor, temperature: float) -> Tensor:
     return _at_heads((view.head,), score)
 
 
-def named(beta: float) -> dict[str, Any]:
-    """TRL's and Liger's β (TRL's α too) as arguments of the loss: 0 forward KL, 1 reverse KL, between them the JSD."""
+def logprobs_at(view: View, labels: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """`logprobs` of the labels (B, K) that a mask (B, K) names, and 0 for the others, which are not projected."""
+    found = logprobs(view.at(mask), labels[mask], temperature)
+    return found.new_zeros(labels.shape).masked_scatter(mask, found)
+
+
+def named(beta: float, name: str = "beta") -> dict[str, Any]:
+    """TRL's and Liger's β (TRL's α too) as arguments of the loss: 0 forward KL, 1 reverse KL, between them the JSD.
+
+    ValueError, with the name that it has there, for what is none of these.
+    """
     if beta in (0, 1):
         return {"divergence": "reverse_kl" if beta else "forward_kl"}
-    return {"divergence": "jsd", "beta": beta}
+    share = checks.number(name, beta)
+    if not LEAST_SHARE <= share <= 1 - LEAST_SHARE:
+        raise ValueError(
+            f"{name} is {share!r}; it may be 0 (forward KL), 1 (reverse KL), or for the JSD from {LEAST_SHARE:g} to "
+            f"{1 - LEAST_SHARE:g}, since nearer the ends float32 hardly tells the mixture from one of the models"
+        )
+    return {"divergence": "jsd", "beta": share}
+
+
+def check_adapters(model: Any) -> None:
+    """ValueError for an adapter that makes other logits than the hidden states and the head's own weight give."""
+    name = type(text_model(model)).__name__
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            f"{name} has an adapter that learns a prompt, which the backbone's hidden states know nothing of"
+        )
+    if hasattr(text_model(model).get_output_embeddings(), "base_layer"):
+        raise ValueError(f"{name} has an adapter in its output head; target_modules must leave out the head")
 
 
 def check_head(
@@ -163,14 +245,9 @@ def check_head(
 
     `wrapper` is around a model that is prepared for training already; `precision` is what both compute in.
     """
+    check_adapters(model)
     name, bare = type(text_model(model)).__name__, text_model(model)
-    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
-        raise ValueError(
-            f"{name} has an adapter that learns a prompt, which the backbone's hidden states know nothing of"
-        )
     head = bare.get_output_embeddings()
-    if hasattr(head, "base_layer"):
-        raise ValueError(f"{name} has an adapter in its output head; target_modules must leave out the head")
     if not isinstance(getattr(head, "weight", None), Tensor) or backbone(model) is bare:
         raise ValueError(f"{name} has no linear output head apart from its backbone, and the fused loss needs one")
     wrapper = model if wrapper is None else wrapper

@@ -39,8 +39,8 @@ def qwen(**options):
     return Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=160, eos_token_id=1, **options)).eval()
 
 
-def engine(of, dtype=torch.float32):
-    return VllmRollouts(of, longest=60, dtype=dtype, memory_share=0.02, probe=PROMPTS[0])
+def engine(of, dtype=torch.float32, longest=60):
+    return VllmRollouts(of, longest=longest, dtype=dtype, memory_share=0.02, probe=PROMPTS[0])
 
 
 def moved(of, by=0.05):
@@ -104,6 +104,15 @@ def test_seeded_rollouts_do_not_depend_on_their_batch_and_say_with_which_probabi
             logprobs = learner(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         own = logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), own, atol=1e-3, rtol=0)
+
+
+def test_many_prompts_with_seeds_are_not_read_in_pieces():
+    """vLLM takes back random numbers of a prompt that it has read in part, which a CPU's generator cannot."""
+    learner = model(max_position_embeddings=600)
+    asked = [Request([5 + (place + n) % 90 for place in range(450)], n) for n in range(12)]  # 5,400 tokens in all
+    with engine(learner, longest=500).serving(learner) as backend:
+        written = write(learner, asked, Sampling(3, temperature=1.0), backend=backend)
+    assert [len(completion.tokens) for completion in written] == [3] * 12
 
 
 def test_a_completion_ends_with_its_token_and_not_before():

@@ -33,7 +33,16 @@ from tests.with_vllm.test_vllm import (
 )
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("--max-model-len", "60", "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "50000000")
+OPTIONS = (
+    "--max-model-len",
+    "60",
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--no-enable-chunked-prefill",
+    "--kv-cache-memory-bytes",
+    "50000000",
+)
 OURS = (
     *("--logprobs-mode", "processed_logprobs"),
     *("--worker-extension-cls", "sdft.rollouts.vllm_worker.StudentWeights"),

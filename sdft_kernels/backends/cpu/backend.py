@@ -16,22 +16,30 @@ import torch
 from torch import Tensor
 
 from sdft_kernels.backends.cpu import library, pages
-from sdft_kernels.backends.cpu.library import Carry, Constant, Model, Options
+from sdft_kernels.backends.cpu.library import Carry, Constant, Labels, Model, Options
+from sdft_kernels.backends.cpu.sums import (
+    STUDENT,
+    TEACHER,
+    MergedSoftmax,
+    add_hard_term,
+    combine_labels,
+    constants_of,
+    new_records,
+)
 from sdft_kernels.backends.interface import ChunkGradients, HeadOperands
 from sdft_kernels.backends.products import Dtypes
-from sdft_kernels.backends.records import FIELDS, Field
-from sdft_kernels.backends.tiles import Target, aligned, padded, padded_labels
+from sdft_kernels.backends.records import Field
+from sdft_kernels.backends.tiles import Target, aligned, padded, padded_labels, u_of_labels
 from sdft_kernels.backends.torch import TEACHER_MAY_BE_ANYTHING as TEACHER_MAY_BE_ANYTHING
+from sdft_kernels.backends.torch import compare_top, padded_ids, store_rows, store_scores, store_top
 from sdft_kernels.backends.torch import scale as scale
-from sdft_kernels.backends.torch import store_rows, store_scores
 from sdft_kernels.chunking import Held
 from sdft_kernels.divergences import (
     CROSS_ENTROPY,
     LARGEST_PEAK_RATIO,
+    MASKED,
     LogitOptions,
     Objective,
-    cross_entropy,
-    gradient_of_p,
     is_mixture,
     log_over_mixture,
     mixture_shares,
@@ -44,9 +52,6 @@ TILE_BYTES = 12 << 20
 #: Floats in a cache line; and a number of floats such that rows whose length is a multiple of it share a few sets of
 #: the cache.
 LINE, SETS = 16, 128
-
-#: The places in a record that hold each model's softmax.
-STUDENT, TEACHER = slice(Field.PEAK, Field.DOT + 1), slice(Field.TEACHER_PEAK, Field.TEACHER_DOT + 1)
 
 
 def address(tensor: Tensor) -> int:
@@ -114,17 +119,21 @@ def process_chunk(
     labels = padded_labels(rows.labels, chunk.width, models=chunk.models)
     label_logits = hidden.new_zeros(chunk.models * chunk.width)
     hard_labels, hard_u = padded_labels(rows.hard_labels, chunk.width, models=1), hidden.new_zeros(chunk.width)
-    records = _new_records(label_logits, chunk.width)
+    records, out = new_records(label_logits, chunk.width), None
+    if rows.top is not None:
+        ids = padded_ids(rows.top, chunk.width, len(student.weight)).T.contiguous()
+        out = _Labels(ids, hidden.new_full(ids.shape, MASKED))
     for part, logits in chunk.tiles():
         models = (Model * len(columns))(*(some.model(part) for some in columns))
-        chunk.run("fold", part, logits, models, len(models), address(records))
+        taken = Labels() if out is None else out.of(part)
+        chunk.run("fold", part, logits, models, len(models), taken, address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
         if hard_labels is not None:
             _look_up(hard_labels, logits[:, : chunk.width], part, hard_u)
-    p = _MergedSoftmax(records[:, STUDENT], objective.student)
+    p = MergedSoftmax(records[:, STUDENT], objective.student)
     if objective.has_teacher:
-        q = _MergedSoftmax(records[:, TEACHER], objective.teacher)
+        q = MergedSoftmax(records[:, TEACHER], objective.teacher)
         own = records[:, [Field.PEAK, Field.CROSS, Field.TEACHER_AT_PEAK]].unbind(1)
         loss, constants = _combine(chunk, p, q, *own)
         logprob = None
@@ -133,10 +142,17 @@ def process_chunk(
             logprob = torch.cat([of.logprob(labelled) for of, labelled in of_models])
         store_rows(rows, objective, loss, torch.cat((p.entropy, q.entropy)), logprob)
         labels, label_logits = hard_labels, hard_u
-        target = _add_hard_term(rows, p, records[:, Field.HARD_SUM], hard_u, objective, constants)
+        target = add_hard_term(rows, p, records[:, Field.HARD_SUM], hard_u, objective, constants)
+    elif out is not None:
+        ids, found, of = out.labels.T, out.values.T, objective.student.factor
+        compared = compare_top(rows, objective, of * found.double(), p.logsumexp, p.entropy, len(student.weight))
+        label_z = None if labels is None else of * u_of_labels(labels, label_logits, ids, found).double()
+        store_top(rows, objective, compared, label_z)
+        constants = constants_of(p, -compared.of_rest)
+        labels, label_logits, target = ids, found, -compared.of_entries.T
     else:
         logprob = p.logprob(label_logits)
-        loss, constants = _combine_labels(p, records[:, Field.CROSS].sum(0), logprob, objective, len(student.weight))
+        loss, constants = combine_labels(p, records[:, Field.CROSS].sum(0), logprob, objective, len(student.weight))
         store_rows(rows, objective, loss, p.entropy, logprob, p.logsumexp)
         target = torch.ones_like(loss) - objective.hard.label_smoothing if objective.hard is not None else None
     if gradients.any:
@@ -171,6 +187,18 @@ class _Columns:
         )
 
 
+class _Labels:
+    """Labels of a chunk's columns, (width, each) in rising order, and as many numbers, which kernels read or write."""
+
+    def __init__(self, labels: Tensor, values: Tensor) -> None:
+        self.labels, self.values = labels, values
+
+    def of(self, part: slice) -> Labels:
+        """For a tile of the vocabulary, until the next one is asked for."""
+        self._of_tile = self.labels - part.start
+        return Labels(address(self._of_tile), address(self.values), self.labels.shape[1])
+
+
 def _columns(
     student_hidden: Tensor, teacher_hidden: Tensor, student: HeadOperands, teacher: HeadOperands
 ) -> list[_Columns]:
@@ -193,7 +221,7 @@ def rows_of(weight: Tensor, part: slice) -> Tensor:
 
 
 def _combine(
-    chunk: _Chunk, p: _MergedSoftmax, q: _MergedSoftmax, peaks: Tensor, own: Tensor, teacher_at_peaks: Tensor
+    chunk: _Chunk, p: MergedSoftmax, q: MergedSoftmax, peaks: Tensor, own: Tensor, teacher_at_peaks: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The tokens' divergence, (width,), and what their gradient needs, of tokens of weight 1, (constants, width).
 
@@ -232,62 +260,25 @@ def _combine(
     return loss, constants
 
 
-def _combine_labels(
-    p: _MergedSoftmax, total: Tensor, logprob: Tensor, objective: Objective, vocab: int
-) -> tuple[Tensor, Tensor]:
-    """The same of cross-entropy, from the softmax, the sum of all u, and the labels' log-probabilities."""
-    hard = objective.hard
-    assert hard is not None
-    loss = cross_entropy(hard, logprob, objective.student.factor * total / vocab - p.logsumexp, p.logsumexp, p.entropy)
-    constants = loss.new_zeros(len(Constant), len(loss))
-    constants[Constant.A], constants[Constant.P_FACTOR] = p.peak, 1 / p.total
-    constants[Constant.CENTRE] = -gradient_of_p(hard, p.logsumexp, p.entropy, -p.log_sum)
-    constants[Constant.SLOPE], constants[Constant.UNIFORM] = hard.entropy_weight, hard.label_smoothing / vocab
-    return loss, constants
-
-
-def _add_hard_term(
-    rows: TokenRows, p: _MergedSoftmax, sums: Tensor, u: Tensor, objective: Objective, constants: Tensor
-) -> Tensor | None:
-    """Fills the rows' hard loss and adds the hard term to a divergence's constants, from each thread's sum of its
-    exponentials, (threads, width), if they are apart, and the labels' u. Returns what the labels' gradients lack."""
-    if rows.hard_weight is None or rows.hard_loss is None:
-        return None
-    ratio, factor = objective.hard_ratio, objective.hard_logits.factor
-    total = ((ratio * p.shift).exp() * sums).sum(0) if objective.hard_apart else p.total
-    rows.hard_loss.copy_((total.log() - factor * (u.double() - p.peak))[: len(rows.hard_loss)])
-    weight = ratio * torch.nn.functional.pad(rows.hard_weight.double(), (0, len(u) - len(rows.hard_weight)))
-    if objective.hard_apart:
-        constants[Constant.HARD_FACTOR] = weight / total
-    elif objective.divergence == "forward_kl":
-        constants[Constant.P_FACTOR] *= 1 + weight
-    else:
-        constants[Constant.CENTRE] -= weight
-    return weight
-
-
 def _carry_back(
     hidden: Tensor, chunk: _Chunk, constants: Tensor, target: Target | None, gradients: ChunkGradients
 ) -> None:
     """The gradient of the student's logits, a few vocabulary entries at a time, times hidden states and head."""
     threads, size, width = torch.get_num_threads(), hidden.shape[1], chunk.width
     columns = kernels().panel_columns()
-    if target is not None:
-        target = Target(target.labels, target.weight.float())
+    lacking = None if target is None else _Labels(target.labels.T.contiguous(), target.weight.float().T.contiguous())
     panels = torch.nn.functional.pad(hidden, (0, -size % columns)).view(width, -1, columns).transpose(0, 1).contiguous()
     scratch, sums = chunk.scratch(threads, kernels().carry_back_scratch(width), width * len(panels) * columns)
     for number, (part, logits) in enumerate(chunk.tiles()):
         head = rows_of(chunk.head.weight, part)
         weight = None if gradients.weight is None else gradients.weight[part]
-        labels = None if target is None else target.labels - part.start
         carry = Carry(
             address(panels),
             address(head),
             None if weight is None else address(weight),
             None if gradients.bias is None else address(gradients.bias[part]),
             None if gradients.hidden is None else address(sums),
-            None if labels is None else address(labels),
-            None if target is None else address(target.weight),
+            Labels() if lacking is None else lacking.of(part),
             size,
             head.stride(0),
             0 if weight is None else weight.stride(0),
@@ -341,36 +332,6 @@ def kernels() -> ctypes.CDLL:
     return found
 
 
-def _new_records(like: Tensor, width: int) -> Tensor:
-    """Records as they are before any logits, (threads, FIELDS, width) in float64."""
-    records = like.new_zeros((torch.get_num_threads(), FIELDS, width), dtype=torch.float64)
-    records[:, [Field.PEAK, Field.TEACHER_PEAK]] = -torch.inf
-    return records
-
-
-class _MergedSoftmax:
-    """One model's softmax from the peak, sum and dot of each thread's records, (threads, 3, width)."""
-
-    def __init__(self, records: Tensor, options: LogitOptions) -> None:
-        peaks, self._sums, dots = records.unbind(1)
-        self._factor = options.factor
-        self.peak = peaks.amax(0)
-        #: A thread's largest logit minus the chunk's largest. It is 0, as the sums are, for a thread that had no rows.
-        self.shift = torch.where(peaks == -torch.inf, 0, self._factor * (peaks - self.peak))
-        self.total = (self.shift.exp() * self._sums).sum(0)
-        self.log_sum = self.total.log()
-        self.logsumexp = self._factor * self.peak + self.log_sum
-        self.entropy = self.log_sum - self.mean_of(dots, self.shift)
-
-    def mean_of(self, moments: Tensor, offset: Tensor) -> Tensor:
-        """The mean of a score g under this softmax, from each thread's Σ e g and the offset to add to its g."""
-        return (self.shift.exp() * (moments + offset * self._sums)).sum(0) / self.total
-
-    def logprob(self, labelled: Tensor) -> Tensor:
-        """The log-probabilities of labels, (width,), from their u."""
-        return self._factor * (labelled.double() - self.peak) - self.log_sum
-
-
 def scoring_held(dtypes: Dtypes) -> Held:
     """The bytes of scoring's workspace."""
     return Held(4)
@@ -389,13 +350,13 @@ def score_chunk(
     hidden = padded(hidden, chunk.width, torch.float32)
     labels = padded_labels(scores.labels, chunk.width, models=1)
     label_logits = hidden.new_zeros(chunk.width)
-    records = _new_records(hidden, chunk.width)
+    records = new_records(hidden, chunk.width)
     columns = _Columns(hidden, head.weight)
     for part, logits in workspace.tiles(chunk.width):
-        chunk.run("fold", part, logits, columns.model(part), 1, address(records))
+        chunk.run("fold", part, logits, columns.model(part), 1, Labels(), address(records))
         if labels is not None:
             _look_up(labels, logits, part, label_logits)
-    softmax = _MergedSoftmax(records[:, STUDENT], options)
+    softmax = MergedSoftmax(records[:, STUDENT], options)
     logprob, top1 = None, None
     if labels is not None:
         logprob, top1 = softmax.logprob(label_logits), label_logits >= softmax.peak

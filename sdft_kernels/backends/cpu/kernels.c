@@ -160,7 +160,7 @@ INLINE float share_of_exponential_minus_1(float x, float share, float power) {
 /* ---- Formulas of divergences.py for one logit ---- */
 
 /* u of a masked entry, where there is no soft cap. */
-static const float MASKED = -1e30f;
+static const float MASKED = -0x1p100f;
 
 /* Log-ratios are bounded so that their exponentials are finite. */
 INLINE float bounded(float log_ratio) {
@@ -214,7 +214,7 @@ INLINE void load(float *products, long stride, int rows, int tokens, const struc
                 products[j] = (products[j] + bias) * options->inner;
             if (options->capped)
                 for (int j = 0; j < tokens; j++)
-                    products[j] = hyperbolic_tangent(products[j]);
+                    products[j] = products[j] == -INFINITY ? MASKED : hyperbolic_tangent(products[j]);
         }
         for (int j = 0; j < tokens; j++)
             block->z[r][j] = products[j];
@@ -444,7 +444,8 @@ INLINE void gradient_block(const float *logits, int rows, long stride, int token
             }
             else
                 gradient = p * (mixture_score(-ratio, share[j], rest[j], log_share[j], mixture, divergence) - centre[j]);
-            gradients[j] = student->capped ? gradient * (1 - logits[j] * logits[j]) : gradient;
+            float rise = 1 - logits[j] * logits[j]; /* of the soft cap: 0 where an entry was taken out */
+            gradients[j] = student->capped ? gradient * (rise < 0 ? 0 : rise) : gradient;
         }
 }
 
@@ -565,6 +566,14 @@ struct model {
     long first, tokens, hidden_size, head_stride;
 };
 
+/* Labels of a tile's columns, the tile's first entry being 0: as many for each column, side by side in rising order, and
+ * a number for each. */
+struct labels {
+    const int64_t *label;
+    float *value;
+    long each;
+};
+
 /* What a tile's gradient is multiplied with, and where that goes; null where it is not wanted. */
 struct carry {
     const float *hidden;    /* the student's hidden states, panels of (width, panel_columns()) */
@@ -572,8 +581,7 @@ struct carry {
     float *head_gradient;   /* as many rows, added to, or set to where `add` is 0 */
     float *bias_gradient;   /* added to */
     float *hidden_gradient; /* for each thread as many panels, added to, or set to by a chunk's first tile */
-    const int64_t *labels;  /* of all columns, the tile's first entry being 0; or null */
-    const float *target;    /* what the gradient of the labels' logits lacks */
+    struct labels target;   /* what the gradient of the labels' logits lacks; null where there are none */
     long hidden_size, head_stride, head_gradient_stride;
     int32_t add, first_tile;
 };
@@ -658,9 +666,37 @@ static void make_logits(const struct model *models, int count, long row, long ro
     }
 }
 
+/* The first of a column's labels that is not below an entry. */
+static long first_label(const int64_t *label, long each, long entry) {
+    long first = 0;
+    while (first < each) {
+        long middle = first + (each - first) / 2;
+        if (label[middle] < entry)
+            first = middle + 1;
+        else
+            each = middle;
+    }
+    return first;
+}
+
+/* Moves u at labels out of a block of products from `row` on: of what is left, `load` makes masked entries. */
+static void take_out(float *logits, long stride, long row, int count, long width, const struct options *options,
+                     const struct labels *out) {
+    float masked = (options->capped ? -INFINITY : MASKED) * (options->inner < 0 ? -1 : 1);
+    for (long j = 0; j < width; j++) {
+        const int64_t *label = out->label + j * out->each;
+        for (long k = first_label(label, out->each, row); k < out->each && label[k] < row + count; k++) {
+            float *at = logits + (label[k] - row) * stride + j;
+            float y = (*at + (options->bias ? options->bias[label[k] - row] : 0)) * options->inner;
+            out->value[j * out->each + k] = options->capped ? hyperbolic_tangent(y) : y;
+            *at = masked;
+        }
+    }
+}
+
 void fold(float *logits, long rows, long stride, long width, const struct options *student,
           const struct options *teacher, int divergence, double beta, const struct model *models, int count,
-          double *records, int threads) {
+          const struct labels *out, double *records, int threads) {
     (void)beta; /* so that all kernels are called alike */
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
@@ -669,6 +705,8 @@ void fold(float *logits, long rows, long stride, long width, const struct option
             struct options own = from_row(student, row), others = from_row(teacher, row);
             int some = least(block, past - row);
             make_logits(models, count, row, some, logits + row * stride, stride);
+            if (out->label)
+                take_out(logits + row * stride, stride, row, some, width, &own, out);
             fold_share(logits + row * stride, some, stride, width, &own, &others, divergence,
                             records + thread * FIELDS * width);
         }
@@ -692,18 +730,21 @@ int panel_columns(void) { return products()->columns; }
 
 /* Which Python this library is for: a number that is raised with each change of what passes between them, as
  * tests/test_cpu_backend.py makes sure. */
-enum { INTERFACE = 3 };
+enum { INTERFACE = 4 };
 
 int interface_version(void) { return INTERFACE; }
 
 /* The divergences in the order of their codes. */
 const char divergence_names[] = "reverse_kl forward_kl jsd skew_reverse_kl skew_forward_kl cross_entropy";
 
-/* Subtracts the target where a block of rows from `row` on has a column's label. */
-static void subtract_target(float *gradient, long stride, long row, int count, long width, const struct carry *carry) {
-    for (long j = 0; j < width; j++)
-        if (carry->labels[j] >= row && carry->labels[j] < row + count)
-            gradient[(carry->labels[j] - row) * stride + j] -= carry->target[j];
+/* Subtracts the target where a block of rows from `row` on has a column's labels. */
+static void subtract_target(float *gradient, long stride, long row, int count, long width, const struct labels *target) {
+    for (long j = 0; j < width; j++) {
+        const int64_t *label = target->label + j * target->each;
+        const float *value = target->value + j * target->each;
+        for (long k = first_label(label, target->each, row); k < target->each && label[k] < row + count; k++)
+            gradient[(label[k] - row) * stride + j] -= value[k];
+    }
 }
 
 /* Floats that each thread of `carry_back` works in. */
@@ -732,8 +773,8 @@ void carry_back(float *logits, long rows, long stride, long width, const struct 
                                          carry->head_gradient ? 0 : after * carry->head_stride);
             gradient_share(logits + row * stride, count, stride, width, student, teacher, divergence, &mixture,
                            constants, gradient, step);
-            if (carry->labels)
-                subtract_target(gradient, step, row, count, width, carry);
+            if (carry->target.label)
+                subtract_target(gradient, step, row, count, width, &carry->target);
             if (carry->bias_gradient)
                 for (int r = 0; r < count; r++)
                     carry->bias_gradient[row + r] += sum_of(gradient + r * step, width);

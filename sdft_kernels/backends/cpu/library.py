@@ -15,7 +15,7 @@ from enum import IntEnum
 from sdft_kernels import callers
 
 #: The version of the interface between this module and the library: `INTERFACE` in kernels.c.
-INTERFACE = 3
+INTERFACE = 4
 
 
 class Constant(IntEnum):
@@ -61,6 +61,12 @@ class Model(ctypes.Structure):
     )
 
 
+class Labels(ctypes.Structure):
+    """Labels of a tile's columns in rising order, and a number for each; or none: `struct labels`."""
+
+    _fields_ = (("label", ctypes.c_void_p), ("value", ctypes.c_void_p), ("each", ctypes.c_long))
+
+
 class Carry(ctypes.Structure):
     """What a tile's gradient is multiplied with, and where that goes: `struct carry`."""
 
@@ -70,8 +76,7 @@ class Carry(ctypes.Structure):
         ("head_gradient", ctypes.c_void_p),
         ("bias_gradient", ctypes.c_void_p),
         ("hidden_gradient", ctypes.c_void_p),
-        ("labels", ctypes.c_void_p),
-        ("target", ctypes.c_void_p),
+        ("target", Labels),
         ("hidden_size", ctypes.c_long),
         ("head_stride", ctypes.c_long),
         ("head_gradient_stride", ctypes.c_long),
@@ -111,7 +116,7 @@ def load(path: str) -> ctypes.CDLL:
     logits, options = (pointer, size, size, size), ctypes.POINTER(Options)
     pair = (*logits, options, options, number, ctypes.c_double)
     models = ctypes.POINTER(Model)
-    found.fold.argtypes = (*pair, models, number, pointer, number)
+    found.fold.argtypes = (*pair, models, number, ctypes.POINTER(Labels), pointer, number)
     found.fold_mixture.argtypes = (*pair, pointer, pointer, number)
     found.carry_back.argtypes = (*pair, pointer, ctypes.POINTER(Carry), pointer, number)
     for kernel in (found.fold, found.fold_mixture, found.carry_back):

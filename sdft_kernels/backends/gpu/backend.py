@@ -22,6 +22,7 @@ from sdft_kernels.backends.gpu.linear import process_hidden, score_hidden
 from sdft_kernels.backends.gpu.operands import Operands, multiplies
 from sdft_kernels.backends.gpu.scaling import scale as scale
 from sdft_kernels.backends.gpu.scoring import score_rows
+from sdft_kernels.backends.gpu.top import process_top_rows
 from sdft_kernels.backends.interface import ROW_ALIGNMENT, ChunkGradients, HeadOperands
 from sdft_kernels.backends.products import Dtypes
 from sdft_kernels.chunking import BLOCK_TOKENS, Held, blocks
@@ -119,7 +120,11 @@ def process_chunk(
             teacher_logits, teacher_bias = workspace.teacher[:width], teacher.bias
             products.logits(teacher_hidden[block], teacher.weight, teacher_logits)
         wanted = gradient[block] if gradients.any else None
-        process_rows(student_logits, teacher_logits, rows[block], objective, wanted, student.bias, teacher_bias)
+        of_block = rows[block]
+        if of_block.top is not None:
+            process_top_rows(student_logits, of_block.top, of_block, objective, wanted, student.bias)
+        else:
+            process_rows(student_logits, teacher_logits, of_block, objective, wanted, student.bias, teacher_bias)
     if gradients.hidden is not None:
         products.hidden_gradient(gradient, student.weight, gradients.hidden)
     if gradients.weight is not None:

@@ -15,6 +15,7 @@ Cross-entropy has no teacher: whatever is of one is None, and is neither read no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -80,6 +81,7 @@ def process_rows(
     gradient: Tensor | None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    before_gradient: Callable[[Tensor | None], None] = lambda constants: None,
 ) -> None:
     """Fills `rows` from (R, V) float32 products of hidden states and heads, which may be overwritten, and biases, (V,).
 
@@ -124,6 +126,7 @@ def process_rows(
             num_warps=WARPS,
         )
     combine(partial, mixture, hard_sums, constants, rows, objective, vocab)
+    before_gradient(constants)
     if gradient is not None:
         block = NARROW_BLOCK if mixes else block
         gradient_kernel[(tokens, triton.cdiv(vocab, block))](
@@ -407,7 +410,8 @@ def gradient_kernel(
         gradient = tl.where(s > FAR_BELOW, gradient, 0.0)  # elsewhere p is 0 there
     gradient *= factor
     if STUDENT_FORM == "capped":
-        gradient *= 1 - s * s
+        capped = tl.maximum(s, -1.0)  # it lies far below where an entry was taken out
+        gradient *= 1 - capped * capped
     # Past the vocabulary p is 0, and so is what is written to the padding.
     gradient = tl.where(columns < tl.where(factor == 0, 0, vocab), gradient, 0.0)
     out = gradient_pointer + row * gradient_stride + columns

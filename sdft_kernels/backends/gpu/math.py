@@ -12,6 +12,8 @@ _LARGEST_LOG_RATIO = tl.constexpr(LARGEST_LOG_RATIO)
 _LARGEST_PEAK_RATIO = tl.constexpr(LARGEST_PEAK_RATIO)
 #: Stands for u beyond the vocabulary, and is that of a masked entry, which has no soft cap.
 FAR_BELOW = tl.constexpr(MASKED)
+#: The hyperbolic tangent is 1 from here on, to float32's last digit.
+_END_OF_TANH = tl.constexpr(20.0)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -53,9 +55,12 @@ def transform(y, inner, FORM: tl.constexpr):
     Kernels take differences of u before they multiply: two numbers side by side lose nothing then, and what is the
     largest is exactly 0. A difference of products would be rounded as the largest of them is, or half of it where the
     compiler makes one instruction of a product and a sum: differently in each kernel.
+
+    A soft cap lets nothing lie below its end, so an entry that was taken out is -inf before it.
     """
     if FORM == "capped":
-        return tanh(y * inner)
+        x = y * inner
+        return tl.where(x == float("-inf"), FAR_BELOW, tanh(tl.maximum(x, -_END_OF_TANH)))
     elif FORM == "negated":
         return -y
     else:

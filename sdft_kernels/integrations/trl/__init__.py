@@ -3,7 +3,7 @@
     from sdft_kernels.integrations.trl import FusedGKDTrainer as GKDTrainer
 
 Each is a subclass of TRL's trainer of the same name and takes the same arguments. `apply_to_trl()` has TRL's own
-classes construct them. What is no full-vocabulary loss of two local models is refused before training starts.
+classes construct them. A teacher that is not here, and the top-k of IW-OPD's JSD, are refused before training starts.
 """
 
 from sdft_kernels.integrations._compat import warn_of_untried

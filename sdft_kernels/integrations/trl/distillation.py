@@ -62,7 +62,7 @@ class FusedDistillationTrainer(DistillationTrainer):
     """TRL's `DistillationTrainer`, with the loss made from hidden states by the fused kernels."""
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        if (args := refusals.given_to(super().__init__, positional, named).get("args")) is not None:
+        if (args := refusals.given_to(self, super().__init__, positional, named).get("args")) is not None:
             refusals.check_share(args, "beta")
         super().__init__(*positional, **named)
 

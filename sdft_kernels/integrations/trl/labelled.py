@@ -11,7 +11,14 @@ from trl.experimental.gold import GOLDTrainer
 from trl.experimental.iw_opd import IWOPDTrainer
 
 from sdft_kernels.integrations import _compat
-from sdft_kernels.integrations.models import View, as_forward_of, check_head, divergence, hidden_states
+from sdft_kernels.integrations.models import (
+    View,
+    as_forward_of,
+    check_head,
+    divergence,
+    hidden_states,
+    logprobs_at,
+)
 from sdft_kernels.integrations.trl import refusals
 
 #: The trainer is the next base of each class below.
@@ -23,9 +30,13 @@ IGNORED = -100
 class Labelled(Trainer):
     """Between one of TRL's trainers and a class below: `compute_loss` without logits."""
 
+    #: Whether TRL makes a configuration where none is given.
+    has_defaults = False
+
     def __init__(self, *positional: Any, **named: Any) -> None:
-        given = refusals.given_to(super().__init__, positional, named)
-        if (args := given.get("args")) is not None:  # TRL refuses that
+        given = refusals.given_to(self, super().__init__, positional, named)
+        if given.get("args") is not None or not self.has_defaults:
+            args = refusals.configuration(self, given)
             self.check_settings(args)
             refusals.check_share(args, "beta")
         if given.get("compute_metrics") is not None or given.get("preprocess_logits_for_metrics") is not None:
@@ -51,27 +62,31 @@ class Labelled(Trainer):
         """The loss; with `return_outputs` also the model's outputs, which are none: there are no logits."""
         student = self.accelerator.unwrap_model(model)
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        labelled = inputs["labels"][:, 1:] != IGNORED  # the hidden state at one position predicts the next token
 
-        def view(model: Any) -> View:
-            return View.of(model, hidden_states(model, **self.inputs_of(inputs))[:, :-1]).at(labelled)
+        def view(model: Any) -> View:  # the hidden state at one position predicts the next token
+            return View.of(model, hidden_states(model, **self.inputs_of(inputs))[:, :-1])
 
-        def summed() -> Tensor:
+        def computed() -> Tensor:
             with self.accelerator.autocast():
                 seen = view(student)
                 with torch.no_grad():
                     teachers = as_forward_of(self.teacher_model, teacher, lambda: view(teacher))
-                temperature = self.loss_temperature()
-                return divergence(seen, teachers, self.beta, temperature=temperature, reduction="sum").loss
+                return self.loss_of(seen, teachers, inputs, num_items_in_batch)
 
         self.teacher_model.eval()
-        total = as_forward_of(model, student, summed)
-        if num_items_in_batch is None:
-            num_items_in_batch = labelled.sum().clamp_min(1)
-        elif isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        loss = total / num_items_in_batch
+        loss = as_forward_of(model, student, computed)
         return (loss, {}) if return_outputs else loss
+
+    def loss_of(self, student: View, teacher: View, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
+        """The divergence of both models' views, divided by the number of tokens of the step."""
+        labelled = inputs["labels"][:, 1:] != IGNORED
+        temperature = self.loss_temperature()
+        total = divergence(
+            student.at(labelled), teacher.at(labelled), self.beta, temperature=temperature, reduction="sum"
+        ).loss
+        if items is None:
+            items = labelled.sum().clamp_min(1)
+        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -99,15 +114,28 @@ class FusedGOLDTrainer(Labelled, GOLDTrainer):
 
 
 class FusedIWOPDTrainer(Labelled, IWOPDTrainer):
-    """TRL's `IWOPDTrainer` for `distillation_objective="jsd"` and `loss_top_k=0`, without logits in memory."""
+    """TRL's `IWOPDTrainer` for a local teacher, without logits in memory: its default objective, and "jsd" without
+    top-k."""
+
+    has_defaults = True
 
     def check_settings(self, args: Any) -> None:
         refusals.must_be(args, "use_teacher_server", False, refusals.SERVER)
-        refusals.must_be(args, "distillation_objective", "jsd", refusals.SAMPLED)
-        refusals.must_be(args, "loss_top_k", 0, refusals.TOP_K)
+        if args.distillation_objective == "jsd":
+            refusals.must_be(args, "loss_top_k", 0, refusals.TOP_K)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         _compat.check_tokenizers(self)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def loss_of(self, student: View, teacher: View, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
+        if self.distillation_objective == "jsd":
+            return super().loss_of(student, teacher, inputs, items)
+        labels = inputs["labels"][:, 1:]
+        rollout = inputs.get("rollout_logprobs")  # vLLM's, over the whole width
+        seen = logprobs_at(student, labels, labels != IGNORED, self.temperature)
+        with torch.no_grad():
+            taught = logprobs_at(teacher, labels, labels != IGNORED, self.temperature)
+        return _compat.iw_opd_loss(self, seen, labels, taught, None if rollout is None else rollout[:, 1:], items)

@@ -6,16 +6,29 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from sdft_kernels import arguments
+from sdft_kernels.integrations import models
 
 TOP_K = "the fused loss compares whole vocabularies"
 SERVER = "the fused loss takes hidden states of a local teacher, and a server gives log-probabilities"
-SAMPLED = "its loss needs the log-probability of one sampled token with a gradient, which is not built here yet"
 
 
-def given_to(construct: Callable[..., None], positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that construct a trainer, by their names; its configuration is `args`, or TRL makes one."""
-    return inspect.signature(construct).bind(*positional, **named).arguments
+def given_to(
+    trainer: object, construct: Callable[..., None], positional: tuple[Any, ...], named: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments that construct a trainer, by their names; its configuration is `args`, or TRL may make one."""
+    try:
+        return inspect.signature(construct).bind(*positional, **named).arguments
+    except TypeError as error:
+        raise TypeError(f"{type(trainer).__name__}: {error}") from None
+
+
+def configuration(trainer: object, given: dict[str, Any]) -> Any:
+    """The trainer's configuration, where TRL would make none itself."""
+    if given.get("args") is None:
+        raise TypeError(
+            f"{type(trainer).__name__} needs args, the configuration that TRL has for it: none is the default"
+        )
+    return given["args"]
 
 
 def must_be(args: Any, name: str, needed: Any, reason: str) -> None:
@@ -25,14 +38,8 @@ def must_be(args: Any, name: str, needed: Any, reason: str) -> None:
 
 
 def check_share(args: Any, name: str) -> None:
-    """ValueError for a β or α so near 0 or 1 that float32 hardly tells the mixture from one of the models."""
-    beta = getattr(args, name)
-    if beta in (0, 1):
-        return
-    try:
-        arguments.teachers_share(beta, "jsd")
-    except ValueError as error:
-        raise ValueError(str(error).replace("beta", name, 1)) from None
+    """ValueError for a β or α that names no divergence, or one that float32 hardly tells from another."""
+    models.named(getattr(args, name), name)
 
 
 def no_logits(trainer: object) -> ValueError:

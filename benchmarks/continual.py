@@ -1,0 +1,212 @@
+"""Learning without forgetting: what each method learns and what it forgets, over learning rates.
+
+`python -m benchmarks.continual` trains SmolLM2-135M-Instruct on skills of `examples/skills/`, one after the other, by
+self-distillation (sdft), supervised fine-tuning (sft), and supervised fine-tuning with a penalty on the divergence from
+the base model (sft-kl), each with the same steps and with every learning rate. After each stage it measures accuracy on
+held-out prompts of every skill, and on general prompts, of whose kinds none is trained on: their accuracy, and the
+divergence from the base model. It is `sdft continual` with a recipe that it writes; a run that was interrupted goes on
+with its next stage. It prints a table, and writes it as CSV and as a plot.
+
+On two cores a stage of 40 steps takes 2 minutes by sft and 5 by sdft, and its exams one more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import machine, plots
+from benchmarks import rows as files
+from sdft.cli import main as sdft
+
+SKILLS = Path(__file__).parent.parent / "examples" / "skills"
+
+#: Each skill's scorer, and the form in which the teacher is shown its demonstrations (examples/skills/README.md).
+LEARNED = {
+    "science": {"scorer": "choice", "teacher_template": "paper"},
+    "tools": {"scorer": "json", "teacher_template": "turn"},
+    "triage": {"scorer": "contains", "teacher_template": "first"},
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "sdft": {"method": "sdft"},
+    "sft": {"method": "sft"},
+    "sft-kl": {"method": "sft", "base_kl_weight": 1.0},
+}
+
+LEARNING_RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4)
+
+#: What all methods share.
+SETTINGS: dict[str, Any] = {
+    "model": "smollm2-135m-instruct",
+    "general_file": str(SKILLS / "general.jsonl"),
+    "divergence": "forward_kl",
+    "teacher": "base",
+    "freeze_embeddings": True,
+    "rollout_temperature": 0.3,
+    "rollout_draft": "demonstration",
+    "max_completion_length": 64,
+    "eval_completion_length": 64,
+    "general_completion_length": 32,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 60,
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+}
+
+COLOURS = {"sdft": "sdft-kernels", "sft": "TRL", "sft-kl": "teacher"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A stage of a run: shares are from 0 to 1, `forgetting` is in nats a token on the general prompts."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    stage: int
+    skill: str
+    accuracy: float
+    earlier_accuracy: float | None
+    general_accuracy: float
+    forgetting: float
+    weights_moved: float
+    seconds: float
+
+
+def recipe(
+    skills: Sequence[str],
+    methods: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    folder: Path,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `sdft continual` is told: a method for each way to learn and learning rate."""
+    return {
+        **SETTINGS,
+        **settings,
+        "skills": {
+            name: {
+                "train_file": str(SKILLS / f"{name}_train.jsonl"),
+                "eval_file": str(SKILLS / f"{name}_heldout.jsonl"),
+                **LEARNED[name],
+            }
+            for name in skills
+        },
+        "methods": {f"{name}-{rate:g}": {**METHODS[name], "learning_rate": rate} for name in methods for rate in rates},
+        "seeds": list(seeds),
+        "max_steps": steps,
+        "output_dir": str(folder),
+    }
+
+
+def points(report: dict[str, Any]) -> list[Point]:
+    """The stages of a report (continual.json)."""
+    found = []
+    for run in report["runs"]:
+        method, _, rate = run["method"].partition("-")
+        if rate.startswith("kl-"):
+            method, rate = f"{method}-kl", rate.removeprefix("kl-")
+        for number, stage in enumerate(run["stages"], start=1):
+            (skill,) = stage["learned"]
+            earlier = [stage["accuracy"][name] for name in report["skills"][: number - 1]]
+            found.append(
+                Point(
+                    method=method,
+                    learning_rate=float(rate),
+                    seed=run["seed"],
+                    stage=number,
+                    skill=skill,
+                    accuracy=round(stage["accuracy"][skill], 4),
+                    earlier_accuracy=round(sum(earlier) / len(earlier), 4) if earlier else None,
+                    general_accuracy=round(stage["general_accuracy"], 4),
+                    forgetting=round(stage["forgetting"], 4),
+                    weights_moved=round(stage["weights_moved"], 4),
+                    seconds=round(stage["seconds"], 1),
+                )
+            )
+    return found
+
+
+def table(found: Sequence[Point], base: dict[str, Any]) -> str:
+    """A line for each stage, after those of the base model and of the teacher who is shown the demonstrations."""
+    before = ", ".join(f"{name} {share:.1%}" for name, share in base["accuracy"].items())
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in base["teacher_accuracy"].items())
+    lines = [
+        f"before: {before}, general {base['general_accuracy']:.1%}; shown the demonstration: {shown}",
+        "| method | learning rate | seed | learned | accuracy | earlier skills | general | nats a token | moved | s |",
+        "|---" * 10 + "|",
+    ]
+    for point in found:
+        earlier = "" if point.earlier_accuracy is None else f"{point.earlier_accuracy:.1%}"
+        cells = [
+            *(point.method, f"{point.learning_rate:g}", str(point.seed), point.skill, f"{point.accuracy:.1%}", earlier),
+            *(f"{point.general_accuracy:.1%}", f"{point.forgetting:.3f}", f"{point.weights_moved:.2f}"),
+            f"{point.seconds:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[Point], base: dict[str, Any], path: Path) -> None:
+    """Accuracy on the last skill against what was forgotten, a point for each learning rate and seed."""
+    last = [point for point in found if point.stage == max(each.stage for each in found)]
+    sides = (
+        ("forgetting", "nats a token from the base model\non general prompts"),
+        ("general_accuracy", "accuracy on general prompts"),
+    )
+    with plots.panels(path, 1, len(sides), (11, 4)) as axes:
+        for axis, (name, label) in zip(axes[0], sides, strict=True):
+            for method in dict.fromkeys(point.method for point in last):
+                of_method = sorted((p for p in last if p.method == method), key=lambda p: p.learning_rate)
+                colour = plots.COLOURS[COLOURS[method]]
+                for seed in dict.fromkeys(point.seed for point in of_method):
+                    line = [(p.accuracy, getattr(p, name)) for p in of_method if p.seed == seed]
+                    axis.plot(*zip(*line, strict=True), marker="o", color=colour, label=method)
+                for point in of_method:
+                    place = (point.accuracy, getattr(point, name))
+                    axis.annotate(f"{point.learning_rate:g}", place, (4, 4), textcoords="offset points", fontsize=7)
+            teacher = base["teacher_accuracy"].get(last[0].skill)
+            if teacher is not None:
+                axis.axvline(teacher, color="grey", linestyle="--", label="the teacher's accuracy")
+            axis.set(xlabel=f"accuracy on {last[0].skill}, held out", ylabel=label, xlim=(-0.03, 1.03))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.continual",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--skills", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="in this order")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=40, help="of each stage, 8 rows each (default 40)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/continual-benchmark"), help="where the runs go")
+    files.add_arguments(parser, "continual")
+    given = parser.parse_args(argv)
+    told = recipe(given.skills, given.methods, given.learning_rates, given.seeds, given.steps, given.folder)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    path = given.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(told, sort_keys=False))
+    if code := sdft(["continual", str(path)]):
+        sys.exit(code)
+    report = json.loads((given.folder / "continual.json").read_text())
+    found = points(report)
+    print(machine.heading(), table(found, report["base"]), sep="\n")
+    files.write(found, given)
+    draw(found, report["base"], given.plot)
+
+
+if __name__ == "__main__":
+    main()
