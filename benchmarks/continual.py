@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
     "freeze_embeddings": True,
     "rollout_temperature": 0.3,
     "rollout_draft": "demonstration",
-    "max_completion_length": 64,
+    "max_completion_length": 48,
     "eval_completion_length": 64,
     "general_completion_length": 32,
     "per_device_train_batch_size": 8,

@@ -114,7 +114,7 @@ def _weighted(
         known = weigh(compare(**{**options, "token_weight": None, "old_logprobs": None, "importance_clip": None}))
     counted = torch.where(known.clipped, 0, known.weights)
     out = compare(**{**options, "token_weight": counted if given is None else counted * given})
-    return known.seen._replace(loss=out.loss + known.value_of_clipped(given))
+    return DivergenceOutput(out.loss + known.value_of_clipped(given), *known.seen[1:])
 
 
 @torch.no_grad()
