@@ -223,7 +223,8 @@ def _data(argv: list[str], started: float) -> None:
         check_rows("train_file", data.train_file)
         if command.model:
             check_model(command.model)
-        need = ("prompt", "demonstration") if shows_demonstration(command.template) else ("prompt",)
+        shown = shows_demonstration(command.template) and command.feedback is None
+        need = ("prompt", "demonstration") if shown else ("prompt",)
         rows = load_rows(data.train_file, need=need, columns=columns.columns, seed=command.seed)
         for sentence in without_effect(OF_DATA, command, only=given.flags):
             logger.warning(sentence)
