@@ -160,11 +160,17 @@ def test_rollout_speed_has_a_row_for_each_back_end() -> None:
 
 
 def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_path: Path) -> None:
-    told = continual.recipe(["tools", "triage"], ["sdft", "sft-kl"], [1e-5, 5e-5], [0, 3], 2, tmp_path / "out")
+    told = continual.recipe(
+        ["tools", "triage"],
+        dict(map(continual.method_of, ["sdft:1e-5,5e-5", "sft-kl:5e-5"])),
+        [0, 3],
+        2,
+        tmp_path / "out",
+    )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
     fields = fields_of_continual()
     plan = plan_of(read([str(tmp_path / "recipe.yaml")], fields, command="sdft continual"), fields)
-    assert [method.name for method in plan.methods] == ["sdft-1e-05", "sdft-5e-05", "sft-kl-1e-05", "sft-kl-5e-05"]
+    assert [method.name for method in plan.methods] == ["sdft-1e-05", "sdft-5e-05", "sft-kl-5e-05"]
     assert [skill.name for skill in plan.skills] == ["tools", "triage"] and plan.seeds == [0, 3]
     numbers = {"general_accuracy": 0.9, "forgetting": 0.25, "weights_moved": 1.5, "seconds": 3.0}
     stages = [
@@ -174,10 +180,14 @@ def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_
     runs = [{"method": method.name, "seed": seed, "stages": stages} for method in plan.methods for seed in plan.seeds]
     base = {"accuracy": {"tools": 0.0}, "teacher_accuracy": {"triage": 1.0}, "general_accuracy": 1.0}
     found = continual.points({"skills": ["tools", "triage"], "runs": runs})
-    assert len(found) == 16
+    assert len(found) == 12
     last = found[-1]
     assert (last.method, last.learning_rate, last.seed, last.stage) == ("sft-kl", 5e-5, 3, 2)
     assert (last.skill, last.accuracy, last.earlier_accuracy, last.forgetting) == ("triage", 0.7, 0.6, 0.25)
     assert continual.table(found, base).count("\n") == 2 + len(found)
+    assert continual.method_of("sft") == ("sft", continual.LEARNING_RATES)
+    for wrong in ("ppo", "sft:fast", "sft:1e-5,"):
+        with pytest.raises(argparse.ArgumentTypeError, match="it may be one of sdft, sft, sft-kl"):
+            continual.method_of(wrong)
     continual.draw(found, base, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
