@@ -13,9 +13,10 @@ On two cores a stage of 40 steps takes 2 minutes by sft and 5 by sdft, and its e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,13 @@ class Point:
 
 def recipe(
     skills: Sequence[str],
-    methods: Sequence[str],
-    rates: Sequence[float],
+    methods: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
     steps: int,
     folder: Path,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What `sdft continual` is told: a method for each way to learn and learning rate."""
+    """What `sdft continual` is told: a method for each way to learn and each of its learning rates."""
     return {
         **SETTINGS,
         **settings,
@@ -102,7 +102,11 @@ def recipe(
             }
             for name in skills
         },
-        "methods": {f"{name}-{rate:g}": {**METHODS[name], "learning_rate": rate} for name in methods for rate in rates},
+        "methods": {
+            f"{name}-{rate:g}": {**METHODS[name], "learning_rate": rate}
+            for name, rates in methods.items()
+            for rate in rates
+        },
         "seeds": list(seeds),
         "max_steps": steps,
         "output_dir": str(folder),
@@ -181,6 +185,18 @@ def draw(found: Sequence[Point], base: dict[str, Any], path: Path) -> None:
             axis.set(xlabel=f"accuracy on {last[0].skill}, held out", ylabel=label, xlim=(-0.03, 1.03))
 
 
+def method_of(text: str) -> tuple[str, Sequence[float]]:
+    """A method and its learning rates, as sft:1e-5,2e-5."""
+    name, _, rates = text.partition(":")
+    found: Sequence[float] = ()
+    with contextlib.suppress(ValueError):
+        found = [float(rate) for rate in rates.split(",")] if rates else LEARNING_RATES
+    if name not in METHODS or not found:
+        names = ", ".join(METHODS)
+        raise argparse.ArgumentTypeError(f"a method is {text!r}; it may be one of {names}, or as sft:1e-5,2e-5")
+    return name, found
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.continual",
@@ -188,14 +204,21 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--skills", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="in this order")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES))
+    rates = ",".join(f"{rate:g}" for rate in LEARNING_RATES)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=method_of,
+        default=[(name, LEARNING_RATES) for name in METHODS],
+        metavar="METHOD[:RATE,RATE]",
+        help=f"of {', '.join(METHODS)}; without learning rates with all of {rates}",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40, help="of each stage, 8 rows each (default 40)")
     parser.add_argument("--folder", type=Path, default=Path("runs/continual-benchmark"), help="where the runs go")
     files.add_arguments(parser, "continual")
     given = parser.parse_args(argv)
-    told = recipe(given.skills, given.methods, given.learning_rates, given.seeds, given.steps, given.folder)
+    told = recipe(given.skills, dict(given.methods), given.seeds, given.steps, given.folder)
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(told, sort_keys=False))

@@ -229,7 +229,8 @@ def _data(argv: list[str], started: float) -> None:
         check_rows("train_file", data.train_file)
         if command.model:
             check_model(command.model)
-        need = ("prompt", "demonstration") if shows_demonstration(command.template) else ("prompt",)
+        shown = shows_demonstration(command.template) and command.feedback is None
+        need = ("prompt", "demonstration") if shown else ("prompt",)
         rows = load_rows(data.train_file, need=need, columns=columns.columns, seed=command.seed)
         for sentence in without_effect(OF_DATA, command, only=given.flags):
             logger.warning(sentence)
@@ -301,6 +302,7 @@ def _report(argv: list[str], started: float) -> None:
 
 def _continual(argv: list[str], started: float) -> int:
     _let_segments_grow()
+    from sdft.early_checks import check_packages_of
     from sdft.settings import help
     from sdft.settings.commands import ContinualCommand
     from sdft.settings.continual import fields_of_continual, plan_of
@@ -314,6 +316,9 @@ def _continual(argv: list[str], started: float) -> int:
     given = read(argv, fields, command="sdft continual")
     with given.located():
         plan = plan_of(given, fields)
+        for method in plan.methods:
+            with method.given.located():
+                check_packages_of(method.given.values)
 
         from sdft.commands.continual import continual
         from sdft.processes import part

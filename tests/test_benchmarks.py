@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from benchmarks import linearity, long_rollouts, memory, plans, rollout_speed, rows, speed
+from benchmarks import continual, linearity, long_rollouts, memory, plans, rollout_speed, rows, speed
 from benchmarks.methods import METHODS, Shape
 from sdft.rollouts.interface import Request
+from sdft.settings.continual import fields_of_continual, plan_of
+from sdft.settings.recipe import read
 from sdft_kernels.divergences import DIVERGENCES
 from tests import tiny
 
@@ -154,3 +157,37 @@ def test_rollout_speed_has_a_row_for_each_back_end() -> None:
     for wrong in ("8", "x8", "0x8", "8x8x8"):
         with pytest.raises(argparse.ArgumentTypeError, match="8x512"):
             rollout_speed.case_of(wrong)
+
+
+def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_path: Path) -> None:
+    told = continual.recipe(
+        ["tools", "triage"],
+        dict(map(continual.method_of, ["sdft:1e-5,5e-5", "sft-kl:5e-5"])),
+        [0, 3],
+        2,
+        tmp_path / "out",
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
+    fields = fields_of_continual()
+    plan = plan_of(read([str(tmp_path / "recipe.yaml")], fields, command="sdft continual"), fields)
+    assert [method.name for method in plan.methods] == ["sdft-1e-05", "sdft-5e-05", "sft-kl-5e-05"]
+    assert [skill.name for skill in plan.skills] == ["tools", "triage"] and plan.seeds == [0, 3]
+    numbers = {"general_accuracy": 0.9, "forgetting": 0.25, "weights_moved": 1.5, "seconds": 3.0}
+    stages = [
+        {"learned": ["tools"], "accuracy": {"tools": 0.8, "triage": 0.0}, **numbers},
+        {"learned": ["triage"], "accuracy": {"tools": 0.6, "triage": 0.7}, **numbers},
+    ]
+    runs = [{"method": method.name, "seed": seed, "stages": stages} for method in plan.methods for seed in plan.seeds]
+    base = {"accuracy": {"tools": 0.0}, "teacher_accuracy": {"triage": 1.0}, "general_accuracy": 1.0}
+    found = continual.points({"skills": ["tools", "triage"], "runs": runs})
+    assert len(found) == 12
+    last = found[-1]
+    assert (last.method, last.learning_rate, last.seed, last.stage) == ("sft-kl", 5e-5, 3, 2)
+    assert (last.skill, last.accuracy, last.earlier_accuracy, last.forgetting) == ("triage", 0.7, 0.6, 0.25)
+    assert continual.table(found, base).count("\n") == 2 + len(found)
+    assert continual.method_of("sft") == ("sft", continual.LEARNING_RATES)
+    for wrong in ("ppo", "sft:fast", "sft:1e-5,"):
+        with pytest.raises(argparse.ArgumentTypeError, match="it may be one of sdft, sft, sft-kl"):
+            continual.method_of(wrong)
+    continual.draw(found, base, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,7 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     ]
     for stage in (stage for run in runs for stage in run["stages"]):
         assert stage["forgetting"] > 0 and stage["weights_moved"] > 0 and stage["seconds"] > 0
+    assert "sft-joint" in Path("out/report.html").read_text()
     shown = read_continual(Path("out/continual.json"))
     assert (shown.methods, shown.evaluated) == (["sdft", "sft", "sft-joint"], ["first", "second", "general"])
     assert [*shown.of("sft")] == ["base", "first", "second"] and [*shown.of("sft-joint")] == ["base", "all at once"]
@@ -152,6 +154,11 @@ def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], m
         ({"methods": {"all": {"joint": True}}}, "methods.all: joint is True, and"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; each must be there once"),
         ({"seeds": ["x"]}, "seeds is 'x'"),
+        *(
+            ({"methods": {"sft": {"method": "sft", "optim": name}}}, f"methods.sft: optim is '{name}', which needs")
+            for name, package in (("adamw_torch_8bit", "torchao"), ("lion_8bit", "bitsandbytes"))
+            if importlib.util.find_spec(package) is None
+        ),
         ({"seeds": "nope"}, "seeds is 'nope'; it must be a list of whole numbers"),
         ({"eval_file": "first_choose.jsonl"}, "eval_file is 'first_choose.jsonl'"),
         ({"lora_rank": 4}, "lora_rank is 4"),

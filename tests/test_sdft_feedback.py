@@ -345,6 +345,11 @@ def test_a_recipe_names_a_function(given, tmp_path, monkeypatch, capsys):
         "use_cpu": True,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **given}))
+    for more in ([], ["--model", recipe["model"]]):
+        assert main(["data", "recipe.yaml", "--rows", "1", *more]) == 0
+        told = capsys.readouterr().out
+        assert f"(made by feedback {given['feedback']}, once the student has answered)" in told
+        assert "\nteacher prompt " not in told
     assert main(["train", "recipe.yaml"]) == 0, capsys.readouterr().err
     records = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert len(records) == 16 and any(record["weight"] for record in records)

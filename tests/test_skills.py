@@ -106,10 +106,11 @@ def test_triage_says_that_it_is_no_advice(name: str) -> None:
     assert sum(counts) == len(urgencies) and max(counts) - min(counts) <= 2
 
 
-def test_the_recipe_is_one_that_sdft_continual_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recipe", sorted(path.name for path in FOLDER.glob("*.yaml")))
+def test_a_recipe_is_one_that_sdft_continual_takes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER.parent.parent)
     fields = fields_of_continual()
-    plan = plan_of(read([str(FOLDER / "continual.yaml")], fields, command="sdft continual"), fields)
+    plan = plan_of(read([str(FOLDER / recipe)], fields, command="sdft continual"), fields)
     found = {skill.name: (skill.settings.scorer, len(skill.rows.train)) for skill in plan.skills}
     assert found == {name: (SCORER[name], len(rows(f"{name}_train"))) for name in SCORER}
     assert len(plan.general) == len(rows("general")) and plan.seeds == [0, 1, 2]

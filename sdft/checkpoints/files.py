@@ -14,7 +14,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from sdft.errors import TrainingError
 
@@ -51,6 +50,8 @@ def failing_clearly(what: str, folder: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        from transformers.trainer_utils import get_last_checkpoint  # brings peft and models
+
         free = shutil.disk_usage(folder).free / 2**20 if os.path.isdir(folder) else 0.0
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         kept = f"{os.path.basename(last)} is whole" if last else "there was no checkpoint before it"
@@ -124,6 +125,8 @@ def rotate(folder: str, limit: int | None, best: str | None, staged: str) -> Non
     """
     if not limit or limit < 0:
         return
+    from transformers.trainer_utils import sort_checkpoints
+
     checkpoints = sort_checkpoints(folder, use_mtime=True)
     kept = {checkpoints[-1], str(Path(best)) if best else checkpoints[-1]}
     for path in checkpoints[: len(checkpoints) - limit]:

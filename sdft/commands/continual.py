@@ -15,14 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdft.checkpoints.files import write_text
+from sdft.checkpoints.files import failing_clearly, write_text
 from sdft.commands.shared import accuracy_of, device_here, quiet
 from sdft.commands.train import train
 from sdft.evaluation.continual import distance, report_of_run
 from sdft.evaluation.exam import Exam
 from sdft.models.load import load_model
+from sdft.report.page import page
 from sdft.rows import Rows
-from sdft.run_files import CONTINUAL_FILE, SUMMARY_FILE
+from sdft.run_files import CONTINUAL_FILE, REPORT_FILE, SUMMARY_FILE
 from sdft.settings.config import MethodSettings, SDFTConfig
 from sdft.settings.continual import Method, Plan, Skill
 from sdft.settings.inputs import LoraArguments, ModelArguments
@@ -54,7 +55,10 @@ def continual(plan: Plan) -> int:
                 report = [*runs, report_of_run([skill.name for skill in plan.skills], method.name, seed, stages)]
                 write_report(folder, plan, base, report)
             runs = report
-    print("", table(plan, base, runs), "", f"{folder / CONTINUAL_FILE} has all numbers", sep="\n")
+    with failing_clearly("the report", str(folder)):
+        write_text(folder / REPORT_FILE, page([folder]))
+    left = f"{folder / CONTINUAL_FILE} has all numbers, and {folder / REPORT_FILE} shows them"
+    print("", table(plan, base, runs), "", left, sep="\n")
     return 0
 
 

@@ -71,6 +71,8 @@ class Texts:
         return student_text(row, self.tokenizer, self.command.chat_template_kwargs)
 
     def teacher(self, row: Row) -> str:
+        if self.command.feedback is not None:
+            return f"(made by feedback {self.command.feedback}, once the student has answered)"
         if self.tokenizer is None:
             return _by_roles(teacher_chat(row, self.template))
         return teacher_text(row, self.template, self.tokenizer, self.command.teacher_options)
@@ -106,19 +108,26 @@ def _lengths(rows: list[Row], of: Texts, limits: Limits, room: int) -> list[str]
     }
     head = f"{'':16}{'least':>7}{'median':>8}{'95 %':>7}{'most':>7}"
     if tokenizer is None:
+        if of.command.feedback is not None:
+            del texts["teacher prompt"]
         lines = [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in texts.items()]
         return ["length in characters; with --model in its tokens", head, *lines]
     ids = {name: openings_ids(of_kind, tokenizer) for name, of_kind in texts.items() if name != "demonstration"}
     ids["demonstration"] = tokenizer(texts["demonstration"], add_special_tokens=False)["input_ids"]
     lines = ["length in tokens", head]
+    if of.command.feedback is not None:
+        del ids["teacher prompt"]
     lines += [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in ids.items()]
     if longer := sum(len(each) > room for each in ids["demonstration"]):
         lines += ["", f"{longer} of {counted(len(rows), 'demonstration')} longer than max_completion_length, {room}"]
     refused, shown = list[str](), Shown(rows)
     for number, row in enumerate(rows):
-        shown.look(row, {"student": texts["prompt"][number], "teacher": texts["teacher prompt"][number]})
+        seen = {"student": texts["prompt"][number]}
+        if of.command.feedback is None:
+            seen["teacher"] = texts["teacher prompt"][number]
+        shown.look(row, seen)
         try:
-            for kind in ("prompt", "teacher prompt"):
+            for kind in (name for name in ("prompt", "teacher prompt") if name in ids):
                 check_ids(row, kind, ids[kind][number], tokenizer, room, limits)
         except UsageError as error:
             refused.append(str(error))

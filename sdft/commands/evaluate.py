@@ -42,7 +42,8 @@ def evaluate(of_model: ModelArguments, rows: Rows, of_command: EvalCommand) -> N
     templates = teacher_templates(of_command, exam.has_demonstrations) if of_command.teacher else {}
     device = device_here()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device, **of_model.trust)
-    exam.check(model, tokenizer, list(templates.values()))
+    itself = of_command.teacher_model is None  # another model's prompts are checked when it is there
+    exam.check(model, tokenizer, list(templates.values()) if itself else [])
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(AnswersFile(of_command.output_file)) if of_command.output_file else None
 

@@ -94,7 +94,7 @@ def _train(
     folder = Path(str(config.output_dir))
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
     taught_by = load_teacher(config, trust=of_model.trust) if config.teacher == MODEL and distilled else None
-    exam.check(model, tokenizer, [template] if asks_teacher else [])
+    exam.check(model, tokenizer, [template] if asks_teacher else [], taught_by and taught_by.model)
     set_seed(config.seed)  # of which an adapter begins
     trainer = trainer_of(add_lora(model, of_lora), tokenizer, rows, exam, config, taught_by)
     if nothing_is_left(trainer, claim, folder):

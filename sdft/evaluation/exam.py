@@ -235,12 +235,16 @@ class Exam:
         return self.settings.chat_template_kwargs if template is None else self.settings.teacher_options
 
     def check(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templates: Sequence[list[Message]] = ()
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Sequence[list[Message]] = (),
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         """Find what cannot be asked, before anything runs.
 
         That is an option that the chat template does not read, and a prompt that is too long for the model, or for the
-        teacher under a template.
+        teacher under a template. `teacher` is another model that teaches; without one it is the model itself.
         """
         check_options(
             tokenizer,
@@ -248,10 +252,11 @@ class Exam:
             teacher_chat_template_kwargs=self.settings.teacher_chat_template_kwargs,
         )
         general, held_out = self.settings.general_completion_length, self.settings.eval_completion_length
-        prompts_of = functools.partial(prompts_for, model, tokenizer)
-        asked = [(prompts_of(self.general_rows, general, options=self.options()), general)]
+        asked = [(prompts_for(model, tokenizer, self.general_rows, general, options=self.options()), general)]
         for template in (None, *templates):
-            asked.append((prompts_of(self.eval_rows, held_out, template, self.options(template)), held_out))
+            reader = model if template is None else teacher or model
+            options = self.options(template)
+            asked.append((prompts_for(reader, tokenizer, self.eval_rows, held_out, template, options), held_out))
         self.longest = max((len(prompt) + tokens for prompts, tokens in asked for prompt in prompts), default=0)
         self.first = next((prompt for prompts, _ in asked for prompt in prompts), [])
 

@@ -133,6 +133,9 @@ class DataCommand(BothChatSettings):
     teacher_model: str | None = setting(
         None, "That the teacher is another model, which sees the prompt as it is where teacher_template is not set."
     )
+    feedback: str | None = setting(
+        None, "That the teacher's prompts are made in training, so that none are shown and rows need no demonstration."
+    )
     max_completion_length: int = setting(256, "The most tokens in an answer, for which a prompt must leave room.")
     overlong: str = setting("error", "What becomes of a row that is too long for the model, as in sdft train.")
     seed: int = setting(SEED, "What a part of a file's rows is drawn by, as in sdft train.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdft.data import Row
-from sdft.early_checks import check_package, check_packages_of, check_rows, check_writable
+from sdft.early_checks import check_package, check_rows, check_writable
 from sdft.errors import UsageError, shown
 from sdft.models.files import check_model
 from sdft.rows import Rows, exam_rows, rows_of_train
@@ -87,7 +87,6 @@ def plan_of(given: Given, fields: Mapping[str, Field]) -> Plan:
     check_rows("general_file", evaluation.general_file)
     check_model(model.model)
     check_package("sdft train draws curves", "matplotlib")
-    check_packages_of(given.values)
     methods = [_method(name, values, given, fields) for name, values in command.methods.items()]
     skills = [_skill(name, values, given, settings, columns) for name, values in command.skills.items()]
     _check_joint(methods, skills)
@@ -134,7 +133,6 @@ def _method(name: str, values: Mapping[str, Any], given: Given, fields: Mapping[
     with method.given.located():
         check_own_teacher(method.given.make(MethodSettings))
         check_values(method.given.values)
-        check_packages_of(method.given.values)
     return method
 
 
