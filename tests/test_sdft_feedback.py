@@ -243,7 +243,7 @@ def test_successes_are_shown_by_the_runs_template():
     assert successes(rollouts_of("a"), itself=True)[0].messages is not None
     with pytest.raises(UsageError, match=r"^row 1 of the step has no answer, which rollouts are compared with$"):
         successes(rollouts_of("a", answer=None))
-    with pytest.raises(UsageError, match=r"^scorer is 'best'; it may be exact"):
+    with pytest.raises(UsageError, match=r"^scorer of feedback_args is 'best'; it may be exact"):
         sdpo(rollouts_of("a"), scorer="best")
 
 
