@@ -110,8 +110,8 @@ def _places(samples: Sequence[Sample], skip: int, device: torch.device) -> tuple
     lengths = [len(sample.read().completion) for sample in samples]
     places = [place for length in lengths for place in range(skip, length)]
     of_each = [length for length in lengths for _ in range(skip, length)]
-    whole = {"dtype": torch.long, "device": device}
-    return torch.tensor(places, **whole), torch.tensor(of_each, **whole)
+    whole = torch.int64  # of no numbers, too
+    return torch.tensor(places, dtype=whole, device=device), torch.tensor(of_each, dtype=whole, device=device)
 
 
 def _check(weights: object, count: int) -> None:
