@@ -39,6 +39,7 @@ def _train(argv: list[str], started: float) -> int:
     from sdft.early_checks import check_package, check_packages_of, check_rows, check_vllm, check_writable
     from sdft.feedback.find import find_feedback
     from sdft.models.files import check_model, named_by
+    from sdft.named_functions import imported
     from sdft.rows import rows_of_train
     from sdft.settings import help
     from sdft.settings.config import MethodSettings
@@ -56,6 +57,7 @@ def _train(argv: list[str], started: float) -> int:
     from sdft.settings.recipe import read
     from sdft.settings.rollouts import VLLM
     from sdft.settings.teachers import check_named
+    from sdft.settings.token_weights import WEIGHTINGS
 
     fields = (
         own_fields(ModelArguments, LoraArguments, DataArguments, ColumnArguments, EvalArguments) | training_fields()
@@ -77,6 +79,8 @@ def _train(argv: list[str], started: float) -> int:
         check_named(method, method.teacher)
         if method.method == "sdft":
             find_feedback(method)
+            if (name := method.token_weighting) not in WEIGHTINGS:
+                imported("token_weighting", name, name)
         if method.teacher_model is not None:
             with named_by("teacher_model"):
                 check_model(method.teacher_model)

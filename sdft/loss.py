@@ -115,7 +115,11 @@ def _weighted(
         known = weigh(compare(**{**options, "token_weight": None, "old_logprobs": None, "importance_clip": None}))
     counted = torch.where(known.clipped, 0, known.weights)
     out = compare(**{**options, "token_weight": counted if given is None else counted * given})
-    return DivergenceOutput(out.loss + known.value_of_clipped(given), *known.seen[1:])
+    importance: Tensor | None = None
+    if (old_logprobs := options.get("old_logprobs")) is not None:
+        assert known.seen.student_logprob is not None
+        importance = (known.seen.student_logprob - old_logprobs).exp().clamp(max=options["importance_clip"])
+    return DivergenceOutput(out.loss + known.value_of_clipped(given, importance), *known.seen[1:])
 
 
 @torch.no_grad()

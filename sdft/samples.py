@@ -126,7 +126,7 @@ class SamplingTrainer(Runs):
         if self.teacher is not None:
             for completion in completions:
                 self.teacher.check_reads(completion.tokens)
-        return [
+        samples = [
             Sample(
                 row["prompt_ids"],
                 completion.tokens,
@@ -138,15 +138,16 @@ class SamplingTrainer(Runs):
             )
             for (row, _), completion, taught in zip(asked, completions, self._taught(asked, completions), strict=True)
         ]
+        if self.feedback is not None or self.args.mask_truncated_completions:
+            self.step_log.add(left_out=sum(sample.weight == 0 for sample in samples))
+        return samples
 
     def _taught(self, asked: list[tuple[Row, int]], completions: list[Completion]) -> list[Taught]:
         """What the teacher sees before each completion: what its row says, or what feedback makes of it now."""
         if self.feedback is None:
             return [Taught(row["teacher_prompt_ids"]) for row, _ in asked]
         with self.phases("feedback"):
-            taught = self.feedback(asked, completions, self.state.global_step + 1)
-        self.step_log.add(left_out=sum(each.weight == 0 for each in taught))
-        return taught
+            return self.feedback(asked, completions, self.state.global_step + 1)
 
     def say_nothing_to_learn(self) -> None:
         """Say of a step that no token of it counts, and why."""

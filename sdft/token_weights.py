@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft.batch import Batch, Sample
-from sdft.errors import UsageError
+from sdft.errors import TrainingError, UsageError
 from sdft.named_functions import imported
 from sdft.settings.config import SDFTConfig
 from sdft.settings.token_weights import UNIFORM
@@ -57,7 +57,7 @@ NAMED: dict[str, Weighting] = {"teacher_confidence": teacher_confidence, "early"
 def weighting_of(config: SDFTConfig) -> Weighting | None:
     """The function that `token_weighting` names, None for uniform; UsageError where it cannot be had."""
     name = config.token_weighting
-    if name == UNIFORM:
+    if name == UNIFORM or config.method != "sdft":
         return None
     return NAMED[name] if name in NAMED else imported("token_weighting", name, name)
 
@@ -71,12 +71,17 @@ class Weighed:
     clipped: Tensor  # (N,) bool: those whose divergence is above `clip`
     clip: float | None
 
-    def value_of_clipped(self, given: Tensor | None) -> Tensor | float:
-        """What the clipped tokens add to the loss's value: the clip itself, whose gradient is zero."""
+    def value_of_clipped(self, *given: Tensor | None) -> Tensor | float:
+        """What the clipped tokens add to the loss's value: the clip itself, whose gradient is zero.
+
+        `given` are other weights of the tokens, (N,) each: those of their completions, and importance weights.
+        """
         if self.clip is None:
             return 0.0
-        counted = self.weights if given is None else self.weights * given
-        return self.clip * (counted * self.clipped).sum()
+        counted = self.weights * self.clipped
+        for weights in given:
+            counted = counted if weights is None else counted * weights
+        return self.clip * counted.sum()
 
 
 def weigh(out: DivergenceOutput, batch: Batch, config: SDFTConfig) -> Weighed:
@@ -87,7 +92,14 @@ def weigh(out: DivergenceOutput, batch: Batch, config: SDFTConfig) -> Weighed:
     if (weighting := weighting_of(config)) is not None:
         places, lengths = _places(batch["samples"], config.skip_tokens, device)
         known = (out.token_loss, out.student_logprob, out.teacher_logprob, out.student_entropy, out.teacher_entropy)
-        weights = weighting(Tokens(*known, places, lengths))
+        try:
+            weights = weighting(Tokens(*known, places, lengths))
+        except (UsageError, TrainingError):
+            raise
+        except Exception as error:  # it may be a user's code
+            raise TrainingError(
+                f"token_weighting {config.token_weighting} failed: {type(error).__name__}: {error}"
+            ) from error
         _check(weights, count)
         weights = weights.detach().to(device, torch.float32)
     clipped = torch.zeros(count, dtype=torch.bool, device=device) if clip is None else out.token_loss > clip
@@ -98,17 +110,20 @@ def _places(samples: Sequence[Sample], skip: int, device: torch.device) -> tuple
     lengths = [len(sample.read().completion) for sample in samples]
     places = [place for length in lengths for place in range(skip, length)]
     of_each = [length for length in lengths for _ in range(skip, length)]
-    return torch.tensor(places, device=device), torch.tensor(of_each, device=device)
+    whole = torch.int64  # of no numbers, too
+    return torch.tensor(places, dtype=whole, device=device), torch.tensor(of_each, dtype=whole, device=device)
 
 
 def _check(weights: object, count: int) -> None:
     what = f"a {type(weights).__name__}"
     if isinstance(weights, Tensor):
         what = f"a tensor of shape {tuple(weights.shape)}"
-        if weights.shape == (count,):
-            if not weights.is_floating_point() or (bool(weights.isfinite().all()) and bool((weights >= 0).all())):
+        if weights.is_complex():
+            what = f"a tensor of {str(weights.dtype).removeprefix('torch.')}"
+        elif weights.shape == (count,):
+            if bool(weights.float().isfinite().all()) and bool((weights >= 0).all()):
                 return
-            what = "a tensor with numbers that are below 0 or not finite"
+            what = "a tensor with numbers that are below 0 or not finite in float32"
     raise UsageError(
         f"the function of token_weighting returned {what}; it must be a tensor of {count} numbers of at least 0, one "
         "for each token"

@@ -47,6 +47,7 @@ from sdft.settings.config import SDFTConfig
 from sdft.settings.inherited import check_arguments
 from sdft.teacher import AdapterOffTeacher, BaseTeacher, Teacher, TeacherFollows, trains_beside_adapter
 from sdft.teacher_model import GivenTeacher, other_teacher, teacher_of
+from sdft.token_weights import weighting_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class SDFTTrainer(SamplingTrainer):
         rows, other = None, other_teacher(teacher_model, args, bare, processing_class)
         seen = limits(bare) if other is None else other.reads.limits
         self.feedback = stage_of(feedback, args, processing_class, seen)
+        weighting_of(args)
         if train_dataset is not None:
             ends = eos_token_ids(bare, processing_class)
             rows = training_rows(train_dataset, args, processing_class, ends, limits(bare), other and other.reads)

@@ -185,6 +185,7 @@ def failing(rollouts):
             r"rollout 4 \(.*\): weight is nan; it must be",
         ),
         (lambda n: [Feedback("a", -1)] * n, r"rollout 1 \(.*\): weight is -1; it must be a number of at least 0"),
+        (lambda n: [Feedback("a", 1e300)] * n, r"rollout 1 \(.*\): weight is 1e\+300; it must be .* finite in float32"),
         (lambda n: [Feedback("a", log=None)] * n, r"rollout 1 \(.*\): log is null; it must be text"),
         (lambda n: [Feedback([{"role": "user"}])] * n, r"rollout 1 \(.*\): messages is .* it must be None, a text, or"),
         (lambda n: [Feedback(" ")] * n, r"rollout 1 \(.*\): messages is ' '; it must be None, a text, or a list"),
@@ -242,7 +243,7 @@ def test_successes_are_shown_by_the_runs_template():
     assert successes(rollouts_of("a"), itself=True)[0].messages is not None
     with pytest.raises(UsageError, match=r"^row 1 of the step has no answer, which rollouts are compared with$"):
         successes(rollouts_of("a", answer=None))
-    with pytest.raises(UsageError, match=r"^scorer is 'best'; it may be exact"):
+    with pytest.raises(UsageError, match=r"^scorer of feedback_args is 'best'; it may be exact"):
         sdpo(rollouts_of("a"), scorer="best")
 
 
@@ -271,6 +272,8 @@ def test_a_judge_reads_and_writes_json():
         ("cat >/dev/null; echo oh no >&2; exit 3", 60, "ended with exit code 3: oh no"),
         ("exit 4", 60, "ended with exit code 4: without a word"),
         ("sleep 60", 0.2, "has not ended after 0.2 seconds"),
+        (r"printf '\377\377'", 60, "wrote what is no JSON: 'utf-8' codec can't decode byte 0xff"),
+        (r"printf '\377' >&2; exit 3", 60, "ended with exit code 3: \N{REPLACEMENT CHARACTER}"),
         ("echo no json", 60, "wrote what is no JSON: Expecting value"),
         ("echo '[null]'", 60, "must write a list of 2 judgements, one for each rollout"),
         ("echo '[null, {}]'", 60, "must write of row 1 of the step an object of messages, weight and log, or null"),
@@ -291,6 +294,26 @@ def test_a_judge_that_fails_is_one_sentence(command, timeout, said):
         ({"feedback": "nowhere.at:all"}, "feedback is 'nowhere.at:all', which cannot be imported: No module named"),
         ({"feedback": "math:pi"}, "feedback is 'math:pi'; it must be a function, and pi is a float"),
         ({"feedback": "sdpo", "feedback_args": {"a": 1}}, "feedback is 'sdpo' and feedback_args {'a': 1}, with which"),
+        (
+            {"feedback": "sdpo", "feedback_args": {"scorer": "exactly"}},
+            "scorer of feedback_args is 'exactly'; it may be exact, contains,",
+        ),
+        (
+            {"feedback": "sdpo", "feedback_args": {"verdict": "false"}},
+            "verdict of feedback_args is 'false'; it must be True or False",
+        ),
+        (
+            {"feedback": "successes", "feedback_args": {"itself": 1}},
+            "itself of feedback_args is 1; it must be True or False",
+        ),
+        (
+            {"feedback": "judge", "feedback_args": {"command": ["a"]}},
+            "command of feedback_args is ['a']; it must be a shell command",
+        ),
+        (
+            {"feedback": "judge", "feedback_args": {"command": "exit 1", "timeout": "60"}},
+            "timeout of feedback_args is '60'; it must be a number above 0 and at most 1000000.0",
+        ),
         (
             {"feedback": "judge"},
             "feedback is 'judge' and feedback_args {}, with which it cannot be called: missing a re",

@@ -1,22 +1,29 @@
 """What each token counts: weights by what both models say of it, the clip, cut rollouts, and rollouts that collapse."""
 
+import json
 import logging
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerControl, TrainerState
 
 from sdft.batch import Sample, group, lay_out
-from sdft.errors import UsageError
+from sdft.cli import main
+from sdft.errors import TrainingError, UsageError
 from sdft.loss import distillation_loss
 from sdft.progress.collapse import LINES, CollapseWatch
 from sdft.settings.config import SDFTConfig
 from sdft.teacher import Teacher
+from sdft.token_weights import _places
 from tests import tiny
 from tests.test_sdft_loss import SAMPLES, logprobs
 from tests.test_sdft_trainer import trained, trainer
 
 CLIP = 2.3  # above half of the divergences of these models
+
+
+WEIGHTED = {"token_weighting": "early", "divergence_clip": CLIP}
 
 
 def unlikely(tokens):
@@ -30,6 +37,22 @@ def wrong_shape(tokens):
 
 def negative(tokens):
     return -tokens.divergence - 1
+
+
+def negative_integers(tokens):
+    return tokens.position - tokens.length
+
+
+def huge(tokens):
+    return torch.full_like(tokens.divergence, 1e300, dtype=torch.float64)
+
+
+def complex_numbers(tokens):
+    return tokens.divergence.to(torch.complex64)
+
+
+def failing(tokens):
+    raise KeyError("position")
 
 
 def of_full_logits(student, teacher, skip, weighting, clip, by_sequence):
@@ -80,20 +103,21 @@ def test_loss_and_gradients_are_those_of_full_logits(weighting, clip, skip, norm
     assert (clipped > 0) == (clip is not None)  # otherwise the clip was not tried
 
 
-def test_weights_with_importance_weights_and_sampled_tokens(tmp_path):
-    """Importance weights multiply what a token counts."""
+@pytest.mark.parametrize("clip", [None, CLIP])
+def test_weights_with_importance_weights_and_sampled_tokens(clip, tmp_path):
+    """Importance weights multiply what a token counts, and what one counts as that is above the clip."""
     student, teacher = tiny.tiny_model(0), tiny.tiny_model(1)
     old = [Sample(s.prompt, s.completion, s.teacher_prompt, old_logprobs=[-3.0] * len(s.completion)) for s in SAMPLES]
     batch = lay_out(old, 0) | {"samples": old}
-    options = {"output_dir": str(tmp_path), "use_cpu": True, "importance_clip": 1e9}
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "importance_clip": 3.0, "divergence_clip": clip}
     out = distillation_loss(student, Teacher(teacher), batch, SDFTConfig(**options, token_weighting="early"), None)
     expected = 0.0
     for sample in SAMPLES:
         p = logprobs(student, sample.prompt, sample.completion).detach().double()
         q = logprobs(teacher, sample.teacher_prompt, sample.completion).detach().double()
-        ratio = (p.gather(-1, torch.tensor(sample.completion)[:, None])[:, 0] + 3.0).exp()
-        early = 1 - torch.arange(len(p)) / len(p)
-        expected += (early * ratio * (p.exp() * (p - q)).sum(-1)).sum().item()
+        ratio = (p.gather(-1, torch.tensor(sample.completion)[:, None])[:, 0] + 3.0).exp().clamp(max=3.0)
+        early, divergence = 1 - torch.arange(len(p)) / len(p), (p.exp() * (p - q)).sum(-1)
+        expected += (early * ratio * divergence.clamp(max=clip or torch.inf)).sum().item()
     assert out.total.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -117,13 +141,41 @@ def test_accumulation_changes_nothing_and_the_log_has_the_mean_weight(tmp_path):
     [
         ("wrong_shape", r"returned a tensor of shape \(3, 2\); it must be a tensor of \d+ numbers"),
         ("negative", "returned a tensor with numbers that are below 0 or not finite"),
-        ("nothing", "which cannot be imported"),
-        ("CLIP", "it must be a function, and CLIP is a float"),
+        ("negative_integers", "returned a tensor with numbers that are below 0 or not finite"),
+        ("huge", "returned a tensor with numbers that are below 0 or not finite in float32"),
+        ("complex_numbers", "returned a tensor of complex64"),
     ],
 )
 def test_functions_that_give_no_weights_are_refused(name, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         trained(tmp_path, token_weighting=f"{__name__}:{name}", max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nothing", "which cannot be imported"), ("CLIP", "it must be a function, and CLIP is a float")],
+)
+def test_a_name_that_is_no_function_is_refused_before_anything_is_loaded(name, words, tmp_path, capsys):
+    given = {"token_weighting": f"{__name__}:{name}"}
+    with pytest.raises(UsageError, match=words):
+        trainer(tmp_path, **given)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model": str(tmp_path), "train_file": str(tmp_path / "rows.jsonl"), **given}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(tiny.rows(1)[0]))
+    tiny.tiny_model().config.save_pretrained(tmp_path)
+    assert main(["train", str(recipe)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_function_that_fails_is_named(tmp_path):
+    with pytest.raises(TrainingError, match=r"token_weighting tests.*:failing failed: KeyError: 'position'"):
+        trained(tmp_path, token_weighting=f"{__name__}:failing", max_steps=1)
+
+
+def test_a_function_is_given_whole_numbers_where_no_token_is_left():
+    left_out = [Sample([5, 6], [7, 8], [5, 6], weight=0.0)]
+    kinds = [each.dtype for each in _places(left_out, 0, torch.device("cpu"))]
+    assert kinds == [torch.int64] * 2
 
 
 @pytest.mark.parametrize(
@@ -154,8 +206,15 @@ def test_rollouts_that_were_cut_are_left_out(tmp_path, caplog):
     with torch.no_grad():
         model.lm_head.weight[1] = 0
     with caplog.at_level(logging.WARNING):
-        trained(tmp_path / "all", model=model, mask_truncated_completions=True, max_steps=1)
+        run = trained(
+            tmp_path / "all", model=model, mask_truncated_completions=True, max_steps=1, log_completions=1, **WEIGHTED
+        )
     assert "mask_truncated_completions has left out all that were cut" in caplog.text
+    (line,) = [entry for entry in run.state.log_history if "loss" in entry]
+    assert line["loss"] == 0 and line["left_out"] == 1
+    assert not {"student_entropy", "teacher_entropy", "token_weight", "clipped"} & line.keys()  # of no token
+    records = [json.loads(text) for text in (tmp_path / "all" / "completions.jsonl").read_text().splitlines()]
+    assert records and all(record["weight"] == 0 and set(record["divergence"]) == {None} for record in records)
 
 
 def watched(values, factor, name="student_entropy", before=()):

@@ -5,7 +5,8 @@ A line has `step` (the one whose loss the rollout is part of, counted from 1), `
 text (`tokens`) and a number: `divergence`, `student_logprob` and `teacher_logprob`, in nats, to six decimals, at the
 loss's temperature. `student_top` and `teacher_top` have the few tokens that the model holds likeliest there, as pairs
 of text and log-probability. All but the texts are null for the tokens that `skip_tokens` leaves out of the loss. Where
-there is feedback, `feedback` is what it had logged, and `weight` what the rollout counts; at 0 it is left out.
+there is feedback, `feedback` is what it had logged. `weight` is what the rollout counts, with feedback or where that is
+not 1; at 0 it is left out.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class CompletionsFile(TrainerCallback):
         for sample in samples:
             scored = range(max(0, len(sample.read().completion) - self.skip_tokens))
             skipped = len(sample.completion) - len(scored)
-            feedback = {} if sample.feedback is None else {"weight": sample.weight, "feedback": sample.feedback}
+            feedback: dict[str, Any] = {} if sample.feedback is None else {"feedback": sample.feedback}
+            if feedback or sample.weight != 1:
+                feedback["weight"] = sample.weight
             self.records.append(
                 {
                     "prompt": self._text(sample.prompt),

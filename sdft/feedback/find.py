@@ -19,7 +19,10 @@ def find_feedback(settings: FeedbackSettings) -> FeedbackFunction | None:
         return None
     name, given = settings.feedback, settings.feedback_args or {}
     function = imported("feedback", name, f"sdft.feedback.{name}:{name}" if name in FEEDBACKS else name)
-    return bound(name, function, given)
+    found = bound(name, function, given)
+    if name in FEEDBACKS:
+        found([])  # without rollouts it looks at its arguments alone
+    return found
 
 
 def bound(name: str, function: Callable[..., Any], given: dict[str, Any]) -> FeedbackFunction:

@@ -7,6 +7,7 @@ long, each an object with `messages` (a chat, a text, or null to leave the rollo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,30 +16,42 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdft.data.rows import WHERE
-from sdft.errors import TrainingError
+from sdft.errors import TrainingError, UsageError, shown
 from sdft.feedback.interface import Feedback, Rollout
+from sdft.settings.checks import check_between
 
 GIVEN = ("row", "completion", "finished", "group", "step")
 TAKEN = {"messages", "weight", "log"}
+#: Seconds, some twelve days.
+LONGEST = 1e6
 
 
 def judge(rollouts: Sequence[Rollout], *, command: str, timeout: float = 600.0) -> list[Feedback]:
-    """What `command` says of the rollouts, in at most `timeout` seconds; TrainingError where it fails."""
-    given = json.dumps([_given(rollout) for rollout in rollouts], default=str)
+    """What `command` says of the rollouts, in at most `timeout` seconds; TrainingError where it fails.
+
+    Without rollouts it is not asked.
+    """
+    if not (isinstance(command, str) and command.strip()):
+        raise UsageError(f"command of feedback_args is {shown(command)}; it must be a shell command")
+    check_between("timeout of feedback_args", timeout, 0, LONGEST, closed_above=True)
+    if not rollouts:
+        return []
+    given = json.dumps([_given(rollout) for rollout in rollouts], default=str).encode()
     process = subprocess.Popen(
-        command, shell=True, text=True, start_new_session=True,
+        command, shell=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         written, complaint = process.communicate(given, timeout)
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)  # with what the shell has started
+        with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
+            os.killpg(process.pid, signal.SIGKILL)  # with what the shell has started
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise _failed(command, f"has not ended after {timeout:g} seconds") from error
         raise
     if process.returncode:
-        last = (complaint.strip().splitlines() or ["without a word"])[-1]
+        last = (complaint.decode(errors="replace").strip().splitlines() or ["without a word"])[-1]
         raise _failed(command, f"ended with exit code {process.returncode}: {last}")
     try:
         found = json.loads(written)

@@ -15,7 +15,7 @@ from sdft.errors import TrainingError, UsageError, kind_of, shown
 from sdft.feedback.find import bound, find_feedback, name_of
 from sdft.feedback.interface import Feedback, FeedbackFunction, Rollout
 from sdft.rollouts.interface import LENGTH, Completion
-from sdft.settings.checks import is_number
+from sdft.settings.checks import check_not_below
 from sdft.settings.config import SDFTConfig
 from sdft.templates import Message, is_messages
 
@@ -71,8 +71,7 @@ class FeedbackStage:
     def _taught(self, where: str, one: Any, tokens: int) -> Taught:
         if not isinstance(one, Feedback):
             raise UsageError(f"{where}: it is a {type(one).__name__}; it must be a Feedback")
-        if not is_number(one.weight) or not 0 <= one.weight < float("inf"):
-            raise UsageError(f"{where}: weight is {shown(one.weight)}; it must be a number of at least 0")
+        check_not_below(f"{where}: weight", one.weight, 0)
         if not isinstance(one.log, str):
             raise UsageError(f"{where}: log is {kind_of(one.log)}; it must be text")
         chat = one.messages

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import SCORERS, Scorer
 from sdft.feedback.interface import Feedback, Rollout, by_prompt
-from sdft.settings.checks import chosen
+from sdft.settings.checks import check_switch, chosen
 
 
 def successes(rollouts: Sequence[Rollout], *, scorer: str = "exact", itself: bool = False) -> list[Feedback]:
@@ -15,7 +15,8 @@ def successes(rollouts: Sequence[Rollout], *, scorer: str = "exact", itself: boo
 
     The shortest right rollout is shown. A rollout is its own demonstration only with `itself`.
     """
-    judge = SCORERS[chosen("scorer", scorer, SCORERS)]
+    judge = SCORERS[chosen("scorer of feedback_args", scorer, SCORERS)]
+    check_switch("itself of feedback_args", itself)
     found = []
     for rollout, siblings in zip(rollouts, by_prompt(rollouts), strict=True):
         solved = [each for each in siblings if right(each, judge) and (itself or each is not rollout)]

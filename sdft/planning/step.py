@@ -34,6 +34,7 @@ from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments
 from sdft.teacher import ModelTeacher, Teacher, make_teacher
 from sdft.teacher_model import OtherModel, teacher_of
+from sdft.token_weights import Weighed
 from sdft_kernels import CrossEntropyOutput, DivergenceOutput, fused_linear_cross_entropy, fused_linear_divergence
 
 #: The phase of the loss, which a step of another loss has otherwise.
@@ -239,7 +240,8 @@ class Step:
         tracker, student, share = self.tracker, causal_lm(self.learner), self.config.demonstration_weight
         compared = mock.patch.object(losses, "fused_linear_divergence", self._compare)
         shown = mock.patch.object(losses, "fused_linear_cross_entropy", self._cross_entropy)
-        with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared, shown:
+        weighed = mock.patch.object(losses, "weigh", _weigh)
+        with tracker.phase("forward"), tracker.part("activations"), self._autocast(), compared, shown, weighed:
             scoring = _Both(tracker.phase("scoring"), tracker.part("scoring"))
             if self.teacher is None:
                 loss = demonstration_loss(student, batch, self.config, self._mixed, self.base, timed=scoring).total
@@ -253,7 +255,8 @@ class Step:
 
     def _compare(self, *tensors: Tensor, **options: Any) -> DivergenceOutput:
         """The loss; before it, what other losses would take at its place."""
-        for name, loss in OTHERS.items() if not self.device.real else ():
+        # A comparison without gradients only says what tokens count; another loss takes the place of the one after it.
+        for name, loss in OTHERS.items() if not self.device.real and torch.is_grad_enabled() else ():
             with self.tracker.aside(name), self.tracker.part("loss"):
                 loss(*tensors)
         with self.tracker.phase(LOSS):
@@ -292,6 +295,12 @@ class Step:
         self.optimizer.step()
         if self.teacher is not None:
             self.teacher.update(self.learner)
+
+
+def _weigh(out: DivergenceOutput, batch: Batch, config: SDFTConfig) -> Weighed:
+    """What tokens count, without values: those of a function of a user's own are not asked for."""
+    none = torch.zeros_like(out.token_loss, dtype=torch.bool)
+    return Weighed(out, torch.ones_like(out.token_loss), none, config.divergence_clip)
 
 
 class _Both(contextlib.ExitStack):

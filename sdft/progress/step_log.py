@@ -51,12 +51,9 @@ class StepLog:
         """What there is to say of the steps since the last line; every process must ask."""
         sums = self._take()
         line: dict[str, float] = {}
-        for name in ("student_entropy", "teacher_entropy"):
-            if name in sums:
-                line[name] = sums[name] / max(sums["tokens"], 1)
-        for name in ("base_kl", "token_weight", "clipped"):
-            if name in sums:
-                line[name] = sums[name] / max(sums["tokens"], 1)
+        for name in ("student_entropy", "teacher_entropy", "base_kl", "token_weight", "clipped"):
+            if name in sums and sums["tokens"]:  # no mean is there of no token
+                line[name] = sums[name] / sums["tokens"]
         if sums.get("squared_importance"):
             line["rollout_gap"] = sums["rollout_gap"] / sums["tokens"]
             line["effective_share"] = sums["importance"] ** 2 / (sums["tokens"] * sums["squared_importance"])
