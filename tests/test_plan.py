@@ -377,18 +377,6 @@ def test_full_logits_take_copies_of_them_and_the_step_with_another_loss_has_all_
     assert measured.peak.total < full.peak.total == full.phases["loss"].total
 
 
-def test_a_comparison_that_says_what_tokens_count_is_planned_without_gradients():
-    lengths, plain, weighted = Lengths(8, 100, 0), settings(), settings(token_weighting="early", divergence_clip=2.0)
-    one, other = (
-        Step(tiny_model().config, "float32", LoraArguments(), each).run(lengths) for each in (plain, weighted)
-    )
-    more = other.phases["loss"].total - one.phases["loss"].total
-    assert (
-        0 < more < 0.05 * one.phases["loss"].total
-    )  # numbers of tokens: the second comparison's gradients are no more
-    assert other.other_losses.keys() == one.other_losses.keys() != set()
-
-
 def test_supervised_step_has_no_other_loss():
     measured = Step(tiny_model().config, "float32", LoraArguments(), settings(method="sft")).run(Lengths(8, 16, 16))
     assert measured.other_losses == {} and measured.phases["loss"].total > 0
