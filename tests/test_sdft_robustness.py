@@ -481,9 +481,9 @@ def test_a_step_with_nothing_to_learn_from_is_one_line_and_leaves_finite_weights
     """Every answer is one end-of-sequence token, and skipped."""
     run = trainer(tmp_path, skip_tokens=1, weight_decay=0.1, max_steps=2, **options)
     run.samples = with_completions(run, [1])
-    with caplog.at_level(logging.WARNING, logger="sdft.trainer"):
+    with caplog.at_level(logging.WARNING, logger="sdft.samples"):
         run.train()
-    lines = [record.getMessage() for record in caplog.records if record.name == "sdft.trainer"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "sdft.samples"]
     assert lines == [
         f"step {step} has nothing to learn from: none of its completions is longer than skip_tokens, which is 1"
         for step in (1, 2)
