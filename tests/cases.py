@@ -161,11 +161,17 @@ class _Float32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(left, right)
-        if dtype in (torch.float32, torch.float64):
-            return (left.to(dtype) @ right.to(dtype)).double()
+        if dtype == torch.float64:
+            return left @ right
+        if left.is_cuda and dtype == torch.float32:
+            return (left.float() @ right.float()).double()
         if left.is_cuda:
             return torch.mm(left.to(dtype), right.to(dtype), out_dtype=torch.float32).double()
-        return (left.float() @ right.float()).double()
+        # Summed in order, as kernels do. torch's own product rounds less on some processors and as much on others.
+        total = torch.zeros(left.shape[0], right.shape[1])
+        for column, row in zip(left.to(dtype).float().T, right.to(dtype).float(), strict=True):
+            total.addcmul_(column[:, None], row)
+        return total.double()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -70,7 +70,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], limit: fl
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_tiles_change_nothing(kind: str, checkpointed: bool) -> None:
     """In float64, since on some machines a float32 product of fewer rows is rounded in another way."""
-    model, ids = made(kind).double(), torch.randint(1, 60, (2, 23))
+    exact = kind != "mixtral"  # whose experts have no product of float64
+    model, ids = made(kind), torch.randint(1, 60, (2, 23))
+    model, limit = (model.double(), 1e-6) if exact else (model, 1e-5)
     names = list(model.state_dict())
     expected = states_and_gradients(model, ids)
     if checkpointed:
@@ -78,9 +80,9 @@ def test_tiles_change_nothing(kind: str, checkpointed: bool) -> None:
     assert set(tile(model, 10)) == set(ARCHITECTURES[kind])
     assert list(model.state_dict()) == names
     found = states_and_gradients(model, ids)
-    assert_same(found, expected, 1e-6)
+    assert_same(found, expected, limit)
     with torch.no_grad():
-        assert_same({"": model.model(input_ids=ids, use_cache=False).last_hidden_state}, {"": expected[""]}, 1e-6)
+        assert_same({"": model.model(input_ids=ids, use_cache=False).last_hidden_state}, {"": expected[""]}, limit)
 
 
 @pytest.mark.parametrize("trained", ["all", "last MLP", "norms"])
