@@ -61,6 +61,11 @@ def by(make: Callable[[], AbstractContextManager[str | Backend]]) -> Write:
     return written
 
 
+def own(name: str) -> Write:
+    """One that draws from the model itself."""
+    return by(lambda: nullcontext(name))
+
+
 def as_trl(model: PreTrainedModel, requests: Sequence[Request], tokens: int) -> int:
     """`SDFTTrainer._generate_transformers` of TRL 1.16: one `generate` for prompts padded on the left."""
     width = max(len(request.prompt) for request in requests)
@@ -97,7 +102,7 @@ def compare(
 
 def backends_of(model: PreTrainedModel, longest: int) -> dict[str, Write]:
     """Every back-end that is here; prompt and rollout have at most `longest` tokens together."""
-    found = {name: by(lambda name=name: nullcontext(name)) for name in BACKENDS}  # type: ignore[misc]
+    found = {name: own(name) for name in BACKENDS}
     found["as TRL"] = as_trl
     if importlib.util.find_spec("vllm") is not None:
         engine = VllmRollouts(model, longest=longest, dtype=model.dtype, memory_share=0.1, probe=range(5, 21))

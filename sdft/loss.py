@@ -115,11 +115,11 @@ def _weighted(
         known = weigh(compare(**{**options, "token_weight": None, "old_logprobs": None, "importance_clip": None}))
     counted = torch.where(known.clipped, 0, known.weights)
     out = compare(**{**options, "token_weight": counted if given is None else counted * given})
-    importance: Tensor | None = None
+    ratio: Tensor | None = None
     if (old_logprobs := options.get("old_logprobs")) is not None:
         assert known.seen.student_logprob is not None
-        importance = (known.seen.student_logprob - old_logprobs).exp().clamp(max=options["importance_clip"])
-    return DivergenceOutput(out.loss + known.value_of_clipped(given, importance), *known.seen[1:])
+        ratio = importance_weights(known.seen.student_logprob - old_logprobs, options["importance_clip"])
+    return DivergenceOutput(out.loss + known.value_of_clipped(given, ratio), *known.seen[1:])
 
 
 @torch.no_grad()
@@ -240,9 +240,14 @@ def distillation_loss(
     return StepLoss(out.loss, sums, tokens[0] if tokens else None)
 
 
+def importance_weights(gap: Tensor, clip: float) -> Tensor:
+    """(N,) weights of tokens, as the kernels have them: `gap` (N,) is log-probabilities now less those when drawn."""
+    return gap.exp().clamp(max=clip)
+
+
 def importance(gap: Tensor, clip: float) -> dict[str, Tensor]:
-    """What is worth logging of the importance weights: `gap` (N,) is log-probabilities now less those when drawn."""
-    weight = gap.exp().clamp(max=clip)
+    """What is worth logging of the importance weights of these gaps."""
+    weight = importance_weights(gap, clip)
     return {
         "rollout_gap": gap.abs().sum(),
         "importance": weight.sum(),

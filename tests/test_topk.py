@@ -337,7 +337,10 @@ def test_it_takes_three_products_or_two_with_a_frozen_head(trainable_head: bool)
     head = torch.empty(vocab, size, dtype=torch.bfloat16, device="meta", requires_grad=trainable_head)
     ids = torch.empty(tokens, k, dtype=torch.int64, device="meta")
     logprobs = torch.empty(tokens, k, device="meta")
-    call = lambda: fused_linear_topk_divergence(hidden, head, ids, logprobs).loss.backward()  # noqa: E731
+
+    def call() -> None:
+        fused_linear_topk_divergence(hidden, head, ids, logprobs).loss.backward()
+
     noted = record(call, TRAFFIC, IMPLEMENTATIONS)
     assert sum(op.flops for op in noted.ops) == (3 if trainable_head else 2) * 2 * tokens * size * vocab
     assert not any(op.waits for op in noted.ops)
@@ -372,7 +375,10 @@ def test_on_a_device_it_holds_the_logits_of_a_block() -> None:
     head = torch.empty(vocab, 256, dtype=torch.bfloat16, device="meta")
     ids = torch.empty(tokens, k, dtype=torch.int64, device="meta")
     logprobs = torch.empty(tokens, k, device="meta")
-    call = lambda: fused_linear_topk_divergence(hidden, head, ids, logprobs).loss.backward()  # noqa: E731
+
+    def call() -> None:
+        fused_linear_topk_divergence(hidden, head, ids, logprobs).loss.backward()
+
     assert record(call, TRAFFIC, IMPLEMENTATIONS).peak < 4 * tokens * vocab / 5
 
 

@@ -148,7 +148,7 @@ def fused_causal_lm_loss(model: Any, in_evaluation: bool = False) -> Callable[[]
         tolerance = max(TOLERANCE, 4 * torch.finfo(model.dtype).eps)
         if not (found - expected).abs() <= tolerance * expected.abs():
             raise ValueError(f"its loss is {expected.item():.6g}, and that of its hidden states {found.item():.6g}")
-    except Exception as error:
+    except Exception as error:  # a model's forward, which without logits may raise anything
         undo()
         raise ValueError(
             f"{name} makes its loss of labels in another way than from its head's output: {error}"
