@@ -293,6 +293,8 @@ def test_a_judge_that_fails_is_one_sentence(command, timeout, said):
         ({"feedback": "sdpo", "rollout_from": "teacher"}, "feedback is 'sdpo' and rollout_from 'teacher'; it must be"),
         ({"feedback": "nowhere.at:all"}, "feedback is 'nowhere.at:all', which cannot be imported: No module named"),
         ({"feedback": "math:pi"}, "feedback is 'math:pi'; it must be a function, and pi is a float"),
+        ({"feedback": "sdpo"}, "feedback is 'sdpo' and rollouts_per_prompt 1; it must be at least 2, or feedback_args"),
+        ({"feedback": "successes", "feedback_args": {"itself": False}}, "feedback is 'successes' and rollouts_per_pro"),
         ({"feedback": "sdpo", "feedback_args": {"a": 1}}, "feedback is 'sdpo' and feedback_args {'a': 1}, with which"),
         (
             {"feedback": "sdpo", "feedback_args": {"scorer": "exactly"}},

@@ -10,11 +10,13 @@ from typing import Any
 from sdft.errors import UsageError
 from sdft.feedback.interface import FeedbackFunction
 from sdft.named_functions import imported
-from sdft.settings.feedback import FEEDBACKS, FeedbackSettings
+from sdft.settings.config import MethodSettings
+from sdft.settings.feedback import ALONE, FEEDBACKS
 
 
-def find_feedback(settings: FeedbackSettings) -> FeedbackFunction | None:
-    """The function that the settings name, with its arguments; UsageError where it cannot be had or called so."""
+def find_feedback(settings: MethodSettings) -> FeedbackFunction | None:
+    """The function that the settings name, with its arguments; UsageError where it cannot be had or called so, or where
+    it would leave out every rollout."""
     if settings.feedback is None:
         return None
     name, given = settings.feedback, settings.feedback_args or {}
@@ -22,6 +24,11 @@ def find_feedback(settings: FeedbackSettings) -> FeedbackFunction | None:
     found = bound(name, function, given)
     if name in FEEDBACKS:
         found([])  # without rollouts it looks at its arguments alone
+    if name in ALONE and settings.rollouts_per_prompt == 1 and not given.get(ALONE[name]):
+        raise UsageError(
+            f"feedback is {name!r} and rollouts_per_prompt 1; it must be at least 2, or feedback_args "
+            f"{{{ALONE[name]}: true}}, for a rollout without another of its prompt is left out"
+        )
     return found
 
 

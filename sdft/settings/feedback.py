@@ -12,6 +12,8 @@ from sdft.settings.setting import setting
 
 #: The functions that come with the package, each in a module of `sdft.feedback` by its name, and what rows must have.
 FEEDBACKS = {"sdpo": ("answer",), "successes": ("answer",), "judge": ()}
+#: Of those that look at a prompt's other rollouts, what of feedback_args has them keep one that is alone.
+ALONE = {"sdpo": "verdict", "successes": "itself"}
 
 
 @dataclass
