@@ -7,6 +7,7 @@ Every method takes the same inputs and leaves gradients in `student_hidden.grad`
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_kernels import fused_linear_cross_entropy, fused_linear_divergence
+from sdft_kernels import fused_linear_cross_entropy, fused_linear_divergence, fused_linear_topk_divergence
 from sdft_kernels.backends import products
 from sdft_kernels.chunking import BLOCK_TOKENS, plan_chunks
 from sdft_kernels.divergences import CROSS_ENTROPY, Objective
@@ -112,6 +113,35 @@ def ours(inputs: Inputs, divergence: str, **options: Any) -> Tensor:
     return loss
 
 
+def ours_half_hard(inputs: Inputs, divergence: str) -> Tensor:
+    """As much of the labels' cross-entropy as of the divergence."""
+    return ours(inputs, divergence, hard_labels=inputs.labels, hard_weight=1.0)
+
+
+#: Entries of each token that a top-k teacher gives.
+TOP_ENTRIES = 100
+
+
+def top_teacher(inputs: Inputs, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of a top-k teacher: entries at even distances, which hold about nine tenths."""
+    tokens, vocab, device = len(inputs.student_hidden), len(inputs.student_weight), inputs.labels.device
+    generator = torch.Generator(device).manual_seed(seed)
+    first = torch.randint(0, vocab, (tokens, 1), generator=generator, device=device)
+    entries = min(TOP_ENTRIES, vocab - 1)
+    ids = (first + vocab // entries * torch.arange(entries, device=device)) % vocab
+    logits = torch.randn((tokens, entries + 1), generator=generator, device=device)
+    logits[:, -1] += math.log(entries) - 2  # what the entries leave
+    return ids, logits.log_softmax(-1)[:, :-1].contiguous()
+
+
+def ours_top(inputs: Inputs, divergence: str, teacher: tuple[Tensor, Tensor]) -> Tensor:
+    loss = fused_linear_topk_divergence(
+        inputs.student_hidden, inputs.student_weight, *teacher, divergence=divergence
+    ).loss
+    loss.backward()
+    return loss
+
+
 def every_option(inputs: Inputs, seed: int = 0) -> dict[str, Any]:
     """All that our loss takes beside hidden states and heads; the biases do not train."""
     (tokens, _), (vocab, _), device = inputs.student_hidden.shape, inputs.student_weight.shape, inputs.labels.device
@@ -190,7 +220,18 @@ def _liger_fused(inputs: Inputs, divergence: str, implementation: str) -> Tensor
     return loss
 
 
+def liger_cross_entropy(inputs: Inputs) -> Tensor:
+    """Its implementation is left to Liger."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(inputs.student_hidden, inputs.student_weight, inputs.labels)
+    loss.backward()
+    return loss
+
+
 def liger_triton(inputs: Inputs, divergence: str) -> Tensor:
+    if divergence == CROSS_ENTROPY:
+        return liger_cross_entropy(inputs)
     return _liger_fused(inputs, divergence, "nvidia-triton")
 
 
@@ -257,7 +298,8 @@ class Floor:
 
 class OurFloor:
     """The bare products in our dtypes, float32 logits and a head's gradient added up in float32; `whole` or in chunks
-    as ours has them. Its operands are random numbers: what they hold decides the clock of a GPU at its power limit."""
+    as ours has them; without a teacher's for cross-entropy. Its operands are random numbers: what they hold decides the
+    clock of a GPU at its power limit."""
 
     def __init__(self, inputs: Inputs, *, whole: bool) -> None:
         from sdft_kernels.backends.gpu import backend as triton_backend
@@ -296,7 +338,8 @@ class OurFloor:
             for student_block, teacher_block in zip(hidden.split(self.block), teacher.split(self.block), strict=True):
                 logits = self.logits[: len(student_block)]
                 products.logits(student_block, weight, logits)
-                products.logits(teacher_block, inputs.teacher_weight, logits)
+                if divergence != CROSS_ENTROPY:
+                    products.logits(teacher_block, inputs.teacher_weight, logits)
             products.hidden_gradient(gradient, weight, self.grad_hidden[chunk])
             if self.grad_weight is not None:
                 products.add_weight_gradient(gradient, hidden, self.grad_weight, first=chunk.start == 0)
@@ -312,12 +355,14 @@ METHODS: dict[str, Method] = {
 }
 
 LIGER_HALF_HARD, LIGER_HALF_HARD_COMPILED = "Liger eager, half hard", "Liger compiled, half hard"
+OURS_HALF_HARD, OURS_TOP = "ours, half hard", f"ours, top {TOP_ENTRIES}"
 
-#: With those that need a GPU: Liger's fused loss by its kernels, and its loss with half a hard one.
+#: With those that need a GPU: Liger's fused loss by its kernels, and losses with half a hard one.
 DEVICE_METHODS: dict[str, Method] = {
     **METHODS,
     "Liger Triton": liger_triton,
     "Liger CuTe": liger_cute,
+    OURS_HALF_HARD: ours_half_hard,
     LIGER_HALF_HARD: liger_half_hard,
     LIGER_HALF_HARD_COMPILED: liger_half_hard_compiled,
 }

@@ -41,16 +41,22 @@ from benchmarks.ledger import COMPARED, EVERY_OPTION, OURS, Ledger, count
 from benchmarks.methods import (
     DEVICE_METHODS,
     LIGER_HALF_HARD,
+    OURS_HALF_HARD,
+    OURS_TOP,
     Inputs,
     Method,
     OurFloor,
     every_option,
     make_inputs,
     ours,
+    ours_top,
+    top_teacher,
 )
 from benchmarks.roofline import Gpu, Model, seconds
 
-IS_OURS = (OURS, SOFTCAP, EVERY_OPTION)
+IS_OURS = (OURS, SOFTCAP, EVERY_OPTION, OURS_HALF_HARD, OURS_TOP)
+#: Whose errors are not taken here: what compiles does so once more for them, and the others' are a test's.
+WITHOUT_ERRORS = (*FLOORS, *COMPILED, LIGER_HALF_HARD, OURS_HALF_HARD, OURS_TOP)
 
 #: Of the free memory, what plain torch may take by its ledger, which has none of its temporary results.
 PLAIN_SHARE = 0.6
@@ -163,6 +169,9 @@ def prepare(name: str, sets: list[Inputs], case: Case, device: str) -> Method:
     if name in (SOFTCAP, EVERY_OPTION):
         options = {id(inputs): options_of(name, inputs, case.model) for inputs in sets}
         return lambda inputs, divergence: ours(inputs, divergence, **options[id(inputs)])
+    if name == OURS_TOP:
+        teachers = {id(inputs): top_teacher(inputs) for inputs in sets}
+        return lambda inputs, divergence: ours_top(inputs, divergence, teachers[id(inputs)])
     return DEVICE_METHODS[name]
 
 
@@ -273,7 +282,7 @@ def workspace_of(case: Case, name: str) -> int:
 
 def find_errors(settings: Settings, case: Case, known: Known) -> None:
     """Each method's relative errors, of the same head with few tokens, where they are not known yet."""
-    methods = [name for block in case.blocks for name in block if name not in (*FLOORS, *COMPILED, LIGER_HALF_HARD)]
+    methods = [name for block in case.blocks for name in block if name not in WITHOUT_ERRORS]
     missing = [name for name in methods if (case.model.name, case.divergence, name) not in known.errors]
     few = replace(case, tokens=few_tokens(settings), trainable_head=True)
     # Of those with options, each has a reference of its own.

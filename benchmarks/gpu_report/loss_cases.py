@@ -12,10 +12,13 @@ from benchmarks.ledger import EVERY_OPTION, OURS
 from benchmarks.methods import (
     LIGER_HALF_HARD,
     LIGER_HALF_HARD_COMPILED,
+    OURS_HALF_HARD,
+    OURS_TOP,
     PEER_BETA,
+    WITH_HARD,
 )
 from benchmarks.roofline import Model
-from sdft_kernels.divergences import DIVERGENCES
+from sdft_kernels.divergences import CROSS_ENTROPY, DIVERGENCES
 
 TOKENS, FEW, MANY = 8192, 1024, 16_384
 TOY_TOKENS, TOY_FEW, TOY_MANY = 24, 16, 32
@@ -66,7 +69,13 @@ class Case:
     @property
     def flops(self) -> int:
         """Of the products that any exact method needs."""
-        return (4 if self.trainable_head else 3) * 2 * self.tokens * self.model.hidden * self.model.vocab
+        return (
+            (4 - (not self.trainable_head) - (self.divergence == CROSS_ENTROPY))
+            * 2
+            * self.tokens
+            * self.model.hidden
+            * self.model.vocab
+        )
 
     def without(self, absent: Container[str]) -> Case | None:
         """The case with the peers that are there; None where those that it is about are not."""
@@ -108,13 +117,17 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield from usual(tokens, heads[:2])
     yield from long(heads[: 1 if settings.toy else 2], 0)
     yield from usual(tokens, heads[2:])
+    for _, trainable in heads[:2]:
+        yield Case(first, tokens, trainable, CROSS_ENTROPY, (FLOORS, (OURS, "Liger Triton"), (PLAIN,)))
     yield from usual(few, heads[: 1 if settings.toy else None])
     for divergence in ("jsd", *(name for name in DIVERGENCES if name not in ("reverse_kl", "jsd"))):
-        offered = (*PEERS, LIGER_HALF_HARD) if divergence == "jsd" else PEERS if divergence in PEER_BETA else ()
-        yield Case(first, tokens, True, divergence, ((OURS, *offered),))
-    yield Case(first, tokens, True, "reverse_kl", ((OURS, EVERY_OPTION),))
+        half_hard = (OURS_HALF_HARD, LIGER_HALF_HARD) if divergence == "jsd" else ()
+        offered = PEERS if divergence in PEER_BETA else ()
+        yield Case(first, tokens, True, divergence, ((OURS, *half_hard, *offered),))
+    yield Case(first, tokens, True, "reverse_kl", ((OURS, EVERY_OPTION, OURS_HALF_HARD, OURS_TOP),))
+    yield Case(first, tokens, True, WITH_HARD, ((OURS,),))
     if not settings.toy:
         yield from long(heads[2:], COMPILE_SECONDS)
         for trainable in (True, False):
             yield Case(first, tokens, trainable, "reverse_kl", ((OURS, "Liger compiled"),))
-        yield Case(first, tokens, True, "jsd", ((OURS, LIGER_HALF_HARD_COMPILED),))
+        yield Case(first, tokens, True, "jsd", ((OURS, OURS_HALF_HARD, LIGER_HALF_HARD_COMPILED),))

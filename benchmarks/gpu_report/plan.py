@@ -37,7 +37,8 @@ STAGES = (
     Stage("parts", "The loss by its parts, beside what was predicted", 35),
     Stage("scoring", "Scoring without a gradient", 35),
     Stage("training", "A training step by its phases", 110),
-    Stage("rollouts", "Rollouts", 100),
+    Stage("runs", "`sdft train`, and what it planned", 120),
+    Stage("rollouts", "Rollouts", 60),
 )
 
 
