@@ -8,7 +8,6 @@ checked without torch and transformers, which take seconds to import, is checked
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import signal
@@ -32,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(MAIN, end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"sdft {importlib.metadata.version('sdft-kernels')}")
+        from sdft.version import OURS, version_of
+
+        print(f"sdft {version_of(OURS) or 'of a checkout that is not installed'}")
         return 0
     command, *rest = arguments
     if command not in COMMANDS:

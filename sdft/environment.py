@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 import sdft
+from sdft.version import version_of
 from sdft_kernels.backends import torch as torch_backend
 from sdft_kernels.backends.cpu import backend as cpu_backend
 from sdft_kernels.backends.select import select
@@ -41,7 +41,7 @@ PACKAGES = {
 
 def lines() -> list[str]:
     """The whole page."""
-    kernels = _version("sdft-kernels") or "not installed"
+    kernels = version_of("sdft-kernels") or "not installed"
     found = [
         f"sdft-kernels {kernels} in {Path(sdft.__file__).parent.parent}",
         f"Python {platform.python_version()}, {platform.platform()}",
@@ -51,7 +51,7 @@ def lines() -> list[str]:
     width = max(map(len, PACKAGES))
     for name, purpose in PACKAGES.items():
         missing = f"not installed{f' ({purpose})' if purpose else ''}"
-        found.append(f"  {name.ljust(width)}  {_version(name) or missing}")
+        found.append(f"  {name.ljust(width)}  {version_of(name) or missing}")
     found += ["", "devices, and what the loss runs on there"]
     found += [f"  {name}: {_backend(device)}" for name, device in _devices().items()]
     return found
@@ -61,7 +61,7 @@ def made_with() -> dict[str, Any]:
     """What a run began with, for its record: packages, machine, and the commit of the folder that it was started in."""
     found: dict[str, Any] = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "packages": {name: version for name in ("sdft-kernels", *PACKAGES) if (version := _version(name))},
+        "packages": {name: version for name in ("sdft-kernels", *PACKAGES) if (version := version_of(name))},
         "python": platform.python_version(),
         "system": platform.platform(),
         "devices": list(_devices()),
@@ -108,13 +108,6 @@ def _backend(device: torch.device) -> str:
         why = "that are there cannot be used" if built else "were not built"
         return f"plain torch, for the kernels in C {why} (reinstall the package where a C compiler is)"
     return "plain torch, for triton is not installed (pip install triton)"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -21,10 +21,10 @@ from benchmarks.gpu_report.plan import STAGES, Stage
 from benchmarks.gpu_report.process import Outcome
 from benchmarks.gpu_report.stage import Row, Settings
 from benchmarks.ledger import EVERY_OPTION, OURS, chunk_size, meta_inputs
-from benchmarks.methods import DEVICE_METHODS, OurFloor, every_option, make_inputs
+from benchmarks.methods import DEVICE_METHODS, WITH_HARD, OurFloor, every_option, make_inputs
 from benchmarks.recorder import Op, Touch, record
 from benchmarks.roofline import GPUS, MODELS, PRODUCT_EFFICIENCY
-from sdft_kernels.divergences import DIVERGENCES
+from sdft_kernels.divergences import CROSS_ENTROPY, DIVERGENCES
 from sdft_kernels.reference import reference_divergence
 from tests.cases import relative_error
 
@@ -276,7 +276,7 @@ def test_peers_take_turns_at_what_they_offer() -> None:
     assert all(case.guess(case.blocks[-1]) < 15 for case in found[2:4]), (
         "what is compiled later keeps none from running"
     )
-    assert {case.divergence for case in found} == set(DIVERGENCES)
+    assert {case.divergence for case in found} == {*DIVERGENCES, CROSS_ENTROPY, WITH_HARD}
     for case in found:
         methods = [name for block in case.blocks for name in block]
         assert OURS in methods and len(set(methods)) == len(methods)
@@ -306,7 +306,7 @@ def test_a_peer_that_is_not_here_is_skipped_once(monkeypatch: pytest.MonkeyPatch
     assert [row["case"] for row in rows if "skipped" in row] == ["TRL", "Liger", "Liger CuTe"]
     assert not [row for row in rows if "error" in row]
     methods = {name for case in found for block in case.blocks for name in block}
-    assert methods == {OURS, EVERY_OPTION, loss_cases.SOFTCAP, loss_cases.PLAIN, *loss_cases.FLOORS}
+    assert methods == {*loss.IS_OURS, loss_cases.PLAIN, *loss_cases.FLOORS}
     assert len(found) == len(list(loss.cases(real))) - 3, "no case is only about a compiled peer"
 
 

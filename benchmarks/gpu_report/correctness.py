@@ -35,7 +35,7 @@ MOST_CASES = 10
 
 def workers(settings: Settings) -> int:
     """Most of the time compiles kernels, on the CPU; each process takes about half a gibibyte of the GPU besides."""
-    return 2 if settings.toy else max(2, min(12, (os.cpu_count() or 2) - 2))
+    return 2 if settings.toy else max(2, min(16, os.cpu_count() or 2))
 
 
 @dataclass

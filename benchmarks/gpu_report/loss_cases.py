@@ -80,7 +80,9 @@ class Case:
     def without(self, absent: Container[str]) -> Case | None:
         """The case with the peers that are there; None where those that it is about are not."""
         blocks = [tuple(name for name in block if peers.of(name) not in absent) for block in self.blocks]
-        if any(name in COMPILED for block in self.blocks for name in block) and blocks == [(OURS,)]:
+        if any(name in COMPILED for block in self.blocks for name in block) and all(
+            name in (OURS, OURS_HALF_HARD) for block in blocks for name in block
+        ):
             return None
         return replace(self, blocks=tuple(block for block in blocks if block))
 

@@ -49,14 +49,14 @@ class Case:
 
 def cases(settings: Settings) -> list[Case]:
     """What matters most comes first."""
-    short, long, longest = (8, 64, 128) if settings.toy else (256, 16_384, 65_536)
+    short, long, longest = (8, 64, 128) if settings.toy else (128, 16_384, 65_536)
     lora = {"lora_rank": 16, "rollout_batch_size": "auto", "per_device_train_batch_size": SAMPLES}
     one = {"method": "sft", "per_device_train_batch_size": 1}
     return [
         Case(
-            f"sdft, LoRA, averaged teacher, {SAMPLES} × {short} tokens, drafts from history",
+            f"sdft, LoRA, averaged teacher, {SAMPLES} × {short} tokens",
             short,
-            {**lora, "teacher": "ema", "rollout_draft": "history"},
+            {**lora, "teacher": "ema"},
         ),
         Case(f"sft, LoRA, 1 × {long} tokens", long, {**one, "lora_rank": 16, "activation_checkpointing": True}),
         Case(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import html
-import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from sdft.report.rollouts import samples
 from sdft.report.run_folder import RunFolder, is_number, read_run, series, significant
 from sdft.report.what_ran import NUMBERS, bars, beside, differing, facts, headline, numbers, settings
 from sdft.run_files import REPORT_FILE
+from sdft.version import OURS, version_of
 
 #: What the page has of each run over its steps.
 CURVES = (
@@ -75,7 +75,7 @@ def data(runs: Sequence[RunFolder]) -> dict[str, Any]:
     recipes = beside([settings(run) for run in runs])
     return {
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-        "version": importlib.metadata.version("sdft-kernels"),
+        "version": version_of(OURS) or "of a checkout",
         "runs": [
             {
                 "name": run.name,
