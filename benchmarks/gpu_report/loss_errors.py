@@ -23,7 +23,9 @@ def reference(inputs: Inputs, divergence: str, options: dict[str, Any]) -> tuple
     hidden = inputs.student_hidden.detach().double().requires_grad_()
     weight = inputs.student_weight.detach().double().requires_grad_()
     tokens = len(hidden)
-    of_each_token = {name: options[name] for name in ("token_weight", "labels", "old_logprobs") if name in options}
+    of_each_token: dict[str, Any] = {
+        name: options[name] for name in ("token_weight", "labels", "old_logprobs") if name in options
+    }
     others = {name: value for name, value in options.items() if name not in of_each_token}
     total = options["token_weight"].double().sum() if "token_weight" in options else tokens
     if divergence == WITH_HARD:

@@ -32,7 +32,7 @@ class Stage:
 #: Shares are the seconds that each takes of eleven minutes. What a stage leaves over goes to those after it.
 STAGES = (
     Stage("card", "The card", 40),
-    Stage("correctness", "Correctness: the tests of tests/gpu", 200),
+    Stage("correctness", "Correctness: the tests of tests/gpu", 240),
     Stage("loss", "The loss and its gradients, beside its peers", 160),
     Stage("parts", "The loss by its parts, beside what was predicted", 35),
     Stage("scoring", "Scoring without a gradient", 35),

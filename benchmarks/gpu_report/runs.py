@@ -32,7 +32,7 @@ GIBIBYTE = 2**30
 #: The line in which `sdft train` says what it has planned; the CUDA context's share is in it.
 PLANNED = re.compile(r"a step is planned to take ([\d.]+) GiB")
 #: Seconds that a run takes at most before one was made.
-ASSUMED_SECONDS = 60.0
+ASSUMED_SECONDS = 45.0
 SAMPLES, STEPS = 8, 2
 PHASES = ("rollout", "score", "learn")
 SAVINGS = {"activation_checkpointing": True, "activation_offload": True}

@@ -20,7 +20,8 @@ def _on_a_gpu(device: str) -> None:
 def step(device: str, *, on_host: bool, tokens: int | None) -> tuple[dict[str, Tensor], int]:
     """A checkpointed model's gradients, and the bytes that are allocated when its backward pass begins."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "max_position_embeddings": 8192}
-    model = tiny.tiny_model(**sizes).to(device).train()
+    # In float64: a product of a tile is summed up in another order than the whole one's.
+    model = tiny.tiny_model(**sizes).to(device, torch.float64).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tile(model, tokens)
     ids = torch.randint(2, 101, (1, 8192), generator=torch.Generator().manual_seed(0)).to(device)
@@ -40,7 +41,7 @@ def test_what_is_kept_on_the_host_comes_back(device: str, tokens: int | None) ->
     expected, kept = step(device, on_host=False, tokens=None)
     found, kept_with = step(device, on_host=True, tokens=tokens)
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (found[name] - gradient).norm() <= 1e-9 * gradient.norm(), name
     assert kept_with < 0.7 * kept
 
 
