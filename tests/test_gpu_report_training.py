@@ -245,8 +245,9 @@ def test_a_random_model_is_made_where_and_as_it_is_to_be() -> None:
 def test_rollouts_of_a_toy() -> None:
     rows = list(rollouts.run(toy()))
     assert [(row["backend"], row["seeded"], row["prompts"]) for row in rows] == [
-        *((backend, seeded, prompts) for backend in BACKENDS for seeded in (True, False) for prompts in (4, 8)),
+        *(("generate", seeded, prompts) for seeded in (True, False) for prompts in (4, 8)),
         ("generate, compiled", True, 8),
+        *(("continuous", seeded, prompts) for seeded in (True, False) for prompts in (4, 8)),
     ]
     for row in rows:
         json.dumps(row, allow_nan=False)
@@ -255,15 +256,15 @@ def test_rollouts_of_a_toy() -> None:
 
 
 def test_what_is_measured_is_as_long_as_what_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[str, int]] = []
+    taken: list[tuple[Any, ...]] = []
 
-    def take(model: Any, backend: str, prompts: int, tokens: int, seeded: bool) -> float:
-        taken.append((backend, tokens))
+    def take(model: Any, *told: Any) -> float:
+        taken.append(told)
         return 1.0
 
     monkeypatch.setattr(rollouts, "take", take)
     rows = list(rollouts.run(toy()))
-    assert len(taken) == len(rows) + len(rollouts.WAYS) and {tokens for _, tokens in taken} == {rows[0]["tokens"]}
+    assert taken[::2] == taken[1::2] and len(taken) == 2 * len(rows), "a turn before each measured one, like it in all"
 
 
 def test_a_back_end_that_breaks_does_not_stop_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +277,7 @@ def test_a_back_end_that_breaks_does_not_stop_the_rest(monkeypatch: pytest.Monke
     monkeypatch.setitem(BACKENDS, "generate", breaks)
     monkeypatch.setitem(BACKENDS, "continuous", too_short)
     rows = list(rollouts.run(toy()))
-    assert [row["error"] for row in rows[:4]] == ["RuntimeError: refused"] * 4
-    assert all("completions of [1] tokens" in row["error"] for row in rows[4:8])
+    errors = {name: [row["error"] for row in rows if row["backend"] == name] for name in BACKENDS}
+    assert errors["generate"] == ["RuntimeError: refused"] * 4
+    assert len(errors["continuous"]) == 4 and all("completions of [1] tokens" in said for said in errors["continuous"])
     assert rollouts.table(rows).count("RuntimeError: refused") == 4

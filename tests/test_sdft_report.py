@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import random
 import subprocess
@@ -177,6 +178,27 @@ def test_the_command_writes_beside_one_run_and_here_for_several(
     assert cli.main(["report", "a", "b"]) == 0 and (tmp_path / "report.html").is_file()
     assert cli.main(["report", "--output_file", "c.html", "a", "b"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("c.html shows a, b (")
+
+
+def test_a_checkout_that_is_not_installed_has_its_report_and_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert cli.main(["report", str(make_run(tmp_path / "run"))]) == 0
+    assert '"version":"of a checkout"' in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "sdft of a checkout that is not installed\n"
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sdft", "report", str(tmp_path / "none")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("sdft: ")
 
 
 def test_the_command_imports_neither_torch_nor_transformers() -> None:

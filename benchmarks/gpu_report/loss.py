@@ -55,7 +55,8 @@ from benchmarks.methods import (
 from benchmarks.roofline import Gpu, Model, seconds
 
 IS_OURS = (OURS, SOFTCAP, EVERY_OPTION, OURS_HALF_HARD, OURS_TOP)
-#: Whose errors are not taken here: what compiles does so once more for them, and the others' are a test's.
+#: Whose errors are not taken: what is compiled would be compiled again, bare products have none, and the others would
+#: each need another reference.
 WITHOUT_ERRORS = (*FLOORS, *COMPILED, LIGER_HALF_HARD, OURS_HALF_HARD, OURS_TOP)
 
 #: Of the free memory, what plain torch may take by its ledger, which has none of its temporary results.

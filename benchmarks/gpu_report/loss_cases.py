@@ -69,20 +69,14 @@ class Case:
     @property
     def flops(self) -> int:
         """Of the products that any exact method needs."""
-        return (
-            (4 - (not self.trainable_head) - (self.divergence == CROSS_ENTROPY))
-            * 2
-            * self.tokens
-            * self.model.hidden
-            * self.model.vocab
-        )
+        products = 2 + (self.divergence != CROSS_ENTROPY) + self.trainable_head
+        return products * 2 * self.tokens * self.model.hidden * self.model.vocab
 
     def without(self, absent: Container[str]) -> Case | None:
         """The case with the peers that are there; None where those that it is about are not."""
         blocks = [tuple(name for name in block if peers.of(name) not in absent) for block in self.blocks]
-        if any(name in COMPILED for block in self.blocks for name in block) and all(
-            name in (OURS, OURS_HALF_HARD) for block in blocks for name in block
-        ):
+        offered, left = ({name for block in of for name in block} for of in (self.blocks, blocks))
+        if not offered.isdisjoint(COMPILED) and left <= {OURS, OURS_HALF_HARD}:
             return None
         return replace(self, blocks=tuple(block for block in blocks if block))
 

@@ -23,8 +23,6 @@ WAYS: tuple[tuple[str, str | Backend, float], ...] = (
     ("continuous", "continuous", 5.0),
 )
 PROMPT_TOKENS, NEW_TOKENS, TOY_TOKENS = 64, 128, 8
-#: Of a turn that is not measured.
-FIRST_TOKENS = 8
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -44,10 +42,9 @@ def run(settings: Settings) -> Iterator[Row]:
                 try:
                     if model is None:
                         model = make_model(settings)
-                    # As many prompts, and as many tokens where each length is new to the device.
-                    take(model, backend, prompts, new_tokens if compiles else FIRST_TOKENS, seeded)
+                    take(model, backend, prompts, new_tokens, seeded)  # as many: each length is new to the device
                     row |= measure(model, backend, prompts, new_tokens, seeded)
-                    expected = 2 + 1.5 * row["seconds"]
+                    expected = 2 + 3 * row["seconds"]  # of two turns
                 except Exception as error:  # told in the report; the others go on
                     row["error"] = described(error)
                 gc.collect()

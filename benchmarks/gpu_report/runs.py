@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_report.cases import described
+from benchmarks.gpu_report.cases import described, notes
 from benchmarks.gpu_report.models import character_tokenizer, random_model
 from benchmarks.gpu_report.paths import ROOT
 from benchmarks.gpu_report.stage import Row, Settings, markdown, skipped
@@ -44,7 +44,7 @@ class Case:
 
     name: str
     tokens: int
-    given: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any]
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -128,7 +128,6 @@ def measure(case: Case, model: Path, folder: Path, settings: Settings) -> Row:
         "max_steps": STEPS,
         "dtype": "float32" if settings.toy else "bfloat16",
         "save_strategy": "no",
-        "overlong": "error",
         "use_cpu": settings.device == "cpu",
         **case.given,
     }
@@ -183,9 +182,4 @@ def table(rows: list[Row]) -> str:
         "",
         markdown([row for row in rows if "seconds" in row], columns),
     ]
-    lines += [
-        f"\n{row['case']}: {row.get('error') or row.get('skipped')}"
-        for row in rows
-        if "error" in row or "skipped" in row
-    ]
-    return "\n".join(lines)
+    return "\n".join(lines) + notes(rows)
