@@ -90,7 +90,8 @@ def fused_linear_divergence(
         old_logprobs: (N,) log-probabilities of the labels when they were sampled, in nats; then each token's
             weight is multiplied by exp(student_logprob - old_logprobs), without gradient through it. In float16 a
             gradient overflows where this factor times the gradient of a token of the largest `token_weight` passes
-            1,023, even if a small factor of the loss would bring it back: `importance_clip` keeps it below.
+            1,023 (63 with JSD and the skewed divergences), even if a small factor of the loss would bring it back:
+            `importance_clip` keeps it below.
         importance_clip: upper limit of that factor, positive, or None.
         hard_weight: with `hard_labels`, the factor of each token's cross-entropy with its hard label, which is then
             added to the divergence: a number, (N,) floating point, or None for 1. The token's weight multiplies both.

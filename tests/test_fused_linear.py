@@ -10,7 +10,8 @@ from sdft_kernels import FusedLinearDivergence, fused_linear_divergence, linear_
 from sdft_kernels.backends import tiles
 from sdft_kernels.backends.cpu import backend as compiled
 from sdft_kernels.backends.products import Dtypes
-from sdft_kernels.chunk_loop import FLOAT16_WEIGHT, token_weights
+from sdft_kernels.chunk_loop import FLOAT16_MIXTURE_WEIGHT, FLOAT16_WEIGHT, token_weights
+from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import LiveTokens
 from tests.cases import (
     DIVERGENCES,
@@ -225,32 +226,50 @@ def test_a_mixture_that_is_nearly_the_teacher_stays_finite(backend: str) -> None
         assert gradient is None or (gradient.isfinite().all() and gradient.norm() < 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "largest"), [("reverse_kl", FLOAT16_WEIGHT), ("skew_reverse_kl", FLOAT16_MIXTURE_WEIGHT)]
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_in_float16_the_largest_weight_is_fixed_and_a_factor_says_what_it_was(reduction: str) -> None:
+def test_in_float16_the_largest_weight_is_fixed_and_a_factor_says_what_it_was(
+    reduction: str, divergence: str, largest: float
+) -> None:
     """Else small weights, such as 1 / length, would make gradients of logits that float16 cannot hold."""
     given = torch.rand(9) / 8192
     dtypes = Dtypes.of(torch.float16, torch.float16, given.device)
-    weight, factor = token_weights(LiveTokens(given, 9), given, torch.zeros(9), reduction, dtypes)
-    assert weight.max() == FLOAT16_WEIGHT
+    live, objective = LiveTokens(given, 9), Objective(divergence)
+    weight, factor = token_weights(live, given, torch.zeros(9), reduction, dtypes, objective)
+    assert weight.max() == largest
     torch.testing.assert_close(weight * factor, given / given.sum() if reduction == "mean" else given)
-    case = random_case(9, dtype=torch.float16, token_weight=given, reduction=reduction)
+    case = random_case(9, dtype=torch.float16, token_weight=given, reduction=reduction, divergence=divergence)
     upstream = torch.rand(9) * 4096 if reduction == "none" else torch.tensor(4096.0)
     assert_close(fused(case, upstream), reference(case, upstream), *LIMITS[torch.float16])
     case.trainable = ("student_hidden",)
     assert_close(fused(case, upstream), reference(case, upstream), *LIMITS[torch.float16])
 
 
-@pytest.mark.parametrize(("log_ratio", "clip"), [(6.0, None), (13.0, None), (13.0, 400.0)])
-def test_in_float16_importance_weights_have_the_limit_that_is_documented(log_ratio: float, clip: float | None) -> None:
+@pytest.mark.parametrize(
+    ("divergence", "most", "log_ratio", "clip"),
+    [
+        ("reverse_kl", FLOAT16_WEIGHT, 6.0, None),
+        ("reverse_kl", FLOAT16_WEIGHT, 13.0, None),
+        ("reverse_kl", FLOAT16_WEIGHT, 13.0, 400.0),
+        ("jsd", FLOAT16_MIXTURE_WEIGHT, 4.0, None),
+        ("jsd", FLOAT16_MIXTURE_WEIGHT, 13.0, None),
+        ("jsd", FLOAT16_MIXTURE_WEIGHT, 13.0, 60.0),
+    ],
+)
+def test_in_float16_importance_weights_have_the_limit_that_is_documented(
+    divergence: str, most: float, log_ratio: float, clip: float | None
+) -> None:
     labels, upstream = torch.arange(9), torch.tensor(1 / 64)
-    case = random_case(9, dtype=torch.float16, reduction="sum", labels=labels)
+    case = random_case(9, dtype=torch.float16, reduction="sum", labels=labels, divergence=divergence)
     logprob = fused(case).output.student_logprob
     assert logprob is not None
     case = case.with_options(old_logprobs=logprob - log_ratio, importance_clip=clip)
     found, expected = fused(case, upstream), reference(case, upstream)
     largest = expected.gradients["student_hidden"]
     assert largest is not None
-    fits = bool(largest.abs().max() / upstream < 65504 / FLOAT16_WEIGHT)
+    fits = bool(largest.abs().max() / upstream < 65504 / most)
     assert fits == (log_ratio < 7 or clip is not None)
     if fits:
         assert_close(found, expected, *LIMITS[torch.float16])
