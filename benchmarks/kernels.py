@@ -19,15 +19,21 @@ from sdft_kernels.backends.gpu import divergence as triton_divergence
 from sdft_kernels.backends.gpu import linear as triton_linear
 from sdft_kernels.backends.gpu import scaling as triton_scaling
 from sdft_kernels.backends.gpu import scoring as triton_scoring
+from sdft_kernels.backends.gpu import top as triton_top
 from sdft_kernels.backends.gpu.backend import empty_logits
 from sdft_kernels.backends.gpu.operands import configurations
 from sdft_kernels.backends.interface import HeadOperands
-from sdft_kernels.divergences import CROSS_ENTROPY, DIVERGENCES, HardTerm, LogitOptions, Objective
-from sdft_kernels.tokens import TokenRows, TokenScores
+from sdft_kernels.coarse import TAILS
+from sdft_kernels.divergences import CROSS_ENTROPY, DIVERGENCES, Coarse, HardTerm, LogitOptions, Objective
+from sdft_kernels.tokens import TokenRows, TokenScores, TopTokens
 
 #: Vocabularies of both kinds that Triton compiles apart: odd, so that alignment has to come from the workspace, and a
 #: multiple of 16, which lets it assume more.
 VOCABULARIES = (50_257, 151_936)
+
+
+#: Kernels that reach a row's entries one by one.
+OF_ENTRIES = ("take_out_kernel", "compare_kernel", "put_back_kernel")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def variants(quick: bool) -> Iterator[AnyVariant]:
         if bias == labels or not quick
         for vocab in (VOCABULARIES[capped : capped + 1] if quick else VOCABULARIES)
     )
+    yield from top_variants(quick)
     yield from (ScalingVariant(dtype) for dtype in ("float32", "bfloat16", "float16"))
     yield from (
         PeerVariant(package, divergence) for package in ("TRL", "Liger") for divergence in ("reverse_kl", "jsd")
@@ -150,6 +157,56 @@ def score(variant: ScoringVariant) -> None:
     logits = empty_logits(written, variant.tokens, variant.vocab, torch.float32)
     bias = torch.empty(variant.vocab) if variant.bias else None
     triton_scoring.score_rows(logits, bias, scores, LogitOptions(softcap=30.0 if variant.capped else None))
+
+
+@dataclass(frozen=True)
+class TopVariant:
+    """One way of comparing with a teacher who gives some entries of each token."""
+
+    divergence: str
+    tail: str
+    entries: int
+    every_option: bool  # a soft cap, a bias, labels and importance weights
+    gradient: str = "bfloat16"
+    tokens: int = 61
+    vocab: int = VOCABULARIES[0]
+
+
+def top_variants(quick: bool) -> Iterator[TopVariant]:
+    """Of few entries, of more than a program handles at once, and of one: Triton compiles a 1 apart."""
+    for divergence, tail, entries, every_option in product(DIVERGENCES, TAILS, (100, 3000, 1), (False, True)):
+        if not quick or (tail == TAILS[0]) == (entries == 100) == every_option:
+            yield TopVariant(divergence, tail, entries, every_option)
+
+
+def compare_top(variant: TopVariant) -> None:
+    """As `call`, for the kernels of `fused_linear_topk_divergence`."""
+    tokens, entries = variant.tokens, variant.entries
+    student = empty_logits(torch.empty(0), tokens, variant.vocab, torch.float32)
+    gradient = empty_logits(student, tokens, variant.vocab, getattr(torch, variant.gradient))
+    written, bias, labels, of_labels = torch.empty(tokens), None, None, None
+    if variant.every_option:
+        bias, labels, of_labels = torch.empty(variant.vocab), torch.empty(tokens, dtype=torch.int64), written
+    top = TopTokens(
+        ids=torch.empty(tokens, entries, dtype=torch.int64),
+        logprobs=torch.empty(tokens, entries),
+        tail=torch.empty(tokens, dtype=torch.float64),
+        student_tail=written,
+    )
+    rows = TokenRows(written, labels, of_labels, written, written, None, of_labels, None, top=top)
+    objective = Objective(
+        CROSS_ENTROPY,
+        student=LogitOptions(softcap=30.0 if variant.every_option else None),
+        hard=HardTerm(),
+        coarse=Coarse(variant.divergence, tail=variant.tail),
+    )
+    with mock.patch.object(triton_top, "process_rows", _compare_rows_alone):
+        triton_top.process_top_rows(student, top, rows, objective, gradient, bias)
+
+
+def _compare_rows_alone(student: Any, *_: Any, before_gradient: Callable[[Any], None]) -> None:
+    """In the place of the kernels of a cross-entropy, which are compiled elsewhere."""
+    before_gradient(torch.empty(len(student), triton_divergence.ROW.value))
 
 
 @dataclass(frozen=True)
@@ -273,7 +330,7 @@ PEERS: dict[str, Callable[[PeerVariant], None]] = {
 }
 
 
-AnyVariant = Variant | ScoringVariant | ScalingVariant | LinearVariant | PeerVariant
+AnyVariant = Variant | ScoringVariant | TopVariant | ScalingVariant | LinearVariant | PeerVariant
 
 
 def kind_of(target: str) -> str:
@@ -289,6 +346,8 @@ def launches(variant: AnyVariant, kind: str) -> list[Launch]:
             PEERS[variant.package](variant)
         elif isinstance(variant, ScoringVariant):
             score(variant)
+        elif isinstance(variant, TopVariant):
+            compare_top(variant)
         elif isinstance(variant, ScalingVariant):
             scale(variant)
         elif isinstance(variant, Variant):
@@ -306,7 +365,7 @@ def _tile(launch: Launch) -> tuple[int, ...]:
 
 def compile_variant(variant: AnyVariant, target: str) -> list[dict[str, Any]]:
     """A row of the report for each kernel that this call would launch on this target."""
-    if isinstance(variant, Variant) and variant.gradient and TARGETS[target].backend == "hip":
+    if isinstance(variant, Variant | TopVariant) and variant.gradient and TARGETS[target].backend == "hip":
         variant = replace(variant, gradient="float32")  # all there is on ROCm: products.gradient_dtype
     return [
         {
@@ -342,7 +401,7 @@ def broken_bars(rows: list[dict[str, Any]]) -> list[str]:
             broken.append(f"{where} spills {row['spills']} and has a stack of {row['stack']} bytes: {row}")
         if row["tile"] and not row["matrix"]:
             broken.append(f"{where} does not multiply on the tensor cores: {row}")
-        if row["narrow"] and "combine" not in row["kernel"]:  # which read no rows
+        if row["narrow"] and "combine" not in row["kernel"] and row["kernel"] not in OF_ENTRIES:  # which read no rows
             broken.append(f"{where} reaches rows with {row['narrow']} accesses under 16 bytes: {row}")
     return broken
 

@@ -26,8 +26,8 @@ _TRL_STATISTICS = (
 
 _BIASES = ("student_bias_pointer", "teacher_bias_pointer")
 
-#: By module and kernel. Left out is the one logit a row that `partials_kernel` reads at a label. What every row reads
-#: again, a bias, is taken to be in the L2 cache.
+#: By module and kernel. Left out is the one logit a row that `partials_kernel` reads at a label, and the few of a row
+#: that a teacher gives. What every row reads again, a bias, is taken to be in the L2 cache.
 TRAFFIC = {
     "statistics.partials_kernel": Traffic(
         ("student_pointer", "teacher_pointer", *_BIASES, "labels_pointer", "hard_labels_pointer"),
@@ -69,6 +69,18 @@ TRAFFIC = {
         ("student_pointer", "teacher_pointer", *_BIASES, "constants_pointer", "hard_labels_pointer"),
         ("gradient_pointer",),
     ),
+    "top.take_out_kernel": Traffic(("ids_pointer", "labels_pointer"), ("u_pointer", "label_u_pointer")),
+    "top.compare_kernel": Traffic(
+        (
+            *("u_pointer", "logprobs_pointer", "tail_pointer", "rest_logsumexp_pointer", "rest_entropy_pointer"),
+            *("label_u_pointer", "old_logprobs_pointer", "weight_pointer"),
+        ),
+        (
+            *("u_pointer", "constants_pointer", "loss_pointer", "entropy_pointer", "logprob_pointer"),
+            "student_tail_pointer",
+        ),
+    ),
+    "top.put_back_kernel": Traffic(("ids_pointer", "values_pointer"), ()),
     # By an upstream gradient of 1, as `loss.backward()` has it: nothing else is read, and nothing written.
     "scaling.scale_kernel": Traffic(("factor_pointer",), ()),
     # What tiles of tokens and of the vocabulary read again is taken to be in the L2 cache.

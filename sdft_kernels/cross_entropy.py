@@ -128,7 +128,9 @@ def _forward(
     hidden, vocab = given.hidden, options.vocab_size or given.weight.shape[0]
     dtypes = Dtypes.of(operands, given.weight.dtype, hidden.device)
     live = LiveTokens(given.token_weight, hidden.shape[0])
-    weight, missing_factor = token_weights(live, given.token_weight, hidden, options.reduction, dtypes, options.objective)
+    weight, missing_factor = token_weights(
+        live, given.token_weight, hidden, options.reduction, dtypes, options.objective
+    )
     labels = live.take(given.labels).contiguous()
     check_labels(labels, vocab)
     loss, entropy, logprob, logsumexp = (hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(4))

@@ -32,7 +32,9 @@ def forward(
     hidden, labels, old_logprobs = given.student_hidden, given.labels, given.old_logprobs
     dtypes = Dtypes.of(operands, given.student_weight.dtype, hidden.device)
     live = LiveTokens(given.token_weight, hidden.shape[0])
-    weight, missing_factor = token_weights(live, given.token_weight, hidden, options.reduction, dtypes, options.objective)
+    weight, missing_factor = token_weights(
+        live, given.token_weight, hidden, options.reduction, dtypes, options.objective
+    )
     vocab = options.compared(given.student_weight, given.teacher_weight)
     if labels is not None:
         labels = live.take(labels).contiguous()

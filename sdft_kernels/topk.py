@@ -157,7 +157,9 @@ def _forward(given: TopkInputs, options: TopkOptions, operands: torch.dtype, wan
     hidden, vocab = given.hidden, options.vocab_size or given.weight.shape[0]
     dtypes = Dtypes.of(operands, given.weight.dtype, hidden.device)
     live = LiveTokens(given.token_weight, hidden.shape[0])
-    weight, missing_factor = token_weights(live, given.token_weight, hidden, options.reduction, dtypes, options.objective)
+    weight, missing_factor = token_weights(
+        live, given.token_weight, hidden, options.reduction, dtypes, options.objective
+    )
     labels, old_logprobs, logprob = given.labels, given.old_logprobs, None
     loss, entropy, student_tail = (hidden.new_empty(live.count, dtype=dtypes.wide) for _ in range(3))
     if labels is not None:

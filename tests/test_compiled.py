@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels import OF_ENTRIES
 from sdft_kernels.backends.gpu.linear import PROCESS_TILES, SCORE_TILES
 
 #: Shared memory that a program may have, in bytes.
@@ -42,7 +43,7 @@ def rows(every_row: list[dict]) -> list[dict]:
 
 def test_every_kernel_is_there_for_every_target(rows: list[dict]) -> None:
     kernels = {"partials_kernel", "mixture_kernel", "combine_kernel", "gradient_kernel", "score_kernel"}
-    kernels |= {*TILES, "combine_scores_kernel", "scale_kernel"}
+    kernels |= {*TILES, *OF_ENTRIES, "combine_scores_kernel", "scale_kernel"}
     assert {(row["kernel"], row["target"]) for row in rows} == {(k, t) for k in kernels for t in TARGETS}
 
 
@@ -55,7 +56,8 @@ def test_no_spills_and_no_stack(rows: list[dict], target: str) -> None:
 
 
 def reads_logits(row: dict) -> bool:
-    return not ("combine" in row["kernel"] or row["kernel"] == "scale_kernel" or row["kernel"] in TILES)
+    others = (*TILES, *OF_ENTRIES, "scale_kernel")
+    return not ("combine" in row["kernel"] or row["kernel"] in others)
 
 
 def vectors_read(row: dict) -> int:

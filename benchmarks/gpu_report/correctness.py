@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from benchmarks.gpu_report.errors import CutOff
 from benchmarks.gpu_report.paths import ROOT
 from benchmarks.gpu_report.stage import Row, Settings, markdown
@@ -33,9 +35,16 @@ COUNTED = ("passed", "failed", "skipped", "seconds")
 MOST_CASES = 10
 
 
+#: Bytes of the GPU's memory that the largest tests take, which one process has, and those that any other process takes.
+OF_LARGEST, OF_A_WORKER = 26 * 2**30, 3.5 * 2**30
+
+
 def workers(settings: Settings) -> int:
-    """Most of the time compiles kernels, on the CPU; each process takes about half a gibibyte of the GPU besides."""
-    return 2 if settings.toy else max(2, min(16, os.cpu_count() or 2))
+    """As many as there are processors, for most of the time compiles kernels; and as many as the GPU has memory for."""
+    if settings.toy:
+        return 2
+    fit = (torch.cuda.get_device_properties(0).total_memory - OF_LARGEST) // OF_A_WORKER
+    return max(2, min(16, os.cpu_count() or 2, int(fit)))
 
 
 @dataclass

@@ -29,14 +29,14 @@ class Stage:
         return importlib.import_module(self.path)
 
 
-#: Shares are the seconds that each takes of eleven minutes. What a stage leaves over goes to those after it.
+#: Shares are in proportion to the seconds that each needs: all of eleven minutes. What a stage leaves over goes to those after it.
 STAGES = (
     Stage("card", "The card", 40),
-    Stage("correctness", "Correctness: the tests of tests/gpu", 240),
-    Stage("loss", "The loss and its gradients, beside its peers", 160),
+    Stage("correctness", "Correctness: the tests of tests/gpu", 330),
+    Stage("loss", "The loss and its gradients, beside its peers", 140),
     Stage("parts", "The loss by its parts, beside what was predicted", 35),
     Stage("scoring", "Scoring without a gradient", 35),
-    Stage("training", "A training step by its phases", 110),
+    Stage("training", "A training step by its phases", 90),
     Stage("runs", "`sdft train`, and what it planned", 120),
     Stage("rollouts", "Rollouts", 60),
 )

@@ -74,6 +74,11 @@ def cases(settings: Settings) -> list[Case]:
             short,
             {"teacher": "ema", "teacher_offload": True, "per_device_train_batch_size": SAMPLES},
         ),
+        Case(
+            f"sdft, LoRA, averaged teacher, {SAMPLES} × {short} tokens, rollouts compiled",
+            short,
+            {**lora, "teacher": "ema", "rollout_compile": True},
+        ),
     ]
 
 

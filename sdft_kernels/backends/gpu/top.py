@@ -1,20 +1,30 @@
-"""The coarse divergence of a block of logits, by the kernels of a cross-entropy.
+"""The coarse divergence of a block of logits, by the kernels of a cross-entropy and three of its own.
 
-Before they read the logits, the entries that the teacher gives are taken out, so that the softmax is the rest's.
-Between their last two, torch compares the few outcomes of each row and replaces the constants of the gradient, into
-which the entries' own is then put.
+Before the others read the logits, `take_out` keeps the entries that the teacher gives and masks them, so that the
+softmax is the rest's. Between their last two, `compare` takes a row's few outcomes, as coarse.py has them, in float64,
+and replaces the constants of the gradient. Into that, `put_back` writes the entries' own at the end.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from sdft_kernels.backends.gpu.divergence import ROW_CENTRE, ROW_FACTOR, process_rows
-from sdft_kernels.backends.tiles import Target
-from sdft_kernels.backends.torch import compare_top, store_top
-from sdft_kernels.divergences import MASKED, LogitOptions, Objective
+from sdft_kernels.backends.gpu.divergence import ROW, ROW_CENTRE, ROW_FACTOR, process_rows
+from sdft_kernels.backends.gpu.math import FAR_BELOW, add_bias, form, load_logit, transform
+from sdft_kernels.coarse import LEAST_TAIL
+from sdft_kernels.divergences import MASKED, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TopTokens
+
+#: The entries of a row that a program handles at once, and those of each of its warps.
+LARGEST_BLOCK = 256
+ENTRIES_OF_A_WARP = 32
+
+_LOG_OF_LEAST_TAIL = tl.constexpr(math.log(LEAST_TAIL))
 
 
 def process_top_rows(
@@ -26,40 +36,240 @@ def process_top_rows(
     bias: Tensor | None = None,
 ) -> None:
     """Fills `rows` and `gradient` as `process_rows` does, from (R, V) float32 products, which are overwritten."""
-    tokens, vocab = student.shape
+    (tokens, vocab), entries = student.shape, top.ids.shape[1]
     if tokens == 0:
         return
-    options = objective.student
-    ids = top.ids.where(top.ids < vocab, top.ids[:, :1])  # what is no entry is a row's first one once more
-    u = _u_at(student, ids, bias, options)
-    label_z = None
-    if rows.labels is not None:
-        label_z = options.factor * _u_at(student, rows.labels.unsqueeze(1), bias, options).squeeze(1).double()
-    masked = -torch.inf if options.softcap is not None else MASKED
-    student.scatter_(1, ids, -masked if options.inner < 0 else masked)
+    assert objective.coarse is not None
+    options, coarse, grid = objective.student, objective.coarse, (tokens,)
+    block = min(LARGEST_BLOCK, triton.next_power_of_2(entries))
+    launch = {"BLOCK": block, "num_warps": max(1, block // ENTRIES_OF_A_WARP)}
+    u = student.new_empty((tokens, entries))
+    label_u = None if rows.labels is None else student.new_empty(tokens)
+    take_out_kernel[grid](
+        *(student, bias, student.stride(0), vocab, top.ids, entries, rows.labels, u, label_u, options.inner),
+        -MASKED if form(options) == "negated" else -math.inf if options.softcap is not None else MASKED,
+        FORM=form(options),
+        **launch,
+    )
     unused, entropy, logsumexp = (torch.empty_like(rows.loss) for _ in range(3))
     rest = TokenRows(rows.weight, None, None, unused, entropy, None, torch.zeros_like(unused), None, logsumexp)
-    lacking: list[Tensor] = []
 
     def compare_rows(constants: Tensor | None) -> None:
-        z = options.factor * u.double()
-        compared = compare_top(rows, objective, z.T, logsumexp.double(), entropy.double(), vocab)
-        store_top(rows, objective, compared, label_z)
-        factor = rows.weight.double() * (options.scale / options.temperature)
-        if constants is not None:
-            constants[:, ROW_CENTRE.value] = -compared.of_rest
-            constants[:, ROW_FACTOR.value] = factor
-            of_entries = Target.of(ids.T, u.T, options, factor * compared.of_entries.T).weight.T
-            lacking.append(torch.where(factor.unsqueeze(1) == 0, 0, of_entries))
+        mixes = is_mixture(coarse.divergence)
+        compare_kernel[grid](
+            *(u, entries, vocab, top.logprobs, top.tail, logsumexp, entropy, label_u, rows.old_logprobs),
+            *(rows.weight, rows.loss, rows.student_entropy, rows.student_logprob, top.student_tail, constants),
+            *((coarse.beta, math.log(coarse.beta), math.log1p(-coarse.beta)) if mixes else (0.0, 0.0, 0.0)),
+            math.inf if objective.importance_clip is None else objective.importance_clip,
+            options.factor,
+            options.scale / options.temperature,
+            MASKED / 2 * options.factor,
+            DIVERGENCE=coarse.divergence,
+            BUCKET=coarse.tail == "bucket",
+            CAPPED=options.softcap is not None,
+            **launch,
+        )
 
     process_rows(student, None, rest, objective, gradient, bias, before_gradient=compare_rows)
     if gradient is not None:
-        entries = lacking.pop()
-        gradient.scatter_(1, ids, entries.where(top.ids < vocab, entries[:, :1]).to(gradient.dtype))
+        put_back_kernel[grid](gradient, gradient.stride(0), vocab, top.ids, entries, u, **launch)
 
 
-def _u_at(products: Tensor, ids: Tensor, bias: Tensor | None, options: LogitOptions) -> Tensor:
-    """u at some entries of each row, (R, K)."""
-    y = products.gather(1, ids)
-    u = (y if bias is None else y + bias[ids]) * options.inner
-    return u if options.softcap is None else u.tanh_()
+@triton.jit
+def take_out_kernel(
+    student_pointer,
+    bias_pointer,
+    stride,
+    vocab,
+    ids_pointer,
+    entries,
+    labels_pointer,
+    u_pointer,
+    label_u_pointer,
+    inner,
+    masked,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row. Writes u at its entries, and at its label where there are labels; masks the entries."""
+    row = tl.program_id(0).to(tl.int64)
+    student_pointer += row * stride
+    if labels_pointer is not None:
+        label = tl.load(labels_pointer + row)
+        tl.store(label_u_pointer + row, load_logit(student_pointer, bias_pointer, label, vocab, inner, FORM))
+        tl.debug_barrier()  # the label may be one of the entries
+    for start in range(0, entries, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        ids = tl.load(ids_pointer + row * entries + places, mask=places < entries, other=vocab)
+        given = ids < vocab
+        y = add_bias(tl.load(student_pointer + ids, mask=given, other=0.0), bias_pointer, ids, vocab)
+        tl.store(u_pointer + row * entries + places, transform(y, inner, FORM), mask=places < entries)
+        tl.store(student_pointer + ids, masked, mask=given)
+
+
+@triton.jit
+def log_add(a, b):
+    """log(exp(a) + exp(b))."""
+    largest = tl.maximum(a, b)
+    return largest + tl.log(tl.exp(a - largest) + tl.exp(b - largest))
+
+
+@triton.jit
+def load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK: tl.constexpr):
+    """Of some entries of a row u, z, the teacher's log-probability, whether there is one, and their places."""
+    places = start + tl.arange(0, BLOCK)
+    log_q = tl.load(logprobs_pointer + places, mask=places < entries, other=-float("inf")).to(tl.float64)
+    u = tl.load(u_pointer + places, mask=places < entries, other=0.0)
+    given = log_q > -float("inf")
+    return u, tl.where(given, u.to(tl.float64) * factor, -float("inf")), log_q, given, places
+
+
+@triton.jit
+def loss_and_score(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE: tl.constexpr):
+    """An outcome's term of the divergence, and g, where dL/dz = p (g - Σ p g). Forward KL has no g, but p - q."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    if DIVERGENCE == "reverse_kl":
+        return p * (log_p - log_q), log_p - log_q
+    elif DIVERGENCE == "forward_kl":
+        return q * (log_q - log_p), 0 * q
+    else:
+        log_m = log_add(log_p + log_rest, log_q + log_beta)
+        over_p, over_q = log_p - log_m, log_q - log_m
+        if DIVERGENCE == "jsd":
+            return (1 - beta) * p * over_p + beta * q * over_q, (1 - beta) * over_p
+        elif DIVERGENCE == "skew_reverse_kl":
+            return p * over_p, over_p - (1 - beta) * tl.exp(over_p)
+        else:
+            return q * over_q, -(1 - beta) * tl.exp(over_q)
+
+
+@triton.jit
+def of_logit(log_p, log_q, g, mean_g, DIVERGENCE: tl.constexpr):
+    """An outcome's dL/dz."""
+    if DIVERGENCE == "forward_kl":
+        return tl.exp(log_p) - tl.exp(log_q)
+    else:
+        return tl.exp(log_p) * (g - mean_g)
+
+
+@triton.jit
+def compare_kernel(
+    u_pointer,
+    entries,
+    vocab,
+    logprobs_pointer,
+    tail_pointer,
+    rest_logsumexp_pointer,
+    rest_entropy_pointer,
+    label_u_pointer,
+    old_logprobs_pointer,
+    weight_pointer,
+    loss_pointer,
+    entropy_pointer,
+    logprob_pointer,
+    student_tail_pointer,
+    constants_pointer,
+    beta,
+    log_beta,
+    log_rest,
+    importance_clip,
+    factor,
+    slope,
+    masked,
+    DIVERGENCE: tl.constexpr,
+    BUCKET: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row, in float64: `compare` of coarse.py. Writes the token's values, its weight times its
+    importance, the gradient's constants for the rest, and over the entries' u their logits' gradients."""
+    row = tl.program_id(0).to(tl.int64)
+    u_pointer += row * entries
+    logprobs_pointer += row * entries
+    largest = tl.full((), -float("inf"), tl.float64)
+    teacher_largest = largest
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, entries, BLOCK):
+        _, z, log_q, given, _ = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
+        largest = tl.maximum(largest, tl.max(z, 0))
+        teacher_largest = tl.maximum(teacher_largest, tl.max(log_q, 0))
+        count += tl.sum(given.to(tl.int32), 0)
+    total = tl.full((), 0.0, tl.float64)
+    teacher_total = total
+    for start in range(0, entries, BLOCK):
+        _, z, log_q, _, _ = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
+        total += tl.sum(tl.exp(z - largest), 0)
+        teacher_total += tl.sum(tl.exp(log_q - teacher_largest), 0)
+
+    rest = tl.load(rest_logsumexp_pointer + row).to(tl.float64)
+    tail_log_q = tl.load(tail_pointer + row)
+    of_entries = largest + tl.log(total)
+    logsumexp = log_add(of_entries, rest)
+    tail_logprob = rest - logsumexp
+    none_left = count == vocab
+    nothing = none_left | ((rest <= masked) & (tail_log_q <= _LOG_OF_LEAST_TAIL))
+    student_total = of_entries
+    teacher_total = teacher_largest + tl.log(teacher_total)
+    tail_log_p = tl.full((), FAR_BELOW, tl.float64)
+    if BUCKET:
+        tail_log_q = tl.maximum(tail_log_q, FAR_BELOW)
+        student_total = tl.where(nothing, of_entries, logsumexp)
+        teacher_total = tl.where(nothing, teacher_total, log_add(teacher_total, tail_log_q))
+        tail_log_p = tl.where(nothing, FAR_BELOW, rest - student_total)
+        tail_log_q = tl.where(nothing, FAR_BELOW, tail_log_q - teacher_total)
+    else:
+        tail_log_q = tail_log_p
+
+    loss, tail_g = loss_and_score(tail_log_p, tail_log_q, beta, log_beta, log_rest, DIVERGENCE)
+    mean_g = tl.exp(tail_log_p) * tail_g
+    rest_entropy = tl.load(rest_entropy_pointer + row).to(tl.float64)
+    entropy = tl.exp(tail_logprob) * (rest_entropy - tail_logprob)
+    for start in range(0, entries, BLOCK):
+        _, z, log_q, given, _ = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
+        log_p = tl.where(given, z - student_total, FAR_BELOW)
+        log_q = tl.where(given, log_q - teacher_total, FAR_BELOW)
+        term, g = loss_and_score(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE)
+        loss += tl.sum(term, 0)
+        mean_g += tl.sum(tl.exp(log_p) * g, 0)
+        logprob = tl.where(given, z - logsumexp, FAR_BELOW)
+        entropy -= tl.sum(tl.exp(logprob) * logprob, 0)
+    tl.store(loss_pointer + row, loss.to(tl.float32))
+    tl.store(entropy_pointer + row, entropy.to(tl.float32))
+    tl.store(student_tail_pointer + row, tl.where(none_left, -float("inf"), tail_logprob).to(tl.float32))
+
+    weight = tl.load(weight_pointer + row)
+    if label_u_pointer is not None:
+        label_z = tl.load(label_u_pointer + row).to(tl.float64) * factor
+        label_logprob = (label_z - logsumexp).to(tl.float32)
+        tl.store(logprob_pointer + row, label_logprob)
+        if old_logprobs_pointer is not None:
+            weight *= tl.minimum(tl.exp(label_logprob - tl.load(old_logprobs_pointer + row)), importance_clip)
+            tl.store(weight_pointer + row, weight)
+    if constants_pointer is not None:
+        of_rest = of_logit(tail_log_p, tail_log_q, tail_g, mean_g, DIVERGENCE)
+        tl.store(constants_pointer + row * ROW + ROW_CENTRE, -of_rest.to(tl.float32))
+        tl.store(constants_pointer + row * ROW + ROW_FACTOR, weight * slope)
+        for start in range(0, entries, BLOCK):
+            u, z, log_q, given, places = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
+            log_p = tl.where(given, z - student_total, FAR_BELOW)
+            log_q = tl.where(given, log_q - teacher_total, FAR_BELOW)
+            _, g = loss_and_score(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE)
+            gradient = of_logit(log_p, log_q, g, mean_g, DIVERGENCE).to(tl.float32) * (weight * slope)
+            if CAPPED:
+                capped = tl.maximum(u, -1.0)
+                gradient *= 1 - capped * capped
+            else:
+                gradient = tl.where(u > FAR_BELOW, gradient, 0.0)
+            tl.store(u_pointer + places, tl.where(weight == 0, 0.0, gradient), mask=places < entries)
+
+
+@triton.jit
+def put_back_kernel(gradient_pointer, stride, vocab, ids_pointer, entries, values_pointer, BLOCK: tl.constexpr):
+    """One program a row: the gradient at its entries."""
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, entries, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        ids = tl.load(ids_pointer + row * entries + places, mask=places < entries, other=vocab)
+        values = tl.load(values_pointer + row * entries + places, mask=places < entries)
+        out = gradient_pointer + row * stride + ids
+        tl.store(out, values.to(gradient_pointer.dtype.element_ty), mask=ids < vocab)
