@@ -41,7 +41,7 @@ def test_each_divergence_is_where_the_map_says() -> None:
         "definition": ["sdft_kernels/reference.py"],
         "torch": ["sdft_kernels/divergences.py", "sdft_kernels/coarse.py"],
         "C": ["sdft_kernels/backends/cpu/kernels.c"],
-        "Triton": [f"sdft_kernels/backends/gpu/{name}.py" for name in ("divergence", "statistics", "math")],
+        "Triton": [f"sdft_kernels/backends/gpu/{name}.py" for name in ("divergence", "statistics", "math", "top")],
     }
     found = rows("From a formula to its code")
     assert len(found) == 8

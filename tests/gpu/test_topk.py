@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sdft_kernels import fused_linear_topk_divergence
 from sdft_kernels.reference import reference_topk_divergence
-from tests.cases import LEAST_NATS, relative_error
+from tests.cases import DIVERGENCES, LEAST_NATS, relative_error
 from tests.gpu.test_loss import GRADIENTS
 from tests.test_topk import every_option, inputs, run, wide
 
-#: Tokens, vocabulary and entries: more tokens than a block, and a real head.
-SHAPES = ((700, 5003, 20), (63, 151_936, 100), (129, 1008, 1))
+#: Tokens, vocabulary and entries: more tokens than a block, real heads, and more entries than a kernel takes at once.
+SHAPES = ((700, 5003, 20), (63, 151_936, 100), (129, 1008, 1), (64, 50_257, 300))
 INTERPRETED = ((3, 1040, 7),)
 
 
@@ -23,7 +23,7 @@ def moved(given: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", GRADIENTS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("options", ["plain", "all options"])
 def test_matches_float64(divergence: str, dtype: torch.dtype, options: str, device: str) -> None:

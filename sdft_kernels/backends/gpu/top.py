@@ -20,9 +20,8 @@ from sdft_kernels.coarse import LEAST_TAIL
 from sdft_kernels.divergences import MASKED, Objective, is_mixture
 from sdft_kernels.tokens import TokenRows, TopTokens
 
-#: The entries of a row that a program handles at once, and those of each of its warps.
-LARGEST_BLOCK = 256
-ENTRIES_OF_A_WARP = 32
+#: The most entries of a row that a program, which is one warp, handles at once.
+LARGEST_BLOCK = 128
 
 _LOG_OF_LEAST_TAIL = tl.constexpr(math.log(LEAST_TAIL))
 
@@ -41,8 +40,7 @@ def process_top_rows(
         return
     assert objective.coarse is not None
     options, coarse, grid = objective.student, objective.coarse, (tokens,)
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(entries))
-    launch = {"BLOCK": block, "num_warps": max(1, block // ENTRIES_OF_A_WARP)}
+    launch = {"BLOCK": min(LARGEST_BLOCK, triton.next_power_of_2(entries)), "num_warps": 1}
     u = student.new_empty((tokens, entries))
     label_u = None if rows.labels is None else student.new_empty(tokens)
     take_out_kernel[grid](
@@ -111,7 +109,7 @@ def take_out_kernel(
 def log_add(a, b):
     """log(exp(a) + exp(b))."""
     largest = tl.maximum(a, b)
-    return largest + tl.log(tl.exp(a - largest) + tl.exp(b - largest))
+    return largest + tl.log(1 + tl.exp(tl.minimum(a, b) - largest))
 
 
 @triton.jit
