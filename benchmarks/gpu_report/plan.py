@@ -29,7 +29,7 @@ class Stage:
         return importlib.import_module(self.path)
 
 
-#: Shares are in proportion to the seconds that each needs: all of eleven minutes. What a stage leaves over goes to those after it.
+#: Shares are in proportion to the seconds that each needs. What a stage leaves over goes to those after it.
 STAGES = (
     Stage("card", "The card", 40),
     Stage("correctness", "Correctness: the tests of tests/gpu", 330),
