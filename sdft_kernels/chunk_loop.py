@@ -158,9 +158,10 @@ def _allocate(student: Side, wanted: Wanted, dtypes: Dtypes, chunks: int, live: 
 #: vocabulary of 256k gives each entry a gradient of 4e-6, which this lifts to 2.5e-4; while a log-ratio of hundreds of
 #: nats times this stays under the type's largest number, 65,504.
 FLOAT16_WEIGHT = 64.0
-#: The same for the divergences from a mixture. No entry's gradient is far above 1 there, and where the mixture is near
-#: the student all are small: with 64 the head's gradient had errors up to 1.6e-3 of it over a vocabulary of 262,144.
-FLOAT16_MIXTURE_WEIGHT = 1024.0
+#: The same where gradients stay near 1 and all may be small: of the divergences from a mixture, and from the entries
+#: that a teacher gives. With 64 the head's gradient had errors up to 1.6e-3 of it (a skewed divergence, a vocabulary of
+#: 262,144), and the hidden states' up to 5e-3 (100 entries of 151,936).
+FLOAT16_BOUNDED_WEIGHT = 1024.0
 
 
 def token_weights(
@@ -174,8 +175,8 @@ def token_weights(
     """The factor of each live token's gradient, and a factor that every gradient still lacks.
 
     A mean divides by the sum of the weights. In float16 that, or small weights, would push the logits' gradients out of
-    range; so there the largest weight is made `FLOAT16_WEIGHT`, or a mixture's, and what that and the mean divide by is
-    left for the backward pass, where it meets the upstream gradient. Otherwise the second factor is 1.
+    range; so there the largest weight is made `FLOAT16_WEIGHT`, or the bounded one's, and what that and the mean
+    divide by is left for the backward pass, where it meets the upstream gradient. Otherwise the second factor is 1.
     """
     wide = dtypes.wide
     one = like.new_ones((), dtype=wide)
@@ -191,7 +192,8 @@ def token_weights(
         return weight.div(total).to(wide), one
     largest = weight.abs().amax() if live.count else one
     largest = torch.where(largest == 0, 1, largest)
-    unit = largest / (FLOAT16_MIXTURE_WEIGHT if is_mixture(objective.divergence) else FLOAT16_WEIGHT)
+    bounded = objective.coarse is not None or is_mixture(objective.divergence)
+    unit = largest / (FLOAT16_BOUNDED_WEIGHT if bounded else FLOAT16_WEIGHT)
     return weight.div(unit).to(wide), (unit / total).to(wide)
 
 

@@ -10,7 +10,7 @@ from sdft_kernels import FusedLinearDivergence, fused_linear_divergence, linear_
 from sdft_kernels.backends import tiles
 from sdft_kernels.backends.cpu import backend as compiled
 from sdft_kernels.backends.products import Dtypes
-from sdft_kernels.chunk_loop import FLOAT16_MIXTURE_WEIGHT, FLOAT16_WEIGHT, token_weights
+from sdft_kernels.chunk_loop import FLOAT16_BOUNDED_WEIGHT, FLOAT16_WEIGHT, token_weights
 from sdft_kernels.divergences import Objective
 from sdft_kernels.tokens import LiveTokens
 from tests.cases import (
@@ -227,7 +227,7 @@ def test_a_mixture_that_is_nearly_the_teacher_stays_finite(backend: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("divergence", "largest"), [("reverse_kl", FLOAT16_WEIGHT), ("skew_reverse_kl", FLOAT16_MIXTURE_WEIGHT)]
+    ("divergence", "largest"), [("reverse_kl", FLOAT16_WEIGHT), ("skew_reverse_kl", FLOAT16_BOUNDED_WEIGHT)]
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_in_float16_the_largest_weight_is_fixed_and_a_factor_says_what_it_was(
@@ -253,9 +253,9 @@ def test_in_float16_the_largest_weight_is_fixed_and_a_factor_says_what_it_was(
         ("reverse_kl", FLOAT16_WEIGHT, 6.0, None),
         ("reverse_kl", FLOAT16_WEIGHT, 13.0, None),
         ("reverse_kl", FLOAT16_WEIGHT, 13.0, 400.0),
-        ("jsd", FLOAT16_MIXTURE_WEIGHT, 4.0, None),
-        ("jsd", FLOAT16_MIXTURE_WEIGHT, 13.0, None),
-        ("jsd", FLOAT16_MIXTURE_WEIGHT, 13.0, 60.0),
+        ("jsd", FLOAT16_BOUNDED_WEIGHT, 4.0, None),
+        ("jsd", FLOAT16_BOUNDED_WEIGHT, 13.0, None),
+        ("jsd", FLOAT16_BOUNDED_WEIGHT, 13.0, 60.0),
     ],
 )
 def test_in_float16_importance_weights_have_the_limit_that_is_documented(

@@ -5,8 +5,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from sdft.errors import TrainingError, UsageError
 from sdft.models.load import eos_token_ids
+from sdft.rollouts import drafts
+from sdft.rollouts import generate as generating
+from sdft.rollouts.attention import of_any_length
 from sdft.rollouts.continuous import PAGE, STEP_TOKENS
-from sdft.rollouts.generate import BACKENDS, batches_by_length, generate, register_backend, sample, seeded, write
+from sdft.rollouts.generate import (
+    BACKENDS,
+    batches_by_length,
+    by_compiled_generate,
+    generate,
+    register_backend,
+    sample,
+    seeded,
+    write,
+)
 from sdft.rollouts.interface import Completion, Request, Sampling, cut, finished
 from sdft.rollouts.stop_strings import stopped_length
 from tests import tiny
@@ -77,6 +89,35 @@ def test_generation_under_gradient_checkpointing_uses_the_cache_and_restores_tra
     assert generate(model, PROMPTS, max_new_tokens=8, eos_ids=NO_EOS) == expected
     assert lengths == [6] + [1] * 7
     assert model.training
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, by_compiled_generate], ids=str)
+@pytest.mark.parametrize("draft", [(), (40, 41, 42)])
+def test_rollouts_are_written_without_attention_that_prepares_for_each_length(monkeypatch, backend, draft):
+    for module in (generating, drafts):
+        monkeypatch.setattr(module, "of_any_length", lambda device: of_any_length(torch.device("cuda")))
+    model = tiny.tiny_model()
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    write(model, [Request(prompt, draft=draft) for prompt in PROMPTS], Sampling(4), backend=backend)
+    assert seen and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_attention_is_left_as_it_was():
+    with of_any_length(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(ValueError, match="broken"), of_any_length(torch.device("cuda")):
+        raise ValueError("broken")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with of_any_length(torch.device("cuda")):
+            pass
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_sampling_follows_the_models_own_distribution():

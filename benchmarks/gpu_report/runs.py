@@ -60,6 +60,11 @@ def cases(settings: Settings) -> list[Case]:
         ),
         Case(f"sft, LoRA, 1 × {long} tokens", long, {**one, "lora_rank": 16, "activation_checkpointing": True}),
         Case(
+            f"sdft, LoRA, averaged teacher, {SAMPLES} × {short} tokens, rollouts compiled",
+            short,
+            {**lora, "teacher": "ema", "rollout_compile": True},
+        ),
+        Case(
             f"sft, all weights, 1 × {long} tokens, layer inputs on the host",
             long,
             {**one, **SAVINGS, "max_forward_tokens": long // 8, "optim": "adamw_torch_fused"},
@@ -73,11 +78,6 @@ def cases(settings: Settings) -> list[Case]:
             f"sdft, all weights, averaged teacher on the host, {SAMPLES} × {short} tokens",
             short,
             {"teacher": "ema", "teacher_offload": True, "per_device_train_batch_size": SAMPLES},
-        ),
-        Case(
-            f"sdft, LoRA, averaged teacher, {SAMPLES} × {short} tokens, rollouts compiled",
-            short,
-            {**lora, "teacher": "ema", "rollout_compile": True},
         ),
     ]
 

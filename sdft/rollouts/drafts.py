@@ -28,6 +28,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrained
 
 from sdft._compat import with_cache
 from sdft.forward import evaluating
+from sdft.rollouts.attention import of_any_length
 from sdft.rollouts.choice import drawn, padded, sampling_from, token_choice
 from sdft.rollouts.interface import Completion, Request, Sampling
 from sdft.rollouts.kv_cache import RoomyLayer, roomy_cache
@@ -52,7 +53,7 @@ def by_drafts(
     """
     _, processors, sampler = token_choice(sampling, requests, model.device)
     batch = _Batch(model, requests, sampling, tokenizer)
-    with sampling_from(model, sampler), torch.no_grad():
+    with sampling_from(model, sampler), of_any_length(model.device), torch.no_grad():
         logits = batch.read_prompts()
         while True:
             batch.draw(logits, processors, sampler)

@@ -123,7 +123,7 @@ def test_the_loss_without_a_gradient_in_every_tile(
 
 
 def test_the_tuner_chooses_one_of_the_tiles(cuda: str) -> None:
-    check_scores(1024, 50_257, 768, torch.bfloat16, cuda)
+    check_scores(1024, 50_257, 768, torch.bfloat16, cuda, with_bias=kinds()[0] != "hopper")
     case = random_case(1024, 768, vocab=50_257, dtype=torch.bfloat16, shared_head=True, device=cuda)
     case.trainable = ()
     assert_as_exact_as_products(fused(case, backend="triton"), case, least=3e-6)

@@ -1,0 +1,119 @@
+"""What attention costs on a GPU at a length that is new to the process, and at the same length again.
+
+    python -m benchmarks.attention_lengths
+
+With and without cuDNN, which torch prefers on newer GPUs: a rollout has a new length with each token, and a training
+step often has one that no step had before. Masks as padding needs them, bfloat16, Qwen2.5-1.5B's heads. It takes half a
+minute, and prints a table. See docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import machine
+
+HEADS, HEAD_SIZE = 12, 128
+TIMES = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Passes of `rows` rows whose lengths are those given: of one token, or of all with their gradient."""
+
+    name: str
+    rows: int
+    lengths: tuple[int, ...]
+    of_a_token: bool = False
+    masked: bool = True
+
+
+CASES = (
+    Case("a token of a rollout, 8 rows", 8, tuple(range(300, 340)), of_a_token=True),
+    Case("a step, 8 x 300 tokens", 8, tuple(range(300, 320))),
+    Case("a step, 8 x 1,000 tokens", 8, tuple(range(1000, 1010))),
+    Case("a step, 2 x 4,000 tokens", 2, (4000, 4001, 4002)),
+    Case("a step, 1 x 16,000 tokens", 1, (16_000, 16_001, 16_002)),
+    Case("a step, 1 x 16,000 tokens, no mask", 1, (16_000, 16_001, 16_002), masked=False),
+)
+
+
+def inputs(case: Case, length: int) -> tuple[list[Tensor], dict[str, object]]:
+    """Queries, keys and values, and the mask: the first row begins with a tenth of padding."""
+
+    def values(tokens: int) -> Tensor:
+        shape = (case.rows, HEADS, tokens, HEAD_SIZE)
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=not case.of_a_token)
+
+    queries = 1 if case.of_a_token else length
+    tensors = [values(queries), values(length), values(length)]
+    if not case.masked:
+        return tensors, {"is_causal": True}
+    places = torch.arange(length, device="cuda")
+    mask = (places[None] <= places[:, None])[-queries:].expand(case.rows, 1, queries, length).clone()
+    mask[0, ..., : length // 10] = False
+    mask[0, :, : max(0, queries - length + length // 10 + 1), 0] = True  # a row of no keys has no softmax
+    return tensors, {"attn_mask": mask}
+
+
+def seconds(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(case: Case, *, with_cudnn: bool) -> tuple[float, float]:
+    """Milliseconds of a pass at a new length, and at the same once more: medians over lengths."""
+    torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
+    first, again = [], []
+    for length in case.lengths:
+        tensors, settings = inputs(case, length)
+
+        def call(tensors: list[Tensor] = tensors, settings: dict[str, object] = settings) -> None:
+            out = scaled_dot_product_attention(*tensors, **settings)  # type: ignore[arg-type]
+            if not case.of_a_token:
+                out.backward(out.detach())
+
+        first.append(seconds(call))
+        again.append(statistics.median(seconds(call) for _ in range(TIMES)))
+    return 1e3 * statistics.median(first[1:]), 1e3 * statistics.median(again[1:])
+
+
+def lines() -> Iterator[str]:
+    yield "| | with cuDNN: new length, ms | again, ms | without: new length, ms | again, ms |"
+    yield "|---|---|---|---|---|"
+    for case in CASES:
+        numbers = [number for with_cudnn in (False, True) for number in measure(case, with_cudnn=with_cudnn)]
+        new, again, new_with, again_with = (f"{number:,.3f}" for number in numbers)
+        yield f"| {case.name} | {new_with} | {again_with} | {new} | {again} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention_lengths",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("attention_lengths: it needs a CUDA GPU, and torch sees none here", file=sys.stderr)
+        return 2
+    print(machine.heading())
+    for line in lines():
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
