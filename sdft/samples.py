@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft._compat import on_device
+from sdft.attention import attention_for
 from sdft.batch import Sample, group, lay_out, parts_within
 from sdft.checkpoints.runs import Runs
 from sdft.data import Row
@@ -100,7 +101,8 @@ class SamplingTrainer(Runs):
         for members in group(samples, self.parts(samples, self.args.per_device_train_batch_size)):
             batch = on_device(self, lay_out(members, skip))
             score = functools.partial(completion_logprobs, self.student, batch, self.args, self.autocast_type)
-            with torch.no_grad():  # around the wrapper, too: DDP would wait for gradients
+            # Around the wrapper, too: DDP would wait for gradients.
+            with torch.no_grad(), attention_for([batch], self.args.device):
                 logprobs = as_forward_of(self.model_wrapped, self.learner, score)
             lengths = [len(sample.read().completion[skip:]) for sample in members]
             for one, values in zip(members, logprobs.split(lengths), strict=True):

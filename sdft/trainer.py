@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sdft._compat import is_compiled, use_one_gpu
+from sdft.attention import attention_for
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
 from sdft.data import Row, encode_prompt
 from sdft.early_checks import check_writable
@@ -215,13 +216,13 @@ class SDFTTrainer(SamplingTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """A micro-batch's loss and gradients, piece by piece; processes exchange whole gradients after the last."""
-        *early, last = inputs
         losses = []
-        for piece in early:
-            # Sharded gradients are exchanged at once: they would be whole in every process until then.
-            with contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, piece, num_items_in_batch))
-        losses.append(super().training_step(model, last, num_items_in_batch))
+        with attention_for(inputs, self.args.device):
+            for piece in inputs[:-1]:
+                # Sharded gradients are exchanged at once: they would be whole in every process until then.
+                with contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, piece, num_items_in_batch))
+            losses.append(super().training_step(model, inputs[-1], num_items_in_batch))
         return torch.stack(losses).sum()
 
     def floating_point_ops(self, inputs: Any) -> int:

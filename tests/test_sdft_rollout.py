@@ -3,11 +3,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from sdft.attention import of_any_length
 from sdft.errors import TrainingError, UsageError
 from sdft.models.load import eos_token_ids
 from sdft.rollouts import drafts
 from sdft.rollouts import generate as generating
-from sdft.rollouts.attention import of_any_length
 from sdft.rollouts.continuous import PAGE, STEP_TOKENS
 from sdft.rollouts.generate import (
     BACKENDS,

@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.models.llama import modeling_llama
 
-from sdft import SDFTConfig, SDFTTrainer
+from sdft import SDFTConfig, SDFTTrainer, attention
+from sdft import samples as sampling
+from sdft import trainer as training
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import as_forward_of
 from sdft.repeats import RepeatedRows
-from sdft.rollouts.generate import BACKENDS, sample
+from sdft.rollouts.generate import BACKENDS, sample, write
 from sdft.rollouts.interface import Completion, Sampling
 from tests import tiny
 
@@ -927,3 +929,45 @@ def test_rollouts_that_know_their_probabilities_are_not_scored_again(tmp_path, m
     run.train()
     first, second, *_ = run.state.log_history
     assert first["rollout_gap"] < 1e-5 < second["rollout_gap"]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_short_steps_take_no_attention_that_prepares_for_each_length(tmp_path, monkeypatch, long):
+    """Not in a forward pass, its backward pass, or what that computes again; what is long takes it."""
+    for module in (sampling, training):
+        monkeypatch.setattr(module, "attention_for", lambda batches, _: attention.attention_for(batches, GPU))
+    monkeypatch.setattr(attention, "LONG", 1 if long else 4096)
+    seen = []
+
+    def look(*_):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    model = tiny.tiny_model()
+    importance = {"num_iterations": 2, "rollout_backend": "continuous"}  # by probabilities from a pass of their own
+    monkeypatch.setattr(SDFTTrainer, "write", staticmethod(lambda *given, **named: quietly(seen, given, named)))
+    stepping = trainer(tmp_path, model=model, max_steps=1, activation_checkpointing=True, **importance)
+    model.model.layers[0].register_forward_pre_hook(look)
+    model.model.layers[0].mlp.down_proj.weight.register_hook(look)
+    stepping.train()
+    assert seen and set(seen) == {long}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+GPU = torch.device("cuda")
+
+
+def quietly(seen, given, named):
+    """Rollouts, of which nothing is seen."""
+    before = len(seen)
+    completions = write(*given, **named)
+    del seen[before:]
+    return completions
+
+
+@pytest.mark.parametrize(("longest", "prepares"), [(4095, False), (4096, True)])
+def test_the_longest_sequence_decides(longest, prepares):
+    short = {"input_ids": torch.zeros(2, 9), "labels": torch.zeros(1, 9999), "samples": []}
+    with attention.attention_for([short, short | {"teacher_input_ids": torch.zeros(1, longest)}], GPU):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == prepares
+    with attention.attention_for([short], torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled()

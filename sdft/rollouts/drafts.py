@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft._compat import with_cache
+from sdft.attention import of_any_length
 from sdft.forward import evaluating
-from sdft.rollouts.attention import of_any_length
 from sdft.rollouts.choice import drawn, padded, sampling_from, token_choice
 from sdft.rollouts.interface import Completion, Request, Sampling
 from sdft.rollouts.kv_cache import RoomyLayer, roomy_cache

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from sdft._compat import with_cache
+from sdft.attention import of_any_length
 from sdft.errors import TrainingError, UsageError, counted
 from sdft.progress.counts import InBatches, Watched
-from sdft.rollouts.attention import of_any_length
 from sdft.rollouts.choice import drawn, padded, sampling_from, token_choice
 from sdft.rollouts.continuous import generate_continuously
 from sdft.rollouts.drafts import by_drafts
