@@ -62,7 +62,7 @@ def cases(settings: Settings) -> list[Case]:
         Case(
             f"sdft, LoRA, averaged teacher, {SAMPLES} × {short} tokens, rollouts compiled",
             short,
-            {**lora, "teacher": "ema", "rollout_compile": True},
+            {**lora, "teacher": "ema", "rollout_compile": True, "rollout_batch_size": SAMPLES},
         ),
         Case(
             f"sft, all weights, 1 × {long} tokens, layer inputs on the host",

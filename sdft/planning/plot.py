@@ -41,7 +41,7 @@ def draw(plan: Plan, path: str) -> None:
         starts = {name: start + size for (name, start), size in zip(starts.items(), sizes, strict=True)}
     axes.axvline(plan.memory / GIB, color="black", linestyle="--", linewidth=1.2, label=plan.gpu)
     axes.invert_yaxis()
-    axes.set_xlabel("GiB at the peak of a step; planned, not measured on a GPU")
+    axes.set_xlabel("GiB at the peak of a step, planned")
     axes.set_title(f"{plan.model}: a rollout of {plan.lengths.rollout} tokens", fontsize=11)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
