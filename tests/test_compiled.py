@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels import OF_ENTRIES
+from benchmarks.kernel_calls import OF_ENTRIES
 from sdft_kernels.backends.gpu.linear import PROCESS_TILES, SCORE_TILES
 
 #: Shared memory that a program may have, in bytes.
