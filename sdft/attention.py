@@ -1,20 +1,23 @@
-"""Which of torch's attentions a pass takes: not cuDNN's where a length rarely comes twice.
+"""Which of torch's attentions a pass takes: cuDNN's only for shapes that come again, and for very long ones.
 
-cuDNN prepares itself for each shape that a process has not seen, which takes 40 to 110 ms with a mask and 860 without
-one at 16,000 tokens, on an H200; from then on it is up to twice as fast as the others (`python -m
-benchmarks.attention_lengths`, docs/gpu.md). On newer GPUs it has answered wrong (pytorch/pytorch#193893).
+cuDNN prepares itself for each shape that a process has not seen: on an H200 that takes 40 to 110 ms with a mask, and
+860 without one at 16,000 tokens. From then on it is up to twice as fast as torch's others, which saves 120 ms a step
+there, in 28 layers of 12 heads (`python -m benchmarks.attention_lengths`, docs/gpu.md).
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-#: From so many tokens on a step takes what cuDNN's attention saves at each: in 28 layers more than it takes to prepare.
-LONG = 4096
+#: How often the same shapes take torch's other attentions: they may not come again.
+TRIED = 2
+#: From so many tokens on cuDNN's saves more in one step than it takes to prepare.
+LONG = 32_768
 
 
 @contextlib.contextmanager
@@ -30,8 +33,20 @@ def of_any_length(device: torch.device) -> Iterator[None]:
             torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def attention_for(batches: Sequence[dict[str, Any]], device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Without cuDNN's where all that is read, (rows, tokens) under names in `input_ids`, is shorter than `LONG`."""
-    read = (tensor for batch in batches for name, tensor in batch.items() if name.endswith("input_ids"))
-    longest = max((ids.shape[1] for ids in read), default=0)
-    return of_any_length(device) if longest < LONG else contextlib.nullcontext()
+class ShapesSeen:
+    """How often steps have read batches of which shapes, in this process."""
+
+    def __init__(self) -> None:
+        self._times: Counter[tuple[tuple[int, ...], ...]] = Counter()
+
+    def attention_for(
+        self, batches: Sequence[dict[str, Any]], device: torch.device
+    ) -> contextlib.AbstractContextManager[None]:
+        """For the passes over what is read of them: (rows, tokens), under names that end in `input_ids`."""
+        read = (tensor for batch in batches for name, tensor in batch.items() if name.endswith("input_ids"))
+        shapes = tuple(tuple(ids.shape) for ids in read)
+        self._times[shapes] += 1
+        longest = max((length for _, length in shapes), default=0)
+        if self._times[shapes] > TRIED or longest >= LONG:
+            return contextlib.nullcontext()
+        return of_any_length(device)

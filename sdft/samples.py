@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft._compat import on_device
-from sdft.attention import attention_for
+from sdft.attention import ShapesSeen
 from sdft.batch import Sample, group, lay_out, parts_within
 from sdft.checkpoints.runs import Runs
 from sdft.data import Row
@@ -64,6 +64,10 @@ class SamplingTrainer(Runs):
         """Have `progress` told how far the step is that is under way."""
         self.progress, self.phases.told = progress, progress.phase
 
+    @functools.cached_property
+    def shapes(self) -> ShapesSeen:
+        return ShapesSeen()
+
     @property
     def learner(self) -> nn.Module:
         """The model that learns, with its adapter where there is one."""
@@ -102,7 +106,7 @@ class SamplingTrainer(Runs):
             batch = on_device(self, lay_out(members, skip))
             score = functools.partial(completion_logprobs, self.student, batch, self.args, self.autocast_type)
             # Around the wrapper, too: DDP would wait for gradients.
-            with torch.no_grad(), attention_for([batch], self.args.device):
+            with torch.no_grad(), self.shapes.attention_for([batch], self.args.device):
                 logprobs = as_forward_of(self.model_wrapped, self.learner, score)
             lengths = [len(sample.read().completion[skip:]) for sample in members]
             for one, values in zip(members, logprobs.split(lengths), strict=True):

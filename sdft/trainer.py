@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sdft._compat import is_compiled, use_one_gpu
-from sdft.attention import attention_for
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
 from sdft.data import Row, encode_prompt
 from sdft.early_checks import check_writable
@@ -217,7 +216,7 @@ class SDFTTrainer(SamplingTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """A micro-batch's loss and gradients, piece by piece; processes exchange whole gradients after the last."""
         losses = []
-        with attention_for(inputs, self.args.device):
+        with self.shapes.attention_for(inputs, self.args.device):
             for piece in inputs[:-1]:
                 # Sharded gradients are exchanged at once: they would be whole in every process until then.
                 with contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from transformers.models.llama import modeling_llama
 
 from sdft import SDFTConfig, SDFTTrainer, attention
-from sdft import samples as sampling
-from sdft import trainer as training
+from sdft.attention import ShapesSeen
 from sdft.errors import TrainingError, UsageError
 from sdft.forward import as_forward_of
 from sdft.repeats import RepeatedRows
@@ -931,12 +930,15 @@ def test_rollouts_that_know_their_probabilities_are_not_scored_again(tmp_path, m
     assert first["rollout_gap"] < 1e-5 < second["rollout_gap"]
 
 
-@pytest.mark.parametrize("long", [False, True])
-def test_short_steps_take_no_attention_that_prepares_for_each_length(tmp_path, monkeypatch, long):
-    """Not in a forward pass, its backward pass, or what that computes again; what is long takes it."""
-    for module in (sampling, training):
-        monkeypatch.setattr(module, "attention_for", lambda batches, _: attention.attention_for(batches, GPU))
-    monkeypatch.setattr(attention, "LONG", 1 if long else 4096)
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("often", [False, True])
+def test_shapes_that_are_new_take_no_attention_that_prepares_for_them(tmp_path, monkeypatch, often):
+    """Not in a forward pass, its backward pass, or what that computes again; shapes that come often do."""
+    choose = ShapesSeen.attention_for
+    monkeypatch.setattr(ShapesSeen, "attention_for", lambda self, batches, _: choose(self, batches, GPU))
+    monkeypatch.setattr(attention, "TRIED", 0 if often else 99)
     seen = []
 
     def look(*_):
@@ -949,11 +951,8 @@ def test_short_steps_take_no_attention_that_prepares_for_each_length(tmp_path, m
     model.model.layers[0].register_forward_pre_hook(look)
     model.model.layers[0].mlp.down_proj.weight.register_hook(look)
     stepping.train()
-    assert seen and set(seen) == {long}
+    assert len(seen) > 2 and set(seen) == {often}
     assert torch.backends.cuda.cudnn_sdp_enabled()
-
-
-GPU = torch.device("cuda")
 
 
 def quietly(seen, given, named):
@@ -964,10 +963,20 @@ def quietly(seen, given, named):
     return completions
 
 
-@pytest.mark.parametrize(("longest", "prepares"), [(4095, False), (4096, True)])
-def test_the_longest_sequence_decides(longest, prepares):
-    short = {"input_ids": torch.zeros(2, 9), "labels": torch.zeros(1, 9999), "samples": []}
-    with attention.attention_for([short, short | {"teacher_input_ids": torch.zeros(1, longest)}], GPU):
-        assert torch.backends.cuda.cudnn_sdp_enabled() == prepares
-    with attention.attention_for([short], torch.device("cpu")):
-        assert torch.backends.cuda.cudnn_sdp_enabled()
+def test_which_shapes_are_worth_preparing_for():
+    def prepares(*batches, device=GPU):
+        with shapes.attention_for(batches, device):
+            return torch.backends.cuda.cudnn_sdp_enabled()
+
+    def batch(length, **others):
+        return {"input_ids": torch.empty(2, length), "labels": torch.empty(99_999), "samples": []} | others
+
+    shapes = ShapesSeen()
+    assert [prepares(batch(9)) for _ in range(4)] == [False, False, True, True]
+    assert [prepares(batch(9), batch(8)) for _ in range(3)] == [False, False, True]
+    with_teacher = batch(9, teacher_input_ids=torch.empty(2, 30))
+    assert [prepares(with_teacher) for _ in range(3)] == [False, False, True]
+    assert not prepares(batch(32_767)) and prepares(batch(32_768))
+    assert prepares(batch(5, teacher_input_ids=torch.empty(1, 40_000)))
+    assert prepares(batch(7), device=torch.device("cpu"))
+    assert not prepares()
