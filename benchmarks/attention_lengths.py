@@ -1,6 +1,7 @@
 """What attention costs on a GPU at a length that is new to the process, and at the same length again.
 
     python -m benchmarks.attention_lengths
+    python -m benchmarks.attention_lengths --device cpu     # whether its code runs, at sizes of no interest
 
 With and without cuDNN, which torch prefers on newer GPUs: a rollout has a new length with each token, and a training
 step often has one that no step had before. Masks as padding needs them, bfloat16, Qwen2.5-1.5B's heads. It takes half a
@@ -13,14 +14,15 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import machine
+from sdft.attention import of_any_length
 
 HEADS, HEAD_SIZE = 12, 128
 TIMES = 5
@@ -47,56 +49,62 @@ CASES = (
 )
 
 
-def inputs(case: Case, length: int) -> tuple[list[Tensor], dict[str, object]]:
+def toy(case: Case) -> Case:
+    """The same at three lengths of no interest."""
+    return replace(case, name=f"{case.name}: 20 instead", lengths=(20, 21, 22))
+
+
+def inputs(case: Case, length: int, device: str) -> tuple[list[Tensor], dict[str, object]]:
     """Queries, keys and values, and the mask: the first row begins with a tenth of padding."""
 
     def values(tokens: int) -> Tensor:
         shape = (case.rows, HEADS, tokens, HEAD_SIZE)
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=not case.of_a_token)
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=not case.of_a_token)
 
     queries = 1 if case.of_a_token else length
     tensors = [values(queries), values(length), values(length)]
     if not case.masked:
         return tensors, {"is_causal": True}
-    places = torch.arange(length, device="cuda")
+    places = torch.arange(length, device=device)
     mask = (places[None] <= places[:, None])[-queries:].expand(case.rows, 1, queries, length).clone()
     mask[0, ..., : length // 10] = False
     mask[0, :, : max(0, queries - length + length // 10 + 1), 0] = True  # a row of no keys has no softmax
     return tensors, {"attn_mask": mask}
 
 
-def seconds(call: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+def seconds(call: Callable[[], object], device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait()
     began = time.perf_counter()
     call()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
-def measure(case: Case, *, with_cudnn: bool) -> tuple[float, float]:
-    """Milliseconds of a pass at a new length, and at the same once more: medians over lengths."""
-    torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
+def measure(case: Case, device: str) -> tuple[float, float]:
+    """Milliseconds of a pass at a new length, and at the same once more: medians over all lengths but the first."""
     first, again = [], []
     for length in case.lengths:
-        tensors, settings = inputs(case, length)
+        tensors, settings = inputs(case, length, device)
 
         def call(tensors: list[Tensor] = tensors, settings: dict[str, object] = settings) -> None:
             out = scaled_dot_product_attention(*tensors, **settings)  # type: ignore[arg-type]
             if not case.of_a_token:
                 out.backward(out.detach())
 
-        first.append(seconds(call))
-        again.append(statistics.median(seconds(call) for _ in range(TIMES)))
+        first.append(seconds(call, device))
+        again.append(statistics.median(seconds(call, device) for _ in range(TIMES)))
     return 1e3 * statistics.median(first[1:]), 1e3 * statistics.median(again[1:])
 
 
-def lines() -> Iterator[str]:
+def lines(cases: Sequence[Case], device: str) -> Iterator[str]:
     yield "| | with cuDNN: new length, ms | again, ms | without: new length, ms | again, ms |"
     yield "|---|---|---|---|---|"
-    for case in CASES:
-        numbers = [number for with_cudnn in (False, True) for number in measure(case, with_cudnn=with_cudnn)]
-        new, again, new_with, again_with = (f"{number:,.3f}" for number in numbers)
-        yield f"| {case.name} | {new_with} | {again_with} | {new} | {again} |"
+    for case in cases:
+        with of_any_length(torch.device(device)):
+            without = measure(case, device)
+        numbers = " | ".join(f"{number:,.3f}" for number in (*measure(case, device), *without))
+        yield f"| {case.name} | {numbers} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,12 +113,13 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default cuda)")
+    given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
         print("attention_lengths: it needs a CUDA GPU, and torch sees none here", file=sys.stderr)
         return 2
     print(machine.heading())
-    for line in lines():
+    for line in lines(CASES if given.device == "cuda" else [toy(case) for case in CASES], given.device):
         print(line, flush=True)
     return 0
 

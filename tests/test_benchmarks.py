@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import continual, linearity, long_rollouts, memory, plans, rollout_speed, rows, speed
+from benchmarks import attention_lengths, continual, linearity, long_rollouts, memory, plans, rollout_speed, rows, speed
 from benchmarks.methods import METHODS, Shape
 from sdft.rollouts.interface import Request
 from sdft.settings.continual import fields_of_continual, plan_of
@@ -191,3 +191,17 @@ def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_
             continual.method_of(wrong)
     continual.draw(found, base, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_attention_by_length(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code, and that padding leaves every token something to attend to."""
+    assert attention_lengths.main(["--device", "cpu"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(attention_lengths.CASES) and {line.count("|") for line in table} == {6}
+    for case in attention_lengths.CASES:
+        tensors, settings = attention_lengths.inputs(attention_lengths.toy(case), 20, "cpu")
+        out = torch.nn.functional.scaled_dot_product_attention(*tensors, **settings)  # type: ignore[arg-type]
+        assert out.isfinite().all() and out.shape[2] == (1 if case.of_a_token else 20)
+    if not torch.cuda.is_available():
+        assert attention_lengths.main([]) == 2
+        assert "needs a CUDA GPU" in capsys.readouterr().err
