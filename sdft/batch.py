@@ -25,7 +25,8 @@ class Sample:
     `demonstration` is the expert's completion of the student's prompt, where cross-entropy on it is part of the loss.
     `old_logprobs` are the log-probabilities with which the completion's tokens in the loss were drawn, where tokens get
     importance weights. `weight` is what each of them counts beside those of other completions; one of weight 0 is left
-    out of the loss. `feedback` is what was said of it.
+    out of the loss. `feedback` is what was said of it. `learned` are the places of the demonstration's tokens that the
+    assistant wrote, where others are between its turns (None: all are its); for "sft" the completion is what is meant.
     """
 
     prompt: list[int]
@@ -35,6 +36,7 @@ class Sample:
     old_logprobs: list[float] | None = None
     weight: float = 1.0
     feedback: str | None = None
+    learned: list[int] | None = None
 
     def __len__(self) -> int:
         read = self.read()
@@ -63,15 +65,18 @@ def lay_out(samples: Sequence[Sample], skip_tokens: int, normalisation: str = "t
     """
     samples = [sample.read() for sample in samples]
     prompts, completions = [s.prompt for s in samples], [s.completion for s in samples]
-    batch = _completions(prompts, completions, skip_tokens, normalisation, [s.weight for s in samples])
+    learned = [s.learned if s.demonstration is None else None for s in samples]
+    places = [_places(*each, skip_tokens) for each in zip(completions, learned, strict=True)]
+    batch = _completions(prompts, completions, places, normalisation, [s.weight for s in samples])
     teacher_prompts = [s.teacher_prompt for s in samples if s.teacher_prompt is not None]
     if teacher_prompts:
-        batch["teacher_input_ids"], batch["teacher_positions"] = _pack(teacher_prompts, completions, skip_tokens)
+        batch["teacher_input_ids"], batch["teacher_positions"] = _pack(teacher_prompts, completions, places)
     if samples[0].old_logprobs is not None:
         batch["old_logprobs"] = torch.tensor([value for s in samples for value in s.old_logprobs or ()])
     if samples[0].demonstration is not None:
         demonstrations = [s.demonstration or [] for s in samples]
-        tensors = _completions(prompts, demonstrations, 0, normalisation)
+        places = [_places(tokens, s.learned) for tokens, s in zip(demonstrations, samples, strict=True)]
+        tensors = _completions(prompts, demonstrations, places, normalisation)
         batch.update({f"demonstration_{name}": tensor for name, tensor in tensors.items()})
     return batch
 
@@ -88,16 +93,21 @@ def count_items(batch: Batch) -> float:
     return float(batch["labels"].numel()) if weight is None else float(weight.double().sum())
 
 
+def _places(completion: list[int], learned: list[int] | None, skip_tokens: int = 0) -> list[int]:
+    """The places of a completion's tokens that are in the loss."""
+    return [place for place in (range(len(completion)) if learned is None else learned) if place >= skip_tokens]
+
+
 def _completions(
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
-    skip_tokens: int,
+    places: Sequence[list[int]],
     normalisation: str,
     weights: Sequence[float] = (),
 ) -> Batch:
-    kept = [completion[skip_tokens:] for completion in completions]
+    kept = [[tokens[place] for place in of_it] for tokens, of_it in zip(completions, places, strict=True)]
     batch = {"labels": torch.tensor([token for tokens in kept for token in tokens], dtype=torch.long)}
-    batch["input_ids"], batch["positions"] = _pack(prompts, completions, skip_tokens)
+    batch["input_ids"], batch["positions"] = _pack(prompts, completions, places)
     by_sequence, weights = normalisation == "sequence", weights or [1.0] * len(kept)
     if by_sequence or any(weight != 1 for weight in weights):
         weighted = zip(weights, kept, strict=True)
@@ -105,15 +115,18 @@ def _completions(
     return batch
 
 
-def _pack(prompts: Sequence[list[int]], completions: Sequence[list[int]], skip_tokens: int) -> tuple[Tensor, Tensor]:
+def _pack(
+    prompts: Sequence[list[int]], completions: Sequence[list[int]], places: Sequence[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """The sequences, and the positions of the hidden states that predict the completions' tokens at these places."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions: list[int] = []
-    for number, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+    for number, (row, completion, of_it) in enumerate(zip(rows, completions, places, strict=True)):
         ids[number, : len(row)] = torch.tensor(row)
         first = number * length + len(row) - len(completion) - 1  # the last prompt token predicts the first of these
-        positions.extend(range(first + skip_tokens, first + len(completion)))
+        positions.extend(first + place for place in of_it)
     return ids, torch.tensor(positions, dtype=torch.long)
 
 

@@ -125,7 +125,7 @@ class SamplingTrainer(Runs):
     def samples(self, rows: list[Row]) -> list[Sample]:
         """For "sdft", `rollouts_per_prompt` rollouts of each row, side by side; for "sft" its demonstration."""
         if self.args.method == "sft":
-            return [Sample(row["prompt_ids"], row["completion_ids"]) for row in rows]
+            return [Sample(row["prompt_ids"], row["completion_ids"], learned=row.get("learned")) for row in rows]
         asked = self._asked(rows)
         skip = self.args.skip_tokens
         completions = self.rollouts(asked)
@@ -141,6 +141,7 @@ class SamplingTrainer(Runs):
                 None if completion.logprobs is None else completion.logprobs[skip:],
                 0.0 if self.args.mask_truncated_completions and completion.end == LENGTH else taught.weight,
                 taught.log,
+                row.get("learned"),
             )
             for (row, _), completion, taught in zip(asked, completions, self._taught(asked, completions), strict=True)
         ]

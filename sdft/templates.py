@@ -123,10 +123,21 @@ def is_message(value: Any) -> bool:
 
 
 def text_of(demonstration: str | list[Message]) -> str:
-    """A demonstration's text, which may come as a message; calls of tools are a line of JSON each."""
+    """A demonstration's text, which may come as messages; of several, each begins with its role in brackets."""
     if isinstance(demonstration, str):
         return demonstration
-    (message,) = demonstration
+    if len(demonstration) == 1:
+        return _text_of_message(demonstration[0])
+    return "\n\n".join(f"[{message['role']}]\n{_text_of_message(message)}" for message in demonstration)
+
+
+def first_turn(demonstration: str | list[Message]) -> str | list[Message]:
+    """What of a demonstration answers the prompt, before a tool or the user say more."""
+    return demonstration if isinstance(demonstration, str) else demonstration[:1]
+
+
+def _text_of_message(message: Message) -> str:
+    """Its content; calls of tools are a line of JSON each."""
     calls = [dict(call.get("function", call)) for call in message.get("tool_calls") or ()]
     for call in calls:  # OpenAI's have their arguments as text
         with contextlib.suppress(TypeError, ValueError, KeyError):
@@ -138,17 +149,20 @@ def text_of(demonstration: str | list[Message]) -> str:
 def fill(template: list[Message], prompt: str, demonstration: str | list[Message]) -> list[Message]:
     """The template's messages with both placeholders replaced, in one pass: what is put in is never searched again.
 
-    A message by the assistant that is the demonstration alone becomes the demonstration's own, where that is one.
+    A message by the assistant that is the demonstration alone becomes the demonstration's own messages, where it has
+    any.
     """
     values = dict(zip(PLACEHOLDERS, (prompt, text_of(demonstration)), strict=True))
     pattern = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
     whole = {"role": "assistant", "content": PLACEHOLDERS[1]}
-    return [
-        demonstration[0]
-        if message == whole and not isinstance(demonstration, str)
-        else {"role": message["role"], "content": pattern.sub(lambda found: values[found.group()], message["content"])}
-        for message in template
-    ]
+    filled = list[Message]()
+    for message in template:
+        if message == whole and not isinstance(demonstration, str):
+            filled += demonstration
+        else:
+            content = pattern.sub(lambda found: values[found.group()], message["content"])
+            filled.append({"role": message["role"], "content": content})
+    return filled
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:

@@ -56,7 +56,7 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{"prompt": 3, "demonstration": "b"}], "row 1: prompt is a number"),
         ([{"prompt": [{"role": "user"}], "demonstration": "b"}], "row 1: prompt is a list"),
         ([{"prompt": " \n", "demonstration": "b"}], "row 1 has an empty prompt"),
-        ([{**GOOD, "demonstration": ["z"]}], "row 1: demonstration is a list; it must be text or one message by 'assi"),
+        ([{**GOOD, "demonstration": ["z"]}], "row 1: demonstration is a list; it must be text or a list of mess"),
         ([GOOD, '{"prompt": "a", "prompt": "c", "demonstration": "b"}\n'], "row 2 has prompt twice"),
         ([{**GOOD, "answer": "  "}], "row 1: answer is '  '"),
         ([{**GOOD, "answer": 3}], "row 1: answer is a number"),
@@ -98,7 +98,9 @@ def test_prompts_go_through_the_chat_template_where_there_is_one():
 
 
 def demonstration_ids(row, tokenizer, eos_ids):
-    return encode_demonstration(*written(row, tokenizer), tokenizer, eos_ids)
+    ids, learned = encode_demonstration(*written(row, tokenizer), tokenizer, eos_ids, "row")
+    assert learned == list(range(len(ids)))
+    return ids
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -262,8 +264,10 @@ def test_a_field_that_other_trainers_read_is_refused_by_name(field):
     load_rows([{**GOOD, field: None}])
 
 
-@pytest.mark.parametrize("roles", [["assistant", "user", "assistant"], ["user", "assistant"], ["user"]])
-def test_a_demonstration_is_one_message_by_the_assistant(roles):
+@pytest.mark.parametrize(
+    "roles", [["user", "assistant"], ["user"], ["assistant", "tool"], ["assistant", "system", "assistant"]]
+)
+def test_a_demonstration_begins_and_ends_with_a_message_by_the_assistant(roles):
     row = {"prompt": "p", "demonstration": [{"role": role, "content": "a"} for role in roles]}
     with pytest.raises(UsageError, match=rf"row 1: demonstration has {len(roles)} messages? \({', '.join(roles)}\)"):
         load_rows([row])

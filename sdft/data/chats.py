@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import itertools
 import re
 import signal
 import threading
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_SECONDS = 10  # a chat template takes microseconds; one that takes longer may never end
+
+#: What a message of a demonstration may have beside its content, by its role.
+OF_TOOLS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+#: What may be done where a demonstration of several turns cannot be learned.
+SPLIT = "it may be split into rows of one turn each, in which what comes before that turn is the prompt"
 
 Options = Mapping[str, Any] | None
 
@@ -80,7 +86,8 @@ def teacher_chat(row: Row, template: list[Message]) -> list[Message]:
     if demonstration is None:
         raise UsageError(f"{row[WHERE]} has neither a demonstration nor a teacher_prompt for the teacher to see")
     shown = [(prompt[last_by_user(prompt)], {"role", "content"})]
-    shown += [] if isinstance(demonstration, str) else [(demonstration[0], {"role", "content", "tool_calls"})]
+    if not isinstance(demonstration, str):
+        shown += [(message, {"role", "content", *OF_TOOLS.get(message["role"], ())}) for message in demonstration]
     if other := sorted({name for message, known in shown for name in message.keys() - known if message[name]}):
         raise UsageError(
             f"{row[WHERE]}: a message has {', '.join(other)}, which the teacher's prompt cannot show; the message that "
@@ -155,25 +162,44 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def written(row: Row, tokenizer: PreTrainedTokenizerBase, options: Options = None) -> tuple[str, str]:
-    """The texts of a row's prompt, and of its demonstration as the model itself would have to write it after that."""
+def written(row: Row, tokenizer: PreTrainedTokenizerBase, options: Options = None) -> tuple[str, list[str]]:
+    """The text of a row's prompt, and the texts after it: the demonstration's turns as the model itself would have to
+    write them, and between each two of them what it reads there.
+
+    UsageError where the chat template writes a turn otherwise once others follow it.
+    """
     if row.get("demonstration") is None:
         raise UsageError(f"{row[WHERE]} has no demonstration, which is what is to be learned")
     demonstration, before = row["demonstration"], student_text(row, tokenizer, options)
+    several = not isinstance(demonstration, str) and len(demonstration) > 1
+    if not tokenizer.chat_template and several:
+        raise UsageError(
+            f"{row[WHERE]}: the demonstration has {len(demonstration)} messages, and the tokenizer has no chat "
+            f"template that could write them; {SPLIT}"
+        )
     if not tokenizer.chat_template:
-        return before, text_of(demonstration)
+        return before, [text_of(demonstration)]
     answer = [{"role": "assistant", "content": demonstration}] if isinstance(demonstration, str) else demonstration
-    whole = render(
-        [*as_messages(row["prompt"]), *answer],
-        tokenizer,
-        add_generation_prompt=False,
-        where=row[WHERE],
-        tools=row.get("tools"),
-        options=options,
-    )
+    messages = [*as_messages(row["prompt"]), *answer]
+
+    def text(count: int, *, opens: bool = False) -> str:
+        given: dict[str, Any] = {"where": row[WHERE], "tools": row.get("tools"), "options": options}
+        return render(messages[:count], tokenizer, add_generation_prompt=opens, **given)
+
+    whole = text(len(messages))
     if not whole.startswith(before):
         raise UsageError(
             f"{row[WHERE]}: the tokenizer's chat template writes an answer that does not continue its own "
             "generation prompt, so that there is no sequence to train method 'sft' on"
         )
-    return before, whole[len(before) :]
+    cuts = [len(before)]  # where a turn begins, where it ends, where the next one begins
+    turns = [n for n in range(len(messages) - len(answer), len(messages)) if messages[n]["role"] == "assistant"]
+    for turn, following in itertools.pairwise(turns):
+        for begun in (text(turn + 1), text(following, opens=True)):
+            if not whole.startswith(begun) or len(begun) < cuts[-1]:
+                raise UsageError(
+                    f"{row[WHERE]}: the tokenizer's chat template writes a turn of the demonstration otherwise once "
+                    f"others follow it (as where it drops earlier thinking); {SPLIT}"
+                )
+            cuts.append(len(begun))
+    return before, [whole[start:end] for start, end in itertools.pairwise([*cuts, len(whole)])]

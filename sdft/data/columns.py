@@ -26,6 +26,9 @@ class Convention:
     columns: tuple[str, ...]
     said: str
     read: Callable[[Mapping[str, Any]], tuple[Any, Any]]
+    exam: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = (
+        None  # of rows whose answer is scored, where it differs
+    )
     also: tuple[str, ...] = ()  # columns that it reads where they are there
 
 
@@ -40,7 +43,9 @@ def _of_instruction(row: Mapping[str, Any]) -> tuple[Any, Any]:
     return (f"{instruction}\n\n{about}" if about else instruction), row["output"]
 
 
-def _of_messages(column: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
+def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
+    """The demonstration is all that comes after the last message by the user, or the last turn alone."""
+
     def read(row: Mapping[str, Any]) -> tuple[Any, Any]:
         turns = row[column]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -49,16 +54,23 @@ def _of_messages(column: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
             turns = [{"role": SHARE_GPT.get(t.get("from"), t.get("from")), "content": t.get("value")} for t in turns]
         if not turns or turns[-1].get("role") != "assistant":
             raise UsageError(f"{column} must end with a message by 'assistant', which is the demonstration")
-        return turns[:-1], turns[-1:]
+        place = len(turns) - 1
+        if not last_turn:
+            place = 1 + max((n for n, turn in enumerate(turns) if turn.get("role") == "user"), default=place - 1)
+        return turns[:place], turns[place:]
 
     return read
 
 
-_LAST_TURN = "prompt is {0!r} up to the last turn by the assistant, and demonstration that turn"
+def _turns(column: str) -> Convention:
+    said = f"prompt is {column!r} up to the last message by the user, and demonstration what comes after it"
+    return Convention((column,), said, _of_messages(column), exam=_of_messages(column, last_turn=True))
+
+
 #: In this order; the first whose columns are there is taken.
 CONVENTIONS = (
-    Convention(("messages",), _LAST_TURN.format("messages"), _of_messages("messages")),
-    Convention(("conversations",), _LAST_TURN.format("conversations"), _of_messages("conversations")),
+    _turns("messages"),
+    _turns("conversations"),
     _pair("prompt", "privileged_context"),  # TRL's SDFTTrainer
     _pair("prompt", "completion"),  # TRL's SFTTrainer and GKDTrainer
     _pair("prompt", "response"),
@@ -115,14 +127,15 @@ def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> 
     if missing := next((name for name in convention.columns if row.get(name) is None), None):
         raise UsageError(f"{where} has no {missing}, which the rows before or after it have")
     try:
-        prompt, good = convention.read(row)
+        read = convention.exam if convention.exam and "answer" in need else convention.read
+        prompt, good = read(row)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     used = {*convention.columns, *convention.also} - {"answer"}
     found = {name: value for name, value in row.items() if name not in used} | {"prompt": prompt}
     found.setdefault("demonstration", good)
     if "answer" in need:
-        found.setdefault("answer", good[0].get("content") if isinstance(good, list) else good)
+        found.setdefault("answer", good[-1].get("content") if isinstance(good, list) else good)
     return found
 
 

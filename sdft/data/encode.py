@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from sdft.data.chats import Options, can_be_shown, opening, student_text, teacher_text, written
+from sdft.data.chats import SPLIT, Options, can_be_shown, opening, student_text, teacher_text, written
 from sdft.data.rows import ROW, WHERE, Row
 from sdft.errors import UsageError, counted
-from sdft.templates import Message, as_messages, last_by_user, text_of
+from sdft.templates import Message, as_messages, first_turn, last_by_user, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,13 +102,38 @@ def _answer_ids(before: str, answer: str, tokenizer: PreTrainedTokenizerBase) ->
     return tokenizer(answer, add_special_tokens=False)["input_ids"]  # a token reaches over the end of the prompt
 
 
-def encode_demonstration(
-    before: str, text: str, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]
-) -> list[int]:
-    """Token ids of a demonstration that is written after a prompt, its end-of-turn token included."""
+def _last_turn_ids(before: str, text: str, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> list[int]:
+    """Token ids of a turn that ends a text, up to its end-of-turn token, which it gets where it has none."""
     ids = _answer_ids(before, text, tokenizer)
     last = max((position for position, token in enumerate(ids) if token in eos_ids), default=None)
     return [*ids, _end_token(tokenizer, eos_ids)] if last is None else ids[: last + 1]
+
+
+def encode_demonstration(
+    before: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], where: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a demonstration, of the texts that `written` gives, and the places of those that the model writes.
+
+    A turn ends with its end-of-turn token; what a chat template puts after that is read, as is what is between turns.
+    """
+    ids, learned = list[int](), list[int]()
+    for number, text in enumerate(texts):
+        if number == len(texts) - 1:
+            its = _last_turn_ids(before, text, tokenizer, eos_ids)
+        else:
+            its = _answer_ids(before, text, tokenizer)
+        if number % 2 == 0:
+            length = max((place + 1 for place, token in enumerate(its) if token in eos_ids), default=0)
+            if not length:
+                ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(eos_ids))))
+                raise UsageError(
+                    f"{where}: the tokenizer's chat template ends a turn of the demonstration without an end-of-turn "
+                    f"token ({ends}), which must be there for the model to learn where to stop; {SPLIT}"
+                )
+            learned += range(len(ids), len(ids) + length)
+        ids += its
+        before = text  # as much as the next tokens can depend on
+    return ids, learned
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> int:
@@ -142,7 +167,8 @@ def encode_rows(
     """The rows with the token ids that training needs, each checked against what the model can read.
 
     `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
-    it is asked for; `draft_ids`, the demonstration's text alone, where it is asked for. `overlong` says what becomes of
+    it is asked for, with the places of its tokens that are learned (`learned`) where it has several turns;
+    `draft_ids`, the text alone of its first turn, where it is asked for. `overlong` says what becomes of
     a row that is too long for the model: an error, or it is left out ("skip"), or the last message of its prompt by the
     user loses its beginning ("truncate_prompt_left"). `teacher` says what a teacher reads that is another model, which
     must be the same tokens. With `feedback` each keeps its row (`ROW`), and a teacher's prompt may be missing.
@@ -160,17 +186,19 @@ def encode_rows(
         ids: Row = {"prompt_ids": opening_ids(texts["student"], tokenizer)}
         room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
-            before, text = written(row, tokenizer, options)
-            texts["learned"] = text
-            ids["completion_ids"] = encode_demonstration(before, text, tokenizer, eos_ids)
-            if not text.strip() or set(ids["completion_ids"]) <= eos_ids:
+            before, turns = written(row, tokenizer, options)
+            texts["learned"] = "".join(turns[::2])
+            ids["completion_ids"], learned = encode_demonstration(before, turns, tokenizer, eos_ids, row[WHERE])
+            if len(turns) > 1:
+                ids["learned"] = learned
+            if not texts["learned"].strip() or {ids["completion_ids"][place] for place in learned} <= eos_ids:
                 raise UsageError(
                     f"{row[WHERE]}: the tokenizer's chat template writes nothing of the demonstration, so that there "
                     "is nothing to learn from it"
                 )
             room = max(room, len(ids["completion_ids"]))
         if with_draft:
-            draft = text_of(row["demonstration"]) if row.get("demonstration") else ""
+            draft = text_of(first_turn(row["demonstration"])) if row.get("demonstration") else ""
             ids["draft_ids"] = tokenizer(draft, add_special_tokens=False)["input_ids"]
         check_ids(row, "prompt", ids["prompt_ids"], tokenizer, room, limits)
         if "completion_ids" in ids:
@@ -284,7 +312,8 @@ def _parts(row: Row, whose: str) -> list[str]:
         return []
     if isinstance(demonstration, str):
         return [demonstration]
-    return [demonstration[0]["content"], *_called(demonstration)]
+    seen = [m for m in demonstration if m["role"] == "assistant" or whose == "teacher"]
+    return [*(message["content"] for message in seen), *_called(seen)]
 
 
 def _called(messages: list[Message]) -> list[str]:

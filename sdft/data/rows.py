@@ -1,8 +1,8 @@
 """Checked rows: everything that can be wrong with a row by itself is found here, before a model runs.
 
-A row has `prompt` (text or chat messages), `demonstration` (text or one message) or `teacher_prompt`, which the teacher
-sees instead of a template, and, where it will be scored, `answer` (text). It may have `tools`. Errors have the file's
-name and the row's number (from 1).
+A row has `prompt` (text or chat messages), `demonstration` (the same) or `teacher_prompt`, which the teacher sees
+instead of a template, and, where it will be scored, `answer` (text). It may have `tools`. Errors have the file's name
+and the row's number (from 1).
 """
 
 from __future__ import annotations
@@ -97,21 +97,9 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
             raise UsageError(f"{where} has no {field}; it has {', '.join(given) or 'nothing'}{other}")
         if row[field] in ("", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has an empty {field}")
-    chats = {
-        "prompt": "a list of messages, each",
-        "teacher_prompt": "a list of messages, each",
-        "demonstration": "one message by 'assistant'",
-    }
-    row = {
-        **row,
-        **{field: _chat(row[field], field, where, chats[field]) for field in chats if row.get(field) is not None},
-    }
-    demonstration = row.get("demonstration")
-    if isinstance(demonstration, list) and (roles := [m["role"] for m in demonstration]) != ["assistant"]:
-        raise UsageError(
-            f"{where}: demonstration has {counted(len(roles), 'message')} ({', '.join(roles)}); it must be text or one "
-            "message by 'assistant', and what comes before that is the prompt"
-        )
+    chats = ("prompt", "teacher_prompt", "demonstration")
+    row = {**row, **{field: _chat(row[field], field, where) for field in chats if row.get(field) is not None}}
+    _check_turns(row.get("demonstration"), where)
     if not isinstance(row.get("answer"), str | None):
         raise UsageError(f"{where}: answer is {kind_of(row['answer'])}; it must be text")
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
@@ -125,14 +113,28 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     return {**row, WHERE: known if isinstance(known, Place) else Place(where)}
 
 
-def _chat(value: Any, field: str, where: str, messages: str) -> str | list[Message]:
+def _check_turns(demonstration: str | list[Message] | None, where: str) -> None:
+    """Refuse messages that are no answer to the prompt, whatever a tool or the user say in between."""
+    if demonstration is None or isinstance(demonstration, str):
+        return
+    roles = [message["role"] for message in demonstration]
+    if {roles[0], roles[-1]} != {"assistant"} or set(roles) - {"assistant", "tool", "user"}:
+        raise UsageError(
+            f"{where}: demonstration has {counted(len(roles), 'message')} ({', '.join(roles)}); it must be text or "
+            "messages, the first and the last by 'assistant' and others by 'assistant', 'tool' or 'user'; what comes "
+            "before is the prompt"
+        )
+
+
+def _chat(value: Any, field: str, where: str) -> str | list[Message]:
     """A text or messages, of which a content that comes in parts is put together; other keys stay."""
     if isinstance(value, str):
         return value
     chat = [_joined(message, field, where) for message in value] if isinstance(value, list) else value
     if not is_messages(chat):
         raise UsageError(
-            f"{where}: {field} is {kind_of(value)}; it must be text or {messages} with a role and a content"
+            f"{where}: {field} is {kind_of(value)}; it must be text or a list of messages, each with a role and a "
+            "content"
         )
     return chat
 
