@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 BINS = 32
 MOST_SHOWN = 4000  # characters of a text
+#: What a demonstration of several turns is to training.
+SEVERAL = "the teacher sees them all, and cross-entropy counts the assistant's"
 #: What becomes of rows that are too long, by `overlong`.
 BECOME = {"error": "refused", "skip": "left out", "truncate_prompt_left": "shortened, or refused"}
 
@@ -48,6 +50,8 @@ def show(rows: list[Row], command: DataCommand) -> None:
     template = command.template
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     print(counted(len(rows), "row") + (f"; columns that are not used: {', '.join(unused)}" if unused else ""))
+    if several := sum(isinstance(row.get("demonstration"), list) and len(row["demonstration"]) > 1 for row in rows):
+        print(f"{counted(several, 'demonstration')} of several turns: {SEVERAL}")
     texts = Texts(tokenizer, template, command)
     for row in rows[: command.rows]:
         print(*_as_read(row, texts), sep="\n")
@@ -82,7 +86,7 @@ class Texts:
 
 
 def _by_roles(prompt: str | list[Message]) -> str:
-    return "\n".join(f"[{message['role']}] {message['content']}" for message in as_messages(prompt))
+    return "\n".join(f"[{message['role']}] {text_of([message])}" for message in as_messages(prompt))
 
 
 def _as_read(row: Row, texts: Texts) -> list[str]:

@@ -196,6 +196,8 @@ def written(row: Row, tokenizer: PreTrainedTokenizerBase, options: Options = Non
     turns = [n for n in range(len(messages) - len(answer), len(messages)) if messages[n]["role"] == "assistant"]
     for turn, following in itertools.pairwise(turns):
         for begun in (text(turn + 1), text(following, opens=True)):
+            if not whole.startswith(begun):  # some end a chat with this beside the turn's own end
+                begun = begun.removesuffix(str(tokenizer.eos_token or ""))
             if not whole.startswith(begun) or len(begun) < cuts[-1]:
                 raise UsageError(
                     f"{row[WHERE]}: the tokenizer's chat template writes a turn of the demonstration otherwise once "

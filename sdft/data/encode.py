@@ -114,26 +114,27 @@ def encode_demonstration(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a demonstration, of the texts that `written` gives, and the places of those that the model writes.
 
-    A turn ends with its end-of-turn token; what a chat template puts after that is read, as is what is between turns.
+    A turn goes up to its end-of-turn token, which in some chat templates begins what follows. What they put after that
+    is read, as is what is between turns.
     """
     ids, learned = list[int](), list[int]()
-    for number, text in enumerate(texts):
-        if number == len(texts) - 1:
-            its = _last_turn_ids(before, text, tokenizer, eos_ids)
-        else:
-            its = _answer_ids(before, text, tokenizer)
-        if number % 2 == 0:
-            length = max((place + 1 for place, token in enumerate(its) if token in eos_ids), default=0)
-            if not length:
-                ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(eos_ids))))
-                raise UsageError(
-                    f"{where}: the tokenizer's chat template ends a turn of the demonstration without an end-of-turn "
-                    f"token ({ends}), which must be there for the model to learn where to stop; {SPLIT}"
-                )
-            learned += range(len(ids), len(ids) + length)
-        ids += its
-        before = text  # as much as the next tokens can depend on
-    return ids, learned
+    for turn, between in zip(texts[:-1:2], texts[1::2], strict=True):
+        own = _answer_ids(before, turn, tokenizer)
+        others = _answer_ids(turn, between, tokenizer)  # whose tokens depend on no more than the text before them
+        length = max((place for place, token in enumerate(own, 1) if token in eos_ids), default=0)
+        if not length and others and others[0] in eos_ids:
+            length = len(own) + 1
+        if not length:
+            ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(eos_ids))))
+            raise UsageError(
+                f"{where}: the tokenizer's chat template ends a turn of the demonstration without an end-of-turn token "
+                f"({ends}), from which the model would learn where to stop; {SPLIT}"
+            )
+        learned += range(len(ids), len(ids) + length)
+        ids += own + others
+        before = between
+    last = _last_turn_ids(before, texts[-1], tokenizer, eos_ids)
+    return [*ids, *last], [*learned, *range(len(ids), len(ids) + len(last))]
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> int:

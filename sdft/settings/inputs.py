@@ -79,10 +79,10 @@ class DataArguments:
     train_file: str | list[str] | dict[str, float] = field(
         default="",
         metadata={
-            "help": "Rows of prompt, a text or a list of chat messages, and demonstration, a text or one message. The "
-            "name of a file (JSONL, a JSON list, CSV or Parquet), of a folder that datasets has saved (folder:split), "
-            "or of a hub dataset (owner/name:split); a list of names; or names with weights: 2 takes each row twice, "
-            "0.5 half of them."
+            "help": "Rows of prompt and demonstration, each a text or a list of chat messages. The name of a file "
+            "(JSONL, a JSON list, CSV or Parquet), of a folder that datasets has saved (folder:split), or of a hub "
+            "dataset (owner/name:split); a list of names; or names with weights: 2 takes each row twice, 0.5 half of "
+            "them."
         },
     )
 
