@@ -157,6 +157,25 @@ def test_the_teacher_is_shown_every_turn():
         encode({"demonstration": [ASKS, RESULT, {**WARM, "thinking": "hm"}]}, tokenizer, method="sdft")
 
 
+def test_a_turn_of_which_the_template_writes_nothing_is_refused():
+    silent = [{"role": "assistant", "tool_calls": [CALL]}, RESULT, WARM]
+    with pytest.raises(
+        UsageError, match="row 1: the tokenizer's chat template writes nothing of a turn of the demonst"
+    ):
+        encode({"demonstration": silent}, tiny.tiny_tokenizer())
+
+
+def test_a_result_that_the_template_has_as_json_is_not_left_out(templated, caplog):
+    found = {**RESULT, "content": 'He said "warm",\nin Perú.'}
+    row = {"demonstration": [{**ASKS, "content": ""}, found, WARM], "tools": TOOLS}
+    encode(row, templated("llama3_1"), method="sdft")
+    assert "leaves out" not in caplog.text
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
+    encode({"demonstration": [{**ASKS, "tool_calls": []}, found, WARM]}, tokenizer, method="sdft")
+    assert "leaves out a part of the demonstration in 1 of 1 rows" in caplog.text
+
+
 def test_a_rollouts_draft_is_the_first_turn():
     tokenizer = tiny.tiny_tokenizer()
     ids = encode({"demonstration": CHAT}, tokenizer, method="sdft", with_draft=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -130,11 +131,18 @@ def encode_demonstration(
                 f"{where}: the tokenizer's chat template ends a turn of the demonstration without an end-of-turn token "
                 f"({ends}), from which the model would learn where to stop; {SPLIT}"
             )
+        _check_written(turn, own, eos_ids, f"{where}: the tokenizer's chat template writes nothing of a turn")
         learned += range(len(ids), len(ids) + length)
         ids += own + others
         before = between
     last = _last_turn_ids(before, texts[-1], tokenizer, eos_ids)
+    _check_written(texts[-1], last, eos_ids, f"{where}: the tokenizer's chat template writes nothing")
     return [*ids, *last], [*learned, *range(len(ids), len(ids) + len(last))]
+
+
+def _check_written(text: str, ids: list[int], eos_ids: frozenset[int], says_nothing: str) -> None:
+    if not text.strip() or set(ids) <= eos_ids:
+        raise UsageError(f"{says_nothing} of the demonstration, so that there is nothing to learn from it")
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> int:
@@ -192,11 +200,6 @@ def encode_rows(
             ids["completion_ids"], learned = encode_demonstration(before, turns, tokenizer, eos_ids, row[WHERE])
             if len(turns) > 1:
                 ids["learned"] = learned
-            if not texts["learned"].strip() or {ids["completion_ids"][place] for place in learned} <= eos_ids:
-                raise UsageError(
-                    f"{row[WHERE]}: the tokenizer's chat template writes nothing of the demonstration, so that there "
-                    "is nothing to learn from it"
-                )
             room = max(room, len(ids["completion_ids"]))
         if with_draft:
             draft = text_of(first_turn(row["demonstration"])) if row.get("demonstration") else ""
@@ -287,7 +290,7 @@ class Shown:
         """Look for what each of these texts of a row should have; templates may set what they keep in its own lines."""
         for whose, text in texts.items():
             bare = "".join(text.split())
-            if any("".join(part.split()) not in bare for part in _parts(row, whose)):
+            if not all(_is_in(bare, part) for part in _parts(row, whose)):
                 self.places[whose].append(row[WHERE])
 
     def warn(self) -> None:
@@ -301,6 +304,11 @@ class Shown:
                     places[0],
                     consequence,
                 )
+
+
+def _is_in(bare: str, part: str) -> bool:
+    """Whether a text without its spaces has a part, as it is or as JSON, which templates make of tools' results."""
+    return any("".join(each.split()) in bare for each in (part, json.dumps(part, ensure_ascii=False)[1:-1]))
 
 
 def _parts(row: Row, whose: str) -> list[str]:
