@@ -21,6 +21,7 @@ from sdft.head import Head, at_head, backbone, hidden_states
 from sdft.likeliest import Likeliest, likeliest
 from sdft.memory.offload import keeping
 from sdft.prompt_cache import PromptCache
+from sdft.reach import hardly_reaches, out_of_reach
 from sdft.settings.config import SDFTConfig
 from sdft.settings.token_weights import UNIFORM
 from sdft.teacher import Teacher
@@ -190,12 +191,20 @@ def distillation_loss(
     tokens: list[OfTokens] = []
     weighed: list[Weighed] = []
     weighs = config.token_weighting != UNIFORM or config.divergence_clip is not None
+    measures, sums = hardly_reaches(config), dict[str, Tensor]()
 
     def weigh_tokens(out: DivergenceOutput) -> Weighed:
         weighed.append(weigh(out, batch, config))
         return weighed[0]
 
     def look(out: DivergenceOutput, *views: View) -> None:
+        if measures:
+            of_student, of_teacher = ((view.hidden.index_select(0, batch["starts"]), view.head) for view in views)
+            temperature, most = config.loss_temperature, config.max_chunk_bytes
+            shares = out_of_reach(*of_student, *of_teacher, temperature=temperature, max_chunk_bytes=most)
+            sums.update(out_of_reach=shares.sum(), begun=torch.ones_like(shares).sum())
+        if not per_token:
+            return
         assert out.student_logprob is not None and out.teacher_logprob is not None
         logprobs = (out.student_logprob, out.teacher_logprob)
         tops = (
@@ -218,7 +227,7 @@ def distillation_loss(
         batch,
         autocast=autocast,
         on_host=config.activation_offload,
-        look=look if per_token else None,
+        look=look if per_token or measures else None,
         weigh=weigh_tokens if weighs else None,
         divergence=config.divergence,
         beta=config.beta,
@@ -230,7 +239,7 @@ def distillation_loss(
         reduction="sum",
         max_chunk_bytes=config.max_chunk_bytes,
     )
-    sums = {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
+    sums |= {"student_entropy": out.student_entropy.sum(), "teacher_entropy": out.teacher_entropy.sum()}
     for each in weighed:
         sums |= {"token_weight": each.weights.sum(), "clipped": each.clipped.sum()}
     if out.student_logprob is None or out.teacher_logprob is None:

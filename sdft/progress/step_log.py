@@ -9,10 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdft.progress.phases import PHASES, Phases
+from sdft.reach import FAR
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut
+ENOUGH_TO_JUDGE = 8  # completions, by how many of which are cut, and how they begin
+#: The share of the teacher's first tokens out of reach that is worth saying (docs/choosing.md has what was measured).
+TOO_FAR = 0.2
 
 WHOLE_RUN = "run"  # in peaks beside the phases
 
@@ -33,6 +36,7 @@ class StepLog:
         self._totals: dict[str, float] = {}
         self._highest: dict[str, float] = {}
         self._judged, self._warned_of_cuts = (0, 0), False
+        self._begun, self._out_of_reach = 0, 0.0
 
     def __bool__(self) -> bool:
         """Whether there is anything to say."""
@@ -54,6 +58,9 @@ class StepLog:
         for name in ("student_entropy", "teacher_entropy", "base_kl", "token_weight", "clipped"):
             if name in sums and sums["tokens"]:  # no mean is there of no token
                 line[name] = sums[name] / sums["tokens"]
+        if sums.get("begun"):
+            line["out_of_reach"] = sums["out_of_reach"] / sums["begun"]
+            self._warn_of_reach(int(sums["begun"]), sums["out_of_reach"])
         if sums.get("squared_importance"):
             line["rollout_gap"] = sums["rollout_gap"] / sums["tokens"]
             line["effective_share"] = sums["importance"] ** 2 / (sums["tokens"] * sums["squared_importance"])
@@ -139,3 +146,19 @@ class StepLog:
                     completions,
                     self.max_completion_length,
                 )
+
+    def _warn_of_reach(self, begun: int, out_of_reach: float) -> None:
+        """Say of the first completions, once there are enough, if the teacher would begin them out of reach."""
+        if self._begun >= ENOUGH_TO_JUDGE:
+            return
+        self._begun, self._out_of_reach = self._begun + begun, self._out_of_reach + out_of_reach
+        share = self._out_of_reach / self._begun
+        if self._begun >= ENOUGH_TO_JUDGE and share >= TOO_FAR and self.accelerator.is_main_process:
+            logger.warning(
+                "%.0f %% of the teacher's probability of how the first %d completions begin is on tokens to which the "
+                "student gives less than a %dth of it, and the divergence hardly teaches those: try divergence: "
+                "forward_kl, which does",
+                100 * share,
+                self._begun,
+                FAR,
+            )
