@@ -1,8 +1,8 @@
 """How much of what the teacher would begin an answer with is out of the student's reach.
 
 Every divergence but forward KL moves a token's logit in proportion to the student's own probability p of the token.
-Where the teacher's q is a thousand times p, that is about a hundredth of forward KL's gradient, which is p - q: in
-practice such a token is not learned. That is measured at the first token of each completion. A manner or a format is
+Where the teacher's q is ten thousand times p, that is about a thousandth of forward KL's gradient, which is p - q, and
+many steps hardly teach such a token. That is measured at the first token of each completion. A manner or a format is
 chosen there, and after it the teacher goes on with what the student has written.
 """
 
@@ -17,10 +17,11 @@ from sdft.head import Head
 from sdft.likeliest import CHUNK_BYTES
 from sdft.settings.config import SDFTConfig
 
-#: How many times likelier than to the student a token is to the teacher when it is out of reach.
-FAR = 1000
+#: How many times likelier than to the student a token is to the teacher when it is out of reach. What was a thousand
+#: times likelier was reached in a few steps (docs/choosing.md).
+FAR = 10_000
 #: From this share of the teacher on, mixtures have gradients as small as reverse KL's there; below, forward KL's.
-REVERSE_FROM = 0.1
+REVERSE_FROM = 0.01
 
 
 def hardly_reaches(config: SDFTConfig) -> bool:

@@ -20,7 +20,7 @@ from tests.test_sdft_loss import SAMPLES, config, logprobs
 from tests.test_sdft_teacher_model import large, trainer
 from tests.test_sdft_trainer import assert_equal_weights, weights
 
-SAID = "try divergence: forward_kl"
+SAID = "(divergence: forward_kl does)"
 
 
 @pytest.mark.parametrize(
@@ -30,19 +30,19 @@ SAID = "try divergence: forward_kl"
         ("forward_kl", 0.5, False),
         ("jsd", 0.9, True),
         ("jsd", 0.5, True),
-        ("jsd", 0.1, True),
+        ("jsd", 0.01, True),
         ("jsd", 0.001, False),
         ("skew_reverse_kl", 0.5, True),
         ("skew_reverse_kl", 0.01, True),
         ("skew_forward_kl", 0.5, True),
-        ("skew_forward_kl", 0.1, True),
+        ("skew_forward_kl", 0.01, True),
         ("skew_forward_kl", 0.001, False),
     ],
 )
-def test_divergences_that_hardly_reach_have_a_gradient_of_at_most_a_twentieth(divergence, beta, expected, tmp_path):
-    """Of forward KL's, at a token to which the teacher gives 0.9 and the student a thousandth of that."""
+def test_divergences_that_hardly_reach_have_a_gradient_of_at_most_a_fifteenth(divergence, beta, expected, tmp_path):
+    """Of forward KL's, at a token to which the teacher gives 0.9 and the student a ten-thousandth of that."""
     q = torch.tensor([0.9, 0.06, 0.04], dtype=torch.float64)
-    z = torch.tensor([0.0009, 0.5, 0.4991], dtype=torch.float64).log().requires_grad_()
+    z = torch.tensor([0.00009, 0.5, 0.49991], dtype=torch.float64).log().requires_grad_()
     p = z.softmax(-1)
     m = (1 - beta) * p + beta * q
     forward, of_student, of_teacher = (
@@ -58,8 +58,8 @@ def test_divergences_that_hardly_reach_have_a_gradient_of_at_most_a_twentieth(di
         "skew_forward_kl": of_teacher,
     }[divergence]
     of_forward, of_this = (torch.autograd.grad(x, z, retain_graph=True)[0][0].abs() for x in (forward, value))
-    assert of_forward == pytest.approx(0.8991)
-    assert (of_this < of_forward / 20) == expected
+    assert of_forward == pytest.approx(0.89991)
+    assert (of_this < of_forward / 15) == expected
     assert hardly_reaches(config(tmp_path, divergence=divergence, beta=beta)) == expected
 
 
@@ -81,7 +81,7 @@ def test_the_share_is_that_of_full_logits_whatever_the_chunk(dtype):
         9 * torch.tanh(teacher.double() @ heads[1].weight[:50].double().T / 9),
     ]
     p, q = ((z / 1.3).softmax(-1) for z in logits)
-    expected = (q * (q > 1000 * p)).sum(-1).float()
+    expected = (q * (q > 10_000 * p)).sum(-1).float()
     assert 0.05 < expected.mean() < 0.95
     for most in (None, 32 * 50 * 3, 1):
         found = out_of_reach(student, heads[0], teacher, heads[1], temperature=1.3, max_chunk_bytes=most)
@@ -97,7 +97,7 @@ def test_a_teacher_that_is_the_student_and_uncertain_ones_have_none():
 
 @pytest.mark.parametrize("skip", [0, 2])
 def test_a_micro_batch_has_the_sum_over_first_tokens(skip, tmp_path):
-    student, teacher = tiny.tiny_model(0, initializer_range=0.6), tiny.tiny_model(1, initializer_range=0.6)
+    student, teacher = tiny.tiny_model(0, initializer_range=0.8), tiny.tiny_model(1, initializer_range=0.8)
     settings = config(tmp_path, skip_tokens=skip, loss_temperature=0.7)
     samples = [*SAMPLES, dataclasses.replace(SAMPLES[0], weight=0.0)]
     expected = []
@@ -105,7 +105,7 @@ def test_a_micro_batch_has_the_sum_over_first_tokens(skip, tmp_path):
         if len(s.completion) > skip:
             p = logprobs(student, s.prompt, s.completion, 0.7)[skip].exp()
             q = logprobs(teacher, s.teacher_prompt, s.completion, 0.7)[skip].exp()
-            expected.append((q * (q > 1000 * p)).sum())
+            expected.append((q * (q > 10_000 * p)).sum())
     sums = distillation_loss(student, Teacher(teacher), lay_out(samples, skip), settings, None).sums
     assert sums["begun"] == len(expected) == (2 if skip else 3)
     assert sum(expected) > 0.1
@@ -120,7 +120,7 @@ def test_a_micro_batch_has_the_sum_over_first_tokens(skip, tmp_path):
 
 def run(folder, taught_by, **options):
     """A run with the student's samples in the first step, and what metrics.jsonl has of each step."""
-    student = tiny.tiny_model(initializer_range=0.6)
+    student = tiny.tiny_model(initializer_range=0.8)
     run = trainer(folder, taught_by, student=student, callbacks=[MetricsFile(folder)], **options)
     seen, make = [], run.samples
 
@@ -137,32 +137,32 @@ def run(folder, taught_by, **options):
 
 def test_it_is_said_once_where_the_teacher_begins_out_of_reach(tmp_path, caplog):
     """After two steps of four completions, by the mean over these."""
-    teacher = large(initializer_range=0.6)
+    teacher = large(initializer_range=0.8)
     with caplog.at_level(logging.WARNING):
         _, samples, (first, second, *_) = run(tmp_path, teacher, max_steps=4, per_device_train_batch_size=4)
-    student, shares = tiny.tiny_model(initializer_range=0.6), []
+    student, shares = tiny.tiny_model(initializer_range=0.8), []
     for s in samples:
         p, q = (model(torch.tensor([s.prompt])).logits[0, -1, :101].softmax(-1) for model in (student, teacher))
-        shares.append((q * (q > 1000 * p)).sum().item())
+        shares.append((q * (q > 10_000 * p)).sum().item())
     assert len(shares) == 4
     assert first["out_of_reach"] == pytest.approx(sum(shares) / 4, abs=1e-5)
     share = (first["out_of_reach"] + second["out_of_reach"]) / 2
     assert share > 0.25
     said = [record.getMessage() for record in caplog.records if SAID in record.getMessage()]
-    assert len(said) == 1 and said[0].startswith(f"{100 * share:.0f} % of the teacher's probability")
-    assert "how the first 8 completions begin" in said[0]
+    assert len(said) == 1 and "the first 8 completions begin" in said[0]
+    assert f": {100 * share:.0f} % of its probability" in said[0]
 
 
 def test_it_is_not_said_where_the_teacher_begins_as_the_student_does(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        _, _, lines = run(tmp_path, tiny.tiny_model(initializer_range=0.6), per_device_train_batch_size=8)
+        _, _, lines = run(tmp_path, tiny.tiny_model(initializer_range=0.8), per_device_train_batch_size=8)
     assert lines[0]["out_of_reach"] == 0
     assert SAID not in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"divergence": "forward_kl"}, {"method": "sft", "teacher": None}], ids=str)
 def test_it_is_not_measured_where_that_has_no_bearing(options, tmp_path, caplog):
-    rows, taught_by = tiny.rows(), large(initializer_range=0.6)
+    rows, taught_by = tiny.rows(), large(initializer_range=0.8)
     if "method" in options:
         taught_by = None
     with caplog.at_level(logging.WARNING):
@@ -187,7 +187,7 @@ def test_training_is_the_same_bit_for_bit_as_without(options, tmp_path, monkeypa
     adapter = LoraConfig(r=2, target_modules=["q_proj"]) if options.pop("lora", False) else None
     for measured in (True, False):
         monkeypatch.setattr(losses, "hardly_reaches", lambda config, measured=measured: measured)
-        folder, taught_by = tmp_path / str(measured), None if "teacher" in options else large(initializer_range=0.6)
+        folder, taught_by = tmp_path / str(measured), None if "teacher" in options else large(initializer_range=0.8)
         trained, _, lines = run(folder, taught_by, arguments={"peft_config": adapter}, **options)
         assert all(("out_of_reach" in line) == measured for line in lines)
         kept = [(line["loss"], line["grad_norm"], line["student_entropy"]) for line in lines]

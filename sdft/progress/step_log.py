@@ -155,10 +155,10 @@ class StepLog:
         share = self._out_of_reach / self._begun
         if self._begun >= ENOUGH_TO_JUDGE and share >= TOO_FAR and self.accelerator.is_main_process:
             logger.warning(
-                "%.0f %% of the teacher's probability of how the first %d completions begin is on tokens to which the "
-                "student gives less than a %dth of it, and the divergence hardly teaches those: try divergence: "
-                "forward_kl, which does",
-                100 * share,
+                "the first %d completions begin far from where the teacher would: %.0f %% of its probability of their "
+                "first token is on tokens that are %d times less likely to the student, which the divergence hardly "
+                "teaches (divergence: forward_kl does)",
                 self._begun,
+                100 * share,
                 FAR,
             )
