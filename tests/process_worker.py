@@ -174,7 +174,9 @@ def finish(run, folder, resume=None, signal_in_step=None):
     if process == 0:
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         norms = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
-        (folder / "history.json").write_text(json.dumps({"losses": losses, "norms": norms, "measured": measured}))
+        reach = [entry["out_of_reach"] for entry in run.state.log_history if "out_of_reach" in entry]
+        history = {"losses": losses, "norms": norms, "measured": measured, "out_of_reach": reach}
+        (folder / "history.json").write_text(json.dumps(history))
         if hasattr(run.teacher, "average"):
             save_file(run.teacher.average, folder / "average.safetensors")
     wait_for_all()
