@@ -85,13 +85,13 @@ def compare(
     log_q = _normalised(torch.cat((teacher_logprobs, teacher_tail.unsqueeze(-1).clamp(min=MASKED)), -1), outcomes)
     loss, gradient = divergence_and_gradient(log_p, log_q, coarse.divergence, coarse.beta)
     tail_logprob = tail_logprob.masked_fill(none_left, -torch.inf)
-    return Compared(loss, entropy, logsumexp, tail_logprob, gradient[..., :-1], gradient[..., -1])
+    of_rest = gradient[..., -1].masked_fill(rest_logsumexp <= masked, 0)  # masked entries have no gradient
+    return Compared(loss, entropy, logsumexp, tail_logprob, gradient[..., :-1], of_rest)
 
 
 def _normalised(logprobs: Tensor, outcomes: Tensor) -> Tensor:
     """Log-probabilities of the outcomes alone; of the others they are as if masked."""
-    total = logprobs.where(outcomes, -torch.inf).logsumexp(-1, keepdim=True)
-    return (logprobs - total).where(outcomes, MASKED)
+    return logprobs.where(outcomes, -torch.inf).log_softmax(-1).where(outcomes, MASKED)
 
 
 def divergence_and_gradient(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:

@@ -83,12 +83,12 @@ def coarse_per_token(
     outcomes = torch.cat((given, some & (tail == "bucket")), 1)
 
     def normalised(entries: Tensor, rest: Tensor) -> Tensor:
-        both = torch.where(outcomes, torch.cat((entries, rest), 1), MASKED)
+        both = torch.where(outcomes, torch.cat((entries, rest), 1), -math.inf)
         return torch.where(outcomes, both.log_softmax(-1), MASKED)
 
     student_tail = torch.where(some, student_tail, -math.inf)
     log_p_coarse = normalised(log_p.gather(1, torch.where(given, ids, 0)), student_tail)
-    log_q_coarse = normalised(teacher_logprobs, teacher_tail.unsqueeze(1))
+    log_q_coarse = normalised(teacher_logprobs, teacher_tail.unsqueeze(1).clamp(min=MASKED))
     return divergence_per_token(log_p_coarse, log_q_coarse, divergence, beta), student_tail.squeeze(1)
 
 

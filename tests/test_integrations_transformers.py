@@ -161,6 +161,42 @@ def test_a_trainer_trains_as_it_does_with_logits(name, accumulation, tmp_path):
         assert_close(weights[key], weight)
 
 
+@pytest.mark.parametrize("name", ["llama, tied", "gemma2"])
+def test_a_compiled_model_makes_the_same_step(name):
+    model, inputs = build(name), batch()
+    expected, expected_gradients = step(model, **inputs)
+    fused_causal_lm_loss(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    model.zero_grad()
+    output = compiled(**inputs)
+    output.loss.backward()
+    assert output.logits is None and compiled(inputs["input_ids"]).logits is not None
+    assert_close(output.loss, expected.loss)
+    for key, weight in model.named_parameters():
+        assert_close(weight.grad, expected_gradients[key])
+    with pytest.raises(RuntimeError, match=r"OptimizedModule has another forward.* torch\.compile"):
+        fused_causal_lm_loss(torch.compile(build(name), backend="eager"))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_with_gradient_checkpointing_and_new_entries_of_the_vocabulary(reentrant):
+    model, inputs = build("llama, tied"), batch()
+    fused_causal_lm_loss(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.resize_token_embeddings(128)
+    other = build("llama, tied")
+    other.resize_token_embeddings(128)
+    other.load_state_dict(model.state_dict())
+    (output, gradients), (expected, expected_gradients) = step(model, **inputs), step(other, **inputs)
+    assert output.logits is None
+    assert_close(output.loss, expected.loss)
+    assert gradients.keys() == expected_gradients.keys()
+    for key, gradient in expected_gradients.items():
+        assert_close(gradients[key], gradient)
+
+
 def refuse(change, message, kind=ValueError):
     model = build("llama")
     with pytest.raises(kind, match=message):

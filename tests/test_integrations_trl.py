@@ -373,7 +373,9 @@ def test_trls_classes_construct_ours_until_that_is_undone(folder):
         trainer = build("gkd", folder, Mine, max_steps=1)
         assert isinstance(trainer, Mine) and isinstance(trainer, TRAINERS["gkd"][1])
         assert type(build("sdft", folder, SDFTTrainer)) is TRAINERS["sdft"][1]
-        with pytest.raises(RuntimeError, match="DistillationTrainer constructs another class already"):
+        with pytest.raises(
+            RuntimeError, match="DistillationTrainer constructs another class already: apply_to_trl was called"
+        ):
             apply_to_trl()
         with pytest.raises(TypeError, match="model"):
             ServerDistillationTrainer.__init__(server := ServerDistillationTrainer.__new__(ServerDistillationTrainer))

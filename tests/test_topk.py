@@ -20,6 +20,7 @@ from sdft_kernels import (
     linear_topk_logprobs,
     topk_arguments,
 )
+from sdft_kernels.backends.gpu import top
 from sdft_kernels.coarse import LEAST_TAIL
 from sdft_kernels.reference import divergence_per_token, reference_divergence, reference_topk_divergence
 from sdft_kernels.topk import fused_linear_topk_divergence_op
@@ -292,6 +293,82 @@ def test_entries_that_the_students_head_masks(backend: str) -> None:
     given["teacher_logprobs"] = given["teacher_logprobs"].log_softmax(-1)
     found = run(fused_linear_topk_divergence, given, divergence="jsd", backend=backend)
     assert (found["token_loss"] < math.log(2)).all() and not found["grad of bias"][2].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_soft_cap_under_a_negative_scale(backend: str) -> None:
+    """What is taken out of the logits lies below all others there, too."""
+    given = inputs(5, 1003, 9)
+    assert_matches(given, {"logit_scale": -1.1, "softcap": 9.0}, backend=backend)
+    assert_matches(given, {**every_option(given), "logit_scale": -0.7, "divergence": "jsd"}, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_student_whose_head_masks_every_entry(backend: str, divergence: str) -> None:
+    """Among entries that are all as unlikely, each has the same share, and none has a gradient."""
+    given = inputs(4, 1003, 6)
+    given["teacher_ids"] = torch.arange(6).expand(4, 6)
+    given["bias"][:6] = -torch.inf
+    found = run(fused_linear_topk_divergence, given, divergence=divergence, tail="dropped", backend=backend)
+    log_q = given["teacher_logprobs"].double().log_softmax(-1)
+    expected = divergence_per_token(torch.full_like(log_q, -math.log(6)), log_q, divergence)
+    torch.testing.assert_close(found["token_loss"].double(), expected, rtol=3e-6, atol=0)
+    assert not any(value.any() for name, value in found.items() if name.startswith("grad"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rest_that_the_students_head_masks_has_no_gradient(backend: str) -> None:
+    """Though the teacher has some of it; where forward KL is as large as can be, the entries' gradient is p - q."""
+    given = inputs(4, 1003, 6)
+    given["teacher_ids"] = torch.arange(6).expand(4, 6)
+    given["bias"][6:] = -torch.inf
+    found = run(fused_linear_topk_divergence, given, divergence="forward_kl", reduction="sum", backend=backend)
+    wider = wide(given)
+    p = (wider["hidden"] @ wider["weight"][:6].T + wider["bias"][:6]).softmax(-1)
+    assert found["loss"].isfinite() and not found["grad of bias"][6:].any() and not found["grad of weight"][6:].any()
+    torch.testing.assert_close(
+        found["grad of bias"][:6].double(), (p - wider["teacher_logprobs"].exp()).sum(0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_who_has_nothing_of_the_rest(backend: str, divergence: str) -> None:
+    given = inputs(4, 1003, 6)
+    given["teacher_logprobs"] = given["teacher_logprobs"].log_softmax(-1)
+    given["teacher_tail_logprob"] = torch.full((4,), -torch.inf)
+    assert_matches(given, {"divergence": divergence}, backend=backend)
+
+
+class WithFloat32:
+    """A kernel whose numbers have float32's digits, as on a device; the interpreter hands on all that Python has."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            rounded = [torch.tensor(a).item() if isinstance(a, float) else a for a in arguments]
+            self.kernel[grid](*rounded, **constants)
+
+        return launch
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl"])
+def test_a_kernels_numbers_need_not_have_all_digits(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32's share of a mixture leaves the other share few digits. Products are exact here."""
+    monkeypatch.setattr(top, "compare_kernel", WithFloat32(top.compare_kernel))
+    given = inputs(5, 303, 9, size=8)
+    for name in ("hidden", "weight", "bias"):
+        given[name] = (given[name] * 8).round() / 8
+    z = given["hidden"].double() @ given["weight"].double().T + given["bias"]
+    logprobs = (z + torch.randn(5, 303)).log_softmax(-1)
+    given["teacher_logprobs"] = logprobs.gather(1, given["teacher_ids"])
+    options: dict[str, Any] = {"divergence": divergence, "beta": 0.999}
+    expected = run(reference_topk_divergence, wide(given), **options)
+    found = run(fused_linear_topk_divergence, given, **options, backend="triton")
+    assert max(relative_error(found[name], expected[name]) for name in ("loss", "grad of hidden")) < 6e-6
 
 
 @pytest.mark.parametrize("tokens", [0, 3])

@@ -119,7 +119,7 @@ def construct_instead(base: type, fused: type, chosen: Callable[[type], type]) -
     undoes it. A trainer has no factory to put another class into; its `__init__` is met by every one of them."""
     original: Callable[..., None] = vars(base)["__init__"]
     if original.__name__ == "_construct":
-        raise RuntimeError(f"{base.__name__} constructs another class already")
+        raise RuntimeError(f"{base.__name__} constructs another class already: apply_to_trl was called before")
 
     def _construct(self: Any, *positional: Any, **named: Any) -> None:
         kind = chosen(type(self))

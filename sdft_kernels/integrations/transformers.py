@@ -122,8 +122,8 @@ def fused_causal_lm_loss(model: Any, in_evaluation: bool = False) -> Callable[[]
         raise RuntimeError(f"{name} has the fused loss already")
     if "forward" in vars(model):
         raise RuntimeError(
-            f"{name} has another forward than its class, as TRL, Liger and a Trainer's precision replace it; "
-            "call fused_causal_lm_loss before them"
+            f"{name} has another forward than its class, as TRL, Liger, torch.compile, a device_map and a Trainer's "
+            "precision replace it; call fused_causal_lm_loss before them"
         )
     if (
         getattr(model, "loss_function", None) is not ForCausalLMLoss

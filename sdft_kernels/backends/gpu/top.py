@@ -8,6 +8,7 @@ and replaces the constants of the gradient. Into that, `put_back` writes the ent
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from sdft_kernels.backends.gpu.divergence import ROW, ROW_CENTRE, ROW_FACTOR, process_rows
 from sdft_kernels.backends.gpu.math import FAR_BELOW, add_bias, form, load_logit, transform
 from sdft_kernels.coarse import LEAST_TAIL
-from sdft_kernels.divergences import MASKED, Objective, is_mixture
+from sdft_kernels.divergences import MASKED, Objective
 from sdft_kernels.tokens import TokenRows, TopTokens
 
 #: The most entries of a row that a program, which is one warp, handles at once.
@@ -45,7 +46,7 @@ def process_top_rows(
     label_u = None if rows.labels is None else student.new_empty(tokens)
     take_out_kernel[grid](
         *(student, bias, student.stride(0), vocab, top.ids, entries, rows.labels, u, label_u, options.inner),
-        -MASKED if form(options) == "negated" else -math.inf if options.softcap is not None else MASKED,
+        math.copysign(math.inf if options.softcap is not None else -MASKED, -options.inner),
         FORM=form(options),
         **launch,
     )
@@ -53,11 +54,10 @@ def process_top_rows(
     rest = TokenRows(rows.weight, None, None, unused, entropy, None, torch.zeros_like(unused), None, logsumexp)
 
     def compare_rows(constants: Tensor | None) -> None:
-        mixes = is_mixture(coarse.divergence)
         compare_kernel[grid](
             *(u, entries, vocab, top.logprobs, top.tail, logsumexp, entropy, label_u, rows.old_logprobs),
             *(rows.weight, rows.loss, rows.student_entropy, rows.student_logprob, top.student_tail, constants),
-            *((coarse.beta, math.log(coarse.beta), math.log1p(-coarse.beta)) if mixes else (0.0, 0.0, 0.0)),
+            *in_two(coarse.beta),
             math.inf if objective.importance_clip is None else objective.importance_clip,
             options.factor,
             options.scale / options.temperature,
@@ -71,6 +71,12 @@ def process_top_rows(
     process_rows(student, None, rest, objective, gradient, bias, before_gradient=compare_rows)
     if gradient is not None:
         put_back_kernel[grid](gradient, gradient.stride(0), vocab, top.ids, entries, u, **launch)
+
+
+def in_two(value: float) -> tuple[float, float]:
+    """A number as the sum of two: Triton gives each of a kernel's numbers the digits of float32."""
+    (high,) = struct.unpack("f", struct.pack("f", value))
+    return high, value - high
 
 
 @triton.jit
@@ -123,7 +129,7 @@ def load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK: tl
 
 
 @triton.jit
-def loss_and_score(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE: tl.constexpr):
+def loss_and_score(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
     """An outcome's term of the divergence, and g, where dL/dz = p (g - Σ p g). Forward KL has no g, but p - q."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if DIVERGENCE == "reverse_kl":
@@ -131,7 +137,7 @@ def loss_and_score(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE: tl.conste
     elif DIVERGENCE == "forward_kl":
         return q * (log_q - log_p), 0 * q
     else:
-        log_m = log_add(log_p + log_rest, log_q + log_beta)
+        log_m = log_add(log_p + tl.log(1 - beta), log_q + tl.log(beta))
         over_p, over_q = log_p - log_m, log_q - log_m
         if DIVERGENCE == "jsd":
             return (1 - beta) * p * over_p + beta * q * over_q, (1 - beta) * over_p
@@ -167,9 +173,8 @@ def compare_kernel(
     logprob_pointer,
     student_tail_pointer,
     constants_pointer,
-    beta,
-    log_beta,
-    log_rest,
+    beta_high,
+    beta_low,
     importance_clip,
     factor,
     slope,
@@ -187,6 +192,7 @@ def compare_kernel(
     largest = tl.full((), -float("inf"), tl.float64)
     teacher_largest = largest
     count = tl.full((), 0, tl.int32)
+    beta = tl.full((), beta_high, tl.float64) + beta_low
     for start in range(0, entries, BLOCK):
         _, z, log_q, given, _ = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
         largest = tl.maximum(largest, tl.max(z, 0))
@@ -201,32 +207,36 @@ def compare_kernel(
 
     rest = tl.load(rest_logsumexp_pointer + row).to(tl.float64)
     tail_log_q = tl.load(tail_pointer + row)
-    of_entries = largest + tl.log(total)
-    logsumexp = log_add(of_entries, rest)
+    # Masked entries all lie so far below that a sum of logarithms would not tell how many they are.
+    peak = tl.maximum(largest, rest)
+    log_sum = tl.log(tl.exp(largest - peak) * total + tl.exp(rest - peak))
+    logsumexp = peak + log_sum
     tail_logprob = rest - logsumexp
     none_left = count == vocab
     nothing = none_left | ((rest <= masked) & (tail_log_q <= _LOG_OF_LEAST_TAIL))
-    student_total = of_entries
+    student_peak = largest
+    student_log_sum = tl.log(total)
     teacher_total = teacher_largest + tl.log(teacher_total)
     tail_log_p = tl.full((), FAR_BELOW, tl.float64)
     if BUCKET:
         tail_log_q = tl.maximum(tail_log_q, FAR_BELOW)
-        student_total = tl.where(nothing, of_entries, logsumexp)
+        student_peak = tl.where(nothing, largest, peak)
+        student_log_sum = tl.where(nothing, student_log_sum, log_sum)
         teacher_total = tl.where(nothing, teacher_total, log_add(teacher_total, tail_log_q))
-        tail_log_p = tl.where(nothing, FAR_BELOW, rest - student_total)
+        tail_log_p = tl.where(nothing, FAR_BELOW, rest - student_peak - student_log_sum)
         tail_log_q = tl.where(nothing, FAR_BELOW, tail_log_q - teacher_total)
     else:
         tail_log_q = tail_log_p
 
-    loss, tail_g = loss_and_score(tail_log_p, tail_log_q, beta, log_beta, log_rest, DIVERGENCE)
+    loss, tail_g = loss_and_score(tail_log_p, tail_log_q, beta, DIVERGENCE)
     mean_g = tl.exp(tail_log_p) * tail_g
     rest_entropy = tl.load(rest_entropy_pointer + row).to(tl.float64)
     entropy = tl.exp(tail_logprob) * (rest_entropy - tail_logprob)
     for start in range(0, entries, BLOCK):
         _, z, log_q, given, _ = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
-        log_p = tl.where(given, z - student_total, FAR_BELOW)
+        log_p = tl.where(given, z - student_peak - student_log_sum, FAR_BELOW)
         log_q = tl.where(given, log_q - teacher_total, FAR_BELOW)
-        term, g = loss_and_score(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE)
+        term, g = loss_and_score(log_p, log_q, beta, DIVERGENCE)
         loss += tl.sum(term, 0)
         mean_g += tl.sum(tl.exp(log_p) * g, 0)
         logprob = tl.where(given, z - logsumexp, FAR_BELOW)
@@ -245,13 +255,14 @@ def compare_kernel(
             tl.store(weight_pointer + row, weight)
     if constants_pointer is not None:
         of_rest = of_logit(tail_log_p, tail_log_q, tail_g, mean_g, DIVERGENCE)
+        of_rest = tl.where(rest <= masked, 0.0, of_rest)
         tl.store(constants_pointer + row * ROW + ROW_CENTRE, -of_rest.to(tl.float32))
         tl.store(constants_pointer + row * ROW + ROW_FACTOR, weight * slope)
         for start in range(0, entries, BLOCK):
             u, z, log_q, given, places = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
-            log_p = tl.where(given, z - student_total, FAR_BELOW)
+            log_p = tl.where(given, z - student_peak - student_log_sum, FAR_BELOW)
             log_q = tl.where(given, log_q - teacher_total, FAR_BELOW)
-            _, g = loss_and_score(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE)
+            _, g = loss_and_score(log_p, log_q, beta, DIVERGENCE)
             gradient = of_logit(log_p, log_q, g, mean_g, DIVERGENCE).to(tl.float32) * (weight * slope)
             if CAPPED:
                 capped = tl.maximum(u, -1.0)
