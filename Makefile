@@ -59,7 +59,7 @@ OLD_TRITON := .venv-triton-3.6
 
 test-triton-3.6: $(OLD_TRITON)/.installed
 	$(OLD_TRITON)/bin/python -m pytest tests/test_triton_backend.py tests/test_linear_scoring.py \
-		tests/test_compiled.py
+		tests/test_topk.py tests/test_compiled.py
 
 $(OLD_TRITON)/.installed: pyproject.toml setup.py constraints.txt sdft_kernels/backends/cpu/kernels.c sdft_kernels/backends/cpu/products.h
 	$(PYTHON) -m venv $(OLD_TRITON)
