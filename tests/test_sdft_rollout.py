@@ -91,7 +91,7 @@ def test_generation_under_gradient_checkpointing_uses_the_cache_and_restores_tra
     assert model.training
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, by_compiled_generate], ids=str)
+@pytest.mark.parametrize("backend", [*BACKENDS, by_compiled_generate], ids=[*BACKENDS, "compiled"])
 @pytest.mark.parametrize("draft", [(), (40, 41, 42)])
 def test_rollouts_are_written_without_attention_that_prepares_for_each_length(monkeypatch, backend, draft):
     for module in (generating, drafts):
