@@ -24,7 +24,7 @@ from sdft_kernels.backends.gpu import top
 from sdft_kernels.coarse import LEAST_TAIL
 from sdft_kernels.reference import divergence_per_token, reference_divergence, reference_topk_divergence
 from sdft_kernels.topk import fused_linear_topk_divergence_op
-from tests.cases import DIVERGENCES, LEAST_NATS, relative_error
+from tests.cases import DIVERGENCES, LEAST_NATS, Float32Products, relative_error
 from tests.test_operator import NoWaiting, as_on_a_device
 
 BACKENDS = ("torch", "compiled", "triton")
@@ -78,9 +78,14 @@ def wide(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_matches(given: dict[str, Tensor], options: dict[str, Any], limit: float = 3e-6, **of: Any) -> None:
-    """Beside float64 full logits; logarithms as exact as float32 near 1."""
+    """Beside float64 full logits: within `limit`, or 1.5 times what float32 products alone make of the inputs, which
+    leave some draws fewer digits; logarithms as exact as float32 near 1."""
     upstream = torch.randn(len(given["hidden"])) if options.get("reduction") == "none" else torch.tensor(0.7)
+    if given["hidden"].dtype == torch.float16:  # a factor as a GradScaler's: small returned gradients have few digits
+        upstream = 4096 * upstream
     expected = run(reference_topk_divergence, wide(given), upstream, **options)
+    with Float32Products(given["hidden"].dtype):
+        from_products = run(reference_topk_divergence, wide(given), upstream, **options)
     actual = run(fused_linear_topk_divergence, given, upstream, **options, **of)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
@@ -88,7 +93,10 @@ def assert_matches(given: dict[str, Tensor], options: dict[str, Any], limit: flo
             continue
         least = LEAST_NATS * len(given["hidden"]) ** 0.5 if name.endswith(("entropy", "logprob")) else 0
         error = relative_error(value, expected[name], least)
-        assert error <= (limit if name.startswith("grad") else 3e-6), (name, error)
+        most = max(
+            limit if name.startswith("grad") else 3e-6, 1.5 * relative_error(from_products[name], expected[name])
+        )
+        assert error <= most, (name, error, most)
 
 
 def test_the_definition_is_a_divergence_of_few_outcomes() -> None:
