@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import machine
+from benchmarks.gpu import wall_seconds
 from sdft.attention import of_any_length
 
 HEADS, HEAD_SIZE = 12, 128
@@ -54,7 +55,7 @@ def toy(case: Case) -> Case:
     return replace(case, name=f"{case.name}: 20 instead", lengths=(20, 21, 22))
 
 
-def inputs(case: Case, length: int, device: str) -> tuple[list[Tensor], dict[str, object]]:
+def inputs(case: Case, length: int, device: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """Queries, keys and values, and the mask: the first row begins with a tenth of padding."""
 
     def values(tokens: int) -> Tensor:
@@ -62,7 +63,7 @@ def inputs(case: Case, length: int, device: str) -> tuple[list[Tensor], dict[str
         return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=not case.of_a_token)
 
     queries = 1 if case.of_a_token else length
-    tensors = [values(queries), values(length), values(length)]
+    tensors = values(queries), values(length), values(length)
     if not case.masked:
         return tensors, {"is_causal": True}
     places = torch.arange(length, device=device)
@@ -72,28 +73,20 @@ def inputs(case: Case, length: int, device: str) -> tuple[list[Tensor], dict[str
     return tensors, {"attn_mask": mask}
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    wait()
-    began = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - began
-
-
 def measure(case: Case, device: str) -> tuple[float, float]:
     """Milliseconds of a pass at a new length, and at the same once more: medians over all lengths but the first."""
     first, again = [], []
     for length in case.lengths:
         tensors, settings = inputs(case, length, device)
 
-        def call(tensors: list[Tensor] = tensors, settings: dict[str, object] = settings) -> None:
-            out = scaled_dot_product_attention(*tensors, **settings)  # type: ignore[arg-type]
+        def call(tensors: tuple[Tensor, Tensor, Tensor] = tensors, settings: dict[str, Any] = settings) -> None:
+            out = scaled_dot_product_attention(*tensors, **settings)
             if not case.of_a_token:
                 out.backward(out.detach())
 
-        first.append(seconds(call, device))
-        again.append(statistics.median(seconds(call, device) for _ in range(TIMES)))
+        wall_seconds(lambda: None, device)  # the inputs are made
+        first.append(wall_seconds(call, device))
+        again.append(statistics.median(wall_seconds(call, device) for _ in range(TIMES)))
     return 1e3 * statistics.median(first[1:]), 1e3 * statistics.median(again[1:])
 
 

@@ -58,10 +58,10 @@ def lay_out(samples: Sequence[Sample], skip_tokens: int, normalisation: str = "t
     """The tensors of a micro-batch; the first `skip_tokens` tokens of each completion stay out of the loss.
 
     `input_ids` (rows, length) and `positions` (N,), flat into it; the same for the teacher; `labels` (N,), the
-    completion tokens in the order of the positions, with `old_logprobs` (N,) where the samples have them. `starts` are
-    the places among these of each completion's first. Tokens count alike, or by `token_weight` (N,): their sample's
-    weight, where some have another than 1, and with normalisation "sequence" the inverse of their number in their
-    completion.
+    completion tokens in the order of the positions, with `old_logprobs` (N,) where the samples have them. `starts`,
+    where there is a teacher, are the places among these of each completion's first. Tokens count alike, or by
+    `token_weight` (N,): their sample's weight, where some have another than 1, and with normalisation "sequence" the
+    inverse of their number in their completion.
     Demonstrations come the same way: `demonstration_input_ids`, `_positions`, `_labels` and `_token_weight`.
     """
     samples = [sample.read() for sample in samples]
@@ -72,6 +72,8 @@ def lay_out(samples: Sequence[Sample], skip_tokens: int, normalisation: str = "t
     teacher_prompts = [s.teacher_prompt for s in samples if s.teacher_prompt is not None]
     if teacher_prompts:
         batch["teacher_input_ids"], batch["teacher_positions"] = _pack(teacher_prompts, completions, places)
+        ends = itertools.accumulate(map(len, places))
+        batch["starts"] = torch.tensor([end - len(of) for end, of in zip(ends, places, strict=True) if of]).long()
     if samples[0].old_logprobs is not None:
         batch["old_logprobs"] = torch.tensor([value for s in samples for value in s.old_logprobs or ()])
     if samples[0].demonstration is not None:
@@ -109,8 +111,6 @@ def _completions(
     kept = [[tokens[place] for place in of_it] for tokens, of_it in zip(completions, places, strict=True)]
     batch = {"labels": torch.tensor([token for tokens in kept for token in tokens], dtype=torch.long)}
     batch["input_ids"], batch["positions"] = _pack(prompts, completions, places)
-    ends = itertools.accumulate(map(len, kept))
-    batch["starts"] = torch.tensor([end - len(tokens) for end, tokens in zip(ends, kept, strict=True) if tokens]).long()
     by_sequence, weights = normalisation == "sequence", weights or [1.0] * len(kept)
     if by_sequence or any(weight != 1 for weight in weights):
         weighted = zip(weights, kept, strict=True)

@@ -77,7 +77,8 @@ def fused_linear_topk_divergence(
             whatever its hidden state, ids and log-probabilities hold; on the CPU it is not even projected.
         labels: (N,) int64, the sampled tokens, or None; they need not be among the teacher's. Not read where the weight
             is 0.
-        old_logprobs: (N,) log-probabilities of the labels when they were sampled: importance weights, as there.
+        old_logprobs: (N,) log-probabilities of the labels when they were sampled: importance weights, as there, and
+            in float16 with the limit that JSD has.
         importance_clip: upper limit of these weights, positive, or None.
         reduction: "mean": Σ w·L / Σ w, with `token_weight` for w in the denominator · "sum": Σ w·L ·
             "none": w·L, (N,), differentiable.

@@ -145,7 +145,8 @@ def reference_from_float32_logits(case: Case, upstream: Tensor | None = None) ->
 
 
 class Float32Products(TorchFunctionMode):
-    """Products of float64 numbers, which were of `dtype`, are those that a device makes of that, in float32."""
+    """Products of float64 numbers, which were of `dtype`, are those that a device makes of that, in float32; so is the
+    tanh of a soft cap."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -154,6 +155,8 @@ class Float32Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.matmul:  # which is what `@` calls
             return _Float32Product.apply(*args, self.dtype)
+        if func is torch.tanh and self.dtype != torch.float64:
+            return torch.tanh(args[0].float()).double()
         return func(*args, **(kwargs or {}))
 
 

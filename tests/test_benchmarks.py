@@ -200,7 +200,7 @@ def test_attention_by_length(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(table) == 2 + len(attention_lengths.CASES) and {line.count("|") for line in table} == {6}
     for case in attention_lengths.CASES:
         tensors, settings = attention_lengths.inputs(attention_lengths.toy(case), 20, "cpu")
-        out = torch.nn.functional.scaled_dot_product_attention(*tensors, **settings)  # type: ignore[arg-type]
+        out = torch.nn.functional.scaled_dot_product_attention(*tensors, **settings)
         assert out.isfinite().all() and out.shape[2] == (1 if case.of_a_token else 20)
     if not torch.cuda.is_available():
         assert attention_lengths.main([]) == 2

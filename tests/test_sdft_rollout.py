@@ -6,8 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from sdft.attention import of_any_length
 from sdft.errors import TrainingError, UsageError
 from sdft.models.load import eos_token_ids
-from sdft.rollouts import drafts
-from sdft.rollouts import generate as generating
+from sdft.rollouts import choice
 from sdft.rollouts.continuous import PAGE, STEP_TOKENS
 from sdft.rollouts.generate import (
     BACKENDS,
@@ -94,8 +93,7 @@ def test_generation_under_gradient_checkpointing_uses_the_cache_and_restores_tra
 @pytest.mark.parametrize("backend", [*BACKENDS, by_compiled_generate], ids=[*BACKENDS, "compiled"])
 @pytest.mark.parametrize("draft", [(), (40, 41, 42)])
 def test_rollouts_are_written_without_attention_that_prepares_for_each_length(monkeypatch, backend, draft):
-    for module in (generating, drafts):
-        monkeypatch.setattr(module, "of_any_length", lambda device: of_any_length(torch.device("cuda")))
+    monkeypatch.setattr(choice, "of_any_length", lambda device: of_any_length(torch.device("cuda")))
     model = tiny.tiny_model()
     seen = []
     model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from sdft.attention import of_any_length
 from sdft.errors import TrainingError
 from sdft.forward import evaluating
 from sdft.rollouts.interface import Completion, Request, Sampling
@@ -71,11 +72,12 @@ def generation_settings(sampling: Sampling) -> GenerationConfig:
 @contextlib.contextmanager
 def sampling_from(model: PreTrainedModel, sampler: RowSampler | None) -> Iterator[None]:
     """Evaluation mode, and the model's own generation defaults (repetition penalties, top-k and the like) set aside, so
-    that tokens come from the distribution that the loss sees; everything as it was afterwards."""
+    that tokens come from the distribution that the loss sees; an attention for any length, since each pass has a new
+    one; everything as it was afterwards."""
     defaults = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        with evaluating(model):
+        with evaluating(model), of_any_length(model.device):
             yield
         if sampler is not None:
             sampler.check()

@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft._compat import with_cache
-from sdft.attention import of_any_length
 from sdft.forward import evaluating
 from sdft.rollouts.choice import drawn, padded, sampling_from, token_choice
 from sdft.rollouts.interface import Completion, Request, Sampling
@@ -53,7 +52,7 @@ def by_drafts(
     """
     _, processors, sampler = token_choice(sampling, requests, model.device)
     batch = _Batch(model, requests, sampling, tokenizer)
-    with sampling_from(model, sampler), of_any_length(model.device), torch.no_grad():
+    with sampling_from(model, sampler), torch.no_grad():
         logits = batch.read_prompts()
         while True:
             batch.draw(logits, processors, sampler)

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from sdft._compat import with_cache
-from sdft.attention import of_any_length
 from sdft.errors import TrainingError, UsageError, counted
 from sdft.progress.counts import InBatches, Watched
 from sdft.rollouts.choice import drawn, padded, sampling_from, token_choice
@@ -171,7 +170,7 @@ def _generated(
     if sampling.watch is not None:
         stopping.append(Watched(sampling.watch, len(requests), sampling.eos_ids, model.device))
     settings, processors, sampler = token_choice(sampling, requests, model.device)
-    with sampling_from(model, sampler), of_any_length(model.device), torch.no_grad():
+    with sampling_from(model, sampler), torch.no_grad():
         output = cast(Any, model).generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -201,7 +200,7 @@ def by_continuous_batching(
     if sampling.stop and tokenizer is not None:
         stopped = functools.partial(just_stopped, stop=sampling.stop, tokenizer=tokenizer)
     prompts = [request.prompt for request in requests]
-    with sampling_from(model, sampler), of_any_length(model.device):
+    with sampling_from(model, sampler):
         return drawn(generate_continuously(model, prompts, settings, processors, stopped, sampling.watch), sampler)
 
 

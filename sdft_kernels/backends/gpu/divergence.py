@@ -264,7 +264,9 @@ def combine_kernel(
     centre = 0.0
     if DIVERGENCE == "cross_entropy":
         logsumexp = a * student_factor + student_log_sum
-        tl.store(logsumexp_pointer + row, logsumexp)
+        # A top-k teacher's is in float64: what is compared with it may differ by little.
+        wide = a.to(tl.float64) * student_factor + tl.log(student_sum.to(tl.float64))
+        tl.store(logsumexp_pointer + row, wide.to(logsumexp_pointer.dtype.element_ty))
         logprob = (tl.load(student_logprob_pointer + row) - a) * student_factor - student_log_sum
         mean_logprob = tl.sum(cross, 0) * (student_factor * of_entries) - smoothing * logsumexp
         loss = z_loss * logsumexp * logsumexp - (1 - smoothing) * logprob - mean_logprob

@@ -50,8 +50,9 @@ def process_top_rows(
         FORM=form(options),
         **launch,
     )
-    unused, entropy, logsumexp = (torch.empty_like(rows.loss) for _ in range(3))
-    rest = TokenRows(rows.weight, None, None, unused, entropy, None, torch.zeros_like(unused), None, logsumexp)
+    unused, entropy = (torch.empty_like(rows.loss) for _ in range(2))
+    logsumexp = torch.empty_like(rows.loss, dtype=torch.float64)
+    rest = TokenRows(rows.weight, None, None, unused, entropy, None, unused, None, logsumexp)
 
     def compare_rows(constants: Tensor | None) -> None:
         compare_kernel[grid](
@@ -126,6 +127,13 @@ def load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK: tl
     u = tl.load(u_pointer + places, mask=places < entries, other=0.0)
     given = log_q > -float("inf")
     return u, tl.where(given, u.to(tl.float64) * factor, -float("inf")), log_q, given, places
+
+
+@triton.jit
+def normalised(z, log_q, given, student_peak, student_log_sum, teacher_total):
+    """Both models' log-probabilities of outcomes, from the logarithms of their sums; of no outcome as if masked."""
+    log_p = tl.where(given, z - student_peak - student_log_sum, FAR_BELOW)
+    return log_p, tl.where(given, log_q - teacher_total, FAR_BELOW)
 
 
 @triton.jit
@@ -205,7 +213,7 @@ def compare_kernel(
         total += tl.sum(tl.exp(z - largest), 0)
         teacher_total += tl.sum(tl.exp(log_q - teacher_largest), 0)
 
-    rest = tl.load(rest_logsumexp_pointer + row).to(tl.float64)
+    rest = tl.load(rest_logsumexp_pointer + row)
     tail_log_q = tl.load(tail_pointer + row)
     # Masked entries all lie so far below that a sum of logarithms would not tell how many they are.
     peak = tl.maximum(largest, rest)
@@ -234,8 +242,7 @@ def compare_kernel(
     entropy = tl.exp(tail_logprob) * (rest_entropy - tail_logprob)
     for start in range(0, entries, BLOCK):
         _, z, log_q, given, _ = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
-        log_p = tl.where(given, z - student_peak - student_log_sum, FAR_BELOW)
-        log_q = tl.where(given, log_q - teacher_total, FAR_BELOW)
+        log_p, log_q = normalised(z, log_q, given, student_peak, student_log_sum, teacher_total)
         term, g = loss_and_score(log_p, log_q, beta, DIVERGENCE)
         loss += tl.sum(term, 0)
         mean_g += tl.sum(tl.exp(log_p) * g, 0)
@@ -260,8 +267,7 @@ def compare_kernel(
         tl.store(constants_pointer + row * ROW + ROW_FACTOR, weight * slope)
         for start in range(0, entries, BLOCK):
             u, z, log_q, given, places = load_outcomes(u_pointer, logprobs_pointer, start, entries, factor, BLOCK)
-            log_p = tl.where(given, z - student_peak - student_log_sum, FAR_BELOW)
-            log_q = tl.where(given, log_q - teacher_total, FAR_BELOW)
+            log_p, log_q = normalised(z, log_q, given, student_peak, student_log_sum, teacher_total)
             _, g = loss_and_score(log_p, log_q, beta, DIVERGENCE)
             gradient = of_logit(log_p, log_q, g, mean_g, DIVERGENCE).to(tl.float32) * (weight * slope)
             if CAPPED:
