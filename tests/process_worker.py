@@ -4,18 +4,17 @@
 several, with a share of the same global batch each. With FSDP=1 in the environment the weights are sharded.
 """
 
-import gc
 import json
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import torch
 from accelerate import state
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.checkpoints.signals import FinishOnSignal
@@ -75,6 +74,7 @@ def by_length(rollouts):
     return [Feedback(text, 1 + n / 4) for text, n in zip(shown, lengths, strict=True)]
 
 
+WRAPPERS = []  # of every trainer's model, by weak references
 RESUMED = {"average": 2, "adapter's average": 2, "sft": 2, "repeats": 1}  # from which step's checkpoint
 
 
@@ -181,6 +181,7 @@ def finish(run, folder, resume=None, signal_in_step=None):
             save_file(run.teacher.average, folder / "average.safetensors")
     wait_for_all()
     assert of_first(process) == 0 and is_first() == (process == 0)
+    WRAPPERS.append(weakref.ref(run.model_wrapped))
     wrapped = type(run.model_wrapped).__mro__
     (folder / f"wrapped-{process}.json").write_text(json.dumps([kind.__name__ for kind in wrapped]))
 
@@ -189,4 +190,4 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]))
     part()
     # A wrapper that is kept keeps the process group, whose threads may abort a process that ends.
-    assert not any(isinstance(kept, DistributedDataParallel) for kept in gc.get_objects())
+    assert not any(wrapper() is not None for wrapper in WRAPPERS)
