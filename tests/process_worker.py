@@ -15,6 +15,7 @@ import torch
 from accelerate import state
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.checkpoints.signals import FinishOnSignal
@@ -74,7 +75,7 @@ def by_length(rollouts):
     return [Feedback(text, 1 + n / 4) for text, n in zip(shown, lengths, strict=True)]
 
 
-WRAPPERS = []  # of every trainer's model, by weak references
+WRAPPERS = []  # weak references to what DDP made of each trainer's model
 RESUMED = {"average": 2, "adapter's average": 2, "sft": 2, "repeats": 1}  # from which step's checkpoint
 
 
@@ -181,7 +182,8 @@ def finish(run, folder, resume=None, signal_in_step=None):
             save_file(run.teacher.average, folder / "average.safetensors")
     wait_for_all()
     assert of_first(process) == 0 and is_first() == (process == 0)
-    WRAPPERS.append(weakref.ref(run.model_wrapped))
+    if isinstance(run.model_wrapped, DistributedDataParallel):
+        WRAPPERS.append(weakref.ref(run.model_wrapped))
     wrapped = type(run.model_wrapped).__mro__
     (folder / f"wrapped-{process}.json").write_text(json.dumps([kind.__name__ for kind in wrapped]))
 

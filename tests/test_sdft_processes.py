@@ -41,7 +41,7 @@ def in_two_processes(folder, command, environment):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [sys.executable, *launch, *command],
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -163,7 +163,7 @@ def test_the_command_gives_in_two_processes_what_it_gives_in_one(tmp_path, monke
         if processes == 2:
             printed = in_two_processes(tmp_path, command, {})
         else:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, *command], env=environment, capture_output=True, check=True)
     one, two = (Path(f"out{processes}") for processes in (1, 2))
     assert_close(weights(two), weights(one))
