@@ -27,6 +27,7 @@ from transformers import (
 from sdft.data import Limits
 from sdft.errors import UsageError, kind_of
 from sdft.models.adapters import merged
+from sdft.models.few_bits import rounding
 from sdft.models.files import ADAPTER, BUILT_IN, base_of, damaged, lasting, local_path, refuse_pickled, resolve
 from sdft.models.gguf_cache import keep, kept_model, say
 from sdft.settings.checks import check_switch
@@ -40,13 +41,15 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: torch.device | str = "cpu",
     *,
+    bits: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model called `name`, with its tokenizer.
 
     Nothing that comes with the model is run, and weights are read from safetensors or GGUF, unless it is asked for.
-    Raises UsageError for a model that is not there, or that would need either.
+    With `bits`, 4 or 8, the linear layers but the head keep so many of each weight, which must lie in a folder or on
+    the hub as numbers. Raises UsageError for a model that is not there, or that would need what was not asked for.
     """
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"model is {kind_of(name)}; it must be a name or a path")
@@ -57,11 +60,20 @@ def load_model(
     for switch, value in trust.items():
         check_switch(switch, value)
     if (adapter := local_path(name) / ADAPTER).is_file():
+        if bits is not None:
+            raise UsageError(f"model is {name!r}, an adapter, which weights of {bits} bits cannot take")
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
+    if bits is not None and files:
+        raise UsageError(
+            f"model is {name!r}, a GGUF file, which is not loaded in {bits} bits; it may be a folder or hub name"
+        )
     if not allow_pickle and not files:
         refuse_pickled(name, Path(source), "model")
-    model, tokenizer = (_load_gguf if files else _load_files)(name, source, files, dtype, trust)
+    if files:
+        model, tokenizer = _load_gguf(name, source, files, dtype, trust)
+    else:
+        model, tokenizer = _load_files(name, source, files, dtype, trust, bits, device)
     _call(model, lasting(name))
     nn.Module.to(model, device)
     return model, tokenizer
@@ -80,7 +92,13 @@ def _from_pretrained(source: str, **options: Any) -> PreTrainedModel:
 
 
 def _load_files(
-    name: str, source: str, files: dict[str, str], dtype: str, trust: Trust
+    name: str,
+    source: str,
+    files: dict[str, str],
+    dtype: str,
+    trust: Trust,
+    bits: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     if files:  # weights that train must be numbers, not blocks of 4 bits
@@ -89,9 +107,11 @@ def _load_files(
         options["use_safetensors"] = True
     code = trust["trust_remote_code"]
     try:
+        if bits is not None:
+            options |= rounding(bits, name, source, dtype, device, trust_remote_code=code)
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
         model = _from_pretrained(source, **files, **options, trust_remote_code=code)
-    except MemoryError:
+    except (MemoryError, UsageError):
         raise
     except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -27,7 +27,7 @@ from sdft.models.adapters import add_lora, causal_lm
 from sdft.planning.losses import OTHERS
 from sdft.planning.optimizers import StepsOf, check_known
 from sdft.planning.pretend import Device
-from sdft.planning.quantised import quantisation_of, quantise
+from sdft.planning.quantised import Quantisation, quantisation_of, quantise
 from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import SDFTConfig
@@ -159,7 +159,10 @@ class Step:
         offloaded = self.config.teacher_offload
         with self.tracker.in_host_memory() if offloaded else contextlib.nullcontext():
             model = self._model(model_config, self.config.teacher_dtype)
-        if (how := quantisation_of(model_config)) is not None:
+        how, bits = quantisation_of(model_config), self.config.teacher_bits
+        if bits is not None:
+            how = Quantisation(bits, scales_quantised=True, products=model.dtype if bits == 4 else None)
+        if how is not None:
             quantise(model, how)
         return OtherModel(model)
 
