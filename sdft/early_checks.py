@@ -30,13 +30,11 @@ def check_package(asked: str, package: str) -> None:
 
 
 def check_packages_of(values: Mapping[str, Any]) -> None:
-    """UsageError if a package is not installed that one of these settings, by name, takes with its value."""
+    """UsageError if a package is not installed that `optim` or `use_liger_kernel` takes, of settings by name."""
     optimizer = values.get("optim")
     for package, optimizers in (("torchao", TORCHAO), ("bitsandbytes", BITSANDBYTES)):
         if optimizer in optimizers:
             check_package(f"optim is {optimizer!r}", package)
-    if values.get("teacher_bits"):
-        check_package(f"teacher_bits is {values['teacher_bits']}", "bitsandbytes")
     if values.get("use_liger_kernel"):
         check_package("use_liger_kernel is True", "liger_kernel")
 

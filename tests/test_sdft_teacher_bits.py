@@ -151,12 +151,12 @@ def test_bits_without_a_model_do_nothing_and_say_so():
 
 
 def test_what_cannot_be_rounded_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     folder = tiny.saved(tmp_path / "teacher", teacher())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="in 4 bits, which needs bitsandbytes: pip install bitsandbytes"):
         load.load_model(folder, bits=4)
     monkeypatch.undo()
-    monkeypatch.setattr("sdft.models.few_bits.check_package", lambda *_: None)
+    monkeypatch.setattr("sdft.models.files.check_package", lambda *_: None)
     config = json.loads((tmp_path / "teacher" / "config.json").read_text())
     quantised = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(quantised))
@@ -173,6 +173,9 @@ def test_what_cannot_be_rounded_is_refused(tmp_path, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_a_command_asks_for_bitsandbytes_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", str(recipe_of(tmp_path))]) == 2
-    assert "teacher_bits is 4, which needs bitsandbytes: pip install bitsandbytes" in capsys.readouterr().err
+    recipe, said = str(recipe_of(tmp_path)), "teacher' in 4 bits, which needs bitsandbytes: pip install bitsandbytes"
+    assert main(["train", recipe]) == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert main(["eval", recipe, "--model", str(tmp_path / "student"), "--teacher", "--eval_file", "rows.jsonl"]) == 2
+    assert said in capsys.readouterr().err

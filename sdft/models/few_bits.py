@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from sdft.early_checks import check_package
 from sdft.errors import UsageError
 
 
@@ -19,7 +18,6 @@ def rounding(
     In 4 bits they are NormalFloats (arXiv 2305.14314), whose scales are rounded too, and products are computed in
     `dtype`, or in the stored type where that is "auto". UsageError where the stored weights have few bits already.
     """
-    check_package(f"model is {name!r} in {bits} bits", "bitsandbytes")
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(f"model is {name!r}, whose weights are quantised already; no bits may be asked for")

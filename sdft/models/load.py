@@ -28,7 +28,17 @@ from sdft.data import Limits
 from sdft.errors import UsageError, kind_of
 from sdft.models.adapters import merged
 from sdft.models.few_bits import rounding
-from sdft.models.files import ADAPTER, BUILT_IN, base_of, damaged, lasting, local_path, refuse_pickled, resolve
+from sdft.models.files import (
+    ADAPTER,
+    BUILT_IN,
+    base_of,
+    check_bits,
+    damaged,
+    lasting,
+    local_path,
+    refuse_pickled,
+    resolve,
+)
 from sdft.models.gguf_cache import keep, kept_model, say
 from sdft.settings.checks import check_switch
 
@@ -59,15 +69,11 @@ def load_model(
     trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     for switch, value in trust.items():
         check_switch(switch, value)
+    if bits is not None:
+        check_bits(name, bits)
     if (adapter := local_path(name) / ADAPTER).is_file():
-        if bits is not None:
-            raise UsageError(f"model is {name!r}, an adapter, which weights of {bits} bits cannot take")
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
-    if bits is not None and files:
-        raise UsageError(
-            f"model is {name!r}, a GGUF file, which is not loaded in {bits} bits; it may be a folder or hub name"
-        )
     if not allow_pickle and not files:
         refuse_pickled(name, Path(source), "model")
     if files:
