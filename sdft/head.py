@@ -90,10 +90,7 @@ def check_head(model: PreTrainedModel, tokens: Sequence[int], autocast: torch.dt
         hidden = hidden_states(model, input_ids, own)
         followed = [hidden_states(model, nn.functional.pad(input_ids, (0, 8), value=v), own) for v in (0, 1)]
     head = find_head(model)
-    products = autocast or head.weight.dtype
-    if getattr(model.config, "quantization_config", None) is not None:
-        products = torch.bfloat16  # whose digits are those of inputs in 8 bits
-    tolerance = max(1e-4, 4 * torch.finfo(products).eps)
+    tolerance = max(1e-4, 4 * torch.finfo(autocast or head.weight.dtype).eps)
     if (change := _change(*followed)) > tolerance:
         raise TrainingError(
             f"{type(model).__name__} lets a token see those after it: its hidden states move by {change:.2g} of the "

@@ -27,7 +27,7 @@ from transformers import (
 from sdft.data import Limits
 from sdft.errors import UsageError, kind_of
 from sdft.models.adapters import merged
-from sdft.models.few_bits import rounding
+from sdft.models.few_bits import check_rounded, rounding
 from sdft.models.files import (
     ADAPTER,
     BUILT_IN,
@@ -58,8 +58,8 @@ def load_model(
     """The causal language model called `name`, with its tokenizer.
 
     Nothing that comes with the model is run, and weights are read from safetensors or GGUF, unless it is asked for.
-    With `bits`, 4 or 8, the linear layers but the head keep so many of each weight, which must lie in a folder or on
-    the hub as numbers. Raises UsageError for a model that is not there, or that would need what was not asked for.
+    With `bits`, which may be 4, linear layers but the head keep so many of each weight; GGUF files and adapters cannot.
+    Raises UsageError for a model that is not there, or that would need what was not asked for.
     """
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"model is {kind_of(name)}; it must be a name or a path")
@@ -80,6 +80,8 @@ def load_model(
         model, tokenizer = _load_gguf(name, source, files, dtype, trust)
     else:
         model, tokenizer = _load_files(name, source, files, dtype, trust, bits, device)
+        if bits is not None:
+            check_rounded(name, model)
     _call(model, lasting(name))
     nn.Module.to(model, device)
     return model, tokenizer
@@ -114,7 +116,7 @@ def _load_files(
     code = trust["trust_remote_code"]
     try:
         if bits is not None:
-            options |= rounding(bits, name, source, dtype, device, trust_remote_code=code)
+            options |= rounding(name, source, dtype, device, trust_remote_code=code)
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
         model = _from_pretrained(source, **files, **options, trust_remote_code=code)
     except (MemoryError, UsageError):

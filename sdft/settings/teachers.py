@@ -30,8 +30,8 @@ class OtherTeacher:
     )
     teacher_bits: int | None = setting(
         None,
-        "Round the weights of teacher_model's layers to so many bits as they are loaded: 4 or 8, by bitsandbytes. Not "
-        "set, they stay as they are stored.",
+        "Round the weights of teacher_model's linear layers to so many bits as they are loaded: 4, by bitsandbytes. "
+        "Not set, they stay as they are stored.",
     )
 
     def __post_init__(self) -> None:
@@ -41,8 +41,8 @@ class OtherTeacher:
                 "itself is given to SDFTTrainer"
             )
         self.teacher_dtype = chosen("teacher_dtype", self.teacher_dtype, DTYPES)
-        if self.teacher_bits not in (None, 4, 8):
-            raise UsageError(f"teacher_bits is {self.teacher_bits!r}; it may be 4 or 8, or not be set")
+        if self.teacher_bits not in (None, 4):
+            raise UsageError(f"teacher_bits is {self.teacher_bits!r}; it may be 4, or not be set")
 
 
 @dataclass
