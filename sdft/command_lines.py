@@ -38,7 +38,7 @@ def _train(argv: list[str], started: float) -> int:
     _let_segments_grow()
     from sdft.early_checks import check_package, check_packages_of, check_rows, check_vllm, check_writable
     from sdft.feedback.find import find_feedback
-    from sdft.models.files import check_model, named_by
+    from sdft.models.files import check_model, check_teacher, named_by
     from sdft.named_functions import imported
     from sdft.rows import rows_of_train
     from sdft.settings import help
@@ -81,9 +81,9 @@ def _train(argv: list[str], started: float) -> int:
             find_feedback(method)
             if (name := method.token_weighting) not in WEIGHTINGS:
                 imported("token_weighting", name, name)
-        if method.teacher_model is not None:
+        if method.teacher_model is not None and method.method == "sdft":
             with named_by("teacher_model"):
-                check_model(method.teacher_model)
+                check_teacher(method.teacher_model, method.teacher_bits)
         check_package("sdft train draws curves", "matplotlib")
         check_packages_of(given.values)
         if lora.lora_rank:
@@ -121,7 +121,7 @@ def _train(argv: list[str], started: float) -> int:
 
 def _eval(argv: list[str], started: float) -> None:
     from sdft.early_checks import check_output_file, check_rows, check_vllm
-    from sdft.models.files import check_model, named_by
+    from sdft.models.files import check_model, check_teacher, named_by
     from sdft.rows import rows_of_eval
     from sdft.settings import help
     from sdft.settings.checks import matching
@@ -160,7 +160,7 @@ def _eval(argv: list[str], started: float) -> None:
                 check_model(command.base_model)
         if command.teacher and command.teacher_model:
             with named_by("teacher_model"):
-                check_model(command.teacher_model)
+                check_teacher(command.teacher_model, command.teacher_bits)
         if command.rollout_backend == VLLM:
             check_vllm(command.rollout_server)
         rows = rows_of_eval(model, evaluation, command, given.make(ColumnArguments).columns)

@@ -47,10 +47,16 @@ class OtherModel(NamedTuple):
         return TeacherReads(self.tokenizer, limits(self.model))
 
 
+def teachers_device(args: SDFTConfig) -> torch.device:
+    """Where training loads the teacher: weights of few bits where they stay, and others in host memory."""
+    return args.device if args.teacher_bits is not None else torch.device("cpu")
+
+
 def load_teacher(settings: OtherTeacher, device: torch.device | str = "cpu", trust: Trust = NO_TRUST) -> OtherModel:
-    """The model that `teacher_model` names, in `teacher_dtype`, and its tokenizer."""
+    """The model that `teacher_model` names, in `teacher_dtype` or `teacher_bits`, and its tokenizer."""
+    name, dtype, bits = str(settings.teacher_model), settings.teacher_dtype, settings.teacher_bits
     with named_by("teacher_model"):
-        return OtherModel(*load_model(str(settings.teacher_model), settings.teacher_dtype, device, **trust))
+        return OtherModel(*load_model(name, dtype, device, bits=bits, **trust))
 
 
 def other_teacher(
@@ -77,7 +83,7 @@ def other_teacher(
         args.teacher_model = given
     if given is None or isinstance(given, str):
         check_named(args, args.teacher)
-        other = load_teacher(args)
+        other = load_teacher(args, teachers_device(args))
     else:
         model, its = given if isinstance(given, tuple) else (given, None)
         other = OtherModel(cast(PreTrainedModel, model), its)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from sdft import cli
 from sdft.errors import UsageError
 from sdft.report.continual import read_continual
-from sdft.report.page import as_json, curves, page, step_seconds
+from sdft.report.page import CURVES, as_json, curves, page, step_seconds
 from sdft.report.rollouts import MOST_TOKENS, choose, samples
 from sdft.report.run_folder import MOST_POINTS, read_run, series
 from sdft.report.what_ran import beside, differing, duration, facts, headline
@@ -31,7 +32,13 @@ def line(step: int) -> dict[str, Any]:
     found: dict[str, Any] = {"step": step, "epoch": step / 10, "loss": 1 / step + random.random() / 5}
     for name in ("student_entropy", "teacher_entropy", "completion_length", "tokens_per_second", "rollout_seconds"):
         found[name] = 2 + random.random()
-    return found | {"finished": random.random(), "learn_seconds": 1.5, "score_seconds": 0.5, "grad_norm": 3.0}
+    return found | {
+        "finished": random.random(),
+        "out_of_reach": 0.9 / step,
+        "learn_seconds": 1.5,
+        "score_seconds": 0.5,
+        "grad_norm": 3.0,
+    }
 
 
 def rollout(step: int, prompt: str, tokens: list[str]) -> dict[str, Any]:
@@ -221,6 +228,13 @@ def test_evaluation_begins_with_what_was_measured_before(tmp_path: Path) -> None
     found = curves(read_run(make_run(tmp_path / "run")))
     assert found["eval_accuracy"] == [[0, 10, 20, 30, 40], [0.0, 0.125, 0.25, 0.375, 0.5]]
     assert found["eval_forgetting"][1][0] == 0.0
+
+
+def test_the_page_draws_every_curve_that_it_has(tmp_path: Path) -> None:
+    found = curves(read_run(make_run(tmp_path / "run")))
+    assert found["out_of_reach"][1][:3] == pytest.approx([0.9, 0.45, 0.3])
+    script = files("sdft.report").joinpath("assets", "report.js").read_text("utf-8")
+    assert [name for name in CURVES if f'"{name}"' not in script] == []
 
 
 def test_prompts_that_were_answered_twice_come_first_and_others_from_all_of_the_run() -> None:

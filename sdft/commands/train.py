@@ -45,7 +45,7 @@ from sdft.settings.config import SDFTConfig
 from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.settings.teachers import MODEL
 from sdft.teacher import ModelTeacher, Teacher
-from sdft.teacher_model import OtherModel, load_teacher
+from sdft.teacher_model import OtherModel, load_teacher, teachers_device
 from sdft.templates import Message
 from sdft.trainer import SDFTTrainer
 
@@ -93,7 +93,9 @@ def _train(
     asks_teacher = can_ask_teacher(exam.eval_rows, template) and config.feedback is None
     folder = Path(str(config.output_dir))
     model, tokenizer = load_model(of_model.model, of_model.dtype, **of_model.trust)
-    taught_by = load_teacher(config, trust=of_model.trust) if config.teacher == MODEL and distilled else None
+    taught_by = None
+    if config.teacher == MODEL and distilled:
+        taught_by = load_teacher(config, teachers_device(config), of_model.trust)
     exam.check(model, tokenizer, [template] if asks_teacher else [], taught_by and taught_by.model)
     set_seed(config.seed)  # of which an adapter begins
     trainer = trainer_of(add_lora(model, of_lora), tokenizer, rows, exam, config, taught_by)

@@ -45,6 +45,29 @@ def check_model(name: str) -> None:
         check_package(f"model is {name!r}, a GGUF file", "gguf")
 
 
+def check_teacher(name: str, bits: int | None) -> None:
+    """UsageError if a model that teaches is not there, or cannot be rounded to so many bits as it is loaded."""
+    check_model(name)
+    if bits is not None:
+        check_bits(name, bits)
+        check_package(f"model is {name!r} in {bits} bits", "bitsandbytes")
+
+
+def check_bits(name: str, bits: int) -> None:
+    """UsageError if a model's weights cannot be rounded to so many bits as it is loaded."""
+    if (local_path(name) / ADAPTER).is_file():
+        raise UsageError(f"model is {name!r}, an adapter, which weights of {bits} bits cannot take")
+    if resolve(name)[1]:
+        raise UsageError(
+            f"model is {name!r}, a GGUF file, which is not loaded in {bits} bits; it may be a folder or hub name"
+        )
+    configuration = Path(resolve(name)[0]) / "config.json"
+    if configuration.is_file() and "quantization_config" in json.loads(configuration.read_text("utf-8")):
+        raise UsageError(
+            f"model is {name!r}, whose weights are quantised already; they cannot be rounded to {bits} bits"
+        )
+
+
 def lasting(name: str) -> str:
     """The name by which a model is found from any folder."""
     path = local_path(name)

@@ -27,7 +27,18 @@ from transformers import (
 from sdft.data import Limits
 from sdft.errors import UsageError, kind_of
 from sdft.models.adapters import merged
-from sdft.models.files import ADAPTER, BUILT_IN, base_of, damaged, lasting, local_path, refuse_pickled, resolve
+from sdft.models.few_bits import check_rounded, rounding
+from sdft.models.files import (
+    ADAPTER,
+    BUILT_IN,
+    base_of,
+    check_bits,
+    damaged,
+    lasting,
+    local_path,
+    refuse_pickled,
+    resolve,
+)
 from sdft.models.gguf_cache import keep, kept_model, say
 from sdft.settings.checks import check_switch
 
@@ -40,13 +51,15 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: torch.device | str = "cpu",
     *,
+    bits: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model called `name`, with its tokenizer.
 
     Nothing that comes with the model is run, and weights are read from safetensors or GGUF, unless it is asked for.
-    Raises UsageError for a model that is not there, or that would need either.
+    With `bits`, which may be 4, linear layers but the head keep so many of each weight; GGUF files and adapters cannot.
+    Raises UsageError for a model that is not there, or that would need what was not asked for.
     """
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"model is {kind_of(name)}; it must be a name or a path")
@@ -56,12 +69,19 @@ def load_model(
     trust: Trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     for switch, value in trust.items():
         check_switch(switch, value)
+    if bits is not None:
+        check_bits(name, bits)
     if (adapter := local_path(name) / ADAPTER).is_file():
         return _load_adapter(adapter, dtype, device, trust)
     source, files = resolve(name)
     if not allow_pickle and not files:
         refuse_pickled(name, Path(source), "model")
-    model, tokenizer = (_load_gguf if files else _load_files)(name, source, files, dtype, trust)
+    if files:
+        model, tokenizer = _load_gguf(name, source, files, dtype, trust)
+    else:
+        model, tokenizer = _load_files(name, source, files, dtype, trust, bits, device)
+        if bits is not None:
+            check_rounded(name, model)
     _call(model, lasting(name))
     nn.Module.to(model, device)
     return model, tokenizer
@@ -80,7 +100,13 @@ def _from_pretrained(source: str, **options: Any) -> PreTrainedModel:
 
 
 def _load_files(
-    name: str, source: str, files: dict[str, str], dtype: str, trust: Trust
+    name: str,
+    source: str,
+    files: dict[str, str],
+    dtype: str,
+    trust: Trust,
+    bits: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     if files:  # weights that train must be numbers, not blocks of 4 bits
@@ -89,9 +115,11 @@ def _load_files(
         options["use_safetensors"] = True
     code = trust["trust_remote_code"]
     try:
+        if bits is not None:
+            options |= rounding(name, source, dtype, device, trust_remote_code=code)
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
         model = _from_pretrained(source, **files, **options, trust_remote_code=code)
-    except MemoryError:
+    except (MemoryError, UsageError):
         raise
     except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -132,7 +132,7 @@ def alternatives(lora: LoraArguments, config: SDFTConfig, dtype: str) -> list[tu
         changes.append(("lora_rank 64", *adapter, dtype))
     if not is_in_8_bits(config.optim):
         changes.append(("optim adamw_8bit", lora, _with(config, optim="adamw_8bit"), dtype))
-    if config.method == "sdft" and config.teacher == MODEL and not config.teacher_offload:
+    if config.method == "sdft" and config.teacher == MODEL and not (config.teacher_offload or config.teacher_bits):
         changes.append(("teacher_offload true", lora, _with(config, teacher_offload=True), dtype))
     elif config.method == "sdft" and config.teacher not in ("live", MODEL):
         changes.append(("teacher live", lora, _with(config, teacher="live"), dtype))

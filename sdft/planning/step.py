@@ -24,10 +24,11 @@ from sdft.launch import switch_off_dropout
 from sdft.loss import demonstration_loss, distillation_loss
 from sdft.memory.tiles import tile
 from sdft.models.adapters import add_lora, causal_lm
+from sdft.models.few_bits import stored_type
 from sdft.planning.losses import OTHERS
 from sdft.planning.optimizers import StepsOf, check_known
 from sdft.planning.pretend import Device
-from sdft.planning.quantised import quantisation_of, quantise
+from sdft.planning.quantised import Quantisation, quantisation_of, quantise
 from sdft.planning.tracker import Peak
 from sdft.rollouts.kv_cache import roomy_cache
 from sdft.settings.config import SDFTConfig
@@ -148,7 +149,7 @@ class Step:
 
     def _model(self, model_config: Any, dtype: str) -> PreTrainedModel:
         """A model of this configuration, with weights in this type."""
-        chosen = model_config.get_text_config().dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        chosen = stored_type(model_config) if dtype == "auto" else getattr(torch, dtype)
         with self.device.tensors:
             return cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config, dtype=chosen))
 
@@ -159,7 +160,12 @@ class Step:
         offloaded = self.config.teacher_offload
         with self.tracker.in_host_memory() if offloaded else contextlib.nullcontext():
             model = self._model(model_config, self.config.teacher_dtype)
-        if (how := quantisation_of(model_config)) is not None:
+        how, bits = quantisation_of(model_config), self.config.teacher_bits
+        if bits is not None and how is not None:
+            raise UsageError(f"teacher_bits is {bits}, and teacher_model is quantised already; it must not be set")
+        if bits is not None:
+            how = Quantisation(bits, scales_quantised=True, products=model.dtype)
+        if how is not None:
             quantise(model, how)
         return OtherModel(model)
 

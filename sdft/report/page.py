@@ -28,6 +28,7 @@ CURVES = (
     "teacher_entropy",
     "completion_length",
     "finished",
+    "out_of_reach",
     "eval_accuracy",
     "eval_forgetting",
     "tokens_per_second",

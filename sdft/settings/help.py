@@ -179,6 +179,7 @@ GROUPS = {
         "teacher",
         "teacher_model",
         "teacher_dtype",
+        "teacher_bits",
         "teacher_template",
         "ema_rate",
         "ema_interval",

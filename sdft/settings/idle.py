@@ -28,7 +28,7 @@ _OF_GENERAL_FILE = ("general_scorer", "general_completion_length")
 #: What `sft` knows nothing of: the teacher, the rollouts and their loss.
 _OF_SDFT = (
     *("demonstration_weight", "importance_clip"),
-    *("teacher", "teacher_model", "teacher_dtype", "ema_rate", "ema_interval"),
+    *("teacher", "teacher_model", "teacher_dtype", "teacher_bits", "ema_rate", "ema_interval"),
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_stop", "rollout_from"),
     *("rollouts_per_prompt", "rollout_batch_size", "rollout_backend", "rollout_correction", "rollout_draft"),
     *("vllm_memory_share", "rollout_server", "rollout_lag", "rollout_compile", "log_completions"),
@@ -48,7 +48,7 @@ OF_TRAINING: Rules = (
     (("base_kl_weight",), {"method": _is("sdft")}),
     (("beta",), {"divergence": lambda divergence: divergence in ("reverse_kl", "forward_kl")}),
     (("ema_rate", "ema_interval"), {"teacher": _is_not("ema")}),
-    (("teacher_dtype",), {"teacher_model": not_}),
+    (("teacher_dtype", "teacher_bits"), {"teacher_model": not_}),
     (("feedback_args",), {"feedback": not_}),
     *_OF_VLLM,
     (("importance_clip",), {"num_iterations": _is(1), "corrects": not_}),
@@ -67,10 +67,10 @@ OF_EVAL: Rules = (
     (_OF_GENERAL_FILE, {"general_file": not_}),
     (("base_model",), {"general_file": not_}),
     (
-        ("teacher_template", "teacher_chat_template_kwargs", "teacher_model", "teacher_dtype"),
+        ("teacher_template", "teacher_chat_template_kwargs", "teacher_model", "teacher_dtype", "teacher_bits"),
         {"teacher": not_},
     ),
-    (("teacher_dtype",), {"teacher_model": not_}),
+    (("teacher_dtype", "teacher_bits"), {"teacher_model": not_}),
     (("seed",), {"eval_temperature": not_}),
 )
 OF_GENERATE: Rules = (*_OF_VLLM, (("seed",), {"temperature": not_}))

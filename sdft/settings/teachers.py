@@ -28,6 +28,11 @@ class OtherTeacher:
         "The type that the weights of teacher_model are kept in: float32, bfloat16, or auto (the type they are stored "
         "in).",
     )
+    teacher_bits: int | None = setting(
+        None,
+        "Round the weights of teacher_model's linear layers to so many bits as they are loaded: 4, by bitsandbytes. "
+        "Not set, they stay as they are stored.",
+    )
 
     def __post_init__(self) -> None:
         if self.teacher_model is not None and not (isinstance(self.teacher_model, str) and self.teacher_model.strip()):
@@ -36,6 +41,8 @@ class OtherTeacher:
                 "itself is given to SDFTTrainer"
             )
         self.teacher_dtype = chosen("teacher_dtype", self.teacher_dtype, DTYPES)
+        if self.teacher_bits not in (None, 4):
+            raise UsageError(f"teacher_bits is {self.teacher_bits!r}; it may be 4, or not be set")
 
 
 @dataclass
@@ -86,6 +93,11 @@ class TeacherSettings(OtherTeacher):
         check_at_least("ema_interval", self.ema_interval, 1)
         if self.teacher_offload and self.teacher == "live":
             raise UsageError("teacher_offload is True; it is for teacher base, ema or model, and teacher is 'live'")
+        if self.teacher_offload and self.teacher_bits is not None:
+            raise UsageError(
+                f"teacher_offload is True and teacher_bits {self.teacher_bits}; one of the two must not be set, for "
+                "weights of few bits stay on the device"
+            )
         if self.teacher_template is None:
             self.teacher_template = default_template(other_model=self.teacher == MODEL)
         self.teacher_template = matching(self.teacher_template, (*TEMPLATES, PROMPT)) or self.teacher_template

@@ -90,6 +90,7 @@ function showReport(data) {
         ]),
         curveCard(runs, "length of completions", "tokens", [["completion_length", ""]]),
         curveCard(runs, "finished completions", "share", [["finished", ""]], { share: true }),
+        curveCard(runs, "teacher's first tokens out of reach", "share", [["out_of_reach", ""]], { share: true }),
         curveCard(runs, "accuracy on held-out prompts", "share", [["eval_accuracy", ""]], { share: true }),
         curveCard(runs, "forgetting", "nats a token from the base", [["eval_forgetting", ""]]),
       ]),
