@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from sdft.early_checks import check_package
 from sdft.errors import UsageError
 
 
-def rounding(
-    name: str, source: str, dtype: str, device: torch.device | str, *, trust_remote_code: bool
-) -> dict[str, Any]:
+def rounding(source: str, dtype: str, device: torch.device | str, *, trust_remote_code: bool) -> dict[str, Any]:
     """What `from_pretrained` is to be told, so that the linear layers but the head keep 4 bits of each weight.
 
     They are NormalFloats (arXiv 2305.14314), whose scales are rounded too. Products are computed in `dtype`, or in the
-    stored type where that is "auto". UsageError without bitsandbytes.
+    stored type where that is "auto".
     """
-    check_package(f"model is {name!r} in 4 bits", "bitsandbytes")
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     how = BitsAndBytesConfig(
         load_in_4bit=True,

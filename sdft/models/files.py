@@ -50,7 +50,6 @@ def check_teacher(name: str, bits: int | None) -> None:
     check_model(name)
     if bits is not None:
         check_bits(name, bits)
-        check_package(f"model is {name!r} in {bits} bits", "bitsandbytes")
 
 
 def check_bits(name: str, bits: int) -> None:
@@ -66,6 +65,7 @@ def check_bits(name: str, bits: int) -> None:
         raise UsageError(
             f"model is {name!r}, whose weights are quantised already; they cannot be rounded to {bits} bits"
         )
+    check_package(f"model is {name!r} in {bits} bits", "bitsandbytes")
 
 
 def lasting(name: str) -> str:

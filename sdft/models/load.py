@@ -116,7 +116,7 @@ def _load_files(
     code = trust["trust_remote_code"]
     try:
         if bits is not None:
-            options |= rounding(name, source, dtype, device, trust_remote_code=code)
+            options |= rounding(source, dtype, device, trust_remote_code=code)
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
         model = _from_pretrained(source, **files, **options, trust_remote_code=code)
     except (MemoryError, UsageError):
