@@ -175,6 +175,8 @@ def test_what_cannot_be_rounded_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(quantised))
     with pytest.raises(UsageError, match="whose weights are quantised already; they cannot be rounded to 4 bits"):
         load.load_model(folder, bits=4)
+    with pytest.raises(UsageError, match="bits is 8; it may be 4"):
+        load.load_model(folder, bits=8)
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(tmp_path / "other", teacher_model=folder)
     assert main(["plan", str(recipe)]) == 2

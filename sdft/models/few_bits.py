@@ -1,7 +1,7 @@
 """Weights that are rounded to 4 bits as a model is loaded, by bitsandbytes.
 
-Not to 8: there it takes inputs of a product apart by the largest of the whole batch, so that what a token is given
-depends on the tokens after it and on other rows.
+8 bits are not offered: bitsandbytes then rounds the inputs of products too, and chooses by all tokens of a batch which
+columns it leaves whole, so that a token's hidden states depend on the tokens after it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def stored_type(config: Any) -> torch.dtype:
 
 
 def check_rounded(name: str, model: PreTrainedModel) -> None:
-    """UsageError where most of a model's weights stayed as they were: mixtures of experts keep theirs in no layers."""
+    """UsageError where most of a model's weights stayed as they were: those of experts are in no linear layers."""
     ends = {
         id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
     }

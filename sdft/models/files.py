@@ -54,14 +54,19 @@ def check_teacher(name: str, bits: int | None) -> None:
 
 def check_bits(name: str, bits: int) -> None:
     """UsageError if a model's weights cannot be rounded to so many bits as it is loaded."""
+    if bits != 4:
+        raise UsageError(f"bits is {bits!r}; it may be 4")
     if (local_path(name) / ADAPTER).is_file():
         raise UsageError(f"model is {name!r}, an adapter, which weights of {bits} bits cannot take")
     if resolve(name)[1]:
         raise UsageError(
             f"model is {name!r}, a GGUF file, which is not loaded in {bits} bits; it may be a folder or hub name"
         )
-    configuration = Path(resolve(name)[0]) / "config.json"
-    if configuration.is_file() and "quantization_config" in json.loads(configuration.read_text("utf-8")):
+    try:
+        configuration = json.loads((Path(resolve(name)[0]) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # it is on the hub, or damaged, which loading says
+        configuration = {}
+    if isinstance(configuration, dict) and configuration.get("quantization_config"):
         raise UsageError(
             f"model is {name!r}, whose weights are quantised already; they cannot be rounded to {bits} bits"
         )

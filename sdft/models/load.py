@@ -119,7 +119,7 @@ def _load_files(
             options |= rounding(source, dtype, device, trust_remote_code=code)
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=code)
         model = _from_pretrained(source, **files, **options, trust_remote_code=code)
-    except (MemoryError, UsageError):
+    except MemoryError:
         raise
     except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
