@@ -13,7 +13,6 @@ else:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # names of hubs stand in tests, and none is asked
-os.environ["PYTHONFAULTHANDLER"] = "1"  # a process that a test starts says where a signal killed it
 os.environ.setdefault("SDFT_CACHE_DIR", "")  # no test leaves half a gigabyte in the user's cache
 
 from pathlib import Path

@@ -403,7 +403,7 @@ def test_two_processes_train_as_trls_do(folder, wrapped):
     inherited |= {"FSDP": "1"} if wrapped == "FSDP2" else {}
     done = subprocess.run(
         [sys.executable, *launch, str(ROOT / "tests" / "trl_trainers.py"), str(folder)],
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=patience(300),

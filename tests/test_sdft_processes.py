@@ -41,7 +41,7 @@ def in_two_processes(folder, command, environment):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [sys.executable, *launch, *command],
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
         cwd=folder,
         capture_output=True,
         text=True,
