@@ -211,13 +211,13 @@ def _data(argv: list[str], started: float) -> None:
     from sdft.early_checks import check_rows
     from sdft.errors import UsageError
     from sdft.models.files import check_model
+    from sdft.rows import needed
     from sdft.settings import help
     from sdft.settings.commands import DataCommand
     from sdft.settings.fields import own_fields
     from sdft.settings.idle import OF_DATA, without_effect
     from sdft.settings.inputs import ColumnArguments, DataArguments
     from sdft.settings.recipe import read
-    from sdft.templates import shows_demonstration
 
     fields = own_fields(DataArguments, ColumnArguments, DataCommand)
     if _helped("sdft data", help.DATA, fields, argv):
@@ -233,9 +233,7 @@ def _data(argv: list[str], started: float) -> None:
         check_rows("train_file", data.train_file)
         if command.model:
             check_model(command.model)
-        shown = shows_demonstration(command.template) and command.feedback is None
-        need = ("prompt", "demonstration") if shown else ("prompt",)
-        rows = load_rows(data.train_file, need=need, columns=columns.columns, seed=command.seed)
+        rows = load_rows(data.train_file, need=needed(command), columns=columns.columns, seed=command.seed)
         for sentence in without_effect(OF_DATA, command, only=given.flags):
             logger.warning(sentence)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sdft.data import COLUMNS, WHERE, Limits, Row, TeacherReads, check_options, encode_rows, load_rows, teacher_chat
 from sdft.data.chats import can_be_shown
+from sdft.data.storage import Keep, on_disk
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
-from sdft.settings.commands import EvalCommand
+from sdft.settings.commands import DataCommand, EvalCommand
 from sdft.settings.config import EvalSettings, MethodSettings
 from sdft.settings.feedback import FEEDBACKS
 from sdft.settings.inputs import DataArguments, EvalArguments, ModelArguments
@@ -19,6 +20,8 @@ from sdft.templates import PROMPT, Message, parse_template, shows_demonstration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sdft.settings.arguments import SDFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ Columns = Mapping[str, str] | None
 class Rows:
     """What is learned from, and the held-out and general prompts; none where there is no such file."""
 
-    train: list[Row] = field(default_factory=list)
+    train: Sequence[Row] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
     general: list[Row] = field(default_factory=list)
 
@@ -42,10 +45,11 @@ def rows_of_train(
     seed: int = 0,
 ) -> Rows:
     """The rows of `sdft train`; by `seed` those of a file are drawn of which a part is taken."""
-    train = load_rows(of_data.train_file, need=needed(settings), columns=columns, seed=seed)
+    keep = kept_as(settings)
+    train = load_rows(of_data.train_file, need=needed(settings), columns=columns, seed=seed, keep=keep)
     held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, settings, columns)
     if settings.method == "sdft":
-        shown = [row for row in train if settings.feedback is None or can_be_shown(row, settings.template)]
+        shown = (row for row in train if settings.feedback is None or can_be_shown(row, settings.template))
         _check_teacher(shown, settings.template)
     learned = settings.method == "sft" or settings.demonstration_weight > 0
     if learned and (bare := next((row for row in train if row.get("demonstration") is None), None)):
@@ -55,7 +59,12 @@ def rows_of_train(
     return Rows(train, held_out, general)
 
 
-def needed(settings: MethodSettings) -> tuple[str, ...]:
+def kept_as(settings: MethodSettings) -> Keep:
+    """Where the training rows are kept."""
+    return on_disk(str(settings.output_dir)) if settings.rows_on_disk else list
+
+
+def needed(settings: MethodSettings | DataCommand) -> tuple[str, ...]:
     """The fields that every row to learn from must have."""
     learned = settings.method == "sft" or settings.demonstration_weight > 0
     shown = shows_demonstration(settings.template) and settings.feedback is None
@@ -99,7 +108,7 @@ def exam_rows(
     The scorers of `settings` could find each in some completion.
     """
     found = tuple(
-        [] if source is None else load_rows(source, name=name, need=need, columns=columns)
+        [] if source is None else list(load_rows(source, name=name, need=need, columns=columns))
         for source, name, need in (
             (held_out, "eval_dataset", ("prompt", "answer")),
             (general, "general_dataset", ("prompt",)),
@@ -112,12 +121,12 @@ def exam_rows(
 
 def training_rows(
     source: Any,
-    settings: MethodSettings,
+    settings: SDFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: frozenset[int],
     limits: Limits,
     teacher: TeacherReads | None = None,
-) -> list[Row]:
+) -> Sequence[Row]:
     """The rows that a trainer learns from, with their token ids: from what `load_rows` takes, or rows read before.
 
     `teacher` is what a teacher reads that is another model.
@@ -127,7 +136,8 @@ def training_rows(
         chat_template_kwargs=settings.chat_template_kwargs,
         teacher_chat_template_kwargs=settings.teacher_chat_template_kwargs,
     )
-    rows = load_rows(source, name="train_dataset", need=needed(settings))
+    keep = kept_as(settings)
+    rows = load_rows(source, name="train_dataset", need=needed(settings), keep=keep)
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     if unused and settings.feedback is None:
         logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))
@@ -146,6 +156,8 @@ def training_rows(
         overlong=settings.overlong,
         teacher=teacher,
         feedback=settings.feedback is not None and settings.method == "sdft",
+        keep=keep,
+        silent=bool(settings.disable_tqdm) or settings.process_index > 0,
     )
 
 
@@ -159,6 +171,6 @@ def can_ask_teacher(rows: Sequence[Row], template: list[Message]) -> bool:
     return bool(rows) and (not shows_demonstration(template) or have_demonstrations(rows))
 
 
-def _check_teacher(rows: Sequence[Row], template: list[Message]) -> None:
+def _check_teacher(rows: Iterable[Row], template: list[Message]) -> None:
     for row in rows:
         teacher_chat(row, template)

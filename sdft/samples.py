@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -314,7 +314,7 @@ class SamplingTrainer(Runs):
         else:
             yield "generate" if backend == VLLM or self.args.method == "sft" else backend
 
-    def make_engine(self, rows: list[Row]) -> None:
+    def make_engine(self, rows: Sequence[Row]) -> None:
         """Have vLLM serve the student, where it is to answer the prompts of these rows."""
         args = self.args
         if args.method != "sdft" or args.rollout_backend != VLLM or not rows:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -154,7 +154,7 @@ class SDFTTrainer(SamplingTrainer):
         self.make_engine(rows or [])
         self._pieces = (0, 0)
 
-    def _some_tokens(self, rows: list[Row] | None) -> list[int]:
+    def _some_tokens(self, rows: Sequence[Row] | None) -> list[int]:
         """A few tokens to find out with what the model is, where there is any text to have them from."""
         if rows is not None:
             return rows[0]["prompt_ids"][:16]
@@ -171,7 +171,7 @@ class SDFTTrainer(SamplingTrainer):
             return AdapterOffTeacher(self.learner)
         return BaseTeacher(self.learner, offload=self.args.teacher_offload) if kept else None
 
-    def _prompt_cache(self, rows: list[Row] | None) -> PromptCache | None:
+    def _prompt_cache(self, rows: Sequence[Row] | None) -> PromptCache | None:
         """Where the teacher finds prompts that it has read before, if any are to be kept."""
         if self.teacher is None or not rows or not self.args.teacher_cache_gib:
             return None

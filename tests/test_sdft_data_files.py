@@ -301,3 +301,36 @@ def test_a_run_on_a_csv_with_other_names(model, tmp_path, monkeypatch):
     argv = ["train", "--model", model, "--train_file", "mine.csv", "--columns", columns, "--output_dir", "out"]
     assert main([*argv, "--max_steps", "1", "--max_completion_length", "4", "--use_cpu", "--save_strategy", "no"]) == 0
     assert "prompt: q" in (tmp_path / "out" / "resolved_recipe.yaml").read_text()
+
+
+def test_sdft_data_of_supervised_fine_tuning(model, tmp_path, capsys, caplog):
+    """No teacher, and a demonstration that is too long with its prompt is refused, as `sdft train` does."""
+    (tmp_path / "mine.jsonl").write_text(jsonl([ROWS[0], {**ROWS[0], "demonstration": "long " * 9000}]))
+    argv = ["data", str(tmp_path / "mine.jsonl"), "--model", model, "--method", "sft", "--feedback", "sdpo"]
+    assert main([*argv, "--max_completion_length", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "teacher" not in shown and "1 row would be refused:\n" in shown
+    assert "row 2: the prompt has" in shown and "longer than max_completion_length" not in shown
+    assert "feedback is 'sdpo' and does nothing: method is 'sft'" in caplog.text
+    assert "max_completion_length is 32 and does nothing: method is 'sft'" in caplog.text
+    (tmp_path / "mine.jsonl").write_text(jsonl([{"prompt": "a"}]))
+    said = []
+    for method in ("sft", "sdft"):
+        weights = ["--demonstration_weight", "0.5"] if method == "sdft" else []
+        assert main([*argv[:4], "--method", method, "--feedback", "judge", *weights]) == 2
+        said.append(capsys.readouterr().err)
+    assert all("row 1 has no demonstration" in each for each in said)
+
+
+def test_sdft_data_of_demonstrations_that_count_beside_the_divergence(model, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text(jsonl([{**ROWS[0], "demonstration": "long " * 9000}]))
+    argv = ["data", str(tmp_path / "mine.jsonl"), "--model", model, "--feedback", "judge", *SHORT[2:]]
+    for weight, refused in (("0", False), ("0.5", True)):
+        assert main([*argv, "--demonstration_weight", weight]) == 0
+        assert ("would be refused" in capsys.readouterr().out) == refused
+
+
+def test_sdft_data_wants_the_columns_that_feedback_reads(tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text(jsonl([{"prompt": "a"}]))
+    assert main(["data", str(tmp_path / "mine.jsonl"), "--feedback", "sdpo"]) == 2
+    assert "row 1 has no answer" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def trainer(folder, taught_by=None, *, student=None, rows=None, callbacks=None, 
 
 def encoded():
     """The rows with their token ids."""
-    tokenizer, settings = tiny.tiny_tokenizer(), MethodSettings(method="sft")
+    tokenizer, settings = tiny.tiny_tokenizer(), SDFTConfig(method="sft")
     return training_rows(tiny.rows(), settings, tokenizer, frozenset({1}), Limits())
 
 
@@ -327,7 +327,7 @@ def test_what_has_no_effect_is_said():
     ]
     (said,) = without_effect(OF_TRAINING, MethodSettings(method="sft", teacher_model="x"))
     assert said == "teacher and teacher_model do nothing: method is 'sft'"
-    assert without_effect(OF_TRAINING, MethodSettings(method="sft")) == []
+    assert without_effect(OF_TRAINING, SDFTConfig(method="sft")) == []
 
 
 def test_rows_without_demonstrations_take_a_teacher_that_needs_none(tmp_path):

@@ -192,6 +192,28 @@ def test_messages_are_a_prompt_up_to_the_last_by_the_user_and_a_demonstration_af
     assert row["prompt"] == turns[:-1] and row["demonstration"] == [WARM] and row["answer"] == "It is warm."
 
 
+CALLS = {"name": "weather", "arguments": {"city": "Lima"}}
+
+
+@pytest.mark.parametrize(("value", "calls"), [(CALLS, [CALLS]), ([CALLS, {"name": "time"}], [CALLS, {"name": "time"}])])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_share_gpt_with_calls_of_tools(value, calls, as_text):
+    """LLaMA-Factory's turns: what calls tools is by `function_call`, and what they gave by `observation`."""
+    turns = [("human", "Lima?"), ("function_call", json.dumps(value) if as_text else value)]
+    turns += [("observation", "21 degrees"), ("gpt", "It is warm.")]
+    (row,) = load_rows([{"conversations": [{"from": by, "value": text} for by, text in turns], "tools": "[]"}])
+    assert row["prompt"] == [{"role": "user", "content": "Lima?"}] and row["tools"] == []
+    asks = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+    assert row["demonstration"] == [asks, {"role": "tool", "content": "21 degrees"}, WARM]
+
+
+@pytest.mark.parametrize("value", ["weather of Lima", "[]", '{"arguments": {}}', '["weather"]', None])
+def test_a_call_that_is_none_is_refused(value):
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": value}, {"from": "gpt", "value": "b"}]
+    with pytest.raises(UsageError, match=r"row 1: conversations has a turn by 'function_call' of .*; it must be JSON"):
+        load_rows([{"conversations": turns}])
+
+
 SAMPLES = [
     Sample([5, 6, 7], [8, 9, 1, 30, 31, 32, 12, 13, 1], learned=[0, 1, 2, 6, 7, 8]),
     Sample([11], [12, 1]),

@@ -30,12 +30,12 @@ BARS = "▁▂▃▄▅▆▇█"
 BINS = 32
 MOST_SHOWN = 4000  # characters of a text
 #: What a demonstration of several turns is to training.
-SEVERAL = "the teacher sees them all, and cross-entropy counts the assistant's"
+SEVERAL = {"sdft": "the teacher sees them all", "sft": "cross-entropy counts the assistant's"}
 #: What becomes of rows that are too long, by `overlong`.
 BECOME = {"error": "refused", "skip": "left out", "truncate_prompt_left": "shortened, or refused"}
 
 
-def show(rows: list[Row], command: DataCommand) -> None:
+def show(rows: Sequence[Row], command: DataCommand) -> None:
     """Print the first rows as student and teacher read them, how long all are, and which do not fit."""
     tokenizer, limits = None, Limits()
     if command.model:
@@ -51,11 +51,11 @@ def show(rows: list[Row], command: DataCommand) -> None:
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     print(counted(len(rows), "row") + (f"; columns that are not used: {', '.join(unused)}" if unused else ""))
     if several := sum(isinstance(row.get("demonstration"), list) and len(row["demonstration"]) > 1 for row in rows):
-        print(f"{counted(several, 'demonstration')} of several turns: {SEVERAL}")
+        print(f"{counted(several, 'demonstration')} of several turns: {SEVERAL[command.method]}")
     texts = Texts(tokenizer, template, command)
     for row in rows[: command.rows]:
         print(*_as_read(row, texts), sep="\n")
-    print("", *_lengths(rows, texts, limits, command.max_completion_length), sep="\n")
+    print("", *_lengths(rows, texts, limits), sep="\n")
 
 
 class Texts:
@@ -91,7 +91,8 @@ def _by_roles(prompt: str | list[Message]) -> str:
 
 def _as_read(row: Row, texts: Texts) -> list[str]:
     lines = ["", f"── {row[WHERE]}, as the student reads it", _cut(texts.student(row))]
-    lines += ["", f"── {row[WHERE]}, as the teacher reads it", _cut(texts.teacher(row))]
+    if texts.command.method == "sdft":
+        lines += ["", f"── {row[WHERE]}, as the teacher reads it", _cut(texts.teacher(row))]
     return [*lines, "", f"── {row[WHERE]}, its demonstration", _cut(texts.demonstration(row))]
 
 
@@ -103,49 +104,44 @@ def _cut(text: str) -> str:
     )
 
 
-def _lengths(rows: list[Row], of: Texts, limits: Limits, room: int) -> list[str]:
-    tokenizer = of.tokenizer
-    texts = {
-        "prompt": [of.student(row) for row in rows],
-        "teacher prompt": [of.teacher(row) for row in rows],
-        "demonstration": [of.demonstration(row) for row in rows],
-    }
+def _lengths(rows: Sequence[Row], of: Texts, limits: Limits) -> list[str]:
+    tokenizer, command = of.tokenizer, of.command
+    texts = {"prompt": [of.student(row) for row in rows]}
+    if command.shows_teacher:
+        texts["teacher prompt"] = [of.teacher(row) for row in rows]
+    openings = list(texts)
+    texts["demonstration"] = [of.demonstration(row) for row in rows]
     head = f"{'':16}{'least':>7}{'median':>8}{'95 %':>7}{'most':>7}"
     if tokenizer is None:
-        if of.command.feedback is not None:
-            del texts["teacher prompt"]
         lines = [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in texts.items()]
         return ["length in characters; with --model in its tokens", head, *lines]
-    ids = {name: openings_ids(of_kind, tokenizer) for name, of_kind in texts.items() if name != "demonstration"}
+    ids = {name: openings_ids(texts[name], tokenizer) for name in openings}
     ids["demonstration"] = tokenizer(texts["demonstration"], add_special_tokens=False)["input_ids"]
     lines = ["length in tokens", head]
-    if of.command.feedback is not None:
-        del ids["teacher prompt"]
     lines += [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in ids.items()]
-    if longer := sum(len(each) > room for each in ids["demonstration"]):
+    room = command.max_completion_length if command.method == "sdft" else 0
+    longer = sum(len(each) > room for each in ids["demonstration"])
+    if longer and room:
         lines += ["", f"{longer} of {counted(len(rows), 'demonstration')} longer than max_completion_length, {room}"]
-    refused, shown = list[str](), Shown(rows)
+    refused, shown = list[str](), Shown(len(rows))
     for number, row in enumerate(rows):
         seen = {"student": texts["prompt"][number]}
-        if of.command.feedback is None:
+        if command.shows_teacher:
             seen["teacher"] = texts["teacher prompt"][number]
         shown.look(row, seen)
+        learned = 1 + len(ids["demonstration"][number]) if command.learns_demonstrations else 0  # and its end token
         try:
-            for kind in (name for name in ("prompt", "teacher prompt") if name in ids):
-                check_ids(row, kind, ids[kind][number], tokenizer, room, limits)
+            for kind in openings:
+                check_ids(row, kind, ids[kind][number], tokenizer, max(room, learned * (kind == "prompt")), limits)
         except UsageError as error:
             refused.append(str(error))
     shown.warn()
     if refused:
         more = [f"and {len(refused) - 3} more"] if len(refused) > 3 else []
-        return [
-            *lines,
-            "",
-            f"{counted(len(refused), 'row')} would be {BECOME[of.command.overlong]}:",
-            *refused[:3],
-            *more,
-        ]
-    context = f" of {limits.context} tokens, with {room} for the completion" if limits.context else ""
+        said = f"{counted(len(refused), 'row')} would be {BECOME[command.overlong]}:"
+        return [*lines, "", said, *refused[:3], *more]
+    needs = f"{room} for the completion" if room else "the demonstration"
+    context = f" of {limits.context} tokens, with {needs}" if limits.context else ""
     return [*lines, "", f"all rows fit the model's context{context}"]
 
 

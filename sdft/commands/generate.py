@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 
 from sdft.commands.shared import device_here, quiet
 from sdft.data import WHERE, Row, check_options
@@ -19,7 +20,7 @@ from sdft.settings.commands import GenerateCommand
 from sdft.settings.inputs import ModelArguments
 
 
-def generate(of_model: ModelArguments, rows: list[Row], of_command: GenerateCommand) -> None:
+def generate(of_model: ModelArguments, rows: Sequence[Row], of_command: GenerateCommand) -> None:
     """`sdft generate`: a model's answer to one prompt, printed, or to each prompt of a file, written to another."""
     quiet()
     model, tokenizer = load_model(of_model.model, of_model.dtype, device_here(), **of_model.trust)

@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdft.errors import UsageError
+from sdft.errors import UsageError, shown
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "demonstration", "answer", "teacher_prompt", "tools")
 #: Roles of ShareGPT's turns, by what chat templates call them.
-SHARE_GPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHARE_GPT = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{"observation": "tool", "tool": "tool"},
+}
+CALL = "function_call"  # ShareGPT's turn that calls tools: as its text, the call's JSON or a list of several
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[s
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise UsageError(f"{column} must be a list of chat messages")
         if any("from" in turn for turn in turns):  # ShareGPT's names
-            turns = [{"role": SHARE_GPT.get(t.get("from"), t.get("from")), "content": t.get("value")} for t in turns]
+            turns = [_of_share_gpt(turn, column) for turn in turns]
         if not turns or turns[-1].get("role") != "assistant":
             raise UsageError(f"{column} must end with a message by 'assistant', which is the demonstration")
         place = len(turns) - 1
@@ -60,6 +65,23 @@ def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[s
         return turns[:place], turns[place:]
 
     return read
+
+
+def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
+    by, value = turn.get("from"), turn.get("value")
+    if by != CALL:
+        return {"role": SHARE_GPT.get(str(by), by), "content": value}
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise UsageError(
+            f"{column} has a turn by {CALL!r} of {shown(value)}; it must be JSON with a name and arguments, or a list "
+            "of that"
+        )
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
 
 
 def _turns(column: str) -> Convention:
@@ -91,25 +113,32 @@ CONVENTIONS = (
 
 def named(
     numbered: Sequence[tuple[int, Any]], source: str, need: Sequence[str], columns: Mapping[str, str] | None = None
-) -> list[tuple[int, Any]]:
-    """The rows with our names, where `columns` or a convention has them, and whatever else they have.
+) -> Iterable[tuple[int, Any]]:
+    """The rows with our names, where `columns` or a convention has them, and whatever else they have; one by one.
 
     Raises UsageError where `columns` names no column for what is needed, and for turns that do not end with an answer.
     """
     there = {name for _, row in numbered if isinstance(row, dict) for name, value in row.items() if value is not None}
+    rows: Iterable[tuple[int, Any]] = numbered
     if columns:
-        numbered = _renamed(numbered, source, columns, there, need)
-        there |= {name for name, column in columns.items() if column in there}
+        rows, there = _renamed(rows, source, columns, there, need)
     if there.issuperset(need):
-        return list(numbered)
+        return rows
     lowered, convention = {name.lower() for name in there}, _convention(there)
     alone = len(lowered) == len(there)  # no two names are the same but for their letters' case
-    if convention is None and alone and (lowered.issuperset(need) or _convention(lowered)) and lowered != there:
-        return named([(number, _lowered(row)) for number, row in numbered], source, need)
+    if convention is None and alone and lowered != there:
+        if lowered.issuperset(need):
+            return _each(_lowered, rows)
+        if convention := _convention(lowered):
+            rows = _each(_lowered, rows)
     if convention is None:
-        return list(numbered)
+        return rows
     logger.warning("%s: %s (columns can say otherwise)", source, convention.said)
-    return [(number, _read(row, convention, f"{source}, row {number}", need)) for number, row in numbered]
+    return ((number, _read(row, convention, f"{source}, row {number}", need)) for number, row in rows)
+
+
+def _each(change: Callable[[Any], Any], rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    return ((number, change(row)) for number, row in rows)
 
 
 def _convention(there: Collection[str]) -> Convention | None:
@@ -140,12 +169,13 @@ def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> 
 
 
 def _renamed(
-    numbered: Sequence[tuple[int, Any]],
+    rows: Iterable[tuple[int, Any]],
     source: str,
     columns: Mapping[str, str],
     there: Collection[str],
     need: Sequence[str],
-) -> list[tuple[int, Any]]:
+) -> tuple[Iterable[tuple[int, Any]], set[str]]:
+    """The rows by our names, and all the columns that they then have."""
     for name, column in columns.items():
         if column in there or name not in need:
             continue
@@ -161,4 +191,4 @@ def _renamed(
         kept = {name: value for name, value in row.items() if name not in here.values()}
         return kept | {name: row.get(column) for name, column in here.items()}
 
-    return [(number, rename(row)) for number, row in numbered]
+    return _each(rename, rows), {*there, *here}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from tqdm import tqdm
 
 from sdft.data.chats import SPLIT, Options, can_be_shown, opening, student_text, teacher_text, written
 from sdft.data.rows import ROW, WHERE, Row
+from sdft.data.storage import Keep
 from sdft.errors import UsageError, counted
 from sdft.templates import Message, as_messages, first_turn, last_by_user, text_of
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+BAR_AFTER = 3  # seconds
 
 
 class Limits(NamedTuple):
@@ -157,7 +162,7 @@ def _end_token(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> i
 
 
 def encode_rows(
-    rows: list[Row],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
     method: str,
@@ -172,7 +177,9 @@ def encode_rows(
     overlong: str = "error",
     teacher: TeacherReads | None = None,
     feedback: bool = False,
-) -> list[Row]:
+    keep: Keep = list,
+    silent: bool = True,
+) -> Sequence[Row]:
     """The rows with the token ids that training needs, each checked against what the model can read.
 
     `prompt_ids` always; `teacher_prompt_ids` for method "sdft"; `completion_ids`, the demonstration, for "sft" or where
@@ -180,14 +187,15 @@ def encode_rows(
     `draft_ids`, the text alone of its first turn, where it is asked for. `overlong` says what becomes of
     a row that is too long for the model: an error, or it is left out ("skip"), or the last message of its prompt by the
     user loses its beginning ("truncate_prompt_left"). `teacher` says what a teacher reads that is another model, which
-    must be the same tokens. With `feedback` each keeps its row (`ROW`), and a teacher's prompt may be missing.
+    must be the same tokens. With `feedback` each keeps its row (`ROW`), and a teacher's prompt may be missing. `keep`
+    says where the rows are kept; a bar shows how far they are, after some seconds and unless `silent`.
     """
     reads = teacher or TeacherReads(None, limits)
     if not tokenizer.chat_template:
         logger.warning(
             "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
         )
-    encoded, shown = [], Shown(rows)
+    shown = Shown(len(rows))
     too_long: list[str] = []
 
     def encode(row: Row) -> Encoded:
@@ -218,18 +226,21 @@ def encode_rows(
                 reads.check(row, text, tokenizer)
         return ids, texts
 
-    for row in rows:
-        try:
-            ids, texts = encode(row)
-        except Overlong as error:
-            if overlong == "error":
-                raise
-            too_long.append(row[WHERE])
-            if overlong == "skip":
-                continue
-            ids, texts = _shortened(row, error, encode, tokenizer)
-        shown.look(row, texts)
-        encoded.append(ids)
+    def all_that_fit() -> Iterator[Row]:
+        for row in tqdm(rows, desc="rows read", unit="row", delay=BAR_AFTER, disable=silent, leave=False):
+            try:
+                ids, texts = encode(row)
+            except Overlong as error:
+                if overlong == "error":
+                    raise
+                too_long.append(row[WHERE])
+                if overlong == "skip":
+                    continue
+                ids, texts = _shortened(row, error, encode, tokenizer)
+            shown.look(row, texts)
+            yield ids
+
+    encoded = keep(all_that_fit())
     if too_long:
         done = "are left out" if overlong == "skip" else "lose the beginning of their prompt"
         logger.warning(
@@ -283,8 +294,8 @@ class Shown:
         ),
     }
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows, self.places = rows, {whose: list[str]() for whose in self.LACKS}
+    def __init__(self, count: int) -> None:
+        self.count, self.places = count, {whose: list[str]() for whose in self.LACKS}
 
     def look(self, row: Row, texts: Mapping[str, str]) -> None:
         """Look for what each of these texts of a row should have; templates may set what they keep in its own lines."""
@@ -300,7 +311,7 @@ class Shown:
                     "the tokenizer's chat template leaves out %s in %d of %d rows, the first in %s: %s",
                     what,
                     len(places),
-                    len(self.rows),
+                    self.count,
                     places[0],
                     consequence,
                 )

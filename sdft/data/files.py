@@ -28,14 +28,20 @@ FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt")
 #: A dataset on the hub: owner/name:split, or owner/name/configuration:split.
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<configuration>[\w.-]+))?:(?P<split>[\w.%\[\]:+-]+)")
 
+#: Rows of Parquet that are in memory at once.
+AT_ONCE = 1000
+
 #: What `save_to_disk` leaves in a folder: the first where there are splits.
 SAVED = ("dataset_dict.json", "state.json")
 
-Numbered = list[tuple[int, Any]]
+Numbered = Iterator[tuple[int, Any]]
 
 
 def read_source(source: str | Path) -> Numbered:
-    """The rows of a file, of a folder that `datasets` has saved (folder:split where it has several), or of the hub."""
+    """The rows of a file, of a folder that `datasets` has saved (folder:split where it has several), or of the hub.
+
+    They come one by one, so that all of them need not be in memory.
+    """
     path, name = Path(source), str(source)
     if path.is_file():
         return _read_file(path)
@@ -76,13 +82,15 @@ def _read_file(path: Path) -> Numbered:
     if kind == ".parquet":
         if compressed:
             raise UsageError(f"{path} is Parquet in a {compressed[1:]} file; it must be Parquet alone")
-        return _read_parquet(path)
+        yield from _read_parquet(path)
+        return
     opener = COMPRESSIONS[compressed] if compressed else open
     try:
         with cast(Any, opener)(path, "rt", encoding="utf-8-sig", newline="") as lines:
             if kind in (".csv", ".tsv"):
-                return list(_read_table(lines, path, "\t" if kind == ".tsv" else ","))
-            return _read_json(lines, path)
+                yield from _read_table(lines, path, "\t" if kind == ".tsv" else ",")
+            else:
+                yield from _read_json(lines, path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is neither JSON or CSV in UTF-8 nor a .parquet file: {error}") from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -94,12 +102,14 @@ def _read_parquet(path: Path) -> Numbered:
     import pyarrow.parquet
 
     try:
-        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(AT_ONCE) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _read_table(lines: IO[str], path: Path, separator: str) -> Iterator[tuple[int, Any]]:
+def _read_table(lines: IO[str], path: Path, separator: str) -> Numbered:
     """Rows of text by the names in the first line."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a demonstration may be long
     table = csv.reader(lines, delimiter=separator, strict=True)
@@ -117,15 +127,18 @@ def _read_table(lines: IO[str], path: Path, separator: str) -> Iterator[tuple[in
 
 
 def _read_json(lines: IO[str], path: Path) -> Numbered:
-    """JSONL, or one list of all rows, which may go over several lines."""
+    """JSONL, or one list of all rows, which may go over several lines and is parsed as a whole."""
     first = next((line for line in lines if line.strip()), "").strip()
     several = any(line.strip() for line in lines)
     lines.seek(0)
     if first.startswith("[") and not (several and first.endswith("]")):
-        return list(enumerate(_parse(lines.read(), str(path)), start=1))
+        yield from enumerate(_parse(lines.read(), str(path)), start=1)
+        return
     if several and first == "{":  # the beginning of one object over several lines
         raise UsageError(f"{path} begins with an object over several lines; it must be a list of rows, or one a line")
-    return [(number, _parse(line, f"{path}, row {number}")) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, _parse(line, f"{path}, row {number}")
 
 
 def _parse(text: str, where: str) -> Any:
@@ -172,7 +185,7 @@ def _read_saved(name: str) -> Numbered:
 def _read_hub(name: str) -> Numbered:
     named, datasets = cast(re.Match[str], HUB_NAME.fullmatch(name)), _datasets(name)
     try:
-        return _numbered(datasets.load_dataset(named["name"], named["configuration"], split=named["split"]))
+        yield from _numbered(datasets.load_dataset(named["name"], named["configuration"], split=named["split"]))
     except Exception as error:  # of the hub, of the network, or of the dataset's own files
         said = " ".join(str(error).split())
         raise UsageError(f"{name} cannot be loaded as a dataset of the hub: {said}") from error
@@ -187,4 +200,4 @@ def _datasets(source: str) -> Any:
 
 
 def _numbered(dataset: Any) -> Numbered:
-    return list(enumerate(dataset, start=1))
+    return enumerate(dataset, start=1)

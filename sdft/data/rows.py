@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft.data.columns import COLUMNS as COLUMNS
 from sdft.data.columns import named
 from sdft.data.files import read_source
+from sdft.data.storage import Keep
 from sdft.errors import UsageError, counted, kind_of
 from sdft.templates import Message, as_messages, is_messages
 
@@ -37,24 +38,25 @@ def load_rows(
     need: Sequence[str] = ("prompt", "demonstration"),
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
-) -> list[Row]:
+    keep: Keep = list,
+) -> Sequence[Row]:
     """The checked rows of a source: the name of a file, a folder or a hub dataset (see `sdft.data.files`), a list of
     such names or a mapping of them to weights, a `datasets.Dataset`, or any sequence of dictionaries.
 
     `need` names the fields that every row must have, `columns` the source's columns for them (`sdft.data.columns`), and
     `name` is what errors call a source without a name. Of a source with a weight, each row is there that many times,
-    and for a fraction so many of its rows, drawn by `seed`.
+    and for a fraction so many of its rows, drawn by `seed`. `keep` says where rows are kept (`sdft.data.storage`).
     """
     if isinstance(source, Mapping):
-        return _mixture(source, need, columns, seed)
+        return _mixture(source, need, columns, seed, keep)
     if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
-        return [row for each in source for row in load_rows(each, need=need, columns=columns)]
+        return keep(row for each in source for row in load_rows(each, need=need, columns=columns, keep=keep))
     if isinstance(source, str | Path):
         name = str(source)
-        numbered = read_source(source)
+        numbered = keep(read_source(source))
     elif isinstance(source, Iterable) and hasattr(source, "__len__"):
         name = name or "dataset"
-        numbered = list(enumerate(source, start=1))
+        numbered = keep(enumerate(source, start=1))
     else:
         raise UsageError(
             f"{name or 'dataset'} is a {type(source).__name__}; it may be a file's name, a datasets.Dataset or a list "
@@ -62,18 +64,22 @@ def load_rows(
         )
     if not numbered:
         raise UsageError(f"{name} is empty: it has no rows")
-    return [_check_row(row, f"{name}, row {number}", need) for number, row in named(numbered, name, need, columns)]
+    return keep(_check_row(row, f"{name}, row {number}", need) for number, row in named(numbered, name, need, columns))
 
 
 def _mixture(
-    weights: Mapping[Any, float], need: Sequence[str], columns: Mapping[str, str] | None, seed: int
-) -> list[Row]:
-    found: list[Row] = []
-    for source, weight in weights.items():
-        rows = load_rows(source, need=need, columns=columns)
-        whole, rest = divmod(weight, 1)
-        part = sorted(random.Random(f"{seed} {source}").sample(range(len(rows)), round(rest * len(rows))))
-        found += rows * int(whole) + [rows[place] for place in part]
+    weights: Mapping[Any, float], need: Sequence[str], columns: Mapping[str, str] | None, seed: int, keep: Keep
+) -> Sequence[Row]:
+    def weighted() -> Iterator[Row]:
+        for source, weight in weights.items():
+            rows = load_rows(source, need=need, columns=columns, keep=keep)
+            whole, rest = divmod(weight, 1)
+            part = sorted(random.Random(f"{seed} {source}").sample(range(len(rows)), round(rest * len(rows))))
+            for _ in range(int(whole)):
+                yield from rows
+            yield from (rows[place] for place in part)
+
+    found = keep(weighted())
     if not found:
         raise UsageError(f"{', '.join(map(str, weights))} have no rows by their weights, {[*weights.values()]}")
     return found

@@ -14,12 +14,13 @@ from sdft.settings.chats import BothChatSettings, ChatSettings
 from sdft.settings.checks import (
     check_at_least,
     check_between,
+    check_not_below,
     check_switches,
     check_temperature,
     chosen,
     matching,
 )
-from sdft.settings.config import OVERLONG, EvalSettings
+from sdft.settings.config import METHODS, OVERLONG, EvalSettings
 from sdft.settings.inherited import LARGEST_SEED
 from sdft.settings.inputs import SEED
 from sdft.settings.rollouts import VLLM, BackendSettings
@@ -127,6 +128,12 @@ class DataCommand(BothChatSettings):
         None, "The model whose tokenizer and chat template the rows are shown with; its weights are not loaded."
     )
     trust_remote_code: bool = setting(False, "Run code that comes with the tokenizer.")
+    method: str = setting(
+        "sdft", "What is learned, as in sdft train; with sft there is no teacher, and demonstrations must fit."
+    )
+    demonstration_weight: float = setting(
+        0.0, "The share of plain cross-entropy, as in sdft train; above 0 demonstrations must fit too."
+    )
     teacher_template: list[dict[str, str]] | str | None = field(
         default=None, metadata={"help": "How the teacher is shown a demonstration, as in sdft train."}
     )
@@ -144,6 +151,8 @@ class DataCommand(BothChatSettings):
     def __post_init__(self) -> None:
         BothChatSettings.__post_init__(self)
         check_switches(self)
+        self.method = chosen("method", self.method, METHODS)
+        check_not_below("demonstration_weight", self.demonstration_weight, 0, 1)
         check_at_least("max_completion_length", self.max_completion_length, 1)
         check_at_least("seed", self.seed, 0, LARGEST_SEED)
         self.overlong = chosen("overlong", self.overlong, OVERLONG)
@@ -157,6 +166,16 @@ class DataCommand(BothChatSettings):
     def template(self) -> list[Message]:
         """The messages by which the teacher is shown a row."""
         return parse_template(self.teacher_template, other_model=self.teacher_model is not None)
+
+    @property
+    def learns_demonstrations(self) -> bool:
+        """Whether cross-entropy counts."""
+        return self.method == "sft" or self.demonstration_weight > 0
+
+    @property
+    def shows_teacher(self) -> bool:
+        """Whether the teacher's prompts are known before training."""
+        return self.method == "sdft" and self.feedback is None
 
 
 @dataclass

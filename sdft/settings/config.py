@@ -143,6 +143,11 @@ class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, TokenWeigh
         "A row whose prompts are too long for the model: error, skip (it is left out), or truncate_prompt_left (the "
         "last message of its prompt by the user loses its beginning, for student and teacher alike).",
     )
+    rows_on_disk: bool = setting(
+        False,
+        "Keep the training rows in a file on the disk of output_dir, not in memory, for data that does not fit there. "
+        "All else stays as it is.",
+    )
 
     freeze_embeddings: bool = setting(
         False, "Leave the embeddings, and the output head where it is tied to them, as they are."

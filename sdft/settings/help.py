@@ -145,6 +145,7 @@ GROUPS = {
         "train_file",
         "columns",
         "overlong",
+        "rows_on_disk",
         "chat_template_kwargs",
         "teacher_chat_template_kwargs",
         "rows",

@@ -77,6 +77,11 @@ OF_GENERATE: Rules = (*_OF_VLLM, (("seed",), {"temperature": not_}))
 #: Without a tokenizer nothing is counted, and no chat template is there.
 OF_DATA: Rules = (
     (
+        ("demonstration_weight", "teacher_template", "teacher_chat_template_kwargs", "teacher_model", "feedback"),
+        {"method": _is("sft")},
+    ),
+    (("max_completion_length",), {"method": _is("sft")}),
+    (
         ("overlong", "max_completion_length", "chat_template_kwargs", "teacher_chat_template_kwargs"),
         {"model": not_},
     ),
