@@ -7,6 +7,10 @@ held-out prompts of every skill, and on general prompts, of whose kinds none is 
 divergence from the base model. It is `sdft continual` with a recipe that it writes; a run that was interrupted goes on
 with its next stage. It prints a table, and writes it as CSV and as a plot.
 
+A trial is a learning rate and a number of steps. By the accuracy on other rows than those held out (SKILL_choose.jsonl,
+the mean over seeds and skills after the last stage) a trial of each method is chosen: the best one, and the one that is
+nearest to what the weakest method's best has, with the lower learning rate where two are as near.
+
 On two cores a stage of 40 steps takes 2 minutes by sft and 5 by sdft, and its exams one more.
 """
 
@@ -72,8 +76,10 @@ class Point:
     method: str
     learning_rate: float
     seed: int
+    steps: int
     stage: int
     skill: str
+    choose_accuracy: float | None
     accuracy: float
     earlier_accuracy: float | None
     general_accuracy: float
@@ -82,15 +88,37 @@ class Point:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A way to learn with its learning rate and its steps."""
+
+    method: str
+    learning_rate: float
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """What its runs are called, and their folders."""
+        return f"{self.method}-{self.learning_rate:g}-{self.steps}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings of `sdft train`."""
+        return {**METHODS[self.method], "learning_rate": self.learning_rate, "max_steps": self.steps}
+
+
+def trials_of(methods: Mapping[str, Sequence[float]], steps: Sequence[int]) -> list[Trial]:
+    return [Trial(name, rate, count) for name, rates in methods.items() for rate in rates for count in steps]
+
+
 def recipe(
     skills: Sequence[str],
-    methods: Mapping[str, Sequence[float]],
+    trials: Sequence[Trial],
     seeds: Sequence[int],
-    steps: int,
     folder: Path,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What `sdft continual` is told: a method for each way to learn and each of its learning rates."""
+    """What `sdft continual` is told: a method for each trial."""
     return {
         **SETTINGS,
         **settings,
@@ -98,38 +126,34 @@ def recipe(
             name: {
                 "train_file": str(SKILLS / f"{name}_train.jsonl"),
                 "eval_file": str(SKILLS / f"{name}_heldout.jsonl"),
+                "choose_file": str(SKILLS / f"{name}_choose.jsonl"),
                 **LEARNED[name],
             }
             for name in skills
         },
-        "methods": {
-            f"{name}-{rate:g}": {**METHODS[name], "learning_rate": rate}
-            for name, rates in methods.items()
-            for rate in rates
-        },
+        "methods": {trial.name: trial.settings for trial in trials},
         "seeds": list(seeds),
-        "max_steps": steps,
         "output_dir": str(folder),
     }
 
 
-def points(report: dict[str, Any]) -> list[Point]:
+def points(report: dict[str, Any], trials: Sequence[Trial]) -> list[Point]:
     """The stages of a report (continual.json)."""
-    found = []
+    found, of_name = [], {trial.name: trial for trial in trials}
     for run in report["runs"]:
-        method, _, rate = run["method"].partition("-")
-        if rate.startswith("kl-"):
-            method, rate = f"{method}-kl", rate.removeprefix("kl-")
+        trial = of_name[run["method"]]
         for number, stage in enumerate(run["stages"], start=1):
             (skill,) = stage["learned"]
             earlier = [stage["accuracy"][name] for name in report["skills"][: number - 1]]
             found.append(
                 Point(
-                    method=method,
-                    learning_rate=float(rate),
+                    method=trial.method,
+                    learning_rate=trial.learning_rate,
                     seed=run["seed"],
+                    steps=trial.steps,
                     stage=number,
                     skill=skill,
+                    choose_accuracy=_choosing(stage, report["skills"][:number]),
                     accuracy=round(stage["accuracy"][skill], 4),
                     earlier_accuracy=round(sum(earlier) / len(earlier), 4) if earlier else None,
                     general_accuracy=round(stage["general_accuracy"], 4),
@@ -141,19 +165,77 @@ def points(report: dict[str, Any]) -> list[Point]:
     return found
 
 
+def _choosing(stage: dict[str, Any], skills: Sequence[str]) -> float | None:
+    """The mean accuracy on the rows to choose by, of the skills that were learned so far."""
+    of_skill = stage.get("choose_accuracy", {})
+    return round(sum(of_skill[name] for name in skills) / len(skills), 4) if of_skill else None
+
+
+def _last(found: Sequence[Point]) -> dict[Trial, list[Point]]:
+    """The last stage of every run, by trial."""
+    of_trial: dict[Trial, list[Point]] = {}
+    for point in found:
+        if point.stage == max(each.stage for each in found):
+            of_trial.setdefault(Trial(point.method, point.learning_rate, point.steps), []).append(point)
+    return of_trial
+
+
+def _mean(rows: Sequence[Point], name: str) -> float:
+    return float(sum(getattr(row, name) for row in rows) / len(rows))
+
+
+def chosen(found: Sequence[Point]) -> dict[str, tuple[Trial, Trial]]:
+    """For each method, the trial with the best accuracy on the rows to choose by, and the one that is matched: whose
+    accuracy there is nearest to the least of those bests.
+    """
+    scores = {trial: _mean(rows, "choose_accuracy") for trial, rows in _last(found).items()}
+    methods = dict.fromkeys(trial.method for trial in scores)
+    in_turn = sorted(scores, key=lambda trial: (trial.learning_rate, trial.steps))  # the first of equals is taken
+    best = {m: max((t for t in in_turn if t.method == m), key=lambda t: scores[t]) for m in methods}
+    target = min(scores[trial] for trial in best.values())
+    return {
+        m: (best[m], min((t for t in in_turn if t.method == m), key=lambda t: abs(scores[t] - target))) for m in methods
+    }
+
+
+def verdict(found: Sequence[Point], base: dict[str, Any]) -> str:
+    """What was chosen, as means over seeds, and what the matched trials have forgotten beside sft's."""
+    if any(point.choose_accuracy is None for point in found):
+        return "nothing is chosen: some stages were not measured on the rows to choose by"
+    picked, lines = chosen(found), ["", "chosen by the rows for choosing, means of the seeds after the last stage:"]
+    lost: dict[str, tuple[float, float]] = {}
+    for place, said in enumerate(("best", "matched")):
+        for method, pair in picked.items():
+            trial, rows = pair[place], _last(found)[pair[place]]
+            general, nats = base["general_accuracy"] - _mean(rows, "general_accuracy"), _mean(rows, "forgetting")
+            lost[method] = general, nats
+            lines.append(
+                f"{said:8} {method:7} {trial.learning_rate:g} in {trial.steps} steps: "
+                f"{_mean(rows, 'choose_accuracy'):.1%} on rows to choose by, {_mean(rows, 'accuracy'):.1%} held out, "
+                f"{100 * general:.1f} points of general prompts lost, {nats:.3f} nats"
+            )
+    for method in (name for name in lost if name != "sft" and "sft" in lost):
+        ratios = [f"{own / other:.2f}" if other else "-" for own, other in zip(lost[method], lost["sft"], strict=True)]
+        lines.append(f"matched, {method} has forgotten {ratios[0]} of sft's points and {ratios[1]} of its nats")
+    return "\n".join(lines)
+
+
 def table(found: Sequence[Point], base: dict[str, Any]) -> str:
     """A line for each stage, after those of the base model and of the teacher who is shown the demonstrations."""
     before = ", ".join(f"{name} {share:.1%}" for name, share in base["accuracy"].items())
     shown = ", ".join(f"{name} {share:.1%}" for name, share in base["teacher_accuracy"].items())
     lines = [
         f"before: {before}, general {base['general_accuracy']:.1%}; shown the demonstration: {shown}",
-        "| method | learning rate | seed | learned | accuracy | earlier skills | general | nats a token | moved | s |",
-        "|---" * 10 + "|",
+        "| method | learning rate | steps | seed | learned | to choose by | accuracy | earlier skills | general "
+        "| nats a token | moved | s |",
+        "|---" * 12 + "|",
     ]
     for point in found:
         earlier = "" if point.earlier_accuracy is None else f"{point.earlier_accuracy:.1%}"
+        choosing = "" if point.choose_accuracy is None else f"{point.choose_accuracy:.1%}"
         cells = [
-            *(point.method, f"{point.learning_rate:g}", str(point.seed), point.skill, f"{point.accuracy:.1%}", earlier),
+            *(point.method, f"{point.learning_rate:g}", str(point.steps), str(point.seed), point.skill),
+            *(choosing, f"{point.accuracy:.1%}", earlier),
             *(f"{point.general_accuracy:.1%}", f"{point.forgetting:.3f}", f"{point.weights_moved:.2f}"),
             f"{point.seconds:.0f}",
         ]
@@ -173,9 +255,10 @@ def draw(found: Sequence[Point], base: dict[str, Any], path: Path) -> None:
             for method in dict.fromkeys(point.method for point in last):
                 of_method = sorted((p for p in last if p.method == method), key=lambda p: p.learning_rate)
                 colour = plots.COLOURS[COLOURS[method]]
-                for seed in dict.fromkeys(point.seed for point in of_method):
-                    line = [(p.accuracy, getattr(p, name)) for p in of_method if p.seed == seed]
-                    axis.plot(*zip(*line, strict=True), marker="o", color=colour, label=method)
+                for seed, steps in dict.fromkeys((point.seed, point.steps) for point in of_method):
+                    line = [(p.accuracy, getattr(p, name)) for p in of_method if (p.seed, p.steps) == (seed, steps)]
+                    style = "-" if steps == min(p.steps for p in of_method) else "--"  # more steps are broken lines
+                    axis.plot(*zip(*line, strict=True), marker="o", linestyle=style, color=colour, label=method)
                 for point in of_method:
                     place = (point.accuracy, getattr(point, name))
                     axis.annotate(f"{point.learning_rate:g}", place, (4, 4), textcoords="offset points", fontsize=7)
@@ -214,19 +297,20 @@ def main(argv: list[str] | None = None) -> None:
         help=f"of {', '.join(METHODS)}; without learning rates with all of {rates}",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40, help="of each stage, 8 rows each (default 40)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[40], help="of each stage, 8 rows each (default 40)")
     parser.add_argument("--folder", type=Path, default=Path("runs/continual-benchmark"), help="where the runs go")
     files.add_arguments(parser, "continual")
     given = parser.parse_args(argv)
-    told = recipe(given.skills, dict(given.methods), given.seeds, given.steps, given.folder)
+    trials = trials_of(dict(given.methods), given.steps)
+    told = recipe(given.skills, trials, given.seeds, given.folder)
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(told, sort_keys=False))
     if code := sdft(["continual", str(path)]):
         sys.exit(code)
     report = json.loads((given.folder / "continual.json").read_text())
-    found = points(report)
-    print(machine.heading(), table(found, report["base"]), sep="\n")
+    found = points(report, trials)
+    print(machine.heading(), table(found, report["base"]), verdict(found, report["base"]), sep="\n")
     files.write(found, given)
     draw(found, report["base"], given.plot)
 

@@ -160,17 +160,12 @@ def test_rollout_speed_has_a_row_for_each_back_end() -> None:
 
 
 def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_path: Path) -> None:
-    told = continual.recipe(
-        ["tools", "triage"],
-        dict(map(continual.method_of, ["sdft:1e-5,5e-5", "sft-kl:5e-5"])),
-        [0, 3],
-        2,
-        tmp_path / "out",
-    )
+    trials = continual.trials_of(dict(map(continual.method_of, ["sdft:1e-5,5e-5", "sft-kl:5e-5"])), [2])
+    told = continual.recipe(["tools", "triage"], trials, [0, 3], tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
     fields = fields_of_continual()
     plan = plan_of(read([str(tmp_path / "recipe.yaml")], fields, command="sdft continual"), fields)
-    assert [method.name for method in plan.methods] == ["sdft-1e-05", "sdft-5e-05", "sft-kl-5e-05"]
+    assert [method.name for method in plan.methods] == ["sdft-1e-05-2", "sdft-5e-05-2", "sft-kl-5e-05-2"]
     assert [skill.name for skill in plan.skills] == ["tools", "triage"] and plan.seeds == [0, 3]
     numbers = {"general_accuracy": 0.9, "forgetting": 0.25, "weights_moved": 1.5, "seconds": 3.0}
     stages = [
@@ -179,10 +174,12 @@ def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_
     ]
     runs = [{"method": method.name, "seed": seed, "stages": stages} for method in plan.methods for seed in plan.seeds]
     base = {"accuracy": {"tools": 0.0}, "teacher_accuracy": {"triage": 1.0}, "general_accuracy": 1.0}
-    found = continual.points({"skills": ["tools", "triage"], "runs": runs})
+    assert [len(skill.choosing) for skill in plan.skills] == [40, 40]
+    found = continual.points({"skills": ["tools", "triage"], "runs": runs}, trials)
     assert len(found) == 12
+    assert continual.verdict(found, base).startswith("nothing is chosen")
     last = found[-1]
-    assert (last.method, last.learning_rate, last.seed, last.stage) == ("sft-kl", 5e-5, 3, 2)
+    assert (last.method, last.learning_rate, last.seed, last.steps, last.stage) == ("sft-kl", 5e-5, 3, 2, 2)
     assert (last.skill, last.accuracy, last.earlier_accuracy, last.forgetting) == ("triage", 0.7, 0.6, 0.25)
     assert continual.table(found, base).count("\n") == 2 + len(found)
     assert continual.method_of("sft") == ("sft", continual.LEARNING_RATES)
@@ -191,6 +188,39 @@ def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_
             continual.method_of(wrong)
     continual.draw(found, base, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_continual_chooses_by_the_rows_for_choosing_alone() -> None:
+    """The best of each method, and of each the trial that is nearest to the least of these."""
+    trials = continual.trials_of({"sdft": [1e-5, 5e-5], "sft": [1e-5, 5e-5]}, [40, 80])
+    # shares on the rows to choose by, held out, and of general prompts
+    scores = {
+        ("sdft", 1e-5, 40): (0.2, 0.9, 0.9),
+        ("sdft", 1e-5, 80): (0.3, 0.9, 0.8),
+        ("sdft", 5e-5, 40): (0.5, 0.4, 0.7),
+        ("sdft", 5e-5, 80): (0.5, 0.9, 0.1),
+        ("sft", 1e-5, 40): (0.4, 0.1, 0.6),
+        ("sft", 1e-5, 80): (0.6, 0.4, 0.4),
+        ("sft", 5e-5, 40): (0.8, 0.2, 0.2),
+        ("sft", 5e-5, 80): (0.7, 0.9, 0.1),
+    }
+    runs = []
+    for trial in trials:
+        choosing, accuracy, general = scores[trial.method, trial.learning_rate, trial.steps]
+        for seed in (0, 1):
+            change = 0.125 - 0.25 * seed  # the mean over seeds is what counts
+            stage = {"learned": ["a"], "accuracy": {"a": accuracy}, "choose_accuracy": {"a": choosing + change}}
+            stage |= {"general_accuracy": general, "forgetting": 1 - general, "weights_moved": 1.0, "seconds": 1.0}
+            runs.append({"method": trial.name, "seed": seed, "stages": [stage]})
+    found = continual.points({"skills": ["a"], "runs": runs}, trials)
+    of = {(trial.method, trial.learning_rate, trial.steps): trial for trial in trials}
+    assert continual.chosen(found) == {
+        "sdft": (of["sdft", 5e-5, 40], of["sdft", 5e-5, 40]),
+        "sft": (of["sft", 5e-5, 40], of["sft", 1e-5, 40]),  # 0.4 and 0.6 are as near to 0.5
+    }
+    said = continual.verdict(found, {"general_accuracy": 1.0})
+    assert "best     sft     5e-05 in 40 steps: 80.0% on rows to choose by, 20.0% held out, 80.0 points" in said
+    assert said.endswith("matched, sdft has forgotten 0.75 of sft's points and 0.75 of its nats")
 
 
 def test_attention_by_length(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,28 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     assert again[0] == runs[0] and again[1]["stages"][1]["accuracy"] == last["accuracy"]
 
 
+def test_rows_to_choose_by_are_told_apart_and_measured_where_they_come_later(recipe: Callable[..., str]) -> None:
+    told = yaml.safe_load(Path(recipe(seeds=[3], methods={"sft": {"method": "sft"}})).read_text())
+    assert main(["continual", "recipe.yaml"]) == 0
+    before = json.loads(Path("out/continual.json").read_text())
+    assert "choose_accuracy" not in before["base"]
+    Path("others.jsonl").write_text('{"prompt": "say hi", "answer": "never said"}\n')
+    told["skills"]["second"]["choose_file"] = "others.jsonl"
+    Path("recipe.yaml").write_text(yaml.safe_dump(told))
+    summary = Path("out/sft/seed-3/stage-2-second/summary.json")
+    trained = summary.stat().st_mtime_ns
+    assert main(["continual", "recipe.yaml"]) == 0
+    after = json.loads(Path("out/continual.json").read_text())
+    assert summary.stat().st_mtime_ns == trained
+    for old, new in zip(
+        (before["base"], *before["runs"][0]["stages"]), (after["base"], *after["runs"][0]["stages"]), strict=True
+    ):
+        assert new == {**old, "choose_accuracy": {"second": 0.0}}
+    told["skills"]["second"]["choose_file"] = "nowhere.jsonl"
+    Path("recipe.yaml").write_text(yaml.safe_dump(told))
+    assert main(["continual", "recipe.yaml"]) == 2
+
+
 def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continual, "train", lambda *_, **__: 130)
     assert main(["continual", recipe()]) == 130

@@ -30,6 +30,7 @@ from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.teacher import Teacher
 
 BASE_FILE, SCORES_FILE = "base.json", "scores.json"
+CHOOSING = "choose_accuracy"  # by skill, on the rows of choose_file
 
 
 def continual(plan: Plan) -> int:
@@ -38,7 +39,7 @@ def continual(plan: Plan) -> int:
     folder = Path(str(plan.settings.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     measure = Measure(plan)
-    base = _kept(folder / BASE_FILE, measure.base)
+    base = _kept(folder / BASE_FILE, measure, measure.base)
     runs: list[dict[str, Any]] = []
     for method in plan.methods:
         for seed in plan.seeds:
@@ -102,6 +103,11 @@ class Measure:
             skill.name: Exam(skill.rows.held_out, None, skill.settings, batch_size=size, seed=0)
             for skill in plan.skills
         }
+        self.choosing = {
+            skill.name: Exam(skill.choosing, None, skill.settings, batch_size=size, seed=0)
+            for skill in plan.skills
+            if skill.choosing
+        }
         self.on_general = Exam(None, plan.general or None, plan.settings, batch_size=size, seed=0)
 
     def base(self) -> dict[str, Any]:
@@ -111,6 +117,8 @@ class Measure:
         for skill in self.plan.skills:
             exam, template = self.skills[skill.name], skill.settings.template
             exam.check(model, tokenizer, [template] if exam.has_demonstrations else [])
+            if skill.name in self.choosing:
+                self.choosing[skill.name].check(model, tokenizer)
             if exam.has_demonstrations:
                 teacher[skill.name] = accuracy_of(exam.held_out(model, tokenizer, f"teacher, {skill.name}", template))
         return {**self._scores(model, tokenizer), "teacher_accuracy": teacher}
@@ -125,27 +133,32 @@ class Measure:
         return {**scores, "forgetting": forgetting, "weights_moved": moved, "weights_moved_share": share}
 
     def _scores(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        accuracy = {name: accuracy_of(exam.held_out(model, tokenizer, name)) for name, exam in self.skills.items()}
+        def accuracies(of: dict[str, Exam], said: str) -> dict[str, float | None]:
+            return {name: accuracy_of(exam.held_out(model, tokenizer, f"{name}{said}")) for name, exam in of.items()}
+
+        accuracy, choosing = accuracies(self.skills, ""), accuracies(self.choosing, ", to choose by")
         general = self.on_general.general(model, tokenizer, "general prompts")
-        return {"accuracy": accuracy, "general_accuracy": accuracy_of(general)}
+        scores = {"accuracy": accuracy, "general_accuracy": accuracy_of(general)}
+        return scores | ({CHOOSING: choosing} if choosing else {})
 
     def _load(self, name: str) -> tuple[Any, Any]:
         gc.collect()  # the model of the stage before
         return load_model(name, self.plan.model.dtype, device_here(), **self.plan.model.trust)
 
 
-def _kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file of numbers has; measured and written the first time."""
-    if not path.is_file():
-        write_text(path, json.dumps(measure(), indent=2) + "\n")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _kept(path: Path, measure: Measure, scores: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file of numbers has; measured and written the first time, and once there are more rows to choose by."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not found or measure.choosing.keys() - found.get(CHOOSING, {}).keys():
+        found = scores()
+        write_text(path, json.dumps(found, indent=2) + "\n")
     return found
 
 
 def _scores_of(stage: Path, learned: list[Skill], measure: Measure) -> dict[str, Any]:
     """A stage's line in the report: what was learned, its scores, and the numbers of its training."""
     summary = json.loads((stage / SUMMARY_FILE).read_text(encoding="utf-8"))
-    scores = _kept(stage / SCORES_FILE, lambda: measure.trained(stage))
+    scores = _kept(stage / SCORES_FILE, measure, lambda: measure.trained(stage))
     return {
         "folder": str(stage),
         "learned": [skill.name for skill in learned],

@@ -228,6 +228,7 @@ class SkillFiles:
 
     train_file: str
     eval_file: str
+    choose_file: str | None = None
     scorer: str = "exact"
     teacher_template: str | None = None
 
@@ -239,7 +240,7 @@ class SkillFiles:
         if not right or not all(isinstance(value, str) and value for value in values.values()):
             raise UsageError(
                 f"skills has {name}: {shown(values)}; it must be a mapping with train_file and eval_file, and may have "
-                "scorer and teacher_template"
+                "choose_file, scorer and teacher_template"
             )
         return cls(**{**values, "scorer": chosen(f"skills.{name}: scorer", values.get("scorer", "exact"), SCORERS)})
 
@@ -252,7 +253,8 @@ class ContinualCommand:
         default_factory=dict,
         metadata={
             "help": "The skills in the order in which they are learned: {science: {train_file: ..., eval_file: ..., "
-            "scorer: choice, teacher_template: first}, ...}; scorer and teacher_template may be left out."
+            "scorer: choice, teacher_template: first}, ...}; scorer and teacher_template may be left out. choose_file "
+            "has rows as eval_file, whose accuracy is told apart: to choose settings by."
         },
     )
     methods: dict[str, Any] = field(

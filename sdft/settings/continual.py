@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sdft.data import Row
@@ -34,11 +34,14 @@ OF_THE_COMMAND = (
 
 @dataclass(frozen=True)
 class Skill:
-    """A skill to be learned: what is learned from and scored on, and the recipe with the skill's own settings."""
+    """A skill to be learned: what is learned from and scored on, the recipe with the skill's own settings, and rows to
+    choose settings by, if there are any.
+    """
 
     name: str
     rows: Rows
     settings: MethodSettings
+    choosing: list[Row] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,13 @@ def _skill(
 ) -> Skill:
     """A skill with its rows; the settings are the recipe's, with the skill's own scorer and template."""
     files = SkillFiles.of(name, values)
-    for field in ("train_file", "eval_file"):
-        check_rows(f"skills.{name}: {field}", getattr(files, field))
+    for each in ("train_file", "eval_file", "choose_file"):
+        check_rows(f"skills.{name}: {each}", getattr(files, each))
     own = {"scorer": files.scorer, "teacher_template": files.teacher_template or settings.teacher_template}
     settings = replace(given, values={**given.values, **own}).make(MethodSettings)
     rows = rows_of_train(DataArguments(files.train_file), EvalArguments(files.eval_file), settings, columns)
-    return Skill(name, rows, settings)
+    choosing, _ = exam_rows(files.choose_file, None, settings, columns)
+    return Skill(name, rows, settings, choosing)
 
 
 def _method(name: str, values: Mapping[str, Any], given: Given, fields: Mapping[str, Field]) -> Method:
@@ -122,12 +126,12 @@ def _method(name: str, values: Mapping[str, Any], given: Given, fields: Mapping[
     joint = own.pop("joint", False)
     check_switch(f"{where}: joint", joint)
     read: dict[str, Any] = {}
-    for field, value in own.items():
-        if field in OF_THE_COMMAND or field not in fields:
+    for setting, value in own.items():
+        if setting in OF_THE_COMMAND or setting not in fields:
             raise UsageError(
-                f"{where} has {field!r}; it may have joint, and settings of training that methods can differ in"
+                f"{where} has {setting!r}; it may have joint, and settings of training that methods can differ in"
             )
-        read[field] = fields[field].read(_written(value))
+        read[setting] = fields[setting].read(_written(value))
     places = {**given.places, **dict.fromkeys(read, where)}
     method = Method(name, Given({**given.values, **read}, places), joint)
     with method.given.located():
