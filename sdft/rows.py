@@ -51,9 +51,7 @@ def rows_of_train(
     if settings.method == "sdft":
         shown = (row for row in train if settings.feedback is None or can_be_shown(row, settings.template))
         _check_teacher(shown, settings.template)
-    learned = settings.method == "sft" or settings.demonstration_weight > 0
-    if learned and (bare := next((row for row in train if row.get("demonstration") is None), None)):
-        raise UsageError(f"{bare[WHERE]} has no demonstration, which is what is to be learned")
+    check_learned(train, settings)
     if can_ask_teacher(held_out, settings.template):
         _check_teacher(held_out, settings.template)
     return Rows(train, held_out, general)
@@ -64,9 +62,22 @@ def kept_as(settings: MethodSettings) -> Keep:
     return on_disk(str(settings.output_dir)) if settings.rows_on_disk else list
 
 
+def learns_demonstrations(settings: MethodSettings | DataCommand) -> bool:
+    """Whether cross-entropy counts."""
+    return settings.method == "sft" or settings.demonstration_weight > 0
+
+
+def check_learned(rows: Iterable[Row], settings: MethodSettings | DataCommand) -> None:
+    """UsageError for a row without the demonstration that is to be learned."""
+    if not learns_demonstrations(settings):
+        return
+    if bare := next((row for row in rows if row.get("demonstration") is None), None):
+        raise UsageError(f"{bare[WHERE]} has no demonstration, which is what is to be learned")
+
+
 def needed(settings: MethodSettings | DataCommand) -> tuple[str, ...]:
     """The fields that every row to learn from must have."""
-    learned = settings.method == "sft" or settings.demonstration_weight > 0
+    learned = learns_demonstrations(settings)
     shown = shows_demonstration(settings.template) and settings.feedback is None
     judged = FEEDBACKS.get(settings.feedback or "", ()) if settings.method == "sdft" else ()
     return ("prompt", *(("demonstration",) if learned or shown else ()), *judged)

@@ -152,6 +152,30 @@ def test_columns_name_what_is_read(tmp_path, caplog):
     assert row["prompt"] == "a question"
 
 
+def test_what_columns_has_renamed_is_no_longer_there():
+    """A convention is looked for among the names that the rows have then."""
+    row = {"Prompt": "q", "Completion": "c", "Response": "r"}
+    (read,) = load_rows([row], columns={"answer": "Completion"})
+    assert (read["prompt"], read["demonstration"], read["answer"]) == ("q", "r", "c")
+    row = {"Messages": [{"role": "user", "content": "u"}], "Question": "q", "Answer": "a"}
+    (read,) = load_rows([row], columns={"tools": "Messages"})
+    assert (read["prompt"], read["demonstration"]) == ("q", "a")
+    for capital in (str.title, str.lower):
+        row = {capital("question"): "q", capital("answer"): "a"}
+        with pytest.raises(UsageError, match="row 1 has no demonstration; it has "):
+            load_rows([row], columns={"prompt": capital("question")})
+
+
+def test_a_column_that_comes_twice_is_refused_in_parquet_too(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    columns = [pyarrow.array([text]) for text in "abc"]
+    parquet.write_table(pyarrow.table(columns, names=["prompt", "demonstration", "prompt"]), tmp_path / "mine.parquet")
+    with pytest.raises(UsageError, match=r"mine\.parquet has the column 'prompt' twice; it must have it once"):
+        load_rows(str(tmp_path / "mine.parquet"))
+
+
 def test_several_files_and_weights(tmp_path):
     first, second = write_jsonl(tmp_path), write_csv(tmp_path)
     assert len(load_rows([first, second])) == 10
@@ -328,6 +352,36 @@ def test_sdft_data_of_demonstrations_that_count_beside_the_divergence(model, tmp
     for weight, refused in (("0", False), ("0.5", True)):
         assert main([*argv, "--demonstration_weight", weight]) == 0
         assert ("would be refused" in capsys.readouterr().out) == refused
+
+
+def test_sdft_data_refuses_of_cross_entropy_what_training_does(tmp_path, capsys):
+    """Tokens as the chat template writes them, whatever it puts around turns, and whatever it cannot write."""
+    turns = [{"role": by, "content": "a"} for _ in range(15) for by in ("assistant", "user")][:-1]
+    thought = "{% if m.role == 'assistant' %}" + 3 * "(think)(/think)" + "{% endif %}"
+    thinks = tiny.CHAT_TEMPLATE.replace("{{ m.content }}", thought + "{{ m.content }}")
+    assert thinks != tiny.CHAT_TEMPLATE
+    cases = [  # the chat template, the row's demonstration, whether it can be learned
+        (tiny.CHAT_TEMPLATE, turns, True),
+        (tiny.CHAT_TEMPLATE, "a" * 120, True),
+        (thinks, "a" * 120, False),
+        (None, turns, False),
+        (tiny.CHAT_TEMPLATE, "a" * 160, False),
+    ]
+    for number, (template, demonstration, fits) in enumerate(cases):
+        tokenizer = tiny.tiny_tokenizer()
+        tokenizer.chat_template = template
+        model = tiny.saved(tmp_path / f"model-{number}", tiny.tiny_model(), tokenizer)
+        (tmp_path / "mine.jsonl").write_text(jsonl([{"prompt": "b", "demonstration": demonstration}]))
+        given = ["--model", model, "--train_file", str(tmp_path / "mine.jsonl"), "--method", "sft"]
+        trains = main(
+            ["train", *given, "--output_dir", str(tmp_path / f"run-{number}"), "--max_steps", "1", "--use_cpu"]
+        )
+        said = capsys.readouterr()
+        assert main(["data", *given]) == 0
+        shown = capsys.readouterr().out
+        assert (trains == 0, "all rows fit" in shown) == (fits, fits), (number, said.err, shown)
+        if not fits:
+            assert said.err.strip().removeprefix("sdft: ") in shown
 
 
 def test_sdft_data_wants_the_columns_that_feedback_reads(tmp_path, capsys):

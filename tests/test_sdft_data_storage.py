@@ -1,5 +1,7 @@
 """`rows_on_disk`: rows in a file, of which memory holds one number each, and a run that is the same to the last bit."""
 
+import bz2
+import functools
 import json
 import tracemalloc
 
@@ -8,6 +10,7 @@ import pytest
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.cli import main
 from sdft.data import Limits, encode_rows, load_rows
+from sdft.data.encode import Places
 from sdft.data.storage import StoredRows, on_disk
 from sdft.errors import UsageError
 from sdft.templates import parse_template
@@ -73,11 +76,45 @@ def test_rows_lie_beside_the_run_or_where_it_will_be(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+class Unwritten:
+    def __reduce__(self):
+        raise ValueError("a client of a server")
+
+
+def test_what_a_source_fails_at_is_not_the_disks_fault(tmp_path):
+    """A picture that is missing, or a damaged file: what is said is what memory would say."""
+
+    class Pictures:
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            yield (tmp_path / "nowhere.png").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        load_rows(Pictures(), keep=on_disk(str(tmp_path)))
+    damaged = bytearray(bz2.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "mine.jsonl.bz2").write_bytes(bytes(damaged))
+    for keep in (list, on_disk(str(tmp_path))):
+        with pytest.raises(UsageError, match=r"mine\.jsonl\.bz2 cannot be unpacked: "):
+            load_rows(str(tmp_path / "mine.jsonl.bz2"), keep=keep)
+
+
+def test_a_file_is_closed_with_its_rows(tmp_path):
+    stored = StoredRows(ROWS, str(tmp_path))
+    file = stored._file
+    del stored
+    assert file.closed
+
+
 def test_a_disk_that_cannot_be_written_and_a_row_that_cannot_be_are_told(tmp_path):
     with pytest.raises(UsageError, match=r"rows_on_disk is True, and rows cannot be written in .*nowhere: "):
         StoredRows(ROWS, str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="rows_on_disk is True, and a row has what cannot be written to a file: "):
-        load_rows([{**ROWS[0], "judge": lambda: 1}], keep=on_disk(str(tmp_path)))
+    deep = functools.reduce(lambda inner, _: {"a": inner}, range(5000), {})
+    for value in (lambda: 1, deep, Unwritten()):
+        with pytest.raises(UsageError, match="rows_on_disk is True, and row 2 cannot be written to a file: "):
+            StoredRows([ROWS[0], {**ROWS[0], "judge": value}], str(tmp_path))
     with pytest.raises(UsageError, match="rows_on_disk is True and dataloader_num_workers 2; it must be 0"):
         SDFTConfig(rows_on_disk=True, dataloader_num_workers=2)
 
@@ -106,6 +143,13 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     assert grown["disk"] < 100 < 1000 < grown["memory"]  # bytes a row; on disk 8 at each stage
 
 
+def test_rows_that_are_too_long_or_half_shown_take_no_memory_each(tmp_path):
+    places = Places()
+    for number in range(3):
+        places.add(f"row {number}")
+    assert (places.count, places.first) == (3, "row 0")
+
+
 @pytest.mark.parametrize("shape", [{}, {"method": "sft"}, {"rollouts_per_prompt": 2, "feedback": "successes"}])
 def test_training_is_the_same_to_the_last_bit(tmp_path, shape):
     losses = []
@@ -122,6 +166,15 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, shape):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_other_processes_are_refused_before_a_row_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, tiny.rows(4))))
+    model = tiny.saved(tmp_path / "model", tiny.tiny_model())
+    monkeypatch.setattr("sdft.rows.load_rows", lambda *_, **__: pytest.fail("rows were read"))
+    command = ["train", "--model", model, "--train_file", str(tmp_path / "mine.jsonl"), "--rows_on_disk", "true"]
+    assert main([*command, "--dataloader_num_workers", "2"]) == 2
+    assert "rows_on_disk is True and dataloader_num_workers 2; it must be 0" in capsys.readouterr().err
 
 
 def test_the_command_takes_it_and_leaves_nothing_of_it(tmp_path):

@@ -47,7 +47,7 @@ def test_a_skill_has_its_rows(name: str) -> None:
 
 
 def test_demonstrations_are_short() -> None:
-    tokenizer, _ = load_tokenizer(BUILT_IN)
+    tokenizer = load_tokenizer(BUILT_IN).tokenizer
     for skill, most in MOST_TOKENS.items():
         texts = [row["demonstration"] for split in COUNTS for row in rows(f"{skill}_{split}")]
         assert max(map(len, tokenizer(texts)["input_ids"])) <= most

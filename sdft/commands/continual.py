@@ -8,6 +8,7 @@ In output_dir, `base.json` has the scores of the model before training, `METHOD/
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from sdft.evaluation.continual import distance, report_of_run
 from sdft.evaluation.exam import Exam
 from sdft.models.load import load_model
 from sdft.report.page import page
-from sdft.rows import Rows
+from sdft.rows import Rows, kept_as
 from sdft.run_files import CONTINUAL_FILE, REPORT_FILE, SUMMARY_FILE
 from sdft.settings.config import MethodSettings, SDFTConfig
 from sdft.settings.continual import Method, Plan, Skill
@@ -81,7 +82,9 @@ def train_stage(plan: Plan, method: Method, seed: int, learned: list[Skill], mod
     if method.joint and steps > 0:
         values["max_steps"] = steps * len(learned)
     given = replace(method.given, values=values)
-    rows = Rows(train=[row for skill in learned for row in skill.rows.train])
+    first, *others = (skill.rows.train for skill in learned)
+    keep = kept_as(learned[0].settings)
+    rows = Rows(train=keep(itertools.chain(first, *others)) if others else first)
     recipe = given.resolved(ModelArguments, MethodSettings, SDFTConfig)
     return train(
         given.make(ModelArguments),

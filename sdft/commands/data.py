@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from sdft.data import (
     COLUMNS,
     WHERE,
-    Limits,
     Row,
     check_ids,
     check_options,
@@ -18,13 +17,16 @@ from sdft.data import (
     teacher_chat,
     teacher_text,
 )
-from sdft.data.encode import Shown
+from sdft.data.encode import Overlong, Shown, learned_ids
 from sdft.errors import UsageError, counted
+from sdft.rows import learns_demonstrations
 from sdft.settings.commands import DataCommand
 from sdft.templates import Message, as_messages, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sdft.models.tokenizer import Reader
 
 BARS = "▁▂▃▄▅▆▇█"
 BINS = 32
@@ -37,13 +39,13 @@ BECOME = {"error": "refused", "skip": "left out", "truncate_prompt_left": "short
 
 def show(rows: Sequence[Row], command: DataCommand) -> None:
     """Print the first rows as student and teacher read them, how long all are, and which do not fit."""
-    tokenizer, limits = None, Limits()
+    reader = None
     if command.model:
         from sdft.models.tokenizer import load_tokenizer
 
-        tokenizer, limits = load_tokenizer(command.model, trust_remote_code=command.trust_remote_code)
+        reader = load_tokenizer(command.model, trust_remote_code=command.trust_remote_code)
         check_options(
-            tokenizer,
+            reader.tokenizer,
             chat_template_kwargs=command.chat_template_kwargs,
             teacher_chat_template_kwargs=command.teacher_chat_template_kwargs,
         )
@@ -52,10 +54,10 @@ def show(rows: Sequence[Row], command: DataCommand) -> None:
     print(counted(len(rows), "row") + (f"; columns that are not used: {', '.join(unused)}" if unused else ""))
     if several := sum(isinstance(row.get("demonstration"), list) and len(row["demonstration"]) > 1 for row in rows):
         print(f"{counted(several, 'demonstration')} of several turns: {SEVERAL[command.method]}")
-    texts = Texts(tokenizer, template, command)
+    texts = Texts(reader and reader.tokenizer, template, command)
     for row in rows[: command.rows]:
         print(*_as_read(row, texts), sep="\n")
-    print("", *_lengths(rows, texts, limits), sep="\n")
+    print("", *(_characters(rows, texts) if reader is None else _tokens(rows, texts, reader)), sep="\n")
 
 
 class Texts:
@@ -104,44 +106,56 @@ def _cut(text: str) -> str:
     )
 
 
-def _lengths(rows: Sequence[Row], of: Texts, limits: Limits) -> list[str]:
-    tokenizer, command = of.tokenizer, of.command
+HEAD = f"{'':16}{'least':>7}{'median':>8}{'95 %':>7}{'most':>7}"
+
+
+def _openings(rows: Sequence[Row], of: Texts) -> dict[str, list[str]]:
+    """The texts that answers follow, by whose they are."""
     texts = {"prompt": [of.student(row) for row in rows]}
-    if command.shows_teacher:
-        texts["teacher prompt"] = [of.teacher(row) for row in rows]
-    openings = list(texts)
-    texts["demonstration"] = [of.demonstration(row) for row in rows]
-    head = f"{'':16}{'least':>7}{'median':>8}{'95 %':>7}{'most':>7}"
-    if tokenizer is None:
-        lines = [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in texts.items()]
-        return ["length in characters; with --model in its tokens", head, *lines]
-    ids = {name: openings_ids(texts[name], tokenizer) for name in openings}
-    ids["demonstration"] = tokenizer(texts["demonstration"], add_special_tokens=False)["input_ids"]
-    lines = ["length in tokens", head]
-    lines += [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in ids.items()]
+    return texts | ({"teacher prompt": [of.teacher(row) for row in rows]} if of.command.shows_teacher else {})
+
+
+def _characters(rows: Sequence[Row], of: Texts) -> list[str]:
+    texts = _openings(rows, of) | {"demonstration": [of.demonstration(row) for row in rows]}
+    lines = [_row_of(name, [len(each) for each in of_kind]) for name, of_kind in texts.items()]
+    return ["length in characters; with --model in its tokens", HEAD, *lines]
+
+
+def _tokens(rows: Sequence[Row], of: Texts, reader: Reader) -> list[str]:
+    tokenizer, limits, eos_ids = reader
+    command, texts = of.command, _openings(rows, of)
+    ids = {name: openings_ids(texts[name], tokenizer) for name in texts}
+    bare = tokenizer([of.demonstration(row) for row in rows], add_special_tokens=False)["input_ids"]
+    lengths = {name: [len(each) for each in of_kind] for name, of_kind in (*ids.items(), ("demonstration", bare))}
     room = command.max_completion_length if command.method == "sdft" else 0
-    longer = sum(len(each) > room for each in ids["demonstration"])
-    if longer and room:
-        lines += ["", f"{longer} of {counted(len(rows), 'demonstration')} longer than max_completion_length, {room}"]
-    refused, shown = list[str](), Shown(len(rows))
+    unfit, shown = dict[str, list[str]](), Shown(len(rows))
     for number, row in enumerate(rows):
-        seen = {"student": texts["prompt"][number]}
-        if command.shows_teacher:
-            seen["teacher"] = texts["teacher prompt"][number]
-        shown.look(row, seen)
-        learned = 1 + len(ids["demonstration"][number]) if command.learns_demonstrations else 0  # and its end token
+        seen = {{"prompt": "student", "teacher prompt": "teacher"}[name]: texts[name][number] for name in texts}
         try:
-            for kind in openings:
-                check_ids(row, kind, ids[kind][number], tokenizer, max(room, learned * (kind == "prompt")), limits)
+            learned: list[int] = []
+            if learns_demonstrations(command):
+                of_demonstration, seen["learned"] = learned_ids(row, tokenizer, eos_ids, command.chat_template_kwargs)
+                learned = of_demonstration["completion_ids"]
+                lengths["demonstration"][number] = len(learned)
+            check_ids(row, "prompt", ids["prompt"][number], tokenizer, max(room, len(learned)), limits)
+            check_ids(row, "demonstration", learned, tokenizer, 0, limits)
+            if command.shows_teacher:
+                check_ids(row, "teacher prompt", ids["teacher prompt"][number], tokenizer, room, limits)
         except UsageError as error:
-            refused.append(str(error))
+            becomes = BECOME[command.overlong if isinstance(error, Overlong) else "error"]
+            unfit.setdefault(becomes, []).append(str(error))
+        shown.look(row, seen)
     shown.warn()
-    if refused:
-        more = [f"and {len(refused) - 3} more"] if len(refused) > 3 else []
-        said = f"{counted(len(refused), 'row')} would be {BECOME[command.overlong]}:"
-        return [*lines, "", said, *refused[:3], *more]
-    needs = f"{room} for the completion" if room else "the demonstration"
-    context = f" of {limits.context} tokens, with {needs}" if limits.context else ""
+    lines = ["length in tokens", HEAD, *(_row_of(name, of_kind) for name, of_kind in lengths.items())]
+    if room and (longer := sum(length > room for length in lengths["demonstration"])):
+        lines += ["", f"{longer} of {counted(len(rows), 'demonstration')} longer than max_completion_length, {room}"]
+    for becomes, why in unfit.items():
+        more = [f"and {len(why) - 3} more"] if len(why) > 3 else []
+        lines += ["", f"{counted(len(why), 'row')} would be {becomes}:", *why[:3], *more]
+    if unfit:
+        return lines
+    needs_room = f"{room} for the completion" if room else "the demonstration"
+    context = f" of {limits.context} tokens, with {needs_room}" if limits.context else ""
     return [*lines, "", f"all rows fit the model's context{context}"]
 
 

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdft.data.files import parse
 from sdft.errors import UsageError, shown
+from sdft.templates import text_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
     if by != CALL:
         return {"role": SHARE_GPT.get(str(by), by), "content": value}
     try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+        found = parse(value, column) if isinstance(value, str) else value
+    except UsageError:
         found = None
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
@@ -164,8 +165,16 @@ def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> 
     found = {name: value for name, value in row.items() if name not in used} | {"prompt": prompt}
     found.setdefault("demonstration", good)
     if "answer" in need:
-        found.setdefault("answer", good[-1].get("content") if isinstance(good, list) else good)
+        found.setdefault("answer", _text_of_last(good) if isinstance(good, list) else good)
     return found
+
+
+def _text_of_last(turns: list[Any]) -> Any:
+    """The last turn's text, which is a line of JSON for each of its calls of tools."""
+    content, calls = turns[-1].get("content"), turns[-1].get("tool_calls")
+    if not content and isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
+        return text_of([{"content": "", "tool_calls": calls}])
+    return content
 
 
 def _renamed(
@@ -191,4 +200,4 @@ def _renamed(
         kept = {name: value for name, value in row.items() if name not in here.values()}
         return kept | {name: row.get(column) for name, column in here.items()}
 
-    return _each(rename, rows), {*there, *here}
+    return _each(rename, rows), {*there} - {*here.values()} | {*here}

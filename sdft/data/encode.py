@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tqdm import tqdm
@@ -145,6 +146,18 @@ def encode_demonstration(
     return [*ids, *last], [*learned, *range(len(ids), len(ids) + len(last))]
 
 
+def learned_ids(
+    row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], options: Options = None
+) -> tuple[Row, str]:
+    """Of a row's demonstration, for cross-entropy: `completion_ids`, where it has several turns the places of those
+    that are `learned`, and the text of these.
+    """
+    before, turns = written(row, tokenizer, options)
+    ids, learned = encode_demonstration(before, turns, tokenizer, eos_ids, row[WHERE])
+    found: Row = {"completion_ids": ids} | ({"learned": learned} if len(turns) > 1 else {})
+    return found, "".join(turns[::2])
+
+
 def _check_written(text: str, ids: list[int], eos_ids: frozenset[int], says_nothing: str) -> None:
     if not text.strip() or set(ids) <= eos_ids:
         raise UsageError(f"{says_nothing} of the demonstration, so that there is nothing to learn from it")
@@ -195,19 +208,15 @@ def encode_rows(
         logger.warning(
             "the tokenizer has no chat template: the model reads prompts as they are, with nothing around them"
         )
-    shown = Shown(len(rows))
-    too_long: list[str] = []
+    shown, too_long = Shown(len(rows)), Places()
 
     def encode(row: Row) -> Encoded:
         texts = {"student": student_text(row, tokenizer, options)}
         ids: Row = {"prompt_ids": opening_ids(texts["student"], tokenizer)}
         room = 0 if method == "sft" else max_completion_length
         if method == "sft" or with_demonstration:
-            before, turns = written(row, tokenizer, options)
-            texts["learned"] = "".join(turns[::2])
-            ids["completion_ids"], learned = encode_demonstration(before, turns, tokenizer, eos_ids, row[WHERE])
-            if len(turns) > 1:
-                ids["learned"] = learned
+            of_demonstration, texts["learned"] = learned_ids(row, tokenizer, eos_ids, options)
+            ids |= of_demonstration
             room = max(room, len(ids["completion_ids"]))
         if with_draft:
             draft = text_of(first_turn(row["demonstration"])) if row.get("demonstration") else ""
@@ -233,7 +242,7 @@ def encode_rows(
             except Overlong as error:
                 if overlong == "error":
                     raise
-                too_long.append(row[WHERE])
+                too_long.add(row[WHERE])
                 if overlong == "skip":
                     continue
                 ids, texts = _shortened(row, error, encode, tokenizer)
@@ -241,11 +250,10 @@ def encode_rows(
             yield ids
 
     encoded = keep(all_that_fit())
-    if too_long:
+    if too_long.count:
         done = "are left out" if overlong == "skip" else "lose the beginning of their prompt"
-        logger.warning(
-            "%d of %d rows are too long for the model and %s, the first %s", len(too_long), len(rows), done, too_long[0]
-        )
+        of = (too_long.count, len(rows), done, too_long.first)
+        logger.warning("%d of %d rows are too long for the model and %s, the first %s", *of)
     if not encoded:
         raise UsageError(
             f"overlong is {overlong!r}, and none of {counted(len(rows), 'row')} is short enough for the model"
@@ -277,6 +285,17 @@ def _shortened(
             error = still
 
 
+@dataclass
+class Places:
+    """How many rows something is so in, and the first of them: all of them could be more than memory holds."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, where: str) -> None:
+        self.first, self.count = self.first or where, self.count + 1
+
+
 class Shown:
     """Finds out, and says once, what the chat template leaves out of rows: templates may drop what they do not know."""
 
@@ -295,24 +314,25 @@ class Shown:
     }
 
     def __init__(self, count: int) -> None:
-        self.count, self.places = count, {whose: list[str]() for whose in self.LACKS}
+        self.count, self.places = count, {whose: Places() for whose in self.LACKS}
 
     def look(self, row: Row, texts: Mapping[str, str]) -> None:
         """Look for what each of these texts of a row should have; templates may set what they keep in its own lines."""
         for whose, text in texts.items():
             bare = "".join(text.split())
             if not all(_is_in(bare, part) for part in _parts(row, whose)):
-                self.places[whose].append(row[WHERE])
+                self.places[whose].add(row[WHERE])
 
     def warn(self) -> None:
         for whose, (what, consequence) in self.LACKS.items():
-            if places := self.places[whose]:
+            places = self.places[whose]
+            if places.count:
                 logger.warning(
                     "the tokenizer's chat template leaves out %s in %d of %d rows, the first in %s: %s",
                     what,
-                    len(places),
+                    places.count,
                     self.count,
-                    places[0],
+                    places.first,
                     consequence,
                 )
 

@@ -93,7 +93,9 @@ def _read_file(path: Path) -> Numbered:
                 yield from _read_json(lines, path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is neither JSON or CSV in UTF-8 nor a .parquet file: {error}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if not compressed:
+            raise
         raise UsageError(f"{path} cannot be unpacked: {error}") from error
 
 
@@ -103,6 +105,7 @@ def _read_parquet(path: Path) -> Numbered:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, path)
             rows = (row for batch in file.iter_batches(AT_ONCE) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
     except (pyarrow.ArrowException, OSError) as error:
@@ -115,8 +118,7 @@ def _read_table(lines: IO[str], path: Path, separator: str) -> Numbered:
     table = csv.reader(lines, delimiter=separator, strict=True)
     try:
         names = next(table, [])
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"{path} has the column {twice!r} twice; it must have it once")
+        _check_names(names, path)
         for number, cells in enumerate(table, start=1):
             if cells and len(cells) != len(names):
                 raise UsageError(f"{path}, row {number} has {len(cells)} cells; it must have {len(names)}, as line 1")
@@ -126,22 +128,28 @@ def _read_table(lines: IO[str], path: Path, separator: str) -> Numbered:
         raise UsageError(f"{path} cannot be read as a table: {error} near line {table.line_num}") from error
 
 
+def _check_names(names: list[str], path: Path) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{path} has the column {twice!r} twice; it must have it once")
+
+
 def _read_json(lines: IO[str], path: Path) -> Numbered:
     """JSONL, or one list of all rows, which may go over several lines and is parsed as a whole."""
     first = next((line for line in lines if line.strip()), "").strip()
     several = any(line.strip() for line in lines)
     lines.seek(0)
     if first.startswith("[") and not (several and first.endswith("]")):
-        yield from enumerate(_parse(lines.read(), str(path)), start=1)
+        yield from enumerate(parse(lines.read(), str(path)), start=1)
         return
     if several and first == "{":  # the beginning of one object over several lines
         raise UsageError(f"{path} begins with an object over several lines; it must be a list of rows, or one a line")
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield number, _parse(line, f"{path}, row {number}")
+            yield number, parse(line, f"{path}, row {number}")
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """What a text in JSON is; UsageError for one that is not, by `where`, and for a name that an object has twice."""
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, where))
     except UsageError:

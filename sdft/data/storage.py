@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,13 +27,15 @@ class StoredRows(Sequence[Each], Generic[Each]):
 
     def __init__(self, rows: Iterable[Each], folder: str) -> None:
         self._starts = array("Q", [0])
-        try:
+        with _failing_clearly(folder):
             self._file = tempfile.TemporaryFile(dir=folder, prefix="rows-")  # noqa: SIM115  it is open as long as this
-            for row in rows:
-                self._starts.append(self._starts[-1] + self._file.write(_as_bytes(row)))
+        weakref.finalize(self, self._file.close)
+        for number, row in enumerate(rows, start=1):
+            written = _as_bytes(row, number)
+            with _failing_clearly(folder):
+                self._starts.append(self._starts[-1] + self._file.write(written))
+        with _failing_clearly(folder):
             self._file.flush()
-        except OSError as error:
-            raise UsageError(f"rows_on_disk is True, and rows cannot be written in {folder}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -53,11 +57,19 @@ class StoredRows(Sequence[Each], Generic[Each]):
         return pickle.loads(os.pread(self._file.fileno(), end - start, start))  # of our own writing, seen by nobody
 
 
-def _as_bytes(row: Any) -> bytes:
+@contextlib.contextmanager
+def _failing_clearly(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"rows_on_disk is True, and rows cannot be written in {folder}: {error}") from error
+
+
+def _as_bytes(row: Any, number: int) -> bytes:
     try:
         return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise UsageError(f"rows_on_disk is True, and a row has what cannot be written to a file: {error}") from error
+    except Exception as error:  # an object says by itself how it is written, and may raise anything
+        raise UsageError(f"rows_on_disk is True, and row {number} cannot be written to a file: {error}") from error
 
 
 def on_disk(output_dir: str) -> Keep:

@@ -40,6 +40,7 @@ from sdft.models.files import (
     resolve,
 )
 from sdft.models.gguf_cache import keep, kept_model, say
+from sdft.models.tokenizer import end_ids
 from sdft.settings.checks import check_switch
 
 if TYPE_CHECKING:
@@ -202,13 +203,5 @@ def limits(model: PreTrainedModel) -> Limits:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token id that ends an answer, whether the generation settings, the model or the tokenizer declares it."""
-    declared: list[Any] = [
-        getattr(model.generation_config, "eos_token_id", None),
-        model.config.get_text_config().eos_token_id,
-        tokenizer.eos_token_id,
-    ]
-    ids: set[int] = set()
-    for value in declared:
-        if value is not None:
-            ids.update([value] if isinstance(value, int) else value)
-    return frozenset(ids)
+    of_generation = getattr(model.generation_config, "eos_token_id", None)
+    return end_ids(of_generation, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id)

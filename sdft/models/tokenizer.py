@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft.data import Limits
 from sdft.errors import UsageError
@@ -14,8 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, Limits]:
-    """The tokenizer of the model called `name`, and what its configuration says of the most that it can read.
+class Reader(NamedTuple):
+    """A model's tokenizer, and of the model the most that it can read and every token id that ends an answer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    limits: Limits
+    eos_ids: frozenset[int]
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Reader:
+    """The tokenizer of the model called `name`, and what its configuration says of what it can read.
 
     Raises UsageError for a model that is not there.
     """
@@ -35,7 +44,24 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[PreTr
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"model is {name!r}, whose tokenizer cannot be loaded: {reason}") from error
     text = config.get_text_config()
-    return tokenizer, Limits(getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None))
+    limits = Limits(getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None))
+    return Reader(tokenizer, limits, end_ids(_ends_of_generation(of_config), text.eos_token_id, tokenizer.eos_token_id))
+
+
+def end_ids(*declared: Any) -> frozenset[int]:
+    """The ids that are declared to end an answer: each declaration is an id, several, or None."""
+    lists = ([ids] if isinstance(ids, int) else ids for ids in declared if ids is not None)
+    return frozenset(itertools.chain.from_iterable(lists))
+
+
+def _ends_of_generation(source: str) -> Any:
+    """What a model's generation settings declare, where it has any."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        return None
 
 
 def _unpacked(name: str) -> tuple[str, dict[str, str]]:

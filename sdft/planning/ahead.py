@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 import time
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def plan_ahead(
 def _line(trainer: SDFTTrainer, dtype: str, lora: LoraArguments, memory: int, until: float) -> str:
     config = copy.copy(trainer.args)
     config.bf16, config.fp16 = (trainer.autocast_type == kind for kind in (torch.bfloat16, torch.float16))
-    lengths = longest(trainer)
+    lengths = longest(trainer, until)
     teacher = trainer.teacher.model.config if isinstance(trainer.teacher, ModelTeacher) else None
     configs = copy.deepcopy((trainer.student.config, teacher))
     step = Step(configs[0], dtype, lora, config, Device(until=until), teacher_config=configs[1])
@@ -58,10 +59,17 @@ def _line(trainer: SDFTTrainer, dtype: str, lora: LoraArguments, memory: int, un
     return f"a step is planned to take {said}"
 
 
-def longest(trainer: SDFTTrainer) -> Lengths:
-    """The longest prompt of the training data, the longest rollout that may come, and the longest demonstration."""
+def longest(trainer: SDFTTrainer, until: float = math.inf) -> Lengths:
+    """The longest prompt of the training data, the longest rollout that may come, and the longest demonstration.
+
+    Raises TimeoutError where they are not found `until` then, by the monotonic clock.
+    """
     rows: Any = trainer.train_dataset
-    prompt = max(len(row["prompt_ids"]) for row in rows)
-    shown = max(len(row.get("teacher_prompt_ids") or ()) - prompt for row in rows)
-    answers = max(len(row.get("completion_ids") or ()) for row in rows)
-    return Lengths(prompt, trainer.args.max_completion_length, max(shown, answers, 0))
+    names = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
+    most = dict.fromkeys(names, 0)
+    for row in rows:  # once, for they may lie on a disk
+        if time.monotonic() > until:
+            raise TimeoutError("the rows are too many to look for the longest")
+        most = {name: max(most[name], len(row.get(name) or ())) for name in names}
+    prompt, seen, answer = most.values()
+    return Lengths(prompt, trainer.args.max_completion_length, max(seen - prompt, answer, 0))

@@ -58,11 +58,6 @@ class SDFTConfig(MethodSettings, Arguments):
                 f"train_sampling_strategy is 'sequential' and num_iterations {self.num_iterations}; rows that serve "
                 "several steps come in random order"
             )
-        if self.rows_on_disk and self.dataloader_num_workers:
-            raise UsageError(
-                f"rows_on_disk is True and dataloader_num_workers {self.dataloader_num_workers}; it must be 0, for "
-                "other processes do not read the file of rows"
-            )
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise UsageError("save_strategy is 'best', and eval_strategy is 'no', which says of no model that it is")
         self._choose_metric()

@@ -168,11 +168,6 @@ class DataCommand(BothChatSettings):
         return parse_template(self.teacher_template, other_model=self.teacher_model is not None)
 
     @property
-    def learns_demonstrations(self) -> bool:
-        """Whether cross-entropy counts."""
-        return self.method == "sft" or self.demonstration_weight > 0
-
-    @property
     def shows_teacher(self) -> bool:
         """Whether the teacher's prompts are known before training."""
         return self.method == "sdft" and self.feedback is None

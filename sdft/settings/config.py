@@ -146,7 +146,7 @@ class MethodSettings(EvalSettings, TeacherSettings, FeedbackSettings, TokenWeigh
     rows_on_disk: bool = setting(
         False,
         "Keep the training rows in a file on the disk of output_dir, not in memory, for data that does not fit there. "
-        "All else stays as it is.",
+        "All else stays as it is, but that objects in rows of your own are copies each time they are read.",
     )
 
     freeze_embeddings: bool = setting(

@@ -179,6 +179,11 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise UsageError(f"{name} is {shown(value)}; it must be a mapping")
         elif name in MAPPINGS_OR_FILES and isinstance(parsed(value), str) and not Path(value).is_file():
             raise UsageError(f"{name} is {shown(value)}; it must be a mapping, or a JSON file that is there")
+    if values.get("rows_on_disk") and (workers := values.get("dataloader_num_workers")):
+        raise UsageError(
+            f"rows_on_disk is True and dataloader_num_workers {workers}; it must be 0, for other processes do not read "
+            "the file of rows"
+        )
 
 
 def parsed(value: Any) -> Any:
