@@ -207,10 +207,18 @@ def test_share_gpt_with_calls_of_tools(value, calls, as_text):
     assert row["demonstration"] == [asks, {"role": "tool", "content": "21 degrees"}, WARM]
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["weather of Lima", "[]", '{"arguments": {}}', '["weather"]', None, "[" * 200_000, '{"name": "a", "name": "b"}'],
-)
+NO_CALLS = [
+    "weather of Lima",
+    "[]",
+    '{"arguments": {}}',
+    '["weather"]',
+    None,
+    "[" * 200_000,
+    '{"name": "a", "name": "b"}',
+]
+
+
+@pytest.mark.parametrize("value", NO_CALLS, ids=range(len(NO_CALLS)))
 def test_a_call_that_is_none_is_refused(value):
     turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": value}, {"from": "gpt", "value": "b"}]
     with pytest.raises(UsageError, match=r"row 1: conversations has a turn by 'function_call' of .*; it must be JSON"):
