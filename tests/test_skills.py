@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import types
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sdft.data import load_rows
 from sdft.evaluation.scorers import SCORERS
 from sdft.models.files import BUILT_IN
 from sdft.models.tokenizer import load_tokenizer
@@ -106,7 +110,7 @@ def test_triage_says_that_it_is_no_advice(name: str) -> None:
     assert sum(counts) == len(urgencies) and max(counts) - min(counts) <= 2
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in FOLDER.glob("*.yaml")))
+@pytest.mark.parametrize("recipe", ["continual-qwen2.5-7b.yaml", "continual.yaml"])
 def test_a_recipe_is_one_that_sdft_continual_takes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER.parent.parent)
     fields = fields_of_continual()
@@ -114,3 +118,55 @@ def test_a_recipe_is_one_that_sdft_continual_takes(recipe: str, monkeypatch: pyt
     found = {skill.name: (skill.settings.scorer, len(skill.rows.train)) for skill in plan.skills}
     assert found == {name: (SCORER[name], len(rows(f"{name}_train"))) for name in SCORER}
     assert len(plan.general) == len(rows("general")) and plan.seeds == [0, 1, 2]
+
+
+def science_question(number: int, **changes: Any) -> dict[str, Any]:
+    """A question with the columns of SciKnowEval."""
+    return {
+        "question": f"Which is {number}?",
+        "choices": {"label": [*"ABCD"], "text": [f"{number}{letter}" for letter in "wxyz"]},
+        "answerKey": "ABCD"[number % 4],
+        "domain": "Chemistry",
+        "details": {"level": "L3", "task": "any"},
+        "prompt": {"default": "Choose one."},
+        **changes,
+    }
+
+
+def test_the_papers_questions_become_rows_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With questions as the hub has them, and some of other kinds among them, which are left out."""
+    spec = importlib.util.spec_from_file_location("paper_science", FOLDER / "paper_science.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    others = [
+        science_question(100, domain="Biology"),
+        science_question(101, details={"level": "L2"}),
+        science_question(102, choices={"label": ["A", "B"], "text": ["yes", "no"]}),
+        science_question(103, choices={"label": [], "text": []}, answerKey=""),
+        science_question(104, choices=None, details=None),
+        science_question(7),  # once more
+    ]
+    hub = types.SimpleNamespace(load_dataset=lambda name, split: [*others, *map(science_question, range(40))])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["paper_science.py"])
+    script.main()
+    parts = {name: load_rows(f"paper-science/{name}.jsonl", need=("prompt", "answer")) for name in script.SHARES}
+    assert {name: len(rows) for name, rows in parts.items()} == {"train": 30, "choose": 2, "heldout": 8}
+    prompts = {row["prompt"] for rows in parts.values() for row in rows}
+    assert prompts == {f"Choose one.\n\nQuestion: Which is {n}?\nA. {n}w\nB. {n}x\nC. {n}y\nD. {n}z" for n in range(40)}
+    assert all(SCORERS["choice"](row["demonstration"], row["answer"]) for rows in parts.values() for row in rows)
+    assert len({row["answer"] for row in parts["train"]}) == 4
+
+    (tmp_path / "examples").symlink_to(FOLDER.parent)
+    monkeypatch.setattr("sdft.settings.continual.check_package", lambda *_: None)
+    fields = fields_of_continual()
+    plan = plan_of(read([str(FOLDER / "paper-science.yaml")], fields, command="sdft continual"), fields)
+    (skill,) = plan.skills
+    assert (len(skill.rows.train), len(skill.choosing), len(skill.rows.held_out)) == (30, 2, 8)
+    assert len(plan.methods) == 6 and plan.seeds == [0, 1, 2]
+
+    hub.load_dataset = lambda name, split: others
+    with pytest.raises(SystemExit, match="too few chemistry questions"):
+        script.main()
