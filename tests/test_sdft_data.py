@@ -59,7 +59,7 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{**GOOD, "demonstration": ["z"]}], "row 1: demonstration is a list; it must be text or a list of mess"),
         ([GOOD, '{"prompt": "a", "prompt": "c", "demonstration": "b"}\n'], "row 2 has prompt twice"),
         ([{**GOOD, "answer": "  "}], "row 1: answer is '  '"),
-        ([{**GOOD, "answer": 3}], "row 1: answer is a number"),
+        ([{**GOOD, "answer": [3]}], "row 1: answer is a list"),
         ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),
         ([GOOD, {"prompt": "a", "__where__": "elsewhere, row 7"}], "row 2 has no demonstration"),
         ([GOOD, "[" * 100_000 + "\n"], "row 2 is not a row: it is nested too deeply"),

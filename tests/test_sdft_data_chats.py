@@ -62,7 +62,7 @@ def test_a_demonstration_may_be_a_call_of_a_tool(caplog):
     call = {"role": "assistant", "tool_calls": [CALL]}
     (row,) = load_rows([{"prompt": [USER], "demonstration": [call], "tools": TOOLS}])
     assert "[assistant] <call>weather</call>\n[user]" in teacher_text(row, TEMPLATES["turn"], tokenizer())
-    assert '{"name": "weather"}' in teacher_text(row, TEMPLATES["paper"], tokenizer())
+    assert '{"name": "weather", "arguments": {}}' in teacher_text(row, TEMPLATES["paper"], tokenizer())
     assert written(row, tokenizer())[1][0].startswith("<call>weather</call>")
     caplog.set_level(logging.WARNING)
     encode([row], method="sft", tokenizer=tokenizer())

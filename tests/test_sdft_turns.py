@@ -203,7 +203,8 @@ def test_share_gpt_with_calls_of_tools(value, calls, as_text):
     turns += [("observation", "21 degrees"), ("gpt", "It is warm.")]
     (row,) = load_rows([{"conversations": [{"from": by, "value": text} for by, text in turns], "tools": "[]"}])
     assert row["prompt"] == [{"role": "user", "content": "Lima?"}] and row["tools"] == []
-    asks = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+    functions = [{"type": "function", "function": {"arguments": {}, **each}} for each in calls]
+    asks = {"role": "assistant", "content": "", "tool_calls": functions}
     assert row["demonstration"] == [asks, {"role": "tool", "content": "21 degrees"}, WARM]
 
 

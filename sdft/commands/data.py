@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sdft.data import (
@@ -24,15 +25,14 @@ from sdft.settings.commands import DataCommand
 from sdft.templates import Message, as_messages, text_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from sdft.models.tokenizer import Reader
 
 BARS = "▁▂▃▄▅▆▇█"
 BINS = 32
 MOST_SHOWN = 4000  # characters of a text
 #: What a demonstration of several turns is to training.
-SEVERAL = {"sdft": "the teacher sees them all", "sft": "cross-entropy counts the assistant's"}
+SEVERAL = "the teacher sees them all"
+LEARNED = "cross-entropy counts the assistant's"
 #: What becomes of rows that are too long, by `overlong`.
 BECOME = {"error": "refused", "skip": "left out", "truncate_prompt_left": "shortened, or refused"}
 
@@ -53,27 +53,44 @@ def show(rows: Sequence[Row], command: DataCommand) -> None:
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     print(counted(len(rows), "row") + (f"; columns that are not used: {', '.join(unused)}" if unused else ""))
     if several := sum(isinstance(row.get("demonstration"), list) and len(row["demonstration"]) > 1 for row in rows):
-        print(f"{counted(several, 'demonstration')} of several turns: {SEVERAL[command.method]}")
-    texts = Texts(reader and reader.tokenizer, template, command)
-    for row in rows[: command.rows]:
+        said = [SEVERAL] * (command.method == "sdft") + [LEARNED] * learns_demonstrations(command)
+        print(f"{counted(several, 'demonstration')} of several turns: {', and '.join(said)}")
+    of_file = Counter(str(row[WHERE]).rpartition(", row ")[0] for row in rows)
+    if len(of_file) > 1:
+        print(*(f"{counted(count, 'row')} of {name}" for name, count in of_file.items()), sep="\n")
+    texts = Texts(reader, template, command)
+    for row in _first_of_each(rows, of_file, command.rows):
         print(*_as_read(row, texts), sep="\n")
     print("", *(_characters(rows, texts) if reader is None else _tokens(rows, texts, reader)), sep="\n")
+
+
+def _first_of_each(rows: Sequence[Row], of_file: Mapping[str, int], count: int) -> list[Row]:
+    """So many rows from the beginning; of several files, as many of each as there is room for, and at least one."""
+    each = max(1, -(-count // len(of_file))) if count else 0
+    left, found = dict.fromkeys(of_file, each), []
+    for row in rows:
+        name = str(row[WHERE]).rpartition(", row ")[0]
+        if left[name]:
+            left[name] -= 1
+            found.append(row)
+    return found
 
 
 class Texts:
     """What student and teacher read of a row, with the chat template's special tokens.
 
-    Without a tokenizer it is each message by its role.
+    Without a model it is each message by its role.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, template: list[Message], command: DataCommand
-    ) -> None:
-        self.tokenizer, self.template, self.command = tokenizer, template, command
+    def __init__(self, reader: Reader | None, template: list[Message], command: DataCommand) -> None:
+        self.tokenizer = reader.tokenizer if reader else None
+        self.eos_ids = reader.eos_ids if reader else frozenset[int]()
+        self.template, self.command = template, command
 
     def student(self, row: Row) -> str:
         if self.tokenizer is None:
-            return _by_roles(row["prompt"])
+            names = [str(tool["function"].get("name")) for tool in row.get("tools") or () if "function" in tool]
+            return (f"[tools] {', '.join(names)}\n" if names else "") + _by_roles(row["prompt"])
         return student_text(row, self.tokenizer, self.command.chat_template_kwargs)
 
     def teacher(self, row: Row) -> str:
@@ -86,6 +103,17 @@ class Texts:
     def demonstration(self, row: Row) -> str:
         return text_of(row["demonstration"]) if row.get("demonstration") is not None else ""
 
+    def learned(self, row: Row) -> str | None:
+        """The tokens that cross-entropy counts; None where there are none, or none that the template could write."""
+        if self.tokenizer is None or not learns_demonstrations(self.command):
+            return None
+        try:
+            ids, _ = learned_ids(row, self.tokenizer, self.eos_ids, self.command.chat_template_kwargs)
+        except UsageError:  # which is said of all such rows together
+            return None
+        places = ids.get("learned", range(len(ids["completion_ids"])))
+        return str(self.tokenizer.decode([ids["completion_ids"][place] for place in places]))
+
 
 def _by_roles(prompt: str | list[Message]) -> str:
     return "\n".join(f"[{message['role']}] {text_of([message])}" for message in as_messages(prompt))
@@ -95,6 +123,9 @@ def _as_read(row: Row, texts: Texts) -> list[str]:
     lines = ["", f"── {row[WHERE]}, as the student reads it", _cut(texts.student(row))]
     if texts.command.method == "sdft":
         lines += ["", f"── {row[WHERE]}, as the teacher reads it", _cut(texts.teacher(row))]
+    learned = texts.learned(row)
+    if learned is not None:
+        return [*lines, "", f"── {row[WHERE]}, what is learned of its demonstration", _cut(learned)]
     return [*lines, "", f"── {row[WHERE]}, its demonstration", _cut(texts.demonstration(row))]
 
 
@@ -154,8 +185,8 @@ def _tokens(rows: Sequence[Row], of: Texts, reader: Reader) -> list[str]:
         lines += ["", f"{counted(len(why), 'row')} would be {becomes}:", *why[:3], *more]
     if unfit:
         return lines
-    needs_room = f"{room} for the completion" if room else "the demonstration"
-    context = f" of {limits.context} tokens, with {needs_room}" if limits.context else ""
+    needs = [f"{room} for the completion"] * (room > 0) + ["the demonstration"] * learns_demonstrations(command)
+    context = f" of {limits.context} tokens, with {' or '.join(needs)}" if limits.context else ""
     return [*lines, "", f"all rows fit the model's context{context}"]
 
 

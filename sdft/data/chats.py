@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdft.data.rows import WHERE, Row
+from sdft.data.tools import with_text_arguments
 from sdft.errors import UsageError
 from sdft.templates import (
     PROMPT_ALONE,
@@ -106,13 +107,11 @@ def render(
     options: Options = None,
 ) -> str:
     """The text of a chat under the tokenizer's template."""
-    given: dict[str, Any] = {"tools": tools, **(options or {})}
+    given: dict[str, Any] = {"tools": tools, **(options or {}), "add_generation_prompt": add_generation_prompt}
     where = where or f"the chat that ends with {messages[-1]['content'][-40:]!r}"
     try:
         with _time_limit(TEMPLATE_SECONDS):
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **given
-            )
+            text = _written_by(tokenizer, messages, given)
     except TimeoutError as error:
         raise UsageError(
             f"{where}: the tokenizer's chat template has not ended after {TEMPLATE_SECONDS} seconds"
@@ -121,6 +120,19 @@ def render(
         roles = ", ".join(message["role"] for message in messages)
         raise UsageError(f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}") from error
     return str(text)
+
+
+def _written_by(tokenizer: PreTrainedTokenizerBase, messages: list[Message], given: Mapping[str, Any]) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **given)
+    except TimeoutError:
+        raise
+    except Exception:  # as one does that takes arguments of calls for text
+        if not any(message.get("tool_calls") for message in messages):
+            raise
+        with contextlib.suppress(Exception):
+            return tokenizer.apply_chat_template(with_text_arguments(messages), tokenize=False, **given)
+        raise
 
 
 def check_options(tokenizer: PreTrainedTokenizerBase, **options: Options) -> None:

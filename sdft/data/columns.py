@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("prompt", "demonstration", "answer", "teacher_prompt", "tools")
 #: Roles of ShareGPT's turns, by what chat templates call them.
 SHARE_GPT = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
-    **{"observation": "tool", "tool": "tool"},
+    **{"human": "user", "user": "user", "system": "system"},
+    **dict.fromkeys(("gpt", "chatgpt", "model", "assistant"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool"),
 }
-CALL = "function_call"  # ShareGPT's turn that calls tools: as its text, the call's JSON or a list of several
+CALLS = ("function_call", "tool_call")  # turns that call tools: as their text, the call's JSON or a list of several
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ class Convention:
     columns: tuple[str, ...]
     said: str
     read: Callable[[Mapping[str, Any]], tuple[Any, Any]]
-    exam: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = (
-        None  # of rows whose answer is scored, where it differs
-    )
+    #: Of rows whose answer is scored, where that is read in another way.
+    exam: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     also: tuple[str, ...] = ()  # columns that it reads where they are there
 
 
@@ -44,9 +45,17 @@ def _pair(prompt: str, answer: str) -> Convention:
 
 
 def _of_instruction(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Alpaca's: what the instruction is about may stand in a column of its own."""
-    instruction, about = row["instruction"], row.get("input")
-    return (f"{instruction}\n\n{about}" if about else instruction), row["output"]
+    """Alpaca's: what the instruction is about may stand in a column of its own, as may a system message and earlier
+    turns, which are pairs of what was asked and answered.
+    """
+    instruction, about, history = row["instruction"], row.get("input"), row.get("history") or []
+    prompt = f"{instruction}\n\n{about}" if about else instruction
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise UsageError(f"history is {shown(history)}; it must be a list of pairs, of what was asked and answered")
+    before = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for pair in history:
+        before += [{"role": by, "content": text} for by, text in zip(("user", "assistant"), pair, strict=True)]
+    return ([*before, {"role": "user", "content": prompt}] if before else prompt), row["output"]
 
 
 def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
@@ -58,8 +67,13 @@ def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[s
             raise UsageError(f"{column} must be a list of chat messages")
         if any("from" in turn for turn in turns):  # ShareGPT's names
             turns = [_of_share_gpt(turn, column) for turn in turns]
+        if system := row.get("system"):
+            if turns[0].get("role") == "system":
+                raise UsageError(f"{column} begins with a message by 'system', and there is a system column too")
+            turns = [{"role": "system", "content": system}, *turns]
         if not turns or turns[-1].get("role") != "assistant":
-            raise UsageError(f"{column} must end with a message by 'assistant', which is the demonstration")
+            by = f" and ends with one by {turns[-1].get('role')!r}" if turns else " and is empty"
+            raise UsageError(f"{column} must end with a message by 'assistant', which is the demonstration,{by}")
         place = len(turns) - 1
         if not last_turn:
             place = 1 + max((n for n, turn in enumerate(turns) if turn.get("role") == "user"), default=place - 1)
@@ -70,8 +84,11 @@ def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[s
 
 def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
     by, value = turn.get("from"), turn.get("value")
-    if by != CALL:
-        return {"role": SHARE_GPT.get(str(by), by), "content": value}
+    if by not in CALLS:
+        role = SHARE_GPT.get(str(by), by)
+        if role == "tool" and isinstance(value, dict | list):
+            value = json.dumps(value, ensure_ascii=False)
+        return {"role": role, "content": value}
     try:
         found = parse(value, column) if isinstance(value, str) else value
     except UsageError:
@@ -79,7 +96,7 @@ def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise UsageError(
-            f"{column} has a turn by {CALL!r} of {shown(value)}; it must be JSON with a name and arguments, or a list "
+            f"{column} has a turn by {by!r} of {shown(value)}; it must be JSON with a name and arguments, or a list "
             "of that"
         )
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
@@ -87,7 +104,8 @@ def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
 
 def _turns(column: str) -> Convention:
     said = f"prompt is {column!r} up to the last message by the user, and demonstration what comes after it"
-    return Convention((column,), said, _of_messages(column), exam=_of_messages(column, last_turn=True))
+    exam = _of_messages(column, last_turn=True)
+    return Convention((column,), said, _of_messages(column), exam, also=("system",))
 
 
 #: In this order; the first whose columns are there is taken.
@@ -99,9 +117,9 @@ CONVENTIONS = (
     _pair("prompt", "response"),
     Convention(
         ("instruction", "output"),
-        "prompt is 'instruction', with 'input' after it, and demonstration 'output'",
+        "prompt is 'instruction', with 'input' after it where that is there, and demonstration 'output'",
         _of_instruction,
-        also=("input",),
+        also=("input", "history", "system"),
     ),
     _pair("instruction", "response"),
     _pair("question", "answer"),

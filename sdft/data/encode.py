@@ -137,7 +137,7 @@ def encode_demonstration(
                 f"{where}: the tokenizer's chat template ends a turn of the demonstration without an end-of-turn token "
                 f"({ends}), from which the model would learn where to stop; {SPLIT}"
             )
-        _check_written(turn, own, eos_ids, f"{where}: the tokenizer's chat template writes nothing of a turn")
+        _check_written(turn, own[:length], eos_ids, f"{where}: the tokenizer's chat template writes nothing of a turn")
         learned += range(len(ids), len(ids) + length)
         ids += own + others
         before = between

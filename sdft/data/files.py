@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -88,7 +88,7 @@ def _read_file(path: Path) -> Numbered:
     try:
         with cast(Any, opener)(path, "rt", encoding="utf-8-sig", newline="") as lines:
             if kind in (".csv", ".tsv"):
-                yield from _read_table(lines, path, "\t" if kind == ".tsv" else ",")
+                yield from _read_table(lines, path, "\t" if kind == ".tsv" else _separator(lines))
             else:
                 yield from _read_json(lines, path)
     except UnicodeDecodeError as error:
@@ -107,9 +107,16 @@ def _read_parquet(path: Path) -> Numbered:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_names(file.schema_arrow.names, path)
             rows = (row for batch in file.iter_batches(AT_ONCE) for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
+            yield from _numbered(rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _separator(lines: IO[str]) -> str:
+    """What is between the columns' names: a comma, or a semicolon where some spreadsheets write that instead."""
+    first = lines.readline()
+    lines.seek(0)
+    return ";" if ";" in first and "," not in first else ","
 
 
 def _read_table(lines: IO[str], path: Path, separator: str) -> Numbered:
@@ -207,5 +214,17 @@ def _datasets(source: str) -> Any:
     return datasets
 
 
-def _numbered(dataset: Any) -> Numbered:
-    return enumerate(dataset, start=1)
+def _numbered(rows: Iterable[Any]) -> Numbered:
+    """Rows of a table, whose columns give each object in them all names that one of them has: without what is null."""
+    return enumerate(map(without_nulls, rows), start=1)
+
+
+def without_nulls(row: Any) -> Any:
+    """A row of a table whose objects have no names that are null; columns of the row itself stay."""
+    return {name: _bare(value) for name, value in row.items()} if isinstance(row, dict) else row
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _bare(each) for name, each in value.items() if each is not None}
+    return [_bare(each) for each in value] if isinstance(value, list) else value

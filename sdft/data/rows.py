@@ -15,8 +15,9 @@ from typing import Any
 
 from sdft.data.columns import COLUMNS as COLUMNS
 from sdft.data.columns import named
-from sdft.data.files import read_source
+from sdft.data.files import read_source, without_nulls
 from sdft.data.storage import Keep
+from sdft.data.tools import as_calls, as_tools
 from sdft.errors import UsageError, counted, kind_of
 from sdft.templates import Message, as_messages, is_messages
 
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 ROW = "__row__"  # the key under which the token ids of a row keep the row, where that is asked for
 WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
 #: What other trainers read of a row, and would change what the model sees: refused where a row has it.
-UNREAD = ("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
+UNREAD = ("chat_template_kwargs", "system", "history", "images", "image", "videos", "video", "audios", "audio")
 
 
 class Place(str):
@@ -56,7 +57,8 @@ def load_rows(
         numbered = keep(read_source(source))
     elif isinstance(source, Iterable) and hasattr(source, "__len__"):
         name = name or "dataset"
-        numbered = keep(enumerate(source, start=1))
+        tabular = hasattr(source, "features")  # a datasets.Dataset
+        numbered = keep(enumerate(map(without_nulls, source) if tabular else source, start=1))
     else:
         raise UsageError(
             f"{name or 'dataset'} is a {type(source).__name__}; it may be a file's name, a datasets.Dataset or a list "
@@ -106,6 +108,8 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     chats = ("prompt", "teacher_prompt", "demonstration")
     row = {**row, **{field: _chat(row[field], field, where) for field in chats if row.get(field) is not None}}
     _check_turns(row.get("demonstration"), where)
+    if isinstance(row.get("answer"), int | float) and not isinstance(row["answer"], bool):
+        row["answer"] = json.dumps(row["answer"])
     if not isinstance(row.get("answer"), str | None):
         raise UsageError(f"{where}: answer is {kind_of(row['answer'])}; it must be text")
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
@@ -114,7 +118,7 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
         if row.get(field) is not None and (last := as_messages(row[field])[-1]["role"]) not in ("user", "tool"):
             raise UsageError(f"{where}: the last message of the {field} is by {last!r}; it must be by 'user' or 'tool'")
     if row.get("tools") is not None:
-        row["tools"] = _tools(row["tools"], where)
+        row["tools"] = as_tools(row["tools"], where)
     known = row.get(WHERE)
     return {**row, WHERE: known if isinstance(known, Place) else Place(where)}
 
@@ -149,7 +153,9 @@ def _joined(message: Any, field: str, where: str) -> Any:
     if not isinstance(message, dict):
         return message
     message = {name: value for name, value in message.items() if value is not None}  # as tables fill up their columns
-    content = message.get("content", "" if message.get("tool_calls") else None)
+    if message.get("tool_calls"):
+        message = {"content": "", **message, "tool_calls": as_calls(message["tool_calls"], field, where)}
+    content = message.get("content")
     if isinstance(content, list):
         kinds = {part.get("type", "text") if isinstance(part, dict) else "text" for part in content}
         if other := sorted(map(str, kinds - {"text"})):
@@ -157,18 +163,6 @@ def _joined(message: Any, field: str, where: str) -> Any:
         texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return message if content is None else {**message, "content": content}
-
-
-def _tools(tools: Any, where: str) -> list[dict[str, Any]]:
-    """Tools as chat templates take them; a table has them as text."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise UsageError(f"{where}: tools is a text that is not JSON: {error}") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UsageError(f"{where}: tools is {kind_of(tools)}; it must be a list of objects, each a tool's JSON schema")
-    return tools
 
 
 def _check_characters(row: Row, where: str) -> None:
