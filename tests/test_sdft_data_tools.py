@@ -167,6 +167,15 @@ def test_system_messages_and_earlier_turns_of_other_columns_are_read():
         load_rows([{"messages": [SYSTEM, USER, {"role": "assistant", "content": "a"}], "system": "Be long."}])
 
 
+def test_a_weight_is_openais():
+    """Of a prompt it says nothing, for no prompt is learned."""
+    turns = [{**USER, "weight": 0}, {"role": "assistant", "content": "So.", "weight": 1}]
+    (row,) = load_rows([{"messages": turns}])
+    assert (row["prompt"], row["demonstration"]) == ([USER], [{"role": "assistant", "content": "So."}])
+    with pytest.raises(UsageError, match="row 1: demonstration has a message of weight 0; "):
+        load_rows([{"messages": [USER, {"role": "assistant", "content": "So.", "weight": 0}]}])
+
+
 def test_a_number_is_an_answer():
     """As of mathematics, where the answer of a training row is not even read."""
     for number, text in ((2, "2"), (-0.5, "-0.5")):

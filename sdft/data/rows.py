@@ -18,7 +18,7 @@ from sdft.data.columns import named
 from sdft.data.files import read_source, without_nulls
 from sdft.data.storage import Keep
 from sdft.data.tools import as_calls, as_tools
-from sdft.errors import UsageError, counted, kind_of
+from sdft.errors import UsageError, counted, kind_of, shown
 from sdft.templates import Message, as_messages, is_messages
 
 Row = dict[str, Any]
@@ -153,6 +153,12 @@ def _joined(message: Any, field: str, where: str) -> Any:
     if not isinstance(message, dict):
         return message
     message = {name: value for name, value in message.items() if value is not None}  # as tables fill up their columns
+    weight = message.pop("weight", 1)  # OpenAI's, of what is learned
+    if field == "demonstration" and weight != 1:
+        raise UsageError(
+            f"{where}: demonstration has a message of weight {shown(weight)}; all of it is learned or shown, so it must "
+            "be 1, or the row be split behind that message"
+        )
     if message.get("tool_calls"):
         message = {"content": "", **message, "tool_calls": as_calls(message["tool_calls"], field, where)}
     content = message.get("content")
