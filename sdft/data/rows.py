@@ -156,8 +156,8 @@ def _joined(message: Any, field: str, where: str) -> Any:
     weight = message.pop("weight", 1)  # OpenAI's, of what is learned
     if field == "demonstration" and weight != 1:
         raise UsageError(
-            f"{where}: demonstration has a message of weight {shown(weight)}; all of it is learned or shown, so it must "
-            "be 1, or the row be split behind that message"
+            f"{where}: demonstration has a message of weight {shown(weight)}; all of it is learned or shown, so it "
+            "must be 1, or the row be split behind that message"
         )
     if message.get("tool_calls"):
         message = {"content": "", **message, "tool_calls": as_calls(message["tool_calls"], field, where)}
