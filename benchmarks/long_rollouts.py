@@ -138,12 +138,13 @@ def together(rounds: list[LongRollout]) -> LongRollout:
 
 
 def along_the_line(rows: list[LongRollout], way: str, tokens: int = FURTHER) -> float | None:
-    """The mebibytes of `tokens` by the line through a way's two longest rows; None where it has but one.
+    """The mebibytes of `tokens` by the line through a way's two longest rows; None where it has but one, or has so
+    many tokens.
 
     Short rows would bend it: what is smaller than 4 MiB the C library keeps for itself (sdft.memory.host).
     """
     of_way = sorted((row.tokens, row.mebibytes) for row in rows if row.way == way)
-    if len(of_way) < 2:
+    if len(of_way) < 2 or of_way[-1][0] >= tokens:
         return None
     (shorter, less), (longer, more) = of_way[-2:]
     return more + (more - less) / (longer - shorter) * (tokens - longer)

@@ -125,6 +125,7 @@ def test_long_rollouts_take_the_median_of_rounds_and_compute_a_length_beyond(tmp
     assert (found[1].mebibytes, found[1].seconds, found[1].rounds) == (8, 2, 3)
     assert long_rollouts.along_the_line(found, tiles) == pytest.approx(3 + 5 * 32.768)
     assert long_rollouts.along_the_line(found, whole) is None
+    assert long_rollouts.along_the_line(found, tiles, 3000) is None  # which has been measured
     found.append(long_rollouts.LongRollout(1000, whole, 40.0, 1.5))
     assert long_rollouts.table(found).count("computed") == 1
     check_files(found, given(tmp_path, "long_rollouts"), long_rollouts.draw)
