@@ -319,7 +319,10 @@ def test_eval_leaves_every_answer_the_numbers_and_three_wrong_answers(recipe, mo
     assert "3 wrong answers of the model itself:\n  heldout.jsonl, row 2\n" in printed
     assert printed.count("    answer      ö") == 3
     cut = ended.count(False)
-    assert f"{cut} of 4 answers to held-out prompts were cut at eval_completion_length=5: raise it\n" in printed
+    assert (
+        f"{cut} of 4 answers to held-out prompts were cut at eval_completion_length=5: raise it, or name in eval_stop"
+        in printed
+    )
     assert printed.endswith("answers.jsonl has every answer\nscores.json has these numbers\n")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     names = [record["asked"] for record in records]

@@ -71,6 +71,7 @@ from sdft.settings.inputs import EvalArguments, LoraArguments, ModelArguments
         ("rollout_min_p", math.nan, "from 0 to 1"),
         ("rollout_stop", "\n", "list of texts"),
         ("rollout_stop", ["a", ""], "none of them empty"),
+        ("eval_stop", "\n", "list of texts"),
         ("rollout_from", "base", "student or teacher"),
         ("rollout_backend", "vlm", "generate, continuous or vllm"),
         ("vllm_memory_share", 1.0, "above 0 and below 1"),

@@ -4,15 +4,18 @@ import torch
 from sdft import SDFTConfig, SDFTTrainer
 from sdft.data import load_rows
 from sdft.errors import UsageError
-from sdft.evaluation.exam import Answers, answer, complete, forgetting, prompts_for
+from sdft.evaluation.exam import Answers, Exam, answer, complete, forgetting, prompts_for
 from sdft.evaluation.scorers import SCORERS
+from sdft.settings.commands import EvalCommand
+from sdft.settings.config import MethodSettings
+from sdft.settings.idle import OF_EVAL, without_effect
 from sdft.teacher import Teacher
 from sdft.templates import TEMPLATES
 from tests import tiny
 
 
 def ask(model, rows, **options):
-    return answer(model, tiny.tiny_tokenizer(), load_rows(rows), max_new_tokens=5, **{"batch_size": 3, **options})
+    return answer(model, tiny.tiny_tokenizer(), load_rows(rows), **{"max_new_tokens": 5, "batch_size": 3, **options})
 
 
 def test_answers_keep_the_rows_order_whatever_the_batches():
@@ -218,3 +221,27 @@ def test_prompts_that_cannot_be_evaluated_on_are_refused_before_training(tmp_pat
         trainer(tmp_path, eval_samples=2)
     with pytest.raises(UsageError, match="general_scorer is 'letter'"):
         trainer(tmp_path, general_scorer="letter")
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_an_answer_ends_at_a_stop_string(backend):
+    """The text stays in, the answer counts as finished, and others are as they were."""
+    model, rows = tiny.tiny_model(), tiny.rows(4)
+    whole = ask(model, rows, max_new_tokens=12, backend=backend)
+    text = next(text for text, done in zip(whole.texts, whole.finished, strict=True) if not done and len(text) > 4)
+    stop = text[2:4]
+    stopped = ask(model, rows, max_new_tokens=12, stop=[stop], backend=backend)
+    for before, after, ended in zip(whole.texts, stopped.texts, stopped.finished, strict=True):
+        assert after == (before[: before.index(stop) + 2] if stop in before else before)
+        assert ended or stop not in before
+    assert stopped.texts != whole.texts
+    settings = MethodSettings(eval_stop=[stop], eval_completion_length=12, general_completion_length=12)
+    exam = Exam(rows, rows, settings, batch_size=3, seed=0, silent=True)
+    asked = [exam.held_out(model, tiny.tiny_tokenizer()), exam.general(model, tiny.tiny_tokenizer())]
+    assert [answers.texts for answers in asked] == [stopped.texts] * 2
+
+
+def test_eval_stop_counts_with_something_to_evaluate():
+    (said,) = without_effect(OF_EVAL, EvalCommand(eval_stop=["x"]), eval_file=None, general_file=None)
+    assert said.startswith("eval_stop is ['x'] and does nothing")
+    assert not without_effect(OF_EVAL, EvalCommand(eval_stop=["x"]), eval_file=None, general_file="a", base_model=None)

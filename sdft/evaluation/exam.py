@@ -73,25 +73,29 @@ def complete(
     progress: str | None = None,
     share: bool = False,
     made: Callable[[int, list[int], bool], None] | None = None,
+    stop: Sequence[str] = (),
     backend: str | Backend = "generate",
 ) -> list[list[int]]:
     """The completion of each prompt, in the prompts' order; batches hold prompts of similar length.
+
+    It ends with an end token, or with one of the texts in `stop`.
 
     Greedy where `temperature` is None or 0; else sampled, from random numbers that depend on `seed` and the prompt's
     place alone and leave the caller's as they were. `backend` writes the completions. With `share`, processes share the
     prompts; see `sdft.processes`. `made` is told of each completion, by its prompt's number, as soon as its batch is
     done, and whether it is finished.
     """
-    sampling = Sampling(max_new_tokens, eos_token_ids(model, tokenizer))
+    sampling = Sampling(max_new_tokens, eos_token_ids(model, tokenizer), stop=tuple(stop))
     if temperature:
         sampling = replace(sampling, temperature=temperature, top_p=top_p, top_k=top_k)
 
     def completed(numbers: list[int]) -> list[list[int]]:
         seeds = [seed_of(seed, number) for number in numbers]
-        outputs = sample(model, [prompts[number] for number in numbers], sampling, seeds=seeds, backend=backend)
+        asked = [prompts[number] for number in numbers]
+        outputs = sample(model, asked, sampling, tokenizer=tokenizer, seeds=seeds, backend=backend)
         if made is not None:
             for number, output in zip(numbers, outputs, strict=True):
-                made(number, output, is_finished(output, sampling.eos_ids))
+                made(number, output, finished(output, sampling, tokenizer))
         return outputs
 
     batches = _batches(prompts, batch_size, share)
@@ -99,11 +103,6 @@ def complete(
     for numbers, outputs in zip(batches, each_batch(batches, completed, share=share, progress=progress), strict=True):
         completions.update(zip(numbers, outputs, strict=True))
     return [completions[number] for number in range(len(prompts))]
-
-
-def is_finished(completion: list[int], eos_ids: frozenset[int]) -> bool:
-    """Whether an answer came to an end of its own: else the most tokens that it may have have cut it."""
-    return finished(completion, Sampling(len(completion), eos_ids))
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,7 @@ def answer(
     progress: str | None = None,
     share: bool = False,
     made: Made | None = None,
+    stop: Sequence[str] = (),
     backend: str | Backend = "generate",
 ) -> Answers:
     """Ask the model each row's prompt (with a template: the teacher's form of it) and score the answers.
@@ -164,13 +164,15 @@ def answer(
         progress=progress,
         share=share,
         made=made and functools.partial(tell, made),
+        stop=stop,
         backend=backend,
     )
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     scored = [(text, row["answer"]) for text, row in zip(texts, rows, strict=True) if row.get("answer")]
     right = [scorer(text, expected) for text, expected in scored]
-    eos_ids = eos_token_ids(model, tokenizer)
-    return Answers(prompts, completions, texts, right, [is_finished(each, eos_ids) for each in completions])
+    sampling = Sampling(max_new_tokens, eos_token_ids(model, tokenizer), stop=tuple(stop))
+    ended = [finished(each, sampling, tokenizer) for each in completions]
+    return Answers(prompts, completions, texts, right, ended)
 
 
 @torch.no_grad()
@@ -287,6 +289,7 @@ class Exam:
             progress=self._progress(progress),
             share=True,
             made=made,
+            stop=self.settings.eval_stop or (),
             backend=backend,
         )
 
@@ -312,6 +315,7 @@ class Exam:
             progress=self._progress(progress),
             share=True,
             made=made,
+            stop=self.settings.eval_stop or (),
             backend=backend,
         )
 

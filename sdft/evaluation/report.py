@@ -198,7 +198,8 @@ def cut_answers(to: str, finished: Sequence[bool], field: str, length: int) -> l
     if not cut:
         return []
     which = " ".join(filter(None, (f"{cut} of {counted(len(finished), 'answer')}", to)))
-    return [f"{which} {'was' if cut == 1 else 'were'} cut at {field}={length}: raise it"]
+    other = "" if field == "max_completion_length" else ", or name in eval_stop what ends an answer"
+    return [f"{which} {'was' if cut == 1 else 'were'} cut at {field}={length}: raise it{other}"]
 
 
 def _name(divergence: str | None) -> str:

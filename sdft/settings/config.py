@@ -7,7 +7,7 @@ in `sdft.settings.arguments` and here once asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError
@@ -19,6 +19,7 @@ from sdft.settings.checks import (
     check_from,
     check_switches,
     check_temperature,
+    check_texts,
     chosen,
 )
 from sdft.settings.feedback import FeedbackSettings
@@ -61,6 +62,13 @@ class EvalSettings(BothChatSettings):
     eval_samples: int = setting(1, "Held-out prompts: how many answers are sampled to each and averaged over.")
     eval_completion_length: int = setting(64, "The most tokens generated for a held-out prompt.")
     general_completion_length: int = setting(32, "The most tokens generated for a general prompt (greedy decoding).")
+    eval_stop: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out and general prompts: texts that end an answer, as an end-of-sequence token does; the "
+            "text stays in. For models that do not end their answers, as many without a chat template."
+        },
+    )
 
     def __post_init__(self) -> None:
         BothChatSettings.__post_init__(self)
@@ -69,6 +77,7 @@ class EvalSettings(BothChatSettings):
         check_temperature("eval_temperature", self.eval_temperature, or_greedy=True)
         for name in ("eval_samples", "eval_completion_length", "general_completion_length"):
             check_at_least(name, getattr(self, name), 1)
+        check_texts("eval_stop", self.eval_stop)
         if self.eval_samples > 1 and not self.eval_temperature:
             raise UsageError(
                 f"eval_samples is {self.eval_samples} and eval_temperature is {self.eval_temperature!r}; greedy "

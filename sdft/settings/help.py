@@ -237,6 +237,7 @@ GROUPS = {
         "eval_temperature",
         "eval_samples",
         "eval_completion_length",
+        "eval_stop",
         "general_completion_length",
         "eval_strategy",
         "eval_steps",

@@ -56,6 +56,7 @@ OF_TRAINING: Rules = (
     (("freeze_embeddings",), {"lora_rank": bool}),
     (_OF_EVAL_FILE, {"eval_file": not_}),
     (_OF_GENERAL_FILE, {"general_file": not_}),
+    (("eval_stop",), {"eval_file": not_, "general_file": not_}),
     (("eval_delay", "load_best_model_at_end"), {"eval_strategy": _is("no")}),
     (("eval_steps",), {"eval_strategy": _is_not("steps")}),
     (("save_steps",), {"save_strategy": _is_not("steps")}),
@@ -65,6 +66,7 @@ OF_EVAL: Rules = (
     *_OF_VLLM,
     (_OF_EVAL_FILE, {"eval_file": not_}),
     (_OF_GENERAL_FILE, {"general_file": not_}),
+    (("eval_stop",), {"eval_file": not_, "general_file": not_}),
     (("base_model",), {"general_file": not_}),
     (
         ("teacher_template", "teacher_chat_template_kwargs", "teacher_model", "teacher_dtype", "teacher_bits"),
