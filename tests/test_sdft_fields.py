@@ -183,6 +183,9 @@ def test_flags_and_recipes_are_read_as_they_are_meant(tmp_path: Path) -> None:
         "rollout_batch_size": 8,
     }
     assert fields["rollout_batch_size"].read("auto") == "auto"
+    for words, listed in ((['["}", "\\n"]'], ["}", "\n"]), (["[INST]"], ["[INST]"]), (['["a"]', "b"], ['["a"]', "b"])):
+        _, flags = read_flags(["--rollout_stop", *words], fields, "sdft train")
+        assert fields["rollout_stop"].read(flags["rollout_stop"].value) == listed
     (tmp_path / "r.yaml").write_text("save_strategy: no\neval_strategy: off\nrun_name: no\nlearning_rate: 2e-5\n")
     found = {name: FIELDS[name].read(given.value) for name, given in read_recipe(str(tmp_path / "r.yaml")).items()}
     assert found == {"save_strategy": "no", "eval_strategy": "no", "run_name": "no", "learning_rate": 2e-5}

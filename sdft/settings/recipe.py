@@ -169,8 +169,16 @@ def read_flags(
             values.append(words.pop(0))
         if not values and not field.is_switch:
             raise UsageError(f"{flag} has no value; it must have {'one or more' if field.is_list else 'one'}")
-        flags[name] = Written(values if field.is_list else values[0] if values else "true", flag)
+        flags[name] = Written(_listed(values) if field.is_list else values[0] if values else "true", flag)
     return path, flags
+
+
+def _listed(words: list[str]) -> list[Any]:
+    """The words of a list's flag, or the list that the only word is in JSON: a text may begin with a bracket."""
+    with contextlib.suppress(ValueError):
+        if len(words) == 1 and isinstance(found := json.loads(words[0]), list):
+            return found
+    return words
 
 
 def read_recipe(path: str) -> dict[str, Written]:
