@@ -1,6 +1,6 @@
 """Learning without forgetting: what each method learns and what it forgets, over learning rates.
 
-`python -m benchmarks.continual` trains SmolLM2-135M-Instruct on skills of `examples/skills/`, one after the other, by
+`python -m benchmarks.continual` trains SmolLM2-135M-Instruct, or another model, on skills of `examples/skills/`, one after the other, by
 self-distillation (sdft), supervised fine-tuning (sft), and supervised fine-tuning with a penalty on the divergence from
 the base model (sft-kl), each with the same steps and with every learning rate. After each stage it measures accuracy on
 held-out prompts of every skill, and on general prompts, of whose kinds none is trained on: their accuracy, and the
@@ -299,10 +299,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[40], help="of each stage, 8 rows each (default 40)")
     parser.add_argument("--folder", type=Path, default=Path("runs/continual-benchmark"), help="where the runs go")
+    parser.add_argument("--model", default=SETTINGS["model"], help="another model than SmolLM2")
+    parser.add_argument(
+        "--stop", nargs="+", metavar="TEXT", help="texts that end an answer, for a model that does not end its own"
+    )
     files.add_arguments(parser, "continual")
     given = parser.parse_args(argv)
     trials = trials_of(dict(given.methods), given.steps)
-    told = recipe(given.skills, trials, given.seeds, given.folder)
+    other = {"model": given.model, "rollout_stop": given.stop, "eval_stop": given.stop}
+    told = recipe(given.skills, trials, given.seeds, given.folder, **other)
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(told, sort_keys=False))
