@@ -1,11 +1,11 @@
 """Learning without forgetting: what each method learns and what it forgets, over learning rates.
 
-`python -m benchmarks.continual` trains SmolLM2-135M-Instruct, or another model, on skills of `examples/skills/`, one after the other, by
-self-distillation (sdft), supervised fine-tuning (sft), and supervised fine-tuning with a penalty on the divergence from
-the base model (sft-kl), each with the same steps and with every learning rate. After each stage it measures accuracy on
-held-out prompts of every skill, and on general prompts, of whose kinds none is trained on: their accuracy, and the
-divergence from the base model. It is `sdft continual` with a recipe that it writes; a run that was interrupted goes on
-with its next stage. It prints a table, and writes it as CSV and as a plot.
+`python -m benchmarks.continual` trains SmolLM2-135M-Instruct, or another model, on skills of `examples/skills/`, one
+after the other, by self-distillation (sdft), supervised fine-tuning (sft), and supervised fine-tuning with a penalty on
+the divergence from the base model (sft-kl), each with the same steps and with every learning rate. After each stage it
+measures accuracy on held-out prompts of every skill, and on general prompts, of whose kinds none is trained on: their
+accuracy, and the divergence from the base model. It is `sdft continual` with a recipe that it writes; a run that was
+interrupted goes on with its next stage. It prints a table, and writes it as CSV and as a plot.
 
 A trial is a learning rate and a number of steps. By the accuracy on other rows than those held out (SKILL_choose.jsonl,
 the mean over seeds and skills after the last stage) a trial of each method is chosen: the best one, and the one that is
@@ -184,6 +184,11 @@ def _mean(rows: Sequence[Point], name: str) -> float:
     return float(sum(getattr(row, name) for row in rows) / len(rows))
 
 
+def _held_out(rows: Sequence[Point]) -> float:
+    """The mean accuracy on the held-out rows of all skills that were learned, over the seeds."""
+    return sum((row.accuracy + (row.stage - 1) * (row.earlier_accuracy or 0.0)) / row.stage for row in rows) / len(rows)
+
+
 def chosen(found: Sequence[Point]) -> dict[str, tuple[Trial, Trial]]:
     """For each method, the trial with the best accuracy on the rows to choose by, and the one that is matched: whose
     accuracy there is nearest to the least of those bests.
@@ -211,11 +216,13 @@ def verdict(found: Sequence[Point], base: dict[str, Any]) -> str:
             lost[method] = general, nats
             lines.append(
                 f"{said:8} {method:7} {trial.learning_rate:g} in {trial.steps} steps: "
-                f"{_mean(rows, 'choose_accuracy'):.1%} on rows to choose by, {_mean(rows, 'accuracy'):.1%} held out, "
+                f"{_mean(rows, 'choose_accuracy'):.1%} on rows to choose by, {_held_out(rows):.1%} held out, "
                 f"{100 * general:.1f} points of general prompts lost, {nats:.3f} nats"
             )
     for method in (name for name in lost if name != "sft" and "sft" in lost):
-        ratios = [f"{own / other:.2f}" if other else "-" for own, other in zip(lost[method], lost["sft"], strict=True)]
+        ratios = [
+            f"{own / other:.2f}" if other > 0 else "-" for own, other in zip(lost[method], lost["sft"], strict=True)
+        ]
         lines.append(f"matched, {method} has forgotten {ratios[0]} of sft's points and {ratios[1]} of its nats")
     return "\n".join(lines)
 

@@ -211,7 +211,7 @@ def _data(argv: list[str], started: float) -> None:
     from sdft.early_checks import check_rows
     from sdft.errors import UsageError
     from sdft.models.files import check_model
-    from sdft.rows import check_learned, needed
+    from sdft.rows import check_learned, needed, read_by_feedback
     from sdft.settings import help
     from sdft.settings.commands import DataCommand
     from sdft.settings.fields import own_fields
@@ -233,7 +233,8 @@ def _data(argv: list[str], started: float) -> None:
         check_rows("train_file", data.train_file)
         if command.model:
             check_model(command.model)
-        rows = load_rows(data.train_file, need=needed(command), columns=columns.columns, seed=command.seed)
+        need, others = needed(command), read_by_feedback(command)
+        rows = load_rows(data.train_file, need=need, columns=columns.columns, seed=command.seed, read=others)
         check_learned(rows, command)
         for sentence in without_effect(OF_DATA, command, only=given.flags):
             logger.warning(sentence)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.data import COLUMNS, WHERE, Limits, Row, TeacherReads, check_options, encode_rows, load_rows, teacher_chat
 from sdft.data.chats import can_be_shown
+from sdft.data.columns import CONTEXT
 from sdft.data.storage import Keep, on_disk
 from sdft.errors import UsageError
 from sdft.evaluation.scorers import check_answers
@@ -46,7 +47,8 @@ def rows_of_train(
 ) -> Rows:
     """The rows of `sdft train`; by `seed` those of a file are drawn of which a part is taken."""
     keep = kept_as(settings)
-    train = load_rows(of_data.train_file, need=needed(settings), columns=columns, seed=seed, keep=keep)
+    given: dict[str, Any] = {"need": needed(settings), "read": read_by_feedback(settings)}
+    train = load_rows(of_data.train_file, columns=columns, seed=seed, keep=keep, **given)
     held_out, general = exam_rows(of_eval.eval_file or None, of_eval.general_file or None, settings, columns)
     if settings.method == "sdft":
         shown = (row for row in train if settings.feedback is None or can_be_shown(row, settings.template))
@@ -60,6 +62,11 @@ def rows_of_train(
 def kept_as(settings: MethodSettings) -> Keep:
     """Where the training rows are kept."""
     return on_disk(str(settings.output_dir)) if settings.rows_on_disk else list
+
+
+def read_by_feedback(settings: MethodSettings | DataCommand) -> tuple[str, ...]:
+    """Columns that would go before a prompt, and that a function of feedback may have for something else."""
+    return CONTEXT if settings.feedback is not None and settings.method == "sdft" else ()
 
 
 def learns_demonstrations(settings: MethodSettings | DataCommand) -> bool:
@@ -148,7 +155,8 @@ def training_rows(
         teacher_chat_template_kwargs=settings.teacher_chat_template_kwargs,
     )
     keep = kept_as(settings)
-    rows = load_rows(source, name="train_dataset", need=needed(settings), keep=keep)
+    given: dict[str, Any] = {"need": needed(settings), "read": read_by_feedback(settings)}
+    rows = load_rows(source, name="train_dataset", keep=keep, **given)
     unused = sorted({name for row in rows for name in row} - {*COLUMNS, WHERE})
     if unused and settings.feedback is None:
         logger.warning("train_dataset has columns that are not used: %s", ", ".join(unused))

@@ -222,6 +222,21 @@ def test_continual_chooses_by_the_rows_for_choosing_alone() -> None:
     said = continual.verdict(found, {"general_accuracy": 1.0})
     assert "best     sft     5e-05 in 40 steps: 80.0% on rows to choose by, 20.0% held out, 80.0 points" in said
     assert said.endswith("matched, sdft has forgotten 0.75 of sft's points and 0.75 of its nats")
+    said = continual.verdict(found, {"general_accuracy": 0.6})  # of which the matched sft has lost nothing
+    assert said.endswith("matched, sdft has forgotten - of sft's points and 0.75 of its nats")
+
+
+def test_continual_chooses_by_all_skills_that_were_learned() -> None:
+    trials = continual.trials_of({"sdft": [1e-5, 5e-5]}, [40])
+    numbers = {"general_accuracy": 1.0, "forgetting": 0.0, "weights_moved": 1.0, "seconds": 1.0}
+    runs = []
+    for trial, shares in zip(trials, ((0.2, 0.6), (0.5, 0.4)), strict=True):
+        of_skill = dict(zip(("a", "b"), shares, strict=True))
+        stage = {"accuracy": of_skill, "choose_accuracy": of_skill, **numbers}
+        runs.append({"method": trial.name, "seed": 0, "stages": [{"learned": [each], **stage} for each in "ab"]})
+    found = continual.points({"skills": ["a", "b"], "runs": runs}, trials)
+    assert continual.chosen(found)["sdft"][0] == trials[1]
+    assert "45.0% on rows to choose by, 45.0% held out" in continual.verdict(found, {"general_accuracy": 1.0})
 
 
 def test_attention_by_length(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,10 @@ import pytest
 
 from sdft.cli import main
 from sdft.data import Limits, encode_rows, load_rows, teacher_text
-from sdft.data.tools import with_text_arguments
+from sdft.data.storage import on_disk
 from sdft.errors import UsageError
+from sdft.rows import read_by_feedback
+from sdft.settings.config import MethodSettings
 from sdft.templates import parse_template
 from tests import tiny
 
@@ -49,31 +51,54 @@ def test_arguments_that_are_text_become_objects_for_the_template(arguments, writ
     assert ('{"city": "Lima"}' if "tojson" in written else "city=Lima") in seen
 
 
-def test_a_template_that_wants_text_gets_text():
-    """As DeepSeek's, which puts the arguments between two other texts."""
-    (row,) = load_rows([{"prompt": "Lima?", "demonstration": asks(CITY)}])
-    seen = teacher_text(row, parse_template("turn"), tokenizer("{{ '>' + c.function.arguments + '<' }}"))
-    assert '>{"city": "Lima"}<' in seen
-    with pytest.raises(UsageError, match="the tokenizer's chat template refuses the messages"):
-        teacher_text(row, parse_template("turn"), tokenizer("{{ '>' + 3 }}"))
+@pytest.mark.parametrize("arguments", [{"city": "Lima", "now": True}, '{"city":"Lima", "now":true}'])
+@pytest.mark.parametrize("written", ["{{ '>' + ARGUMENTS + '<' }}", "{{ '>' ~ ARGUMENTS }}<", ">{{ ARGUMENTS }}<"])
+def test_a_template_that_puts_them_into_its_text_gets_their_json(arguments, written):
+    """As DeepSeek's, which puts the arguments between two other texts; never Python's own way to write them."""
+    (row,) = load_rows([{"prompt": "Lima?", "demonstration": asks(arguments)}])
+    seen = teacher_text(row, parse_template("turn"), tokenizer(written.replace("ARGUMENTS", "c.function.arguments")))
+    assert f">{arguments if isinstance(arguments, str) else json.dumps(arguments)}<" in seen
 
 
-def test_arguments_that_are_no_json_or_not_there():
-    (row,) = load_rows([{"prompt": "Lima?", "demonstration": asks("Lima")}])
-    assert row["demonstration"] == asks("Lima")
+TWICE = [CITY, json.dumps(CITY), json.dumps(json.dumps(CITY)), "Lima", "5", "", None, "[" * 5000, '{"a":1,"a":2}']
+
+
+@pytest.mark.parametrize("arguments", TWICE, ids=range(len(TWICE)))
+def test_what_is_read_twice_is_as_what_is_read_once(arguments, tmp_path):
+    """As `sdft train` does, which reads rows before torch is there and gives them to the trainer."""
+    once = load_rows([{"prompt": "Lima?", "demonstration": asks(arguments), "tools": [SCHEMA], "answer": 4.0}])
+    twice = load_rows(load_rows(once, keep=on_disk(str(tmp_path))))
+    for written in ("{{ c.function.arguments | tojson }}", "{{ c.function.arguments }}"):
+        seen = [teacher_text(row, parse_template("turn"), tokenizer(written)) for (row,) in (once, twice)]
+        assert seen[0] == seen[1]
+    assert once == twice
+
+
+def test_arguments_that_are_no_object_or_not_there():
+    for text in ("Lima", "5", '"{}"', "[" * 5000, '{"a": 1, "a": 2}'):
+        (row,) = load_rows([{"prompt": "Lima?", "demonstration": asks(text)}])
+        assert row["demonstration"] == asks(text)
+    for nothing in ("", None):
+        (row,) = load_rows([{"prompt": "Lima?", "demonstration": asks(nothing)}])
+        assert row["demonstration"] == asks({})
     bare = [{"role": "assistant", "tool_calls": [{"name": "weather"}]}]
     (row,) = load_rows([{"prompt": "Lima?", "demonstration": bare}])
-    assert row["demonstration"][0]["tool_calls"] == [{"name": "weather", "arguments": {}}]
-    assert with_text_arguments(row["demonstration"])[0]["tool_calls"] == [{"name": "weather", "arguments": "{}"}]
+    assert row["demonstration"] == asks({})
+    (row,) = load_rows([{"prompt": "p", "demonstration": [{"role": "assistant", "content": "a", "tool_calls": []}]}])
+    assert row["demonstration"] == [{"role": "assistant", "content": "a"}]
 
 
-@pytest.mark.parametrize(
-    "calls", ["weather", ["weather"], [{"function": "weather"}], [{"arguments": {}}], {"name": "a"}]
-)
+NO_CALLS = ["weather", ["weather"], [{"function": "weather"}], [{"arguments": {}}], {"name": "a"}]
+
+
+@pytest.mark.parametrize("calls", NO_CALLS)
 def test_calls_that_are_none_are_refused(calls):
-    row = {"prompt": "p", "demonstration": [{"role": "assistant", "content": "", "tool_calls": calls}]}
-    with pytest.raises(UsageError, match="row 1: demonstration has a message whose tool_calls is "):
-        load_rows([row])
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    for row in ({"prompt": "p", "demonstration": [turn]}, {"messages": [{"role": "user", "content": "p"}, turn]}):
+        for need in (("prompt", "demonstration"), ("prompt", "answer")):
+            given = row if "messages" in row else {**row, "answer": "a"}
+            with pytest.raises(UsageError, match=r"row 1(: demonstration has a message whose| has an empty answer)"):
+                load_rows([given], need=need)
 
 
 @pytest.mark.parametrize("tools", [[SCHEMA], json.dumps([SCHEMA]), [{"type": "function", "function": SCHEMA}]])
@@ -82,7 +107,22 @@ def test_tools_are_functions_whether_a_file_says_so_or_not(tools):
     assert row["tools"] == [{"type": "function", "function": SCHEMA}]
 
 
-@pytest.mark.parametrize("tools", ["", "  ", None])
+NO_TOOLS = [{"a": 1}, [1], [{"type": "function", "function": "x"}], "[" * 100_000]
+
+
+@pytest.mark.parametrize("tools", NO_TOOLS, ids=range(len(NO_TOOLS)))
+def test_tools_that_are_none_are_refused(tools):
+    with pytest.raises(UsageError, match="row 1: tools is "):
+        load_rows([{"prompt": "p", "demonstration": "d", "tools": tools}])
+
+
+def test_a_tool_that_is_a_function_already_stays():
+    tools = [{"type": "function", "name": None, "function": SCHEMA}, {"type": "web_search"}]
+    (row,) = load_rows([{"prompt": "p", "demonstration": "d", "tools": tools}])
+    assert row["tools"] == tools
+
+
+@pytest.mark.parametrize("tools", ["", "  ", None, [], "[]"])
 def test_an_empty_cell_is_no_tools(tools):
     (row,) = load_rows([{"prompt": "p", "demonstration": "d", "tools": tools}])
     assert row["tools"] is None
@@ -132,7 +172,7 @@ def test_the_names_of_share_gpts_turns(by, calls, answers):
     turns = [("human", "Lima?"), (calls, json.dumps({"name": "weather"})), (by, {"degrees": 21}), (answers, "Warm.")]
     (row,) = load_rows([{"conversations": [{"from": by, "value": value} for by, value in turns]}])
     assert row["demonstration"] == [*asks({}), {"role": "tool", "content": '{"degrees": 21}'}, row["demonstration"][-1]]
-    with pytest.raises(UsageError, match=r"must end with a message by 'assistant', .* and ends with one by 'narrator'"):
+    with pytest.raises(UsageError, match=r"must end with a message by 'assistant', .* but ends with one by 'narrator'"):
         load_rows([{"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]}])
 
 
@@ -140,31 +180,40 @@ SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "con
 
 
 def test_system_messages_and_earlier_turns_of_other_columns_are_read():
-    """LLaMA-Factory's two formats."""
-    (row,) = load_rows(
-        [
-            {
-                "conversations": [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}],
-                "system": "Be brief.",
-            }
-        ]
-    )
-    assert row["prompt"] == [SYSTEM, USER]
-    alpaca = {"instruction": "How?", "output": "So."}
-    (row,) = load_rows([{**alpaca, "system": "Be brief.", "history": [["Why?", "Thus."]]}])
-    assert row["prompt"] == [
-        SYSTEM,
-        {"role": "user", "content": "Why?"},
-        {"role": "assistant", "content": "Thus."},
-        USER,
-    ]
-    for empty in ({}, {"system": "", "history": []}, {"system": None, "history": None}):
-        (row,) = load_rows([{**alpaca, **empty}])
-        assert row["prompt"] == "How?"
-    with pytest.raises(UsageError, match="row 1: history is 'Why'; it must be a list of pairs"):
-        load_rows([{**alpaca, "history": "Why"}])
-    with pytest.raises(UsageError, match="row 1: messages begins with a message by 'system', and there is a system"):
+    """LLaMA-Factory's two formats, and OpenOrca's."""
+    turns = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}]
+    alpaca, earlier = {"instruction": "How?", "output": "So."}, [["Why?", "Thus."]]
+    before = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Thus."}]
+    empties = ({"system": "", "history": []}, {"system": None}, {"history": "[]"})
+    for row, prompt in (
+        ({"conversations": turns, "system": "Be brief."}, [SYSTEM, USER]),
+        ({**alpaca, "system": "Be brief.", "history": earlier}, [SYSTEM, *before, USER]),
+        ({**alpaca, "System": "Be brief."}, [SYSTEM, USER]),
+        ({**alpaca, "history": json.dumps(earlier)}, [*before, USER]),
+        ({"question": "How?", "response": "So.", "system_prompt": "Be brief."}, [SYSTEM, USER]),
+        *(({**alpaca, **empty}, "How?") for empty in empties),
+    ):
+        (read,) = load_rows([row])
+        assert read["prompt"] == prompt and {"system", "System", "history", "system_prompt"}.isdisjoint(read)
+    for history in ("Why", ["Why"]):
+        with pytest.raises(UsageError, match="row 1: history is "):
+            load_rows([{**alpaca, "history": history}])
+    with pytest.raises(UsageError, match="row 1: it begins with a message by 'system', and there is a column with one"):
         load_rows([{"messages": [SYSTEM, USER, {"role": "assistant", "content": "a"}], "system": "Be long."}])
+    for empty in ({"messages": [], "system": "Be long."}, {"conversations": [], "system": "Be long."}):
+        with pytest.raises(UsageError, match=r"must end with a message by 'assistant', .* but is empty"):
+            load_rows([empty])
+
+
+def test_what_would_go_before_a_prompt_is_refused_beside_our_own_names_unless_feedback_reads_it():
+    row = {"prompt": "p", "demonstration": "d", "System": "Be brief."}
+    with pytest.raises(UsageError, match="row 1 has System, which this loop does not read"):
+        load_rows([row])
+    settings = MethodSettings(feedback="judge", feedback_args={"command": "true"})
+    own = {"prompt": "p", "system": "s", "history": ["h"]}
+    (read,) = load_rows([own], need=("prompt",), read=read_by_feedback(settings))
+    assert read["history"] == ["h"]
+    assert not read_by_feedback(MethodSettings())
 
 
 def test_a_weight_is_openais():
@@ -174,13 +223,20 @@ def test_a_weight_is_openais():
     assert (row["prompt"], row["demonstration"]) == ([USER], [{"role": "assistant", "content": "So."}])
     with pytest.raises(UsageError, match="row 1: demonstration has a message of weight 0; "):
         load_rows([{"messages": [USER, {"role": "assistant", "content": "So.", "weight": 0}]}])
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    with pytest.raises(UsageError, match="row 1: demonstration has a message of weight 0; "):
+        load_rows([{"conversations": turns}])
 
 
-def test_a_number_is_an_answer():
-    """As of mathematics, where the answer of a training row is not even read."""
-    for number, text in ((2, "2"), (-0.5, "-0.5")):
-        (row,) = load_rows([{"problem": "p", "solution": "s", "answer": number}], need=("prompt", "answer"))
-        assert row["answer"] == text
+@pytest.mark.parametrize(("number", "text"), [(2, "2"), (-0.5, "-0.5"), (4.0, "4")])
+def test_a_number_is_an_answer(number, text):
+    """As of mathematics, where the answer of a training row is not even read; tables have whole numbers as floats."""
+    for row in ({"problem": "p", "solution": "s", "answer": number}, {"question": "q", "answer": number}):
+        (read,) = load_rows([row], need=("prompt", "answer"))
+        assert read["answer"] == text
+    for other in (float("nan"), float("inf"), True):
+        with pytest.raises(UsageError, match=r"row 1: answer is .*; it must be text"):
+            load_rows([{"prompt": "p", "answer": other}], need=("prompt", "answer"))
 
 
 def test_a_table_of_semicolons(tmp_path):
@@ -199,6 +255,9 @@ def test_sdft_data_shows_every_file_the_tools_and_what_is_learned(tmp_path, caps
     shown = capsys.readouterr().out
     assert "9 rows of " in shown and "2 rows of " in shown and "[tools] weather" in shown
     assert "first 0" in shown and "second 0" in shown and "first 1" not in shown
+    for count in (1, 3):
+        assert main(["data", "--train_file", json.dumps([*files]), "--rows", str(count)]) == 0
+        assert capsys.readouterr().out.count("as the student reads it") == count
     model = tiny.saved(tmp_path / "model", tiny.tiny_model(), tokenizer(""))
     given = ["--model", model, "--max_completion_length", "8", "--demonstration_weight", "0.5"]
     assert main(["data", "--train_file", json.dumps([*files]), *given]) == 0

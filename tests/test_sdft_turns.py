@@ -202,7 +202,7 @@ def test_share_gpt_with_calls_of_tools(value, calls, as_text):
     turns = [("human", "Lima?"), ("function_call", json.dumps(value) if as_text else value)]
     turns += [("observation", "21 degrees"), ("gpt", "It is warm.")]
     (row,) = load_rows([{"conversations": [{"from": by, "value": text} for by, text in turns], "tools": "[]"}])
-    assert row["prompt"] == [{"role": "user", "content": "Lima?"}] and row["tools"] == []
+    assert row["prompt"] == [{"role": "user", "content": "Lima?"}] and row["tools"] is None
     functions = [{"type": "function", "function": {"arguments": {}, **each}} for each in calls]
     asks = {"role": "assistant", "content": "", "tool_calls": functions}
     assert row["demonstration"] == [asks, {"role": "tool", "content": "21 degrees"}, WARM]

@@ -25,7 +25,8 @@ def row_of(found: Mapping[str, Any]) -> dict[str, str] | None:
     choices, letter = found.get("choices") or {}, found.get("answerKey")
     labels, texts = tuple(choices.get("label") or ()), tuple(choices.get("text") or ())
     chemistry = found.get("domain") == "Chemistry" and (found.get("details") or {}).get("level") == "L3"
-    if not chemistry or labels != LETTERS or len(texts) != len(LETTERS) or letter not in LETTERS:
+    whole = found.get("question") and labels == LETTERS and len(texts) == len(LETTERS) and letter in LETTERS
+    if not chemistry or not whole:
         return None
     asked = (found.get("prompt") or {}).get("default") or ""
     options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
@@ -37,8 +38,8 @@ def row_of(found: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def split(found: Iterable[Mapping[str, Any]], seed: int) -> dict[str, list[dict[str, str]]]:
-    """The questions by the file that they go to; one that comes twice goes there once."""
-    rows = list({row["prompt"]: row for row in map(row_of, found) if row is not None}.values())
+    """The rows by the file that they go to; a question that comes again, with whatever choices, is left out."""
+    rows = list({each["question"]: row for each in found if (row := row_of(each)) is not None}.values())
     random.Random(seed).shuffle(rows)
     parts, start = {}, 0
     for number, (name, share) in enumerate(SHARES.items(), start=1):

@@ -2,7 +2,8 @@
 
 In output_dir, `base.json` has the scores of the model before training, `METHOD/seed-N/stage-K-SKILL/` a training run of
 `sdft train` with `scores.json` beside its summary, and `continual.json` all of it. A stage whose folder has
-`summary.json` is not trained again, and one that has `scores.json` is not measured again.
+`summary.json` is not trained again, and one that has `scores.json` is not measured again, unless there are new rows to
+choose by.
 """
 
 from __future__ import annotations

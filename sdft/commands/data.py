@@ -65,9 +65,9 @@ def show(rows: Sequence[Row], command: DataCommand) -> None:
 
 
 def _first_of_each(rows: Sequence[Row], of_file: Mapping[str, int], count: int) -> list[Row]:
-    """So many rows from the beginning; of several files, as many of each as there is room for, and at least one."""
-    each = max(1, -(-count // len(of_file))) if count else 0
-    left, found = dict.fromkeys(of_file, each), []
+    """So many rows from the beginning; of several files some of each, as far as that goes."""
+    each, more = divmod(count, len(of_file))
+    left, found = {name: each + (number < more) for number, name in enumerate(of_file)}, list[Row]()
     for row in rows:
         name = str(row[WHERE]).rpartition(", row ")[0]
         if left[name]:

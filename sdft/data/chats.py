@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdft.data.rows import WHERE, Row
-from sdft.data.tools import with_text_arguments
+from sdft.data.tools import objects_of, with_text_arguments
 from sdft.errors import UsageError
 from sdft.templates import (
     PROMPT_ALONE,
@@ -122,17 +122,36 @@ def render(
     return str(text)
 
 
-def _written_by(tokenizer: PreTrainedTokenizerBase, messages: list[Message], given: Mapping[str, Any]) -> Any:
+def _written_by(tokenizer: PreTrainedTokenizerBase, messages: list[Message], given: Mapping[str, Any]) -> str:
+    """The template's text, which has the arguments of calls as JSON.
+
+    Most templates write that of an object. Those that put arguments into their text as they are, as DeepSeek's, fail
+    at an object or write it as Python does, and are given its JSON.
+    """
+
+    def write(chat: list[Message]) -> str:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **given))
+
+    objects = objects_of(messages)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        text = write(messages)
+        as_python = [str(each) for each in objects if str(dict(each)) in text]
     except TimeoutError:
         raise
-    except Exception:  # as one does that takes arguments of calls for text
-        if not any(message.get("tool_calls") for message in messages):
+    except Exception as error:
+        if not objects:
             raise
-        with contextlib.suppress(Exception):
-            return tokenizer.apply_chat_template(with_text_arguments(messages), tokenize=False, **given)
-        raise
+        try:
+            return write(with_text_arguments(messages))
+        except TimeoutError:
+            raise
+        except Exception:
+            raise error from None
+    if as_python:
+        other = write(with_text_arguments(messages))
+        if not all(each in other for each in as_python):  # else they are in the chat's own text
+            return other
+    return text
 
 
 def check_options(tokenizer: PreTrainedTokenizerBase, **options: Options) -> None:

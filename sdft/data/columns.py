@@ -5,19 +5,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdft.data.files import parse
+from sdft.data.tools import as_calls
 from sdft.errors import UsageError, shown
 from sdft.templates import text_of
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "demonstration", "answer", "teacher_prompt", "tools")
+#: Columns beside those of a convention that go before the prompt: LLaMA-Factory's, OpenOrca's.
+CONTEXT = ("system", "system_prompt", "history")
 #: Roles of ShareGPT's turns, by what chat templates call them.
 SHARE_GPT = {
     **{"human": "user", "user": "user", "system": "system"},
@@ -45,17 +50,38 @@ def _pair(prompt: str, answer: str) -> Convention:
 
 
 def _of_instruction(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Alpaca's: what the instruction is about may stand in a column of its own, as may a system message and earlier
-    turns, which are pairs of what was asked and answered.
+    """Alpaca's: what the instruction is about may stand in a column of its own."""
+    instruction, about = row["instruction"], row.get("input")
+    return (f"{instruction}\n\n{about}" if about else instruction), row["output"]
+
+
+def _in_context(prompt: Any, row: Mapping[str, Any]) -> Any:
+    """The prompt after a system message and earlier turns, where columns of their own have them.
+
+    Earlier turns are pairs of what was asked and answered, or a text that is that in JSON.
     """
-    instruction, about, history = row["instruction"], row.get("input"), row.get("history") or []
-    prompt = f"{instruction}\n\n{about}" if about else instruction
+    there = {name: value for column, value in row.items() if (name := str(column).lower()) in CONTEXT and value}
+    system, history = there.get("system") or there.get("system_prompt"), there.get("history") or []
+    if isinstance(history, str):
+        history = parse(history, "history")
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise UsageError(f"history is {shown(history)}; it must be a list of pairs, of what was asked and answered")
-    before = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    if not system and not history:
+        return prompt
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if system and messages and messages[0].get("role") == "system":
+        raise UsageError("it begins with a message by 'system', and there is a column with one too")
+    before = [{"role": "system", "content": system}] if system else []
     for pair in history:
         before += [{"role": by, "content": text} for by, text in zip(("user", "assistant"), pair, strict=True)]
-    return ([*before, {"role": "user", "content": prompt}] if before else prompt), row["output"]
+    return [*before, *messages]
+
+
+def as_text(value: Any) -> Any:
+    """A number as its text, a whole one without a fraction; anything else, and what is no number, as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    return str(int(value)) if value == int(value) else json.dumps(value)
 
 
 def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
@@ -67,12 +93,8 @@ def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[s
             raise UsageError(f"{column} must be a list of chat messages")
         if any("from" in turn for turn in turns):  # ShareGPT's names
             turns = [_of_share_gpt(turn, column) for turn in turns]
-        if system := row.get("system"):
-            if turns[0].get("role") == "system":
-                raise UsageError(f"{column} begins with a message by 'system', and there is a system column too")
-            turns = [{"role": "system", "content": system}, *turns]
         if not turns or turns[-1].get("role") != "assistant":
-            by = f" and ends with one by {turns[-1].get('role')!r}" if turns else " and is empty"
+            by = f" but ends with one by {turns[-1].get('role')!r}" if turns else " but is empty"
             raise UsageError(f"{column} must end with a message by 'assistant', which is the demonstration,{by}")
         place = len(turns) - 1
         if not last_turn:
@@ -88,7 +110,7 @@ def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
         role = SHARE_GPT.get(str(by), by)
         if role == "tool" and isinstance(value, dict | list):
             value = json.dumps(value, ensure_ascii=False)
-        return {"role": role, "content": value}
+        return {"role": role, "content": value, **({"weight": turn["weight"]} if "weight" in turn else {})}
     try:
         found = parse(value, column) if isinstance(value, str) else value
     except UsageError:
@@ -105,7 +127,7 @@ def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
 def _turns(column: str) -> Convention:
     said = f"prompt is {column!r} up to the last message by the user, and demonstration what comes after it"
     exam = _of_messages(column, last_turn=True)
-    return Convention((column,), said, _of_messages(column), exam, also=("system",))
+    return Convention((column,), said, _of_messages(column), exam)
 
 
 #: In this order; the first whose columns are there is taken.
@@ -119,7 +141,7 @@ CONVENTIONS = (
         ("instruction", "output"),
         "prompt is 'instruction', with 'input' after it where that is there, and demonstration 'output'",
         _of_instruction,
-        also=("input", "history", "system"),
+        also=("input",),
     ),
     _pair("instruction", "response"),
     _pair("question", "answer"),
@@ -177,10 +199,12 @@ def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> 
     try:
         read = convention.exam if convention.exam and "answer" in need else convention.read
         prompt, good = read(row)
+        prompt, good = _in_context(prompt, row), as_text(good) if "answer" in need else good
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     used = {*convention.columns, *convention.also} - {"answer"}
-    found = {name: value for name, value in row.items() if name not in used} | {"prompt": prompt}
+    left = (name for name in row if name not in used and str(name).lower() not in CONTEXT)
+    found = {name: row[name] for name in left} | {"prompt": prompt}
     found.setdefault("demonstration", good)
     if "answer" in need:
         found.setdefault("answer", _text_of_last(good) if isinstance(good, list) else good)
@@ -190,8 +214,9 @@ def _read(row: Any, convention: Convention, where: str, need: Sequence[str]) -> 
 def _text_of_last(turns: list[Any]) -> Any:
     """The last turn's text, which is a line of JSON for each of its calls of tools."""
     content, calls = turns[-1].get("content"), turns[-1].get("tool_calls")
-    if not content and isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
-        return text_of([{"content": "", "tool_calls": calls}])
+    with contextlib.suppress(UsageError):  # which is said of the row's demonstration
+        if calls and not content:
+            return text_of([{"content": "", "tool_calls": as_calls(calls, "", "")}])
     return content
 
 

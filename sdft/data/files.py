@@ -116,7 +116,7 @@ def _separator(lines: IO[str]) -> str:
     """What is between the columns' names: a comma, or a semicolon where some spreadsheets write that instead."""
     first = lines.readline()
     lines.seek(0)
-    return ";" if ";" in first and "," not in first else ","
+    return ";" if first.count(";") > first.count(",") else ","
 
 
 def _read_table(lines: IO[str], path: Path, separator: str) -> Numbered:

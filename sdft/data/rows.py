@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft.data.columns import COLUMNS as COLUMNS
-from sdft.data.columns import named
+from sdft.data.columns import CONTEXT, as_text, named
 from sdft.data.files import read_source, without_nulls
 from sdft.data.storage import Keep
 from sdft.data.tools import as_calls, as_tools
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 ROW = "__row__"  # the key under which the token ids of a row keep the row, where that is asked for
 WHERE = "__where__"  # the key under which a checked row keeps its Place, for errors to come
 #: What other trainers read of a row, and would change what the model sees: refused where a row has it.
-UNREAD = ("chat_template_kwargs", "system", "history", "images", "image", "videos", "video", "audios", "audio")
+UNREAD = ("chat_template_kwargs", *CONTEXT, "images", "image", "videos", "video", "audios", "audio")
 
 
 class Place(str):
@@ -39,6 +39,7 @@ def load_rows(
     need: Sequence[str] = ("prompt", "demonstration"),
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
+    read: Collection[str] = (),
     keep: Keep = list,
 ) -> Sequence[Row]:
     """The checked rows of a source: the name of a file, a folder or a hub dataset (see `sdft.data.files`), a list of
@@ -46,12 +47,14 @@ def load_rows(
 
     `need` names the fields that every row must have, `columns` the source's columns for them (`sdft.data.columns`), and
     `name` is what errors call a source without a name. Of a source with a weight, each row is there that many times,
-    and for a fraction so many of its rows, drawn by `seed`. `keep` says where rows are kept (`sdft.data.storage`).
+    and for a fraction so many of its rows, drawn by `seed`. `read` names columns of `UNREAD` that somebody else reads,
+    and `keep` says where rows are kept (`sdft.data.storage`).
     """
+    given: dict[str, Any] = {"need": need, "columns": columns, "read": read, "keep": keep}
     if isinstance(source, Mapping):
-        return _mixture(source, need, columns, seed, keep)
+        return _mixture(source, seed, given)
     if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
-        return keep(row for each in source for row in load_rows(each, need=need, columns=columns, keep=keep))
+        return keep(row for each in source for row in load_rows(each, **given))
     if isinstance(source, str | Path):
         name = str(source)
         numbered = keep(read_source(source))
@@ -66,33 +69,32 @@ def load_rows(
         )
     if not numbered:
         raise UsageError(f"{name} is empty: it has no rows")
-    return keep(_check_row(row, f"{name}, row {number}", need) for number, row in named(numbered, name, need, columns))
+    found = named(numbered, name, need, columns)
+    return keep(_check_row(row, f"{name}, row {number}", need, read) for number, row in found)
 
 
-def _mixture(
-    weights: Mapping[Any, float], need: Sequence[str], columns: Mapping[str, str] | None, seed: int, keep: Keep
-) -> Sequence[Row]:
+def _mixture(weights: Mapping[Any, float], seed: int, given: Mapping[str, Any]) -> Sequence[Row]:
     def weighted() -> Iterator[Row]:
         for source, weight in weights.items():
-            rows = load_rows(source, need=need, columns=columns, keep=keep)
+            rows = load_rows(source, **given)
             whole, rest = divmod(weight, 1)
             part = sorted(random.Random(f"{seed} {source}").sample(range(len(rows)), round(rest * len(rows))))
             for _ in range(int(whole)):
                 yield from rows
             yield from (rows[place] for place in part)
 
-    found = keep(weighted())
+    found: Sequence[Row] = given["keep"](weighted())
     if not found:
         raise UsageError(f"{', '.join(map(str, weights))} have no rows by their weights, {[*weights.values()]}")
     return found
 
 
-def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
+def _check_row(row: Any, where: str, need: Sequence[str], read: Collection[str]) -> Row:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is {kind_of(row)}; it must be an object with the fields {', '.join(need)}")
     _check_characters(row, where)
-    for field in UNREAD:
-        if row.get(field):
+    for field in row:
+        if str(field).lower() in UNREAD and field not in read and row[field]:
             raise UsageError(
                 f"{where} has {field}, which this loop does not read; it must be taken out, or the row left out"
             )
@@ -108,8 +110,8 @@ def _check_row(row: Any, where: str, need: Sequence[str]) -> Row:
     chats = ("prompt", "teacher_prompt", "demonstration")
     row = {**row, **{field: _chat(row[field], field, where) for field in chats if row.get(field) is not None}}
     _check_turns(row.get("demonstration"), where)
-    if isinstance(row.get("answer"), int | float) and not isinstance(row["answer"], bool):
-        row["answer"] = json.dumps(row["answer"])
+    if "answer" in row:
+        row["answer"] = as_text(row["answer"])
     if not isinstance(row.get("answer"), str | None):
         raise UsageError(f"{where}: answer is {kind_of(row['answer'])}; it must be text")
     if row.get("answer") and _is_blank(row["answer"]):  # which any text contains
@@ -153,14 +155,14 @@ def _joined(message: Any, field: str, where: str) -> Any:
     if not isinstance(message, dict):
         return message
     message = {name: value for name, value in message.items() if value is not None}  # as tables fill up their columns
-    weight = message.pop("weight", 1)  # OpenAI's, of what is learned
-    if field == "demonstration" and weight != 1:
+    weight = message.pop("weight", 1)  # OpenAI's, of what is learned of an assistant's message
+    if field == "demonstration" and weight != 1 and message.get("role") == "assistant":
         raise UsageError(
             f"{where}: demonstration has a message of weight {shown(weight)}; all of it is learned or shown, so it "
             "must be 1, or the row be split behind that message"
         )
-    if message.get("tool_calls"):
-        message = {"content": "", **message, "tool_calls": as_calls(message["tool_calls"], field, where)}
+    if calls := message.pop("tool_calls", None):
+        message = {"content": "", **message, "tool_calls": as_calls(calls, field, where)}
     content = message.get("content")
     if isinstance(content, list):
         kinds = {part.get("type", "text") if isinstance(part, dict) else "text" for part in content}

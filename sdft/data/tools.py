@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
+from sdft.data.files import parse
 from sdft.errors import UsageError, kind_of, shown
 from sdft.templates import Message
+
+
+class Arguments(dict[str, Any]):
+    """The arguments of a call as an object, which knows the text that a row has them as, as OpenAI's do."""
+
+    def __init__(self, values: dict[str, Any], text: str | None = None) -> None:
+        super().__init__(values)
+        self.text = text or json.dumps(values, ensure_ascii=False)
 
 
 def as_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
@@ -20,52 +28,67 @@ def as_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
             return None
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{where}: tools is a text that is not JSON: {error}") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    right = isinstance(tools, list) and all(isinstance(each, dict) for each in tools)
+    if not right or not all(isinstance(each.get("function", {}), dict) for each in tools):
         raise UsageError(f"{where}: tools is {kind_of(tools)}; it must be a list of objects, each a tool's JSON schema")
-    return [tool if "name" not in tool else {"type": "function", "function": tool} for tool in tools]
+    alone = ("name" in each and "function" not in each for each in tools)
+    return [
+        {"type": "function", "function": each} if bare else each for each, bare in zip(tools, alone, strict=True)
+    ] or None
 
 
 def as_calls(calls: Any, field: str, where: str) -> list[dict[str, Any]]:
-    """A message's calls of tools, with arguments that are objects: OpenAI's have them as text."""
-    right = isinstance(calls, list) and all(isinstance(call, dict) and _name_of(call) for call in calls)
-    if not right:
+    """A message's calls of tools, each `{"function": {"name": ..., "arguments": ...}}`, with `Arguments`.
+
+    What is so already stays as it is.
+    """
+    right = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    functions: list[Any] = [call.get("function", call) for call in calls] if right else [None]
+    if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in functions):
         raise UsageError(
             f"{where}: {field} has a message whose tool_calls is {shown(calls)}; it must be a list of calls, each with "
             "the name of a function"
         )
-    return [_changed(call, _as_object) for call in calls]
+    around = [call if "function" in call else {"type": "function"} for call in calls]
+    whole = [{**each, "arguments": _arguments(each.get("arguments"))} for each in functions]
+    return [{**call, "function": function} for call, function in zip(around, whole, strict=True)]
+
+
+def objects_of(messages: list[Message]) -> list[Arguments]:
+    """The arguments of all calls in a chat that are objects with something in them."""
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    found = (call.get("function", call).get("arguments") for call in calls)
+    return [arguments for arguments in found if isinstance(arguments, Arguments) and arguments]
 
 
 def with_text_arguments(messages: list[Message]) -> list[Message]:
-    """The same chat, with the arguments of calls as text, as a few chat templates have them (DeepSeek's)."""
+    """The same chat with the arguments of calls as text."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function")
+        if not isinstance(function, dict):
+            return call
+        arguments = function.get("arguments")
+        return {**call, "function": {**function, "arguments": getattr(arguments, "text", arguments)}}
+
     return [
-        {**each, "tool_calls": [_changed(call, _as_text) for call in each["tool_calls"]]}
-        if each.get("tool_calls")
-        else each
-        for each in messages
+        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
     ]
 
 
-def _name_of(call: dict[str, Any]) -> bool:
-    function = call.get("function", call)
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
-
-
-def _changed(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A call, which may be a function alone, with its arguments changed; without any they are an empty object."""
-    if "function" in call:
-        return {**call, "function": _changed(call["function"], change)}
-    return {**call, "arguments": change(call.get("arguments", {}))}
-
-
-def _as_object(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-
-
-def _as_text(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _arguments(given: Any) -> Any:
+    """An object, or its text; anything else stays as it is."""
+    if given is None or given == "":
+        return Arguments({})
+    if isinstance(given, str):
+        try:
+            found = parse(given, "arguments")
+        except UsageError:
+            return given
+        return Arguments(found, given) if isinstance(found, dict) else given
+    return Arguments(given) if type(given) is dict else given

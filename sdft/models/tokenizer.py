@@ -38,6 +38,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Reader:
         (source, files), (of_config, config_files) = _unpacked(name), _unpacked(of_config)
         tokenizer = AutoTokenizer.from_pretrained(source, **files, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(of_config, **config_files, trust_remote_code=trust_remote_code)
+        of_generation = _ends_of_generation(of_config)
     except UsageError:
         raise
     except Exception as error:  # a file may be damaged in any way, and each reader has errors of its own
@@ -45,7 +46,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Reader:
         raise UsageError(f"model is {name!r}, whose tokenizer cannot be loaded: {reason}") from error
     text = config.get_text_config()
     limits = Limits(getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None))
-    return Reader(tokenizer, limits, end_ids(_ends_of_generation(of_config), text.eos_token_id, tokenizer.eos_token_id))
+    ends = end_ids(of_generation, getattr(text, "eos_token_id", None), tokenizer.eos_token_id)
+    return Reader(tokenizer, limits, ends)
 
 
 def end_ids(*declared: Any) -> frozenset[int]:
