@@ -207,22 +207,25 @@ def verdict(found: Sequence[Point], base: dict[str, Any]) -> str:
     """What was chosen, as means over seeds, and what the matched trials have forgotten beside sft's."""
     if any(point.choose_accuracy is None for point in found):
         return "nothing is chosen: some stages were not measured on the rows to choose by"
-    picked, lines = chosen(found), ["", "chosen by the rows for choosing, means of the seeds after the last stage:"]
-    lost: dict[str, tuple[float, float]] = {}
+    picked, runs = chosen(found), _last(found)
+
+    def lost(trial: Trial) -> tuple[float, float]:
+        """Its share of the general prompts, and its nats."""
+        return base["general_accuracy"] - _mean(runs[trial], "general_accuracy"), _mean(runs[trial], "forgetting")
+
+    lines = ["", "chosen by the rows for choosing, means of the seeds after the last stage:"]
     for place, said in enumerate(("best", "matched")):
         for method, pair in picked.items():
-            trial, rows = pair[place], _last(found)[pair[place]]
-            general, nats = base["general_accuracy"] - _mean(rows, "general_accuracy"), _mean(rows, "forgetting")
-            lost[method] = general, nats
+            trial = pair[place]
+            general, nats = lost(trial)
             lines.append(
                 f"{said:8} {method:7} {trial.learning_rate:g} in {trial.steps} steps: "
-                f"{_mean(rows, 'choose_accuracy'):.1%} on rows to choose by, {_held_out(rows):.1%} held out, "
-                f"{100 * general:.1f} points of general prompts lost, {nats:.3f} nats"
+                f"{_mean(runs[trial], 'choose_accuracy'):.1%} on rows to choose by, {_held_out(runs[trial]):.1%} held "
+                f"out, {100 * general:.1f} points of general prompts lost, {nats:.3f} nats"
             )
-    for method in (name for name in lost if name != "sft" and "sft" in lost):
-        ratios = [
-            f"{own / other:.2f}" if other > 0 else "-" for own, other in zip(lost[method], lost["sft"], strict=True)
-        ]
+    for method in (name for name in picked if name != "sft" and "sft" in picked):
+        pairs = zip(lost(picked[method][1]), lost(picked["sft"][1]), strict=True)
+        ratios = [f"{own / other:.2f}" if other > 0 else "-" for own, other in pairs]
         lines.append(f"matched, {method} has forgotten {ratios[0]} of sft's points and {ratios[1]} of its nats")
     return "\n".join(lines)
 

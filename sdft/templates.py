@@ -139,9 +139,6 @@ def first_turn(demonstration: str | list[Message]) -> str | list[Message]:
 def _text_of_message(message: Message) -> str:
     """Its content; calls of tools are a line of JSON each."""
     calls = [dict(call.get("function", call)) for call in message.get("tool_calls") or ()]
-    for call in calls:  # OpenAI's have their arguments as text
-        with contextlib.suppress(TypeError, ValueError, KeyError, RecursionError):
-            call["arguments"] = json.loads(call["arguments"])
     lines = [json.dumps(call, ensure_ascii=False) for call in calls]
     return "\n".join([message["content"], *lines] if message["content"] else lines)
 

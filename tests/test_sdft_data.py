@@ -62,7 +62,7 @@ GOOD = {"prompt": "a", "demonstration": "b"}
         ([{**GOOD, "answer": [3]}], "row 1: answer is a list"),
         ([{"prompt": [{"role": "assistant", "content": "a"}], "demonstration": "b"}], "must be by 'user'"),
         ([GOOD, {"prompt": "a", "__where__": "elsewhere, row 7"}], "row 2 has no demonstration"),
-        ([GOOD, "[" * 100_000 + "\n"], "row 2 is not a row: it is nested too deeply"),
+        ([GOOD, "[" * 100_000 + "\n"], "row 2 cannot be read: it is nested too deeply"),
         ([GOOD, '{"prompt": "a", "demonstration": "b", "n": ' + "9" * 5000 + "}\n"], "row 2 cannot be read: Exceeds"),
         ([GOOD, '{"prompt": "a", "demonst'], "row 2 is not JSON"),
         ([GOOD, '{"prompt": "a", "demonstration": "\\ud800"}\n'], "row 2: demonstration has '\\ud800', half of a"),

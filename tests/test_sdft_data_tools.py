@@ -8,6 +8,8 @@ from sdft.cli import main
 from sdft.data import Limits, encode_rows, load_rows, teacher_text
 from sdft.data.storage import on_disk
 from sdft.errors import UsageError
+from sdft.feedback.interface import Feedback
+from sdft.feedback.stage import FeedbackStage
 from sdft.rows import read_by_feedback
 from sdft.settings.config import MethodSettings
 from sdft.templates import parse_template
@@ -88,6 +90,15 @@ def test_arguments_that_are_no_object_or_not_there():
     assert row["demonstration"] == [{"role": "assistant", "content": "a"}]
 
 
+def test_feedbacks_messages_have_the_calls_of_tools_that_rows_have():
+    given = {"options": None, "template": [], "limits": Limits(), "overlong": "error"}
+    chat = [{"role": "user", "content": "Lima?"}, *asks(json.dumps(CITY)), {"role": "user", "content": "And now?"}]
+    for written in ("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"):
+        stage = FeedbackStage("mine", lambda _: [], tokenizer(written), **given)
+        ids = stage._taught("rollout 1", Feedback(chat), 1).prompt
+        assert '<|assistant|>{"city": "Lima"}<eos>' in tiny.tiny_tokenizer().decode(ids)
+
+
 NO_CALLS = ["weather", ["weather"], [{"function": "weather"}], [{"arguments": {}}], {"name": "a"}]
 
 
@@ -112,7 +123,7 @@ NO_TOOLS = [{"a": 1}, [1], [{"type": "function", "function": "x"}], "[" * 100_00
 
 @pytest.mark.parametrize("tools", NO_TOOLS, ids=range(len(NO_TOOLS)))
 def test_tools_that_are_none_are_refused(tools):
-    with pytest.raises(UsageError, match="row 1: tools is "):
+    with pytest.raises(UsageError, match=r"row 1: tools (is|cannot be read: it is nested)"):
         load_rows([{"prompt": "p", "demonstration": "d", "tools": tools}])
 
 
@@ -210,7 +221,7 @@ def test_what_would_go_before_a_prompt_is_refused_beside_our_own_names_unless_fe
     with pytest.raises(UsageError, match="row 1 has System, which this loop does not read"):
         load_rows([row])
     settings = MethodSettings(feedback="judge", feedback_args={"command": "true"})
-    own = {"prompt": "p", "system": "s", "history": ["h"]}
+    own = {"prompt": "p", "System": "s", "history": ["h"]}
     (read,) = load_rows([own], need=("prompt",), read=read_by_feedback(settings))
     assert read["history"] == ["h"]
     assert not read_by_feedback(MethodSettings())
@@ -223,9 +234,10 @@ def test_a_weight_is_openais():
     assert (row["prompt"], row["demonstration"]) == ([USER], [{"role": "assistant", "content": "So."}])
     with pytest.raises(UsageError, match="row 1: demonstration has a message of weight 0; "):
         load_rows([{"messages": [USER, {"role": "assistant", "content": "So.", "weight": 0}]}])
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
-    with pytest.raises(UsageError, match="row 1: demonstration has a message of weight 0; "):
-        load_rows([{"conversations": turns}])
+    calls = {"from": "function_call", "value": '{"name": "weather"}', "weight": 0}
+    for last in ({"from": "gpt", "value": "b", "weight": 0}, calls):
+        with pytest.raises(UsageError, match="row 1: demonstration has a message of weight 0; "):
+            load_rows([{"conversations": [{"from": "human", "value": "a"}, last]}])
 
 
 @pytest.mark.parametrize(("number", "text"), [(2, "2"), (-0.5, "-0.5"), (4.0, "4")])

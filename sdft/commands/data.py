@@ -55,7 +55,7 @@ def show(rows: Sequence[Row], command: DataCommand) -> None:
     if several := sum(isinstance(row.get("demonstration"), list) and len(row["demonstration"]) > 1 for row in rows):
         said = [SEVERAL] * (command.method == "sdft") + [LEARNED] * learns_demonstrations(command)
         print(f"{counted(several, 'demonstration')} of several turns: {', and '.join(said)}")
-    of_file = Counter(str(row[WHERE]).rpartition(", row ")[0] for row in rows)
+    of_file = Counter(map(_file_of, rows))
     if len(of_file) > 1:
         print(*(f"{counted(count, 'row')} of {name}" for name, count in of_file.items()), sep="\n")
     texts = Texts(reader, template, command)
@@ -69,11 +69,14 @@ def _first_of_each(rows: Sequence[Row], of_file: Mapping[str, int], count: int) 
     each, more = divmod(count, len(of_file))
     left, found = {name: each + (number < more) for number, name in enumerate(of_file)}, list[Row]()
     for row in rows:
-        name = str(row[WHERE]).rpartition(", row ")[0]
-        if left[name]:
+        if left[name := _file_of(row)]:
             left[name] -= 1
             found.append(row)
     return found
+
+
+def _file_of(row: Row) -> str:
+    return str(row[WHERE]).rpartition(", row ")[0]
 
 
 class Texts:
@@ -161,7 +164,9 @@ def _tokens(rows: Sequence[Row], of: Texts, reader: Reader) -> list[str]:
     room = command.max_completion_length if command.method == "sdft" else 0
     unfit, shown = dict[str, list[str]](), Shown(len(rows))
     for number, row in enumerate(rows):
-        seen = {{"prompt": "student", "teacher prompt": "teacher"}[name]: texts[name][number] for name in texts}
+        seen = {"student": texts["prompt"][number]}
+        if command.shows_teacher:
+            seen["teacher"] = texts["teacher prompt"][number]
         try:
             learned: list[int] = []
             if learns_demonstrations(command):

@@ -125,33 +125,25 @@ def render(
 def _written_by(tokenizer: PreTrainedTokenizerBase, messages: list[Message], given: Mapping[str, Any]) -> str:
     """The template's text, which has the arguments of calls as JSON.
 
-    Most templates write that of an object. Those that put arguments into their text as they are, as DeepSeek's, fail
-    at an object or write it as Python does, and are given its JSON.
+    Most templates make that of an object. Those that put arguments into their text as they are, as DeepSeek's, fail at
+    an object or write it as Python does: they are given its JSON.
     """
-
-    def write(chat: list[Message]) -> str:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, **given))
-
     objects = objects_of(messages)
-    try:
-        text = write(messages)
-        as_python = [str(each) for each in objects if str(dict(each)) in text]
-    except TimeoutError:
-        raise
-    except Exception as error:
-        if not objects:
-            raise
+    written, failed = list[str](), list[Exception]()
+    for chat in (messages, with_text_arguments(messages)) if objects else (messages,):
         try:
-            return write(with_text_arguments(messages))
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False, **given))
         except TimeoutError:
             raise
-        except Exception:
-            raise error from None
-    if as_python:
-        other = write(with_text_arguments(messages))
-        if not all(each in other for each in as_python):  # else they are in the chat's own text
-            return other
-    return text
+        except Exception as error:  # a template is code of the model's; what it says of the first form counts
+            failed.append(error)
+            continue
+        if not any(str(each) in text for each in objects):
+            return text
+        written.append(text)  # with Python's form, which may stand in a message's own text
+    if not written:
+        raise failed[0]
+    return written[0]
 
 
 def check_options(tokenizer: PreTrainedTokenizerBase, **options: Options) -> None:

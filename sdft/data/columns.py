@@ -106,11 +106,12 @@ def _of_messages(column: str, *, last_turn: bool = False) -> Callable[[Mapping[s
 
 def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
     by, value = turn.get("from"), turn.get("value")
+    weight = {"weight": turn["weight"]} if "weight" in turn else {}
     if by not in CALLS:
         role = SHARE_GPT.get(str(by), by)
         if role == "tool" and isinstance(value, dict | list):
             value = json.dumps(value, ensure_ascii=False)
-        return {"role": role, "content": value, **({"weight": turn["weight"]} if "weight" in turn else {})}
+        return {"role": role, "content": value, **weight}
     try:
         found = parse(value, column) if isinstance(value, str) else value
     except UsageError:
@@ -121,7 +122,7 @@ def _of_share_gpt(turn: Mapping[str, Any], column: str) -> dict[str, Any]:
             f"{column} has a turn by {by!r} of {shown(value)}; it must be JSON with a name and arguments, or a list "
             "of that"
         )
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+    return {"role": "assistant", "content": "", "tool_calls": calls, **weight}
 
 
 def _turns(column: str) -> Convention:

@@ -28,6 +28,9 @@ FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt")
 #: A dataset on the hub: owner/name:split, or owner/name/configuration:split.
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<configuration>[\w.-]+))?:(?P<split>[\w.%\[\]:+-]+)")
 
+#: What to say of a file that is not JSON.
+FORMS = " (a file is JSONL, with a row a line, or a JSON list, CSV or Parquet)"
+
 #: Rows of Parquet that are in memory at once.
 AT_ONCE = 1000
 
@@ -146,27 +149,28 @@ def _read_json(lines: IO[str], path: Path) -> Numbered:
     several = any(line.strip() for line in lines)
     lines.seek(0)
     if first.startswith("[") and not (several and first.endswith("]")):
-        yield from enumerate(parse(lines.read(), str(path)), start=1)
+        yield from enumerate(parse(lines.read(), str(path), FORMS), start=1)
         return
     if several and first == "{":  # the beginning of one object over several lines
         raise UsageError(f"{path} begins with an object over several lines; it must be a list of rows, or one a line")
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield number, parse(line, f"{path}, row {number}")
+            yield number, parse(line, f"{path}, row {number}", FORMS)
 
 
-def parse(text: str, where: str) -> Any:
-    """What a text in JSON is; UsageError for one that is not, by `where`, and for a name that an object has twice."""
+def parse(text: str, where: str, hint: str = "") -> Any:
+    """What a text in JSON is.
+
+    UsageError, by `where` and with the `hint`, for one that is not, and for a name that an object has twice.
+    """
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, where))
     except UsageError:
         raise
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{where} is not JSON: {error} (a file is JSONL, with a row a line, or a JSON list, CSV or Parquet)"
-        ) from error
+        raise UsageError(f"{where} is not JSON: {error}{hint}") from error
     except RecursionError as error:
-        raise UsageError(f"{where} is not a row: it is nested too deeply") from error
+        raise UsageError(f"{where} cannot be read: it is nested too deeply") from error
     except ValueError as error:  # Python reads no number of more than 4,300 digits
         raise UsageError(f"{where} cannot be read: {str(error).partition(';')[0]}") from error
 

@@ -93,8 +93,8 @@ def _check_row(row: Any, where: str, need: Sequence[str], read: Collection[str])
     if not isinstance(row, dict):
         raise UsageError(f"{where} is {kind_of(row)}; it must be an object with the fields {', '.join(need)}")
     _check_characters(row, where)
-    for field in row:
-        if str(field).lower() in UNREAD and field not in read and row[field]:
+    for field, value in row.items():
+        if value and (name := str(field).lower()) in UNREAD and name not in read:
             raise UsageError(
                 f"{where} has {field}, which this loop does not read; it must be taken out, or the row left out"
             )
@@ -108,7 +108,7 @@ def _check_row(row: Any, where: str, need: Sequence[str], read: Collection[str])
         if row[field] in ("", []) or _is_blank(row[field]):
             raise UsageError(f"{where} has an empty {field}")
     chats = ("prompt", "teacher_prompt", "demonstration")
-    row = {**row, **{field: _chat(row[field], field, where) for field in chats if row.get(field) is not None}}
+    row = {**row, **{field: as_chat(row[field], field, where) for field in chats if row.get(field) is not None}}
     _check_turns(row.get("demonstration"), where)
     if "answer" in row:
         row["answer"] = as_text(row["answer"])
@@ -138,8 +138,8 @@ def _check_turns(demonstration: str | list[Message] | None, where: str) -> None:
         )
 
 
-def _chat(value: Any, field: str, where: str) -> str | list[Message]:
-    """A text or messages, of which a content that comes in parts is put together; other keys stay."""
+def as_chat(value: Any, field: str, where: str) -> str | list[Message]:
+    """A text or messages, with content in parts put together and calls of tools as `as_calls` has them."""
     if isinstance(value, str):
         return value
     chat = [_joined(message, field, where) for message in value] if isinstance(value, list) else value

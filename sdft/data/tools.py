@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from sdft.data.files import parse
-from sdft.errors import UsageError, kind_of, shown
+from sdft.errors import UsageError, shown
 from sdft.templates import Message
 
 
@@ -26,17 +26,16 @@ def as_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         if not tools.strip():
             return None
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: tools is a text that is not JSON: {error}") from error
+        tools = parse(tools, f"{where}: tools")
     right = isinstance(tools, list) and all(isinstance(each, dict) for each in tools)
     if not right or not all(isinstance(each.get("function", {}), dict) for each in tools):
-        raise UsageError(f"{where}: tools is {kind_of(tools)}; it must be a list of objects, each a tool's JSON schema")
-    alone = ("name" in each and "function" not in each for each in tools)
-    return [
-        {"type": "function", "function": each} if bare else each for each, bare in zip(tools, alone, strict=True)
-    ] or None
+        raise UsageError(f"{where}: tools is {shown(tools)}; it must be a list of objects, each a tool's JSON schema")
+    return [_whole(each) if "name" in each else each for each in tools] or None
+
+
+def _whole(function: dict[str, Any]) -> dict[str, Any]:
+    """A function, or a call of one, as OpenAI has it, whether it is that already or stands alone."""
+    return function if "function" in function else {"type": "function", "function": function}
 
 
 def as_calls(calls: Any, field: str, where: str) -> list[dict[str, Any]]:
@@ -51,9 +50,8 @@ def as_calls(calls: Any, field: str, where: str) -> list[dict[str, Any]]:
             f"{where}: {field} has a message whose tool_calls is {shown(calls)}; it must be a list of calls, each with "
             "the name of a function"
         )
-    around = [call if "function" in call else {"type": "function"} for call in calls]
-    whole = [{**each, "arguments": _arguments(each.get("arguments"))} for each in functions]
-    return [{**call, "function": function} for call, function in zip(around, whole, strict=True)]
+    found = map(_whole, calls)
+    return [{**each, "function": _with_object(each["function"])} for each in found]
 
 
 def objects_of(messages: list[Message]) -> list[Arguments]:
@@ -79,6 +77,10 @@ def with_text_arguments(messages: list[Message]) -> list[Message]:
         else message
         for message in messages
     ]
+
+
+def _with_object(function: dict[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": _arguments(function.get("arguments"))}
 
 
 def _arguments(given: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdft.data import ROW, WHERE, Limits, Options, Row, check_ids, encode_prompt
 from sdft.data.encode import Overlong
+from sdft.data.rows import as_chat
 from sdft.errors import TrainingError, UsageError, kind_of, shown
 from sdft.feedback.find import bound, find_feedback, name_of
 from sdft.feedback.interface import Feedback, FeedbackFunction, Rollout
@@ -82,6 +83,7 @@ class FeedbackStage:
                 f"{where}: messages is {shown(chat)}; it must be None, a text, or a list of messages, each with a role "
                 "and a content"
             )
+        chat = as_chat(chat, "messages", where)
         try:
             ids = encode_prompt(chat, self.tokenizer, where, options=self.options)
             check_ids({WHERE: where}, "teacher prompt", ids, self.tokenizer, tokens, self.limits)
