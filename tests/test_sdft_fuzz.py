@@ -127,7 +127,8 @@ def rows(random: random.Random, settings: dict[str, Any], folder: Path) -> Itera
         )
         write_rows(folder / "wrong.jsonl", [*good[:place], bad, *good[place:]])
         command = random.choice(["train", "eval", "generate"])
-        yield argv, [f"wrong.jsonl, row {place + 1}", *(["wrong.jsonl is not"] if str(bad).startswith("[") else [])]
+        whole = ["wrong.jsonl is not", "wrong.jsonl cannot be read"] if str(bad).startswith("[") else []
+        yield argv, [f"wrong.jsonl, row {place + 1}", *whole]
 
 
 def folders(random: random.Random, settings: dict[str, Any], folder: Path) -> Iterator[Case]:
