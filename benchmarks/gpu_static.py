@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], "basis"])
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], "basis"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "basis": roofline.LABEL} for row in rows)
 

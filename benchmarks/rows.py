@@ -38,6 +38,6 @@ def write(rows: Sequence[Any], given: argparse.Namespace) -> None:
         given.json.write_text(json.dumps({**machine.describe(), "rows": values}, indent=1))
     if given.csv:
         with given.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(values[0]))
+            writer = csv.DictWriter(file, fieldnames=list(values[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(values)
