@@ -156,6 +156,61 @@ def test_rows_to_choose_by_are_told_apart_and_measured_where_they_come_later(rec
     assert main(["continual", "recipe.yaml"]) == 2
 
 
+def test_other_settings_are_refused_where_a_stage_is_there(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
+    assert main(["continual", recipe(**told)]) == 0
+    before = json.loads(Path("out/continual.json").read_text())
+    monkeypatch.setattr(continual, "load_model", None)
+    for changes, said in (
+        ({"learning_rate": "1e-2"}, "learning_rate 0.001, and the recipe has 0.01;"),
+        ({"methods": {"sft": {"method": "sft", "max_steps": 2}}}, "max_steps 1, and the recipe has 2;"),
+        ({"methods": {"sft": {}}}, "method 'sft', and the recipe has 'sdft';"),
+    ):
+        capsys.readouterr()
+        assert main(["continual", recipe(**{**told, **changes})]) == 2
+        error = capsys.readouterr().err
+        assert f"output_dir has out/sft/seed-3/stage-1-first, which was trained with {said}" in error
+        assert len(error.splitlines()) == 1
+    rows = Path("first_train.jsonl").read_text()
+    Path("first_train.jsonl").write_text(rows + rows.splitlines()[0] + "\n")
+    assert main(["continual", recipe(**told)]) == 2
+    assert "stage-1-first, which was trained on other rows than train_file of first has;" in capsys.readouterr().err
+    Path("first_train.jsonl").write_text(rows)
+    # What decides nothing may change, and output_dir may be moved; nothing is measured again.
+    Path("out").rename("moved")
+    assert main(["continual", recipe(**told, output_dir="moved", logging_steps=2, max_forward_tokens=500)]) == 0
+    moved = json.loads(Path("moved/continual.json").read_text())
+    for stage, old in zip(moved["runs"][0]["stages"], before["runs"][0]["stages"], strict=True):
+        assert stage == {**old, "folder": old["folder"].replace("out", "moved", 1)}
+
+
+def test_stages_after_one_that_is_trained_anew_are_too(recipe: Callable[..., str]) -> None:
+    told: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
+    assert main(["continual", recipe(**told)]) == 0
+    stages = [Path(f"out/sft/seed-3/stage-{name}") for name in ("1-first", "2-second")]
+    first = [(stage / "scores.json").stat().st_mtime_ns for stage in stages]
+    (stages[0] / "summary.json").unlink()
+    assert main(["continual", recipe(**told)]) == 0
+    assert all((stage / "scores.json").stat().st_mtime_ns > old for stage, old in zip(stages, first, strict=True))
+
+
+def test_other_rows_to_be_measured_on_are_measured(recipe: Callable[..., str]) -> None:
+    told: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
+    assert main(["continual", recipe(**told)]) == 0
+    summary = Path("out/sft/seed-3/stage-2-second/summary.json")
+    trained = summary.stat().st_mtime_ns
+    before = json.loads(Path("out/continual.json").read_text())
+    Path("general.jsonl").write_text('{"prompt": "good day", "answer": "never said"}\n')
+    assert main(["continual", recipe(**told)]) == 0
+    after = json.loads(Path("out/continual.json").read_text())
+    assert summary.stat().st_mtime_ns == trained
+    assert (before["general_prompts"], after["general_prompts"]) == (2, 1)
+    for old, new in zip(before["runs"][0]["stages"], after["runs"][0]["stages"], strict=True):
+        assert new["forgetting"] != old["forgetting"] and new["weights_moved"] == old["weights_moved"]
+
+
 def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continual, "train", lambda *_, **__: 130)
     assert main(["continual", recipe()]) == 130

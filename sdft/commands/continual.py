@@ -2,59 +2,70 @@
 
 In output_dir, `base.json` has the scores of the model before training, `METHOD/seed-N/stage-K-SKILL/` a training run of
 `sdft train` with `scores.json` beside its summary, and `continual.json` all of it. A stage whose folder has
-`summary.json` is not trained again, and one that has `scores.json` is not measured again, unless there are new rows to
-choose by.
+`summary.json` is not trained again, unless one before it was, and is refused where it was trained in another way. A
+model whose scores are there is not measured again, unless the rows that it is measured on are others, or how.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from sdft.checkpoints.files import failing_clearly, write_text
 from sdft.commands.shared import accuracy_of, device_here, quiet
+from sdft.commands.stages import STAGE_FILE, Stage, digest, stages_of
 from sdft.commands.train import train
+from sdft.data import Row
 from sdft.evaluation.continual import distance, report_of_run
 from sdft.evaluation.exam import Exam
 from sdft.models.load import load_model
 from sdft.report.page import page
 from sdft.rows import Rows, kept_as
 from sdft.run_files import CONTINUAL_FILE, REPORT_FILE, SUMMARY_FILE
-from sdft.settings.config import MethodSettings, SDFTConfig
-from sdft.settings.continual import Method, Plan, Skill
+from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
+from sdft.settings.continual import Plan
 from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.teacher import Teacher
 
 BASE_FILE, SCORES_FILE = "base.json", "scores.json"
 CHOOSING = "choose_accuracy"  # by skill, on the rows of choose_file
+MEASURED = "measured_on"  # a digest of the rows and settings that scores are made by
 
 
 def continual(plan: Plan) -> int:
     """`sdft continual`: every stage that is not there yet, and the report after each; the exit code."""
     quiet()
     folder = Path(str(plan.settings.output_dir))
+    for method in plan.methods:
+        for seed in plan.seeds:
+            for stage in stages_of(plan, method, seed):
+                stage.check()
     folder.mkdir(parents=True, exist_ok=True)
     measure = Measure(plan)
-    base = _kept(folder / BASE_FILE, measure, measure.base)
+    base = measure.kept(folder / BASE_FILE, measure.base)
     runs: list[dict[str, Any]] = []
     for method in plan.methods:
         for seed in plan.seeds:
             stages: list[dict[str, Any]] = []
-            for number, learned in enumerate(plan.stages(method), start=1):
-                name = f"stage-{number}-{'all' if method.joint else learned[0].name}"
-                stage = folder / method.name / f"seed-{seed}" / name
-                before = plan.model.model if number == 1 else str(stages[-1]["folder"])
-                code = train_stage(plan, method, seed, learned, before, stage)
-                if not (stage / SUMMARY_FILE).is_file():
-                    print(f"stopped in {stage}/: the same command goes on from the stages before it")
-                    return code
-                stages.append(_scores_of(stage, learned, measure))
+            trained = False
+            for stage in stages_of(plan, method, seed):
+                if stage.is_there and not trained:
+                    print(f"{stage.folder}/ is there: it is not trained again")
+                else:
+                    trained = True
+                    print(f"\n{stage.folder}/: {method.name}, seed {seed}, learns {stage.names}", flush=True)
+                    code = train_stage(stage)
+                    if not stage.is_there:
+                        print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
+                        return code
+                stages.append(_scores_of(stage, measure))
                 report = [*runs, report_of_run([skill.name for skill in plan.skills], method.name, seed, stages)]
                 write_report(folder, plan, base, report)
             runs = report
@@ -65,36 +76,24 @@ def continual(plan: Plan) -> int:
     return 0
 
 
-def train_stage(plan: Plan, method: Method, seed: int, learned: list[Skill], model: str, folder: Path) -> int:
-    """Train `model` on some of the skills into `folder`, unless that was done; the exit code of the run."""
-    if (folder / SUMMARY_FILE).is_file():
-        print(f"{folder}/ is there: it is not trained again")
-        return 0
-    print(f"\n{folder}/: {method.name}, seed {seed}, learns {', '.join(skill.name for skill in learned)}", flush=True)
-    values: dict[str, Any] = {
-        **method.given.values,
-        "model": model,
-        "seed": seed,
-        "teacher_template": learned[0].settings.teacher_template,
-        "output_dir": str(folder),
-        "overwrite_output_dir": True,  # what a stage has left that did not end
-    }
-    steps = values.get("max_steps", -1)
-    if method.joint and steps > 0:
-        values["max_steps"] = steps * len(learned)
-    given = replace(method.given, values=values)
-    first, *others = (skill.rows.train for skill in learned)
-    keep = kept_as(learned[0].settings)
+def train_stage(stage: Stage) -> int:
+    """Train what a stage learns; the exit code of the run."""
+    for name in (SUMMARY_FILE, SCORES_FILE):  # of a stage that learned from another model
+        (stage.folder / name).unlink(missing_ok=True)
+    first, *others = (skill.rows.train for skill in stage.learned)
+    keep = kept_as(stage.learned[0].settings)
     rows = Rows(train=keep(itertools.chain(first, *others)) if others else first)
-    recipe = given.resolved(ModelArguments, MethodSettings, SDFTConfig)
-    return train(
-        given.make(ModelArguments),
+    code = train(
+        stage.given.make(ModelArguments),
         LoraArguments(),
         rows,
-        given.make(SDFTConfig),
+        stage.given.make(SDFTConfig),
         started=time.perf_counter(),
-        recipe=recipe,
+        recipe=stage.recipe,
     )
+    if stage.is_there:
+        write_text(stage.folder / STAGE_FILE, json.dumps(stage.rows, indent=2) + "\n")
+    return code
 
 
 class Measure:
@@ -113,6 +112,15 @@ class Measure:
             if skill.choosing
         }
         self.on_general = Exam(None, plan.general or None, plan.settings, batch_size=size, seed=0)
+        self.made_by = _exams(plan)
+
+    def kept(self, path: Path, scores: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The scores in a file, if they are of this exam; else made and written."""
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found.get(MEASURED) != self.made_by:
+            found = {**scores(), MEASURED: self.made_by}
+            write_text(path, json.dumps(found, indent=2) + "\n")
+        return {name: value for name, value in found.items() if name != MEASURED}
 
     def base(self) -> dict[str, Any]:
         """The scores of the model before training, and of the same model shown the demonstrations."""
@@ -150,22 +158,26 @@ class Measure:
         return load_model(name, self.plan.model.dtype, device_here(), **self.plan.model.trust)
 
 
-def _kept(path: Path, measure: Measure, scores: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file of numbers has; measured and written the first time, and once there are more rows to choose by."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not found or measure.choosing.keys() - found.get(CHOOSING, {}).keys():
-        found = scores()
-        write_text(path, json.dumps(found, indent=2) + "\n")
-    return found
+def _exams(plan: Plan) -> str:
+    """A digest of what scores are made by: the model that all begin with, and every exam's rows and settings."""
+    told = {each.name for each in fields(EvalSettings)} | {"teacher_template", "chat_template_kwargs", "rollout_stop"}
+
+    def of(settings: MethodSettings, *rows: list[Row]) -> list[Any]:
+        values = {name: str(value) for name, value in asdict(settings).items() if name in told}
+        return [values, *map(digest, rows)]
+
+    skills = {skill.name: of(skill.settings, skill.rows.held_out, skill.choosing) for skill in plan.skills}
+    exams = [plan.model.model, skills, of(plan.settings, plan.general)]
+    return hashlib.sha256(json.dumps(exams, sort_keys=True).encode()).hexdigest()
 
 
-def _scores_of(stage: Path, learned: list[Skill], measure: Measure) -> dict[str, Any]:
+def _scores_of(stage: Stage, measure: Measure) -> dict[str, Any]:
     """A stage's line in the report: what was learned, its scores, and the numbers of its training."""
-    summary = json.loads((stage / SUMMARY_FILE).read_text(encoding="utf-8"))
-    scores = _kept(stage / SCORES_FILE, measure, lambda: measure.trained(stage))
+    summary = json.loads((stage.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    scores = measure.kept(stage.folder / SCORES_FILE, lambda: measure.trained(stage.folder))
     return {
-        "folder": str(stage),
-        "learned": [skill.name for skill in learned],
+        "folder": str(stage.folder),
+        "learned": [skill.name for skill in stage.learned],
         **scores,
         "steps": summary["steps"],
         "loss_last": summary["loss_last"],
