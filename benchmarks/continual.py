@@ -11,13 +11,15 @@ A trial is a learning rate and a number of steps. By the accuracy on other rows 
 the mean over seeds and skills after the last stage) a trial of each method is chosen: the best one, and the one that is
 nearest to what the weakest method's best has, with the lower learning rate where two are as near.
 
-On two cores a stage of 40 steps takes 2 minutes by sft and 5 by sdft, and its exams one more.
+On two cores a stage of 40 steps takes 2 minutes by sft and 5 by sdft, and its exams one more. With --from it trains
+nothing, and shows rows of CSV files that it wrote before.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -230,12 +232,29 @@ def verdict(found: Sequence[Point], base: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(found: Sequence[Point], base: dict[str, Any]) -> str:
-    """A line for each stage, after those of the base model and of the teacher who is shown the demonstrations."""
-    before = ", ".join(f"{name} {share:.1%}" for name, share in base["accuracy"].items())
+def before(base: dict[str, Any]) -> str:
+    """The scores of the base model, and of the same model shown the demonstrations."""
+    alone = ", ".join(f"{name} {share:.1%}" for name, share in base["accuracy"].items())
     shown = ", ".join(f"{name} {share:.1%}" for name, share in base["teacher_accuracy"].items())
+    return f"before: {alone}, general {base['general_accuracy']:.1%}; shown the demonstration: {shown}"
+
+
+def read_points(paths: Sequence[Path], skills: Sequence[str], steps: Sequence[int]) -> list[Point]:
+    """Of the rows of CSV files those of these skills and steps."""
+    found = []
+    for path in paths:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                words = {"method", "skill"}
+                counts = {name: int(row[name]) for name in ("seed", "steps", "stage")}
+                shares = {n: float(v) if v else None for n, v in row.items() if n not in words | counts.keys()}
+                found.append(Point(**{name: row[name] for name in words}, **counts, **shares))  # type: ignore[arg-type]
+    return [point for point in found if point.skill in skills and point.steps in steps]
+
+
+def table(found: Sequence[Point]) -> str:
+    """A line for each stage."""
     lines = [
-        f"before: {before}, general {base['general_accuracy']:.1%}; shown the demonstration: {shown}",
         "| method | learning rate | steps | seed | learned | to choose by | accuracy | earlier skills | general "
         "| nats a token | moved | s |",
         "|---" * 12 + "|",
@@ -253,8 +272,9 @@ def table(found: Sequence[Point], base: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: Sequence[Point], base: dict[str, Any], path: Path) -> None:
-    """Accuracy on the last skill against what was forgotten, a point for each learning rate and seed."""
+def draw(found: Sequence[Point], base: dict[str, Any] | None, path: Path) -> None:
+    """Accuracy on the last skill against what was forgotten, a point for each trial and seed."""
+    least = min(point.steps for point in found)
     last = [point for point in found if point.stage == max(each.stage for each in found)]
     sides = (
         ("forgetting", "nats a token from the base model\non general prompts"),
@@ -267,12 +287,13 @@ def draw(found: Sequence[Point], base: dict[str, Any], path: Path) -> None:
                 colour = plots.COLOURS[COLOURS[method]]
                 for seed, steps in dict.fromkeys((point.seed, point.steps) for point in of_method):
                     line = [(p.accuracy, getattr(p, name)) for p in of_method if (p.seed, p.steps) == (seed, steps)]
-                    style = "-" if steps == min(p.steps for p in of_method) else "--"  # more steps are broken lines
+                    style = "-" if steps == least else "--"  # more steps are broken lines
                     axis.plot(*zip(*line, strict=True), marker="o", linestyle=style, color=colour, label=method)
                 for point in of_method:
                     place = (point.accuracy, getattr(point, name))
-                    axis.annotate(f"{point.learning_rate:g}", place, (4, 4), textcoords="offset points", fontsize=7)
-            teacher = base["teacher_accuracy"].get(last[0].skill)
+                    said = f"{point.learning_rate:g}" + (f", {point.steps} steps" if point.steps != least else "")
+                    axis.annotate(said, place, (4, 4), textcoords="offset points", fontsize=7)
+            teacher = base["teacher_accuracy"].get(last[0].skill) if base else None
             if teacher is not None:
                 axis.axvline(teacher, color="grey", linestyle="--", label="the teacher's accuracy")
             axis.set(xlabel=f"accuracy on {last[0].skill}, held out", ylabel=label, xlim=(-0.03, 1.03))
@@ -313,8 +334,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--stop", nargs="+", metavar="TEXT", help="texts that end an answer, for a model that does not end its own"
     )
+    parser.add_argument(
+        "--from", dest="earlier", nargs="+", type=Path, metavar="CSV", help="show these rows, of --skills and --steps"
+    )
     files.add_arguments(parser, "continual")
     given = parser.parse_args(argv)
+    if given.earlier:
+        found = read_points(given.earlier, given.skills, given.steps)
+        if not found:
+            parser.error(f"--from has no row of {', '.join(given.skills)} in {given.steps} steps")
+        print(table(found))
+        draw(found, None, given.plot)
+        return
     trials = trials_of(dict(given.methods), given.steps)
     other = {"model": given.model, "rollout_stop": given.stop, "eval_stop": given.stop}
     told = recipe(given.skills, trials, given.seeds, given.folder, **other)
@@ -325,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code)
     report = json.loads((given.folder / "continual.json").read_text())
     found = points(report, trials)
-    print(machine.heading(), table(found, report["base"]), verdict(found, report["base"]), sep="\n")
+    print(machine.heading(), before(report["base"]), table(found), verdict(found, report["base"]), sep="\n")
     files.write(found, given)
     draw(found, report["base"], given.plot)
 

@@ -182,12 +182,18 @@ def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_
     last = found[-1]
     assert (last.method, last.learning_rate, last.seed, last.steps, last.stage) == ("sft-kl", 5e-5, 3, 2, 2)
     assert (last.skill, last.accuracy, last.earlier_accuracy, last.forgetting) == ("triage", 0.7, 0.6, 0.25)
-    assert continual.table(found, base).count("\n") == 2 + len(found)
+    assert continual.table(found).count("\n") == 1 + len(found)
     assert continual.method_of("sft") == ("sft", continual.LEARNING_RATES)
     for wrong in ("ppo", "sft:fast", "sft:1e-5,"):
         with pytest.raises(argparse.ArgumentTypeError, match="it may be one of sdft, sft, sft-kl"):
             continual.method_of(wrong)
     continual.draw(found, base, tmp_path / "plot.png")
+    written = tmp_path / "rows.csv"
+    rows.write(found, argparse.Namespace(json=None, csv=written))
+    assert continual.read_points([written, written], ["tools", "triage"], [2]) == [*found, *found]
+    assert continual.read_points([written], ["science"], [2]) == continual.read_points([written], ["tools"], [3]) == []
+    continual.main(["--from", str(written), "--steps", "2", "--plot", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").stat().st_size > 1000
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
