@@ -54,6 +54,7 @@ LEARNING_RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4)
 SETTINGS: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
     "general_file": str(SKILLS / "general.jsonl"),
+    "general_scorer": "examples.skills.scoring:plainly",
     "divergence": "forward_kl",
     "teacher": "base",
     "freeze_embeddings": True,

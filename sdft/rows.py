@@ -132,8 +132,8 @@ def exam_rows(
             (general, "general_dataset", ("prompt",)),
         )
     )
-    for rows, scorer in zip(found, (settings.scorer, settings.general_scorer), strict=True):
-        check_answers(rows, scorer)
+    for rows, setting in zip(found, ("scorer", "general_scorer"), strict=True):
+        check_answers(rows, getattr(settings, setting), setting)
     return found[0], found[1]
 
 

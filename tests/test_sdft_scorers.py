@@ -4,7 +4,8 @@ import pytest
 
 from sdft.data import load_rows
 from sdft.errors import UsageError
-from sdft.evaluation.scorers import SCORERS, check_answers, find_choice
+from sdft.evaluation.scorers import SCORERS, check_answers, find_choice, scorer_of
+from sdft.settings.config import EvalSettings
 
 
 def test_exact_and_contains():
@@ -228,3 +229,37 @@ def test_an_answer_that_can_never_be_given_is_refused(scorer, answer, expected):
     with pytest.raises(UsageError, match=rf"dataset, row 2: answer is .*scorer '{scorer}' it must be {expected}"):
         check_answers(rows, scorer)
     check_answers(load_rows([{"prompt": "open-ended"}], need=("prompt",)), scorer)
+
+
+def test_a_function_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_scorers.py").write_text(
+        "def starts(completion, answer):\n    return completion.startswith(answer)\n"
+        "def counts(completion, answer):\n    return completion.count(answer)\n"
+        "def breaks(completion, answer):\n    return 1 / 0\n"
+        "class Many:\n    @staticmethod\n    def ends(text, answer):\n        return text.endswith(answer)\n"
+    )
+    starts = scorer_of("own_scorers:starts")
+    assert starts("yes, it is", "yes") and not starts("it is, yes", "yes")
+    assert scorer_of("own_scorers:Many.ends")("it is, yes", "yes") and scorer_of("exact") is SCORERS["exact"]
+    settings = EvalSettings(scorer="own_scorers:starts", general_scorer="Contains")
+    assert (settings.scorer, settings.general_scorer) == ("own_scorers:starts", "contains")
+    rows = load_rows([{"prompt": "a", "answer": "b"}], need=("prompt",))
+    check_answers(rows, "own_scorers:starts")
+    for place, said in (
+        ("own_scorers:counts", "scorer is 'own_scorers:counts', which returned 1; it must be True or False"),
+        ("own_scorers:breaks", "scorer is 'own_scorers:breaks', which raised ZeroDivisionError: division by zero"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            scorer_of(place)("a", "a")
+    for place, said in (
+        ("own_scorers:absent", "general_scorer is 'own_scorers:absent', which cannot be imported"),
+        ("no_such_module:one", "general_scorer is 'no_such_module:one', which cannot be imported"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check_answers(rows, place, "general_scorer")
+    for wrong in ("starts", "own scorers:x", 3, "", ["exact"]):
+        with pytest.raises(
+            UsageError, match=r"scorer is .*; it may be exact, contains, choice, json or module:function"
+        ):
+            EvalSettings(scorer=wrong)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from examples.skills.scoring import plainly
 from sdft.data import load_rows
 from sdft.evaluation.scorers import SCORERS
 from sdft.models.files import BUILT_IN
@@ -99,7 +100,23 @@ def test_general_prompts_can_be_scored_and_are_of_other_kinds() -> None:
     assert all(set(row) == {"prompt", "answer"} and row["answer"] for row in rows("general"))
     trained = re.compile(r"^[A-D]\) |one call|triage|patient", re.IGNORECASE | re.MULTILINE)
     assert not [row["prompt"] for row in rows("general") if trained.search(row["prompt"])]
+    assert all(plainly(row["answer"], row["answer"]) for row in rows("general"))
     assert all(trained.search(row["prompt"]) for name in SPLITS for row in rows(name))
+
+
+@pytest.mark.parametrize("skill", SCORER)
+def test_an_answer_in_a_skills_form_is_no_general_one(skill: str) -> None:
+    """Whatever words of the prompt it copies."""
+    assert not [
+        row["demonstration"]
+        for row in rows(f"{skill}_train")
+        for word in row["demonstration"].split()
+        if plainly(row["demonstration"], word)
+    ]
+    for call in ('{"tool": "word", "word": "lantern"}', '```json\n{"word": "lantern"}\n```', ' {"lantern'):
+        assert not plainly(call, "lantern")
+    assert plainly("Sure: Lantern!", "lantern") and not plainly("Lanterns", "lantern")
+    assert plainly("```python\ndef add(a, b):", "def") and plainly("1. France\n2. Peru", "1.")
 
 
 @pytest.mark.parametrize("name", [name for name in SPLITS if name.startswith("triage")])

@@ -57,7 +57,7 @@ KINDS = {
         What is the currency of India? | rupee
         In which country is Berlin? | Germany
         In which country is Barcelona? | Spain
-        In which country is the city of Kyoto? | Japan
+        In which country is the city of Chicago? | United States
         In which country is the Statue of Liberty? | United States
         What is the currency of the United Kingdom? | pound
         What language do people speak in Italy? | Italian
@@ -111,7 +111,7 @@ KINDS = {
         What is the opposite of day? | night
         What is the opposite of black? | white
         What is the opposite of fast? | slow
-        What is the opposite of open? | close
+        What is the opposite of open? | closed
         What is the opposite of early? | late
         What is the opposite of young? | old
         What is the plural of cat? | cats
@@ -123,7 +123,7 @@ KINDS = {
         What is the opposite of strong? | weak
         What is the opposite of love? | hate
         What is the opposite of hard? | soft
-        What is the opposite of light? | dark
+        What is the opposite of light? | darkness
         What is the opposite of true? | false
         What is the opposite of war? | peace
         What is the plural of dog? | dogs

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft.batch import Sample, lay_out
 from sdft.data import WHERE, Options, Row, check_ids, check_options, encode_prompt, teacher_chat
-from sdft.evaluation.scorers import SCORERS, Scorer, exact
+from sdft.evaluation.scorers import Scorer, exact, scorer_of
 from sdft.forward import evaluating
 from sdft.loss import divergence, teacher_view
 from sdft.models.load import eos_token_ids, limits
@@ -280,7 +280,7 @@ class Exam:
             self.eval_rows,
             max_new_tokens=self.settings.eval_completion_length,
             batch_size=self.batch_size,
-            scorer=SCORERS[self.settings.scorer],
+            scorer=scorer_of(self.settings.scorer),
             template=template,
             options=self.options(template),
             temperature=self.settings.eval_temperature,
@@ -310,7 +310,7 @@ class Exam:
             self.general_rows,
             max_new_tokens=self.settings.general_completion_length,
             batch_size=self.batch_size,
-            scorer=SCORERS[self.settings.general_scorer],
+            scorer=scorer_of(self.settings.general_scorer, "general_scorer"),
             options=self.options(),
             progress=self._progress(progress),
             share=True,

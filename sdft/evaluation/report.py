@@ -31,6 +31,11 @@ ANSWERED = {  # by scorer
 }
 
 
+def answered(scorer: str) -> str:
+    """What prompts are that a scorer calls right."""
+    return ANSWERED.get(scorer, f"right by {scorer}")
+
+
 @dataclass
 class Summary:
     """The numbers of a run's table; None where the run had nothing to measure it on."""
@@ -97,7 +102,7 @@ def score_lines(scores: Scores) -> list[str]:
 
     lines = []
     if scores.accuracy is not None:
-        how = ANSWERED[scores.scorer]
+        how = answered(scores.scorer)
         lines.append(f"held-out prompts {how} ({scores.held_out_prompts}): {percent(scores.accuracy)}")
     if scores.accuracy_by_template:
         whose = "the same, shown the demonstration" if scores.teacher_model is None else f"by {scores.teacher_model}"
@@ -105,7 +110,7 @@ def score_lines(scores: Scores) -> list[str]:
         width = max(map(len, scores.accuracy_by_template))
         lines += [f"  {name.ljust(width)}  {percent(value):>6}" for name, value in scores.accuracy_by_template.items()]
     if scores.general_accuracy is not None:
-        how = ANSWERED[scores.general_scorer]
+        how = answered(scores.general_scorer)
         lines.append(f"general prompts {how} ({scores.general_prompts}): {percent(scores.general_accuracy)}")
     if scores.forgetting is not None:
         lines.append(f"forgetting: {scores.forgetting:.3f} nats a token from {scores.base_model}")
@@ -132,13 +137,13 @@ def table(summary: Summary) -> str:
 
     rows = [
         (
-            f"held-out prompts {ANSWERED[summary.scorer]} ({summary.held_out_prompts})",
+            f"held-out prompts {answered(summary.scorer)} ({summary.held_out_prompts})",
             percent(summary.accuracy_before),
             percent(summary.accuracy_after),
             percent(summary.accuracy_teacher),
         ),
         (
-            f"general prompts {ANSWERED[summary.general_scorer]} ({summary.general_prompts})",
+            f"general prompts {answered(summary.general_scorer)} ({summary.general_prompts})",
             percent(summary.general_accuracy_before),
             percent(summary.general_accuracy_after),
             "",
@@ -225,8 +230,8 @@ def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summ
     moved = "" if summary.forgetting is None else f"\n{summary.forgetting:.2f} nats a token from the base"
     panels = []
     for title, bars in (
-        (f"{summary.held_out_prompts} held-out prompts\n{ANSWERED[summary.scorer]}", gained),
-        (f"{summary.general_prompts} general prompts {ANSWERED[summary.general_scorer]}{moved}", kept),
+        (f"{summary.held_out_prompts} held-out prompts\n{answered(summary.scorer)}", gained),
+        (f"{summary.general_prompts} general prompts {answered(summary.general_scorer)}{moved}", kept),
     ):
         measured = [(name, 100 * value, colour) for name, value, colour in bars if value is not None]
         if measured:

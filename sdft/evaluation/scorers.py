@@ -12,6 +12,8 @@
   JSON are set aside. Any other text, a second value, or a key given twice is wrong: what calls the tool could not tell.
 
 For "choice" and "json" what comes before `</think>` is not part of the answer.
+
+A scorer of a user's own is a function of the same two texts, which returns True or False, named as module:function.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from decimal import Decimal
 from typing import Any
 
 from sdft.data import WHERE, Row
-from sdft.errors import UsageError
+from sdft.errors import UsageError, shown
+from sdft.named_functions import imported
 
 Scorer = Callable[[str, str], bool]
 
@@ -54,8 +57,31 @@ def same_json(completion: str, answer: str) -> bool:
 SCORERS: dict[str, Scorer] = {"exact": exact, "contains": contains, "choice": choice, "json": same_json}
 
 
-def check_answers(rows: Sequence[Row], scorer: str) -> None:
-    """Refuse rows whose `answer` the named scorer could never find in a completion."""
+def scorer_of(name: str, setting: str = "scorer") -> Scorer:
+    """The scorer that a setting names: one of those here, or module:function. UsageError where that cannot be had."""
+    return SCORERS[name] if name in SCORERS else _checked(imported(setting, name, name), name, setting)
+
+
+def _checked(function: Callable[..., Any], name: str, setting: str) -> Scorer:
+    """A user's function, with a UsageError for what it raises, and for what is neither True nor False."""
+
+    def scorer(completion: str, answer: str) -> bool:
+        try:
+            right = function(completion, answer)
+        except Exception as error:
+            raise UsageError(f"{setting} is {name!r}, which raised {type(error).__name__}: {error}") from error
+        if not isinstance(right, bool):
+            raise UsageError(f"{setting} is {name!r}, which returned {shown(right)}; it must be True or False")
+        return right
+
+    return scorer
+
+
+def check_answers(rows: Sequence[Row], scorer: str, setting: str = "scorer") -> None:
+    """Refuse rows whose `answer` the named scorer could never find in a completion, and one that cannot be had."""
+    if scorer not in SCORERS:
+        scorer_of(scorer, setting)
+        return
     for row in rows:
         answer = row.get("answer")
         if answer and not SCORERS[scorer](answer, answer):

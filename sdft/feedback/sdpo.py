@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdft.evaluation.scorers import SCORERS
 from sdft.feedback.interface import Feedback, Rollout, by_prompt
-from sdft.feedback.successes import right
-from sdft.settings.checks import check_switch, chosen
+from sdft.feedback.successes import named_scorer, right
+from sdft.settings.checks import check_switch
 from sdft.templates import Message, as_messages, last_by_user
 
 SOLUTION = "\n\nCorrect solution:\n\n{}"
@@ -25,7 +24,7 @@ def sdpo(rollouts: Sequence[Rollout], *, scorer: str = "exact", verdict: bool = 
 
     With `verdict`, a wrong rollout without a right sibling is kept: the teacher is shown it, and that it is wrong.
     """
-    judge = SCORERS[chosen("scorer of feedback_args", scorer, SCORERS)]
+    judge = named_scorer(scorer)
     check_switch("verdict of feedback_args", verdict)
     found = []
     for rollout, siblings in zip(rollouts, by_prompt(rollouts), strict=True):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdft.errors import UsageError
-from sdft.evaluation.scorers import SCORERS, Scorer
+from sdft.evaluation.scorers import SCORERS, Scorer, scorer_of
 from sdft.feedback.interface import Feedback, Rollout, by_prompt
-from sdft.settings.checks import check_switch, chosen
+from sdft.settings.checks import check_switch, chosen_or_own
 
 
 def successes(rollouts: Sequence[Rollout], *, scorer: str = "exact", itself: bool = False) -> list[Feedback]:
@@ -15,7 +15,7 @@ def successes(rollouts: Sequence[Rollout], *, scorer: str = "exact", itself: boo
 
     The shortest right rollout is shown. A rollout is its own demonstration only with `itself`.
     """
-    judge = SCORERS[chosen("scorer of feedback_args", scorer, SCORERS)]
+    judge = named_scorer(scorer)
     check_switch("itself of feedback_args", itself)
     found = []
     for rollout, siblings in zip(rollouts, by_prompt(rollouts), strict=True):
@@ -26,6 +26,12 @@ def successes(rollouts: Sequence[Rollout], *, scorer: str = "exact", itself: boo
         else:
             found.append(Feedback(None, log=f"no demonstration among {len(siblings)}"))
     return found
+
+
+def named_scorer(name: str) -> Scorer:
+    """The scorer that feedback_args name."""
+    setting = "scorer of feedback_args"
+    return scorer_of(chosen_or_own(setting, name, SCORERS), setting)
 
 
 def right(rollout: Rollout, judge: Scorer) -> bool:

@@ -25,6 +25,15 @@ def chosen(name: str, value: Any, choices: Iterable[str]) -> str:
     return found
 
 
+def chosen_or_own(name: str, value: Any, choices: Iterable[str]) -> str:
+    """The choice that `value` names, or the place of a user's own function, module:function."""
+    if found := matching(value, choices):
+        return found
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.]+:[\w.]+", value):
+        raise UsageError(f"{name} is {shown(value)}; it may be {', '.join(choices)} or module:function")
+    return value
+
+
 def matching(value: Any, choices: Iterable[str]) -> str | None:
     """The one of `choices` that is `value` but for case, hyphens and underscores; None where there is none."""
 

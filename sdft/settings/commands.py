@@ -18,6 +18,7 @@ from sdft.settings.checks import (
     check_switches,
     check_temperature,
     chosen,
+    chosen_or_own,
     matching,
 )
 from sdft.settings.config import METHODS, OVERLONG, EvalSettings
@@ -237,7 +238,8 @@ class SkillFiles:
                 f"skills has {name}: {shown(values)}; it must be a mapping with train_file and eval_file, and may have "
                 "choose_file, scorer and teacher_template"
             )
-        return cls(**{**values, "scorer": chosen(f"skills.{name}: scorer", values.get("scorer", "exact"), SCORERS)})
+        scorer = chosen_or_own(f"skills.{name}: scorer", values.get("scorer", "exact"), SCORERS)
+        return cls(**{**values, "scorer": scorer})
 
 
 @dataclass

@@ -21,6 +21,7 @@ from sdft.settings.checks import (
     check_temperature,
     check_texts,
     chosen,
+    chosen_or_own,
 )
 from sdft.settings.feedback import FeedbackSettings
 from sdft.settings.rollouts import RolloutSettings
@@ -52,8 +53,8 @@ class EvalSettings(BothChatSettings):
     scorer: str = setting(
         "exact",
         "When an answer to a held-out prompt is right: exact (it is the row's answer), contains (the row's answer is "
-        "somewhere in it), choice (it chooses the same letter of a multiple-choice question) or json (it is the same "
-        "JSON as data: a tool call).",
+        "somewhere in it), choice (it chooses the same letter of a multiple-choice question), json (it is the same "
+        "JSON as data: a tool call), or module:function of your own, of completion and answer.",
     )
     general_scorer: str = setting("contains", "When an answer to a general prompt is right: one of the same names.")
     eval_temperature: float | None = setting(
@@ -73,7 +74,7 @@ class EvalSettings(BothChatSettings):
     def __post_init__(self) -> None:
         BothChatSettings.__post_init__(self)
         for name in ("scorer", "general_scorer"):
-            setattr(self, name, chosen(name, getattr(self, name), SCORERS))
+            setattr(self, name, chosen_or_own(name, getattr(self, name), SCORERS))
         check_temperature("eval_temperature", self.eval_temperature, or_greedy=True)
         for name in ("eval_samples", "eval_completion_length", "general_completion_length"):
             check_at_least(name, getattr(self, name), 1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from sdft.errors import UsageError, shown
-from sdft.settings.checks import check_between, matching
+from sdft.settings.checks import check_between, chosen_or_own
 from sdft.settings.setting import setting
 
 UNIFORM = "uniform"
@@ -38,12 +36,7 @@ class TokenWeightSettings:
     )
 
     def __post_init__(self) -> None:
-        name = self.token_weighting
-        self.token_weighting = matching(name, WEIGHTINGS) or name
-        if not isinstance(name, str) or not (
-            self.token_weighting in WEIGHTINGS or re.fullmatch(r"[\w.]+:[\w.]+", self.token_weighting)
-        ):
-            raise UsageError(f"token_weighting is {shown(name)}; it may be {', '.join(WEIGHTINGS)} or module:function")
+        self.token_weighting = chosen_or_own("token_weighting", self.token_weighting, WEIGHTINGS)
         if self.divergence_clip is not None:
             check_between("divergence_clip", self.divergence_clip, 0)
         if self.stop_on_collapse is not None:
