@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,13 +197,14 @@ def chosen(found: Sequence[Point]) -> dict[str, tuple[Trial, Trial]]:
     """For each method, the trial with the best accuracy on the rows to choose by, and the one that is matched: whose
     accuracy there is nearest to the least of those bests.
     """
-    scores = {trial: _mean(rows, "choose_accuracy") for trial, rows in _last(found).items()}
+    scores = {trial: round(_mean(rows, "choose_accuracy"), 9) for trial, rows in _last(found).items()}
     methods = dict.fromkeys(trial.method for trial in scores)
     in_turn = sorted(scores, key=lambda trial: (trial.learning_rate, trial.steps))  # the first of equals is taken
     best = {m: max((t for t in in_turn if t.method == m), key=lambda t: scores[t]) for m in methods}
     target = min(scores[trial] for trial in best.values())
     return {
-        m: (best[m], min((t for t in in_turn if t.method == m), key=lambda t: abs(scores[t] - target))) for m in methods
+        m: (best[m], min((t for t in in_turn if t.method == m), key=lambda t: round(abs(scores[t] - target), 9)))
+        for m in methods
     }
 
 
@@ -306,7 +308,7 @@ def method_of(text: str) -> tuple[str, Sequence[float]]:
     found: Sequence[float] = ()
     with contextlib.suppress(ValueError):
         found = [float(rate) for rate in rates.split(",")] if rates else LEARNING_RATES
-    if name not in METHODS or not found:
+    if name not in METHODS or not found or not all(0 < rate < math.inf for rate in found):
         names = ", ".join(METHODS)
         raise argparse.ArgumentTypeError(f"a method is {text!r}; it may be one of {names}, or as sft:1e-5,2e-5")
     return name, found
@@ -347,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         print(table(found))
         draw(found, None, given.plot)
         return
+    if len(dict(given.methods)) < len(given.methods):
+        parser.error("--methods has a method twice; its rates stand behind one name, as sft:1e-5,2e-5")
     trials = trials_of(dict(given.methods), given.steps)
     other = {"model": given.model, "rollout_stop": given.stop, "eval_stop": given.stop}
     told = recipe(given.skills, trials, given.seeds, given.folder, **other)

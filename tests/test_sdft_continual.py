@@ -17,6 +17,9 @@ from sdft.cli import main
 from sdft.commands import continual
 from sdft.evaluation.continual import backward_transfer, distance, report_of_run, skills_forgotten
 from sdft.report.continual import read_continual
+from sdft.settings.continual import fields_of_continual
+from sdft.settings.continual import plan_of as settings_plan_of
+from sdft.settings.recipe import read
 from tests import tiny
 
 MATRIX = [[0.8, 0.1, 0.0], [0.9, 0.7, 0.2], [0.5, 0.6, 0.9]]
@@ -156,54 +159,122 @@ def test_rows_to_choose_by_are_told_apart_and_measured_where_they_come_later(rec
     assert main(["continual", "recipe.yaml"]) == 2
 
 
-def test_other_settings_are_refused_where_a_stage_is_there(
+SFT: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
+STAGES = [f"out/sft/seed-3/stage-{name}" for name in ("1-first", "2-second")]
+
+
+def refused(recipe: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says as it refuses a recipe, in one line."""
+    capsys.readouterr()
+    assert main(["continual", recipe]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and error.startswith("sdft: ")
+    return error
+
+
+def test_a_stage_that_was_trained_in_another_way_is_refused(
     recipe: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
-    assert main(["continual", recipe(**told)]) == 0
+    assert main(["continual", recipe(**SFT)]) == 0
     before = json.loads(Path("out/continual.json").read_text())
     monkeypatch.setattr(continual, "load_model", None)
     for changes, said in (
         ({"learning_rate": "1e-2"}, "learning_rate 0.001, and the recipe has 0.01;"),
         ({"methods": {"sft": {"method": "sft", "max_steps": 2}}}, "max_steps 1, and the recipe has 2;"),
         ({"methods": {"sft": {}}}, "method 'sft', and the recipe has 'sdft';"),
+        ({"chat_template_kwargs": {"thinks": True}}, "chat_template_kwargs None, and the recipe has {'thinks': True};"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last False, and the recipe has True;"),
     ):
-        capsys.readouterr()
-        assert main(["continual", recipe(**{**told, **changes})]) == 2
-        error = capsys.readouterr().err
-        assert f"output_dir has out/sft/seed-3/stage-1-first, which was trained with {said}" in error
-        assert len(error.splitlines()) == 1
+        error = refused(recipe(**{**SFT, **changes}), capsys)
+        assert f"output_dir has {STAGES[0]}, which was trained with {said}" in error
     rows = Path("first_train.jsonl").read_text()
     Path("first_train.jsonl").write_text(rows + rows.splitlines()[0] + "\n")
-    assert main(["continual", recipe(**told)]) == 2
-    assert "stage-1-first, which was trained on other rows than train_file of first has;" in capsys.readouterr().err
+    error = refused(recipe(**SFT), capsys)
+    assert f"{STAGES[0]}, which was trained on other rows than train_file of first has;" in error
     Path("first_train.jsonl").write_text(rows)
-    # What decides nothing may change, and output_dir may be moved; nothing is measured again.
+    other = tiny.saved(Path("other") / "model", tiny.tiny_model())
+    assert f"{STAGES[0]}, which was trained with model '" in refused(recipe(**SFT, model=other), capsys)
+
+    # What decides nothing may change, or is only written in another way, and output_dir may be moved.
+    same = {"logging_steps": 2, "max_forward_tokens": 500, "rollout_temperature": 0.5, "teacher": "base"}
+    same |= {"methods": {"sft": {"method": "SFT"}}, "model": "model", "num_train_epochs": 3, "data_seed": 3}
     Path("out").rename("moved")
-    assert main(["continual", recipe(**told, output_dir="moved", logging_steps=2, max_forward_tokens=500)]) == 0
+    assert main(["continual", recipe(**{**SFT, **same}, output_dir="moved")]) == 0
     moved = json.loads(Path("moved/continual.json").read_text())
     for stage, old in zip(moved["runs"][0]["stages"], before["runs"][0]["stages"], strict=True):
         assert stage == {**old, "folder": old["folder"].replace("out", "moved", 1)}
 
 
-def test_stages_after_one_that_is_trained_anew_are_too(recipe: Callable[..., str]) -> None:
-    told: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
-    assert main(["continual", recipe(**told)]) == 0
-    stages = [Path(f"out/sft/seed-3/stage-{name}") for name in ("1-first", "2-second")]
-    first = [(stage / "scores.json").stat().st_mtime_ns for stage in stages]
-    (stages[0] / "summary.json").unlink()
-    assert main(["continual", recipe(**told)]) == 0
-    assert all((stage / "scores.json").stat().st_mtime_ns > old for stage, old in zip(stages, first, strict=True))
+@pytest.mark.parametrize("stopped", ["before", "after"])
+def test_stages_after_one_that_is_trained_anew_are_too(
+    recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    """Even where the command was killed between the two, and the first one learns in another way."""
+    assert main(["continual", recipe(**SFT)]) == 0
+    (Path(STAGES[0]) / "summary.json").unlink()
+    with monkeypatch.context() as context:
+        run = continual.train
+
+        def killed(*given: Any, **rest: Any) -> int:
+            if stopped == "after":
+                run(*given, **rest)
+            raise KeyboardInterrupt
+
+        context.setattr(continual, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            continual.continual(plan_of(recipe(**SFT, learning_rate="1e-2")))
+    trained: list[str] = []
+
+    def train(model: Any, lora: Any, rows: Any, config: Any, **rest: Any) -> int:
+        trained.append(str(config.output_dir))
+        return run(model, lora, rows, config, **rest)
+
+    monkeypatch.setattr(continual, "train", train)
+    assert main(["continual", recipe(**SFT, learning_rate="1e-2")]) == 0
+    assert trained == STAGES[stopped == "after" :]
+
+
+def plan_of(path: str) -> Any:
+    fields = fields_of_continual()
+    return settings_plan_of(read([path], fields, command="sdft continual"), fields)
+
+
+def test_files_that_are_no_longer_whole_are_refused(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["continual", recipe(**SFT)]) == 0
+    for name, texts in {
+        f"{STAGES[0]}/summary.json": ("", "{}", "[]", "{"),
+        f"{STAGES[0]}/resolved_recipe.yaml": ("", "a: [b", "- 1"),
+        f"{STAGES[0]}/stage.json": ("", "{}"),
+        f"{STAGES[0]}/scores.json": ("", "[]"),
+        "out/base.json": ("", "3"),
+    }.items():
+        whole = Path(name).read_text()
+        for text in texts:
+            Path(name).write_text(text)
+            assert f"{name} is not as this command left it" in refused(recipe(**SFT), capsys)
+        Path(name).write_text(whole)
+    assert main(["continual", recipe(**SFT)]) == 0
+
+
+def test_the_table_names_skills_in_any_order(recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(recipe())
+    base = {"accuracy": {"second": 0.25, "first": 0.5}, "general_accuracy": 1.0}
+    stage = {"accuracy": {"second": 0.75, "first": 1.0}, "general_accuracy": 0.0, "forgetting": 0.1}
+    runs = [{"method": "sft", "seed": 3, "stages": [{**stage, "weights_moved": 2.0}]}]
+    lines = [line.split() for line in continual.table(plan, base, runs).splitlines()]
+    assert lines[0][:2] == ["first", "second"]
+    assert lines[1][1:3] == ["50.0%", "25.0%"] and lines[2][3:5] == ["100.0%", "75.0%"]
 
 
 def test_other_rows_to_be_measured_on_are_measured(recipe: Callable[..., str]) -> None:
-    told: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
-    assert main(["continual", recipe(**told)]) == 0
+    assert main(["continual", recipe(**SFT)]) == 0
     summary = Path("out/sft/seed-3/stage-2-second/summary.json")
     trained = summary.stat().st_mtime_ns
     before = json.loads(Path("out/continual.json").read_text())
     Path("general.jsonl").write_text('{"prompt": "good day", "answer": "never said"}\n')
-    assert main(["continual", recipe(**told)]) == 0
+    assert main(["continual", recipe(**SFT)]) == 0
     after = json.loads(Path("out/continual.json").read_text())
     assert summary.stat().st_mtime_ns == trained
     assert (before["general_prompts"], after["general_prompts"]) == (2, 1)
@@ -212,8 +283,9 @@ def test_other_rows_to_be_measured_on_are_measured(recipe: Callable[..., str]) -
 
 
 def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continual, "train", lambda *_, **__: 130)
-    assert main(["continual", recipe()]) == 130
+    for code, ends in ((130, 130), (0, 143)):  # SIGTERM is no failure of sdft train
+        monkeypatch.setattr(continual, "train", lambda *_, code=code, **__: code)
+        assert main(["continual", recipe()]) == ends
     assert not Path("out/continual.json").exists()
 
 
@@ -229,6 +301,13 @@ def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], m
         ({"methods": {"sft": {"method": "stf"}}}, "methods.sft: method is 'stf'"),
         ({"methods": {"sft": {"joint": "maybe"}}}, "methods.sft: joint is 'maybe'"),
         ({"methods": {"all": {"joint": True}}}, "methods.all: joint is True, and"),
+        *(
+            ({"methods": {"sft": {name: value}}}, f"methods.sft has '{name}'")
+            for name, value in (("lora_rank", 8), ("eval_file", "a"), ("scorer", "json"), ("eval_completion_length", 3))
+        ),
+        ({"methods": {"base.json": {}}}, "methods has 'base.json'; a name must be another"),
+        ({"eval_strategy": "steps"}, "eval_strategy is 'steps'; it must not be set"),
+        ({"resume_from_checkpoint": "last"}, "resume_from_checkpoint is 'last'; it must not be set"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; each must be there once"),
         ({"seeds": ["x"]}, "seeds is 'x'"),
         *(

@@ -13,14 +13,14 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from sdft.checkpoints.files import failing_clearly, write_text
 from sdft.commands.shared import accuracy_of, device_here, quiet
-from sdft.commands.stages import STAGE_FILE, Stage, digest, stages_of
+from sdft.commands.stages import SCORES_FILE, Stage, digest, place_of, read_kept, stages_of
 from sdft.commands.train import train
 from sdft.data import Row
 from sdft.evaluation.continual import distance, report_of_run
@@ -28,13 +28,14 @@ from sdft.evaluation.exam import Exam
 from sdft.models.load import load_model
 from sdft.report.page import page
 from sdft.rows import Rows, kept_as
-from sdft.run_files import CONTINUAL_FILE, REPORT_FILE, SUMMARY_FILE
+from sdft.run_files import CONTINUAL_FILE, REPORT_FILE
 from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
 from sdft.settings.continual import Plan
 from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.teacher import Teacher
 
-BASE_FILE, SCORES_FILE = "base.json", "scores.json"
+BASE_FILE = "base.json"
+STOPPED = 128 + 15  # the exit code where a stage was ended by SIGTERM, which is no failure of its own
 CHOOSING = "choose_accuracy"  # by skill, on the rows of choose_file
 MEASURED = "measured_on"  # a digest of the rows and settings that scores are made by
 
@@ -45,28 +46,29 @@ def continual(plan: Plan) -> int:
     folder = Path(str(plan.settings.output_dir))
     for method in plan.methods:
         for seed in plan.seeds:
-            for stage in stages_of(plan, method, seed):
-                stage.check()
+            check_run(list(stages_of(plan, method, seed)))
     folder.mkdir(parents=True, exist_ok=True)
     measure = Measure(plan)
     base = measure.kept(folder / BASE_FILE, measure.base)
     runs: list[dict[str, Any]] = []
     for method in plan.methods:
         for seed in plan.seeds:
-            stages: list[dict[str, Any]] = []
-            trained = False
-            for stage in stages_of(plan, method, seed):
-                if stage.is_there and not trained:
+            stages = list(stages_of(plan, method, seed))
+            scores: list[dict[str, Any]] = []
+            for stage in stages:
+                if stage.is_there:
                     print(f"{stage.folder}/ is there: it is not trained again")
                 else:
-                    trained = True
-                    print(f"\n{stage.folder}/: {method.name}, seed {seed}, learns {stage.names}", flush=True)
+                    names = ", ".join(skill.name for skill in stage.learned)
+                    print(f"\n{stage.folder}/: {method.name}, seed {seed}, learns {names}", flush=True)
+                    for later in reversed(stages[stage.number :]):  # before this one, so that none is taken for another
+                        later.forget()
                     code = train_stage(stage)
                     if not stage.is_there:
                         print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
-                        return code
-                stages.append(_scores_of(stage, measure))
-                report = [*runs, report_of_run([skill.name for skill in plan.skills], method.name, seed, stages)]
+                        return code or STOPPED
+                scores.append(_scores_of(stage, measure))
+                report = [*runs, report_of_run([skill.name for skill in plan.skills], method.name, seed, scores)]
                 write_report(folder, plan, base, report)
             runs = report
     with failing_clearly("the report", str(folder)):
@@ -76,14 +78,22 @@ def continual(plan: Plan) -> int:
     return 0
 
 
+def check_run(stages: Sequence[Stage]) -> None:
+    """UsageError where a stage that would be kept was trained in another way, or where one cannot be trained."""
+    for stage in stages:
+        with stage.given.located():
+            stage.given.make(SDFTConfig)
+    for stage in itertools.takewhile(lambda stage: stage.is_there, stages):
+        stage.check()
+
+
 def train_stage(stage: Stage) -> int:
     """Train what a stage learns; the exit code of the run."""
-    for name in (SUMMARY_FILE, SCORES_FILE):  # of a stage that learned from another model
-        (stage.folder / name).unlink(missing_ok=True)
+    stage.begin()
     first, *others = (skill.rows.train for skill in stage.learned)
     keep = kept_as(stage.learned[0].settings)
     rows = Rows(train=keep(itertools.chain(first, *others)) if others else first)
-    code = train(
+    return train(
         stage.given.make(ModelArguments),
         LoraArguments(),
         rows,
@@ -91,9 +101,6 @@ def train_stage(stage: Stage) -> int:
         started=time.perf_counter(),
         recipe=stage.recipe,
     )
-    if stage.is_there:
-        write_text(stage.folder / STAGE_FILE, json.dumps(stage.rows, indent=2) + "\n")
-    return code
 
 
 class Measure:
@@ -116,7 +123,7 @@ class Measure:
 
     def kept(self, path: Path, scores: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The scores in a file, if they are of this exam; else made and written."""
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = read_kept(path) if path.is_file() else {}
         if found.get(MEASURED) != self.made_by:
             found = {**scores(), MEASURED: self.made_by}
             write_text(path, json.dumps(found, indent=2) + "\n")
@@ -167,13 +174,13 @@ def _exams(plan: Plan) -> str:
         return [values, *map(digest, rows)]
 
     skills = {skill.name: of(skill.settings, skill.rows.held_out, skill.choosing) for skill in plan.skills}
-    exams = [plan.model.model, skills, of(plan.settings, plan.general)]
+    exams = [place_of(plan.model.model), skills, of(plan.settings, plan.general)]
     return hashlib.sha256(json.dumps(exams, sort_keys=True).encode()).hexdigest()
 
 
 def _scores_of(stage: Stage, measure: Measure) -> dict[str, Any]:
     """A stage's line in the report: what was learned, its scores, and the numbers of its training."""
-    summary = json.loads((stage.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    summary = stage.summary
     scores = measure.kept(stage.folder / SCORES_FILE, lambda: measure.trained(stage.folder))
     return {
         "folder": str(stage.folder),
@@ -194,15 +201,17 @@ def write_report(folder: Path, plan: Plan, base: dict[str, Any], runs: list[dict
 
 def table(plan: Plan, base: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Accuracy on every skill and on the general prompts before training, and after the last stage of each run."""
-    lines = [["", *(skill.name for skill in plan.skills), "general", "nats a token", "weights moved"]]
-    lines.append(["base", *map(_percent, base["accuracy"].values()), _percent(base["general_accuracy"]), "", ""])
+    names = [skill.name for skill in plan.skills]
+    lines = [["", *names, "general", "nats a token", "weights moved"]]
+    before = [*(base["accuracy"][name] for name in names), base["general_accuracy"]]
+    lines.append(["base", *map(_percent, before), "", ""])
     for run in runs:
         last = run["stages"][-1]
         nats = "" if last["forgetting"] is None else f"{last['forgetting']:.3f}"
         lines.append(
             [
                 f"{run['method']}, seed {run['seed']}",
-                *map(_percent, last["accuracy"].values()),
+                *(_percent(last["accuracy"][name]) for name in names),
                 _percent(last["general_accuracy"]),
                 nats,
                 f"{last['weights_moved']:.3f}",

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
+from sdft.checkpoints.files import write_text
 from sdft.data import WHERE, Row
 from sdft.errors import UsageError, shown
 from sdft.run_files import RESOLVED_FILE, SUMMARY_FILE
+from sdft.settings.chats import BothChatSettings
 from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
 from sdft.settings.continual import Method, Plan, Skill
+from sdft.settings.idle import OF_TRAINING, idle
 from sdft.settings.inputs import ModelArguments
 from sdft.settings.recipe import Given
+from sdft.settings.teachers import BASE
 
 STAGE_FILE = "stage.json"  # a digest of each skill's training rows
+SCORES_FILE = "scores.json"
 
 #: Settings of places, memory, speed and logs. They, and those of evaluation, may change between stages.
 FREE = frozenset(
@@ -34,17 +41,19 @@ OF_THE_TRAINER = frozenset(
     """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps num_train_epochs optim optim_args
     optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha
-    per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy bf16 fp16 seed data_seed
+    per_device_train_batch_size gradient_accumulation_steps average_tokens_across_devices train_sampling_strategy
+    dataloader_drop_last bf16 fp16 seed data_seed
     """.split()  # noqa: SIM905
 )
-DECIDES = {"dtype"} | OF_THE_TRAINER | {f.name for f in fields(MethodSettings)} - {f.name for f in fields(EvalSettings)}
-DECIDES -= FREE
+OF_EXAMS = {f.name for f in fields(EvalSettings)} - {f.name for f in fields(BothChatSettings)}
+DECIDES = ({"model", "dtype"} | OF_THE_TRAINER | {f.name for f in fields(MethodSettings)}) - OF_EXAMS - FREE
 
 
 @dataclass(frozen=True)
 class Stage:
     """A training run of the experiment: where it goes, what it learns, and all its settings."""
 
+    number: int
     folder: Path
     learned: list[Skill]
     given: Given
@@ -55,40 +64,81 @@ class Stage:
         return (self.folder / SUMMARY_FILE).is_file()
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """What `sdft train` wrote at its end."""
+        return read_kept(self.folder / SUMMARY_FILE, "steps", "loss_last", "training_seconds")
+
+    @property
     def recipe(self) -> str:
         """Its resolved recipe."""
         return self.given.resolved(ModelArguments, MethodSettings, SDFTConfig)
 
-    @property
-    def names(self) -> str:
-        """The skills that it learns."""
-        return ", ".join(skill.name for skill in self.learned)
+    def begin(self) -> None:
+        """Leave nothing of an earlier run that could pass for this one's, and say what rows it learns from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (SUMMARY_FILE, SCORES_FILE, STAGE_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+        write_text(self.folder / STAGE_FILE, json.dumps({"train_rows": self._rows()}, indent=2) + "\n")
 
-    @property
-    def rows(self) -> dict[str, str]:
-        """A digest of each skill's training rows."""
-        return {skill.name: digest(skill.rows.train) for skill in self.learned}
+    def forget(self) -> None:
+        """Take it for one that is not there, as it learned from a model that is no more."""
+        (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
 
     def check(self) -> None:
-        """UsageError where it is there, and was trained in another way than it would be now."""
-        kept = self.folder / RESOLVED_FILE
-        if not self.is_there or not kept.is_file():
-            return
-        before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(self.recipe)
-        for recipe in (before, now):
-            recipe["model"] = Path(recipe["model"]).name  # output_dir may be elsewhere by now
-        for name in sorted({"model"} | DECIDES):
-            if name in before and name in now and before[name] != now[name]:
-                raise UsageError(
-                    f"output_dir has {self.folder}, which was trained with {name} {shown(before[name])}, and the "
-                    f"recipe has {shown(now[name])}; that folder must be removed, or output_dir another one"
-                )
+        """UsageError where it was trained in another way than it would be now, or cannot be read."""
+        before, now = self._decided(read_kept(self.folder / RESOLVED_FILE)), self._decided(yaml.safe_load(self.recipe))
+        for name in sorted(before.keys() & now.keys()):
+            if before[name] != now[name]:
+                self._refuse(f"with {name} {shown(before[name])}, and the recipe has {shown(now[name])}")
         rows = self.folder / STAGE_FILE
-        if rows.is_file() and json.loads(rows.read_text(encoding="utf-8")) != self.rows:
-            raise UsageError(
-                f"output_dir has {self.folder}, which was trained on other rows than train_file of {self.names} has; "
-                "that folder must be removed, or output_dir another one"
-            )
+        if rows.is_file() and read_kept(rows, "train_rows")["train_rows"] != self._rows():
+            names = ", ".join(skill.name for skill in self.learned)
+            self._refuse(f"on other rows than train_file of {names} has")
+        assert self.summary
+
+    def _refuse(self, how: str) -> NoReturn:
+        raise UsageError(
+            f"output_dir has {self.folder}, which was trained {how}; that folder must be removed, or output_dir be "
+            "another"
+        )
+
+    def _rows(self) -> list[str]:
+        return [digest(skill.rows.train) for skill in self.learned]
+
+    def _decided(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Of a resolved recipe what decides what is learned, in one spelling, without what has no bearing on it."""
+        meant = {name: _one_spelling(value) for name, value in recipe.items()}
+        meant["teacher"] = meant.get("teacher") or BASE
+        if meant.get("data_seed") is None:
+            meant["data_seed"] = meant.get("seed")
+        model = str(recipe.get("model"))  # that of a later stage is the folder before it, wherever output_dir is by now
+        meant["model"] = place_of(model) if self.number == 1 else Path(model).name
+        without = idle(OF_TRAINING, meant)
+        without |= {"num_train_epochs"} if meant.get("max_steps", -1) > 0 else set()
+        return {name: meant[name] for name in DECIDES & meant.keys() - without}
+
+
+def _one_spelling(value: Any) -> Any:
+    """A word as settings take it, in which case and hyphens do not count."""
+    word = isinstance(value, str) and re.fullmatch(r"[\w-]+", value)
+    return value.lower().replace("-", "_") if word else value
+
+
+def place_of(model: str) -> str:
+    """A model's name; of a folder or a file, where it is."""
+    return os.path.realpath(model) if os.path.exists(model) else model
+
+
+def read_kept(path: Path, *needed: str) -> dict[str, Any]:
+    """What a file of an experiment has, with the names that it needs; UsageError where it has something else."""
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        found = read(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict) or not set(needed) <= found.keys():
+        raise UsageError(f"{path} is not as this command left it; {path.parent} must be removed")
+    return found
 
 
 def stages_of(plan: Plan, method: Method, seed: int) -> Iterator[Stage]:
@@ -108,7 +158,7 @@ def stages_of(plan: Plan, method: Method, seed: int) -> Iterator[Stage]:
         steps = values.get("max_steps", -1)
         if method.joint and steps > 0:
             values["max_steps"] = steps * len(learned)
-        yield Stage(folder, learned, replace(method.given, values=values))
+        yield Stage(number, folder, learned, replace(method.given, values=values))
         model = str(folder)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError, shown
 from sdft.evaluation.scorers import SCORERS
+from sdft.run_files import CONTINUAL_FILE, REPORT_FILE
 from sdft.settings.chats import BothChatSettings, ChatSettings
 from sdft.settings.checks import (
     check_at_least,
@@ -267,6 +268,10 @@ class ContinualCommand:
     def __post_init__(self) -> None:
         _check_names("skills", self.skills)
         _check_names("methods", self.methods)
+        if taken := sorted({"base.json", CONTINUAL_FILE, REPORT_FILE} & self.methods.keys()):
+            raise UsageError(
+                f"methods has {taken[0]!r}; a name must be another, for output_dir has a file of that name"
+            )
         for name, values in self.methods.items():
             if not isinstance(values, dict):
                 raise UsageError(f"methods has {name}: {shown(values)}; it must be a mapping of settings of sdft train")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from sdft.data import Row
@@ -11,25 +11,23 @@ from sdft.early_checks import check_package, check_rows, check_writable
 from sdft.errors import UsageError, shown
 from sdft.models.files import check_model
 from sdft.rows import Rows, exam_rows, rows_of_train
+from sdft.settings.chats import BothChatSettings
 from sdft.settings.checks import check_switch
 from sdft.settings.commands import ContinualCommand, SkillFiles
-from sdft.settings.config import MethodSettings
+from sdft.settings.config import EvalSettings, MethodSettings
 from sdft.settings.fields import Field, own_fields, training_fields
 from sdft.settings.inherited import check_values
 from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 from sdft.settings.recipe import Given
 from sdft.settings.teachers import MODEL
 
-#: What each stage is given by the command itself, or by its skill.
-OF_THE_COMMAND = (
-    "model",
-    "output_dir",
-    "seed",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "eval_strategy",
+#: What each stage is given by the command itself, or by its skill; and what all of them are measured by.
+OF_THE_COMMAND = {
+    *("model", "output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint", "eval_strategy"),
     "teacher_template",
-)
+    *own_fields(ContinualCommand, LoraArguments, ColumnArguments, EvalArguments),
+    *({each.name for each in fields(EvalSettings)} - {each.name for each in fields(BothChatSettings)}),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def fields_of_continual() -> dict[str, Field]:
     return own_fields(*parts) | training_fields()
 
 
-def plan_of(given: Given, fields: Mapping[str, Field]) -> Plan:
+def plan_of(given: Given, known: Mapping[str, Field]) -> Plan:
     """The experiment that a recipe describes, with all rows; UsageError for what cannot be."""
     command, model, evaluation = given.make(ContinualCommand), given.make(ModelArguments), given.make(EvalArguments)
     settings, columns = given.make(MethodSettings), given.make(ColumnArguments).columns
@@ -84,13 +82,16 @@ def plan_of(given: Given, fields: Mapping[str, Field]) -> Plan:
         raise UsageError(f"eval_file is {evaluation.eval_file!r}; it must not be set, for each of skills has its own")
     if given.make(LoraArguments).lora_rank:
         raise UsageError(f"lora_rank is {given.values['lora_rank']}; it must be 0: sdft continual trains all weights")
+    for name in ("resume_from_checkpoint", "eval_strategy"):
+        if given.values.get(name) not in (None, "no"):
+            raise UsageError(f"{name} is {shown(given.values[name])}; it must not be set, for sdft continual does it")
     check_own_teacher(settings)
     check_values(given.values)
     check_writable(str(settings.output_dir))
     check_rows("general_file", evaluation.general_file)
     check_model(model.model)
     check_package("sdft train draws curves", "matplotlib")
-    methods = [_method(name, values, given, fields) for name, values in command.methods.items()]
+    methods = [_method(name, values, given, known) for name, values in command.methods.items()]
     skills = [_skill(name, values, given, settings, columns) for name, values in command.skills.items()]
     _check_joint(methods, skills)
     _, general = exam_rows(None, evaluation.general_file or None, settings, columns)
@@ -120,18 +121,18 @@ def _skill(
     return Skill(name, rows, settings, choosing)
 
 
-def _method(name: str, values: Mapping[str, Any], given: Given, fields: Mapping[str, Field]) -> Method:
+def _method(name: str, values: Mapping[str, Any], given: Given, known: Mapping[str, Field]) -> Method:
     """The recipe with a method's own settings in their place."""
     own, where = dict(values), f"methods.{name}"
     joint = own.pop("joint", False)
     check_switch(f"{where}: joint", joint)
     read: dict[str, Any] = {}
     for setting, value in own.items():
-        if setting in OF_THE_COMMAND or setting not in fields:
+        if setting in OF_THE_COMMAND or setting not in known:
             raise UsageError(
                 f"{where} has {setting!r}; it may have joint, and settings of training that methods can differ in"
             )
-        read[setting] = fields[setting].read(_written(value))
+        read[setting] = known[setting].read(_written(value))
     places = {**given.places, **dict.fromkeys(read, where)}
     method = Method(name, Given({**given.values, **read}, places), joint)
     with method.given.located():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import not_
 from typing import Any
 
@@ -12,7 +12,7 @@ from sdft.errors import shown
 from sdft.settings.teachers import BASE
 
 #: Settings, and what the values of others are where they do nothing.
-Rules = tuple[tuple[tuple[str, ...], Mapping[str, Callable[[Any], bool]]], ...]
+Rules = Sequence[tuple[tuple[str, ...], Mapping[str, Callable[[Any], bool]]]]
 
 
 def _is(value: Any) -> Callable[[Any], bool]:
@@ -89,6 +89,17 @@ OF_DATA: Rules = (
     ),
 )
 
+
+def idle(rules: Rules, values: Mapping[str, Any]) -> set[str]:
+    """The names of settings that do nothing beside these values; a rule on anything else is left out."""
+    return {
+        name
+        for names, beside in rules
+        if all(other in values and nothing(values[other]) for other, nothing in beside.items())
+        for name in names
+    }
+
+
 _WORDS = {"corrects": "rollouts take no correction"}
 #: What settings that are not set are chosen to be: no more than a default is it said of them that they do nothing.
 _CHOSEN = {"teacher": BASE}
@@ -110,7 +121,7 @@ def without_effect(rules: Rules, *settings: Any, only: Collection[str] | None = 
     found: list[str] = []
     told: set[str] = set()
     for names, beside in rules:
-        if not all(name in values and idle(values[name]) for name, idle in beside.items()):
+        if not idle([(names, beside)], values):
             continue
         given = [name for name in names if name in values and values[name] != defaults[name] and name not in told]
         given = [name for name in given if only is None or name in only]
