@@ -89,7 +89,7 @@ def test_commands_and_recipes_on_a_page_are_ones_that_there_are(page: Path) -> N
     for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
         if language == "yaml":
             for field, value in yaml.safe_load(block).items():
-                kind = FIELDS["train"][field]
+                kind = (FIELDS["continual"] | FIELDS["train"])[field]
                 kind.read(value if isinstance(value, list | dict) else str(value))
         commands = [line.partition("  #")[0] for line in block.splitlines() if line.startswith("sdft ")]
         for _, command, *words in map(shlex.split, commands if not language else []):

@@ -14,6 +14,7 @@ import yaml
 from sdft import cli
 from sdft.early_checks import check_readable
 from sdft.settings.commands import DataCommand, EvalCommand, GenerateCommand, PlanCommand, ReportCommand
+from sdft.settings.continual import fields_of_continual
 from sdft.settings.fields import own_fields, training_fields
 from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 from tests.cases import relative_error
@@ -37,6 +38,7 @@ FIELDS = {
     "data": own_fields(DataArguments, ColumnArguments, DataCommand),
     "plan": own_fields(ModelArguments, LoraArguments, PlanCommand) | training_fields(),
     "report": own_fields(ReportCommand),
+    "continual": fields_of_continual(),
 }
 
 
