@@ -243,17 +243,19 @@ def test_files_that_are_no_longer_whole_are_refused(
     recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["continual", recipe(**SFT)]) == 0
-    for name, texts in {
-        f"{STAGES[0]}/summary.json": ("", "{}", "[]", "{"),
-        f"{STAGES[0]}/resolved_recipe.yaml": ("", "a: [b", "- 1"),
-        f"{STAGES[0]}/stage.json": ("", "{}"),
-        f"{STAGES[0]}/scores.json": ("", "[]"),
-        "out/base.json": ("", "3"),
-    }.items():
+    stage = STAGES[0]
+    for name, remove, texts in (
+        (f"{stage}/summary.json", stage, ("", "{}", "[]", "{")),
+        (f"{stage}/resolved_recipe.yaml", stage, ("", "a: [b", "- 1")),
+        (f"{stage}/stage.json", stage, ("", "{}")),
+        (f"{stage}/scores.json", f"{stage}/scores.json", ("", "[]")),
+        ("out/base.json", "out/base.json", ("", "3")),
+    ):
         whole = Path(name).read_text()
         for text in texts:
             Path(name).write_text(text)
-            assert f"{name} is not as this command left it" in refused(recipe(**SFT), capsys)
+            said = refused(recipe(**SFT), capsys)
+            assert f"{name} is not as this command left it; {remove} must be removed" in said
         Path(name).write_text(whole)
     assert main(["continual", recipe(**SFT)]) == 0
 

@@ -123,7 +123,7 @@ class Measure:
 
     def kept(self, path: Path, scores: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The scores in a file, if they are of this exam; else made and written."""
-        found = read_kept(path) if path.is_file() else {}
+        found = read_kept(path, remove=path) if path.is_file() else {}
         if found.get(MEASURED) != self.made_by:
             found = {**scores(), MEASURED: self.made_by}
             write_text(path, json.dumps(found, indent=2) + "\n")
@@ -180,7 +180,7 @@ def _exams(plan: Plan) -> str:
 
 def _scores_of(stage: Stage, measure: Measure) -> dict[str, Any]:
     """A stage's line in the report: what was learned, its scores, and the numbers of its training."""
-    summary = stage.summary
+    summary = stage.summary()
     scores = measure.kept(stage.folder / SCORES_FILE, lambda: measure.trained(stage.folder))
     return {
         "folder": str(stage.folder),

@@ -63,10 +63,9 @@ class Stage:
         """Whether it was trained to its end."""
         return (self.folder / SUMMARY_FILE).is_file()
 
-    @property
     def summary(self) -> dict[str, Any]:
         """What `sdft train` wrote at its end."""
-        return read_kept(self.folder / SUMMARY_FILE, "steps", "loss_last", "training_seconds")
+        return self._read(SUMMARY_FILE, "steps", "loss_last", "training_seconds")
 
     @property
     def recipe(self) -> str:
@@ -86,21 +85,24 @@ class Stage:
 
     def check(self) -> None:
         """UsageError where it was trained in another way than it would be now, or cannot be read."""
-        before, now = self._decided(read_kept(self.folder / RESOLVED_FILE)), self._decided(yaml.safe_load(self.recipe))
+        before, now = self._decided(self._read(RESOLVED_FILE)), self._decided(yaml.safe_load(self.recipe))
         for name in sorted(before.keys() & now.keys()):
             if before[name] != now[name]:
                 self._refuse(f"with {name} {shown(before[name])}, and the recipe has {shown(now[name])}")
-        rows = self.folder / STAGE_FILE
-        if rows.is_file() and read_kept(rows, "train_rows")["train_rows"] != self._rows():
+        has_rows = (self.folder / STAGE_FILE).is_file()  # else it was trained before such files were written
+        if has_rows and self._read(STAGE_FILE, "train_rows")["train_rows"] != self._rows():
             names = ", ".join(skill.name for skill in self.learned)
             self._refuse(f"on other rows than train_file of {names} has")
-        assert self.summary
+        self.summary()
 
     def _refuse(self, how: str) -> NoReturn:
         raise UsageError(
             f"output_dir has {self.folder}, which was trained {how}; that folder must be removed, or output_dir be "
             "another"
         )
+
+    def _read(self, name: str, *needed: str) -> dict[str, Any]:
+        return read_kept(self.folder / name, *needed, remove=self.folder)
 
     def _rows(self) -> list[str]:
         return [digest(skill.rows.train) for skill in self.learned]
@@ -129,15 +131,18 @@ def place_of(model: str) -> str:
     return os.path.realpath(model) if os.path.exists(model) else model
 
 
-def read_kept(path: Path, *needed: str) -> dict[str, Any]:
-    """What a file of an experiment has, with the names that it needs; UsageError where it has something else."""
+def read_kept(path: Path, *needed: str, remove: Path) -> dict[str, Any]:
+    """What a file of an experiment has, with the names that it needs; UsageError where it has something else.
+
+    `remove` is what has to go before the command can make it again.
+    """
     read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         found = read(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         found = None
     if not isinstance(found, dict) or not set(needed) <= found.keys():
-        raise UsageError(f"{path} is not as this command left it; {path.parent} must be removed")
+        raise UsageError(f"{path} is not as this command left it; {remove} must be removed")
     return found
 
 
