@@ -545,7 +545,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(changes, train_lines, e
         (["trian", "recipe.yaml"], ["unknown command 'trian'", "train"]),
         (["eval", "recipe.yaml", "--eval_file", "", "--general_file", ""], ["eval_file and general_file"]),
         (["eval", "recipe.yaml", "--max_step", "3"], ["--max_step"]),
-        (["eval", "recipe.yaml", "--scorer", "exactly"], ["scorer", "'exactly'", "exact, contains, choice or json"]),
+        (["eval", "recipe.yaml", "--scorer", "exactly"], ["scorer", "'exactly'", "json or module:function"]),
         (["eval", "recipe.yaml", "--eval_temperature", "-1"], ["eval_temperature", "-1"]),
         (["eval", "recipe.yaml", "--eval_samples", "4"], ["eval_samples is 4", "eval_temperature"]),
         (["eval", "recipe.yaml", "--teacher", "--teacher_template", "trun"], ["teacher_template", "'trun'", "'turn'"]),
