@@ -60,7 +60,6 @@ SETTINGS: dict[str, Any] = {
     "teacher": "base",
     "freeze_embeddings": True,
     "rollout_temperature": 0.3,
-    "rollout_draft": "demonstration",
     "max_completion_length": 48,
     "eval_completion_length": 64,
     "general_completion_length": 32,
