@@ -260,6 +260,34 @@ def test_files_that_are_no_longer_whole_are_refused(
     assert main(["continual", recipe(**SFT)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "longer.jsonl, row 2: the prompt has"),
+        ({"max_completion_length": 200}, "and with 200 more for the completion it is longer than"),
+    ],
+)
+def test_what_only_the_model_can_tell_is_said_before_anything_is_measured(
+    recipe: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    """Of a later skill's rows and of the last method too."""
+    told = yaml.safe_load(Path(recipe(**SFT)).read_text())
+    long = [{**row, "prompt": row["prompt"] * (1 + 5000 * number)} for number, row in enumerate(tiny.rows(2))]
+    Path("longer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    if changes:
+        told["methods"]["last"] = {"method": "sdft", **changes}
+    else:
+        told["skills"]["second"]["train_file"] = "longer.jsonl"
+    Path("recipe.yaml").write_text(yaml.safe_dump(told))
+    monkeypatch.setattr(continual, "Measure", None)
+    assert said in refused("recipe.yaml", capsys)
+    assert not Path("out").exists()
+
+
 def test_the_table_names_skills_in_any_order(recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of(recipe())
     base = {"accuracy": {"second": 0.25, "first": 0.5}, "general_accuracy": 1.0}

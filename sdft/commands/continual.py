@@ -12,16 +12,18 @@ import gc
 import hashlib
 import itertools
 import json
+import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sdft.checkpoints.files import failing_clearly, write_text
 from sdft.commands.shared import accuracy_of, device_here, quiet
 from sdft.commands.stages import SCORES_FILE, Stage, digest, place_of, read_kept, stages_of
-from sdft.commands.train import train
+from sdft.commands.train import exam_of, train, trainer_of
 from sdft.data import Row
 from sdft.evaluation.continual import distance, report_of_run
 from sdft.evaluation.exam import Exam
@@ -47,6 +49,7 @@ def continual(plan: Plan) -> int:
     for method in plan.methods:
         for seed in plan.seeds:
             check_run(list(stages_of(plan, method, seed)))
+    check_with_model(plan)
     folder.mkdir(parents=True, exist_ok=True)
     measure = Measure(plan)
     base = measure.kept(folder / BASE_FILE, measure.base)
@@ -87,16 +90,43 @@ def check_run(stages: Sequence[Stage]) -> None:
         stage.check()
 
 
+def check_with_model(plan: Plan) -> None:
+    """UsageError for what only the model can tell of the stages to come, before others are trained for hours.
+
+    Rows may not fit it, and rollouts may be such as it cannot write.
+    """
+    last = plan.seeds[-1]  # which is not there where any is not
+    waiting = [stage for method in plan.methods for stage in stages_of(plan, method, last) if not stage.is_there]
+    if not waiting:
+        return
+    model, tokenizer = load_model(plan.model.model, plan.model.dtype, **plan.model.trust)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what a stage warns of it says when it is trained
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for stage in waiting:
+                given = replace(stage.given, values={**stage.given.values, "output_dir": folder})
+                with given.located():
+                    config, rows = given.make(SDFTConfig), rows_of(stage)
+                    trainer_of(model, tokenizer, rows, exam_of(rows, config), config)
+    finally:
+        logging.disable(before)
+
+
+def rows_of(stage: Stage) -> Rows:
+    """What a stage learns from: the rows of its skills, one after the other."""
+    first, *others = (skill.rows.train for skill in stage.learned)
+    keep = kept_as(stage.learned[0].settings)
+    return Rows(train=keep(itertools.chain(first, *others)) if others else first)
+
+
 def train_stage(stage: Stage) -> int:
     """Train what a stage learns; the exit code of the run."""
     stage.begin()
-    first, *others = (skill.rows.train for skill in stage.learned)
-    keep = kept_as(stage.learned[0].settings)
-    rows = Rows(train=keep(itertools.chain(first, *others)) if others else first)
     return train(
         stage.given.make(ModelArguments),
         LoraArguments(),
-        rows,
+        rows_of(stage),
         stage.given.make(SDFTConfig),
         started=time.perf_counter(),
         recipe=stage.recipe,
