@@ -69,6 +69,9 @@ SETTINGS: dict[str, Any] = {
     "save_strategy": "no",
 }
 
+#: The columns of a CSV that are text, and those that are whole numbers.
+WORDS, COUNTS = ("method", "skill"), ("seed", "steps", "stage")
+
 COLOURS = {"sdft": "sdft-kernels", "sft": "TRL", "sft-kl": "teacher"}
 
 
@@ -247,10 +250,10 @@ def read_points(paths: Sequence[Path], skills: Sequence[str], steps: Sequence[in
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                words = {"method", "skill"}
-                counts = {name: int(row[name]) for name in ("seed", "steps", "stage")}
-                shares = {n: float(v) if v else None for n, v in row.items() if n not in words | counts.keys()}
-                found.append(Point(**{name: row[name] for name in words}, **counts, **shares))  # type: ignore[arg-type]
+                numbers = {name: text for name, text in row.items() if name not in WORDS}
+                values: dict[str, Any] = {name: float(text) if text else None for name, text in numbers.items()}
+                values |= {name: row[name] for name in WORDS} | {name: int(row[name]) for name in COUNTS}
+                found.append(Point(**values))
     return [point for point in found if point.skill in skills and point.steps in steps]
 
 
@@ -346,6 +349,7 @@ def main(argv: list[str] | None = None) -> None:
         if not found:
             parser.error(f"--from has no row of {', '.join(given.skills)} in {given.steps} steps")
         print(table(found))
+        files.write(found, given)
         draw(found, None, given.plot)
         return
     if len(dict(given.methods)) < len(given.methods):

@@ -192,8 +192,9 @@ def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_
     rows.write(found, argparse.Namespace(json=None, csv=written))
     assert continual.read_points([written, written], ["tools", "triage"], [2]) == [*found, *found]
     assert continual.read_points([written], ["science"], [2]) == continual.read_points([written], ["tools"], [3]) == []
-    continual.main(["--from", str(written), "--steps", "2", "--plot", str(tmp_path / "again.png")])
-    assert (tmp_path / "again.png").stat().st_size > 1000
+    again = {name: tmp_path / f"again.{name}" for name in ("csv", "png")}
+    continual.main(["--from", str(written), "--steps", "2", "--csv", str(again["csv"]), "--plot", str(again["png"])])
+    assert again["png"].stat().st_size > 1000 and again["csv"].read_text() == written.read_text()
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from sdft.checkpoints.files import failing_clearly, write_text
 from sdft.commands.shared import accuracy_of, device_here, quiet
-from sdft.commands.stages import SCORES_FILE, Stage, digest, place_of, read_kept, stages_of
+from sdft.commands.stages import Stage, digest, place_of, read_kept, stages_of
 from sdft.commands.train import exam_of, train, trainer_of
 from sdft.data import Row
 from sdft.evaluation.continual import distance, report_of_run
@@ -30,13 +30,12 @@ from sdft.evaluation.exam import Exam
 from sdft.models.load import load_model
 from sdft.report.page import page
 from sdft.rows import Rows, kept_as
-from sdft.run_files import CONTINUAL_FILE, REPORT_FILE
+from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, SCORES_FILE
 from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
 from sdft.settings.continual import Plan
 from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.teacher import Teacher
 
-BASE_FILE = "base.json"
 STOPPED = 128 + 15  # the exit code where a stage was ended by SIGTERM, which is no failure of its own
 CHOOSING = "choose_accuracy"  # by skill, on the rows of choose_file
 MEASURED = "measured_on"  # a digest of the rows and settings that scores are made by
@@ -197,7 +196,7 @@ class Measure:
 
 def _exams(plan: Plan) -> str:
     """A digest of what scores are made by: the model that all begin with, and every exam's rows and settings."""
-    told = {each.name for each in fields(EvalSettings)} | {"teacher_template", "chat_template_kwargs", "rollout_stop"}
+    told = {each.name for each in fields(EvalSettings)} | {"teacher_template"}
 
     def of(settings: MethodSettings, *rows: list[Row]) -> list[Any]:
         values = {name: str(value) for name, value in asdict(settings).items() if name in told}

@@ -16,17 +16,13 @@ import yaml
 from sdft.checkpoints.files import write_text
 from sdft.data import WHERE, Row
 from sdft.errors import UsageError, shown
-from sdft.run_files import RESOLVED_FILE, SUMMARY_FILE
-from sdft.settings.chats import BothChatSettings
-from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
-from sdft.settings.continual import Method, Plan, Skill
+from sdft.run_files import RESOLVED_FILE, SCORES_FILE, STAGE_FILE, SUMMARY_FILE
+from sdft.settings.config import MethodSettings, SDFTConfig
+from sdft.settings.continual import OF_EXAMS, Method, Plan, Skill
 from sdft.settings.idle import OF_TRAINING, idle
 from sdft.settings.inputs import ModelArguments
 from sdft.settings.recipe import Given
 from sdft.settings.teachers import BASE
-
-STAGE_FILE = "stage.json"  # a digest of each skill's training rows
-SCORES_FILE = "scores.json"
 
 #: Settings of places, memory, speed and logs. They, and those of evaluation, may change between stages.
 FREE = frozenset(
@@ -34,7 +30,7 @@ FREE = frozenset(
     rollout_backend rollout_server vllm_memory_share rollout_batch_size rollout_draft rollout_compile teacher_offload
     teacher_cache_gib max_forward_tokens activation_offload max_chunk_bytes log_completions rows_on_disk
     output_dir logging_steps logging_nan_inf_filter dataloader_pin_memory remove_unused_columns
-    """.split()  # noqa: SIM905
+    """.split()  # noqa: SIM905  (words are read more easily than quoted)
 )
 #: The Trainer's settings that decide what a stage learns.
 OF_THE_TRAINER = frozenset(
@@ -43,9 +39,8 @@ OF_THE_TRAINER = frozenset(
     optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha
     per_device_train_batch_size gradient_accumulation_steps average_tokens_across_devices train_sampling_strategy
     dataloader_drop_last bf16 fp16 seed data_seed
-    """.split()  # noqa: SIM905
+    """.split()  # noqa: SIM905  (words are read more easily than quoted)
 )
-OF_EXAMS = {f.name for f in fields(EvalSettings)} - {f.name for f in fields(BothChatSettings)}
 DECIDES = ({"model", "dtype"} | OF_THE_TRAINER | {f.name for f in fields(MethodSettings)}) - OF_EXAMS - FREE
 
 

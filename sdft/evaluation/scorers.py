@@ -68,7 +68,7 @@ def _checked(function: Callable[..., Any], name: str, setting: str) -> Scorer:
     def scorer(completion: str, answer: str) -> bool:
         try:
             right = function(completion, answer)
-        except Exception as error:
+        except Exception as error:  # a function is a user's code, and may raise anything
             raise UsageError(f"{setting} is {name!r}, which raised {type(error).__name__}: {error}") from error
         if not isinstance(right, bool):
             raise UsageError(f"{setting} is {name!r}, which returned {shown(right)}; it must be True or False")

@@ -21,12 +21,15 @@ from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, 
 from sdft.settings.recipe import Given
 from sdft.settings.teachers import MODEL
 
+#: How answers are made and scored, but for the chat template's settings, which training has too.
+OF_EXAMS = {each.name for each in fields(EvalSettings)} - {each.name for each in fields(BothChatSettings)}
+
 #: What each stage is given by the command itself, or by its skill; and what all of them are measured by.
 OF_THE_COMMAND = {
     *("model", "output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint", "eval_strategy"),
     "teacher_template",
     *own_fields(ContinualCommand, LoraArguments, ColumnArguments, EvalArguments),
-    *({each.name for each in fields(EvalSettings)} - {each.name for each in fields(BothChatSettings)}),
+    *OF_EXAMS,
 }
 
 
