@@ -12,8 +12,8 @@ CONTINUAL_FILE = "continual.json"
 
 READ_BY_REPORT = (RECORD, RESOLVED_FILE, METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, CONTINUAL_FILE)
 
-#: What `sdft continual` leaves too: scores of the model before training, and in a stage's folder its scores and a
-#: digest of each skill's training rows.
+#: What `sdft continual` leaves too: scores of the model before training, and in a stage's folder its scores and digests
+#: of what it learned from: each skill's training rows and the weights that it began with.
 BASE_FILE = "base.json"
 SCORES_FILE = "scores.json"
 STAGE_FILE = "stage.json"

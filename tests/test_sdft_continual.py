@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
     return write
 
 
+def interrupted_after(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function after which Ctrl-C comes."""
+
+    def interrupted(*given: Any, **rest: Any) -> None:
+        run(*given, **rest)
+        raise KeyboardInterrupt
+
+    return interrupted
+
+
 def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, str, float, int, int]] = []
     templates: list[Any] = []
@@ -127,6 +138,13 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     last = runs[1]["stages"][1]
     trained_model, start = (AutoModelForCausalLM.from_pretrained(each) for each in (last["folder"], "model"))
     assert last["weights_moved"] == pytest.approx(distance(trained_model, start)[0], rel=1e-5)
+
+    # A call that is killed while it reads what is there leaves no report with less.
+    with monkeypatch.context() as context:
+        context.setattr(continual, "write_report", interrupted_after(continual.write_report))
+        with pytest.raises(KeyboardInterrupt):
+            continual.continual(plan_of(recipe(seeds=[3])))
+    assert json.loads(Path("out/continual.json").read_text()) == report
 
     trained.clear()
     Path("out/sft/seed-3/stage-2-second/summary.json").unlink()
@@ -194,6 +212,12 @@ def test_a_stage_that_was_trained_in_another_way_is_refused(
     Path("first_train.jsonl").write_text(rows)
     other = tiny.saved(Path("other") / "model", tiny.tiny_model())
     assert f"{STAGES[0]}, which was trained with model '" in refused(recipe(**SFT, model=other), capsys)
+    Path("model").rename("first")
+    tiny.saved(Path("model"), tiny.tiny_model(seed=7))
+    error = refused(recipe(**SFT), capsys)
+    assert f"{STAGES[0]}, which was trained from other weights than {Path('model').resolve()} has;" in error
+    shutil.rmtree("model")
+    Path("first").rename("model")
 
     # What decides nothing may change, or is only written in another way, and output_dir may be moved.
     same = {"logging_steps": 2, "max_forward_tokens": 500, "rollout_temperature": 0.5, "teacher": "base"}

@@ -16,7 +16,8 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sdft.commands.train import exam_of, train, trainer_of
 from sdft.data import Row
 from sdft.evaluation.continual import distance, report_of_run
 from sdft.evaluation.exam import Exam
+from sdft.models.files import weights_digest
 from sdft.models.load import load_model
 from sdft.report.page import page
 from sdft.rows import Rows, kept_as
@@ -45,39 +47,64 @@ def continual(plan: Plan) -> int:
     """`sdft continual`: every stage that is not there yet, and the report after each; the exit code."""
     quiet()
     folder = Path(str(plan.settings.output_dir))
-    for method in plan.methods:
-        for seed in plan.seeds:
-            check_run(list(stages_of(plan, method, seed)))
+    runs = [
+        Run(method.name, seed, list(stages_of(plan, method, seed))) for method in plan.methods for seed in plan.seeds
+    ]
+    for run in runs:
+        check_run(run.stages)
     check_with_model(plan)
     folder.mkdir(parents=True, exist_ok=True)
     measure = Measure(plan)
     base = measure.kept(folder / BASE_FILE, measure.base)
-    runs: list[dict[str, Any]] = []
-    for method in plan.methods:
-        for seed in plan.seeds:
-            stages = list(stages_of(plan, method, seed))
-            scores: list[dict[str, Any]] = []
-            for stage in stages:
-                if stage.is_there:
-                    print(f"{stage.folder}/ is there: it is not trained again")
-                else:
-                    names = ", ".join(skill.name for skill in stage.learned)
-                    print(f"\n{stage.folder}/: {method.name}, seed {seed}, learns {names}", flush=True)
-                    for later in reversed(stages[stage.number :]):  # before this one, so that none is taken for another
-                        later.forget()
-                    code = train_stage(stage)
-                    if not stage.is_there:
-                        print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
-                        return code or STOPPED
-                scores.append(_scores_of(stage, measure))
-                report = [*runs, report_of_run([skill.name for skill in plan.skills], method.name, seed, scores)]
-                write_report(folder, plan, base, report)
-            runs = report
+    for run in runs:
+        run.read_lines(measure)
+    for run in runs:
+        for stage in run.stages:
+            if stage.is_there:
+                print(f"{stage.folder}/ is there: it is not trained again")
+            else:
+                names = ", ".join(skill.name for skill in stage.learned)
+                print(f"\n{stage.folder}/: {run.method}, seed {run.seed}, learns {names}", flush=True)
+                for later in reversed(run.stages[stage.number :]):  # before this one, so that none is taken for another
+                    later.forget()
+                code = train_stage(stage)
+                if not stage.is_there:
+                    print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
+                    return code or STOPPED
+            if stage.number > len(run.lines):
+                scores = measure.kept(stage.folder / SCORES_FILE, partial(measure.trained, stage.folder))
+                run.lines.append(_line(stage, scores))
+            reports = reports_of(plan, runs)
+            write_report(folder, plan, base, reports)
     with failing_clearly("the report", str(folder)):
         write_text(folder / REPORT_FILE, page([folder]))
     left = f"{folder / CONTINUAL_FILE} has all numbers, and {folder / REPORT_FILE} shows them"
-    print("", table(plan, base, runs), "", left, sep="\n")
+    print("", table(plan, base, reports), "", left, sep="\n")
     return 0
+
+
+@dataclass
+class Run:
+    """A method with a seed: its stages, and in turn what is known of those that are there and measured."""
+
+    method: str
+    seed: int
+    stages: list[Stage]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def read_lines(self, measure: Measure) -> None:
+        """Begin with what an earlier call has left, so that no report has less than the one before it."""
+        for stage in self.stages:
+            scores = measure.known(stage.folder / SCORES_FILE) if stage.is_there else None
+            if scores is None:
+                break
+            self.lines.append(_line(stage, scores))
+
+
+def reports_of(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What is known of every run of which anything is."""
+    skills = [skill.name for skill in plan.skills]
+    return [report_of_run(skills, run.method, run.seed, run.lines) for run in runs if run.lines]
 
 
 def check_run(stages: Sequence[Stage]) -> None:
@@ -150,13 +177,18 @@ class Measure:
         self.on_general = Exam(None, plan.general or None, plan.settings, batch_size=size, seed=0)
         self.made_by = _exams(plan)
 
+    def known(self, path: Path) -> dict[str, Any] | None:
+        """The scores in a file, if there is one and they are of this exam."""
+        found = read_kept(path, remove=path) if path.is_file() else {}
+        return found if found.pop(MEASURED, None) == self.made_by else None
+
     def kept(self, path: Path, scores: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The scores in a file, if they are of this exam; else made and written."""
-        found = read_kept(path, remove=path) if path.is_file() else {}
-        if found.get(MEASURED) != self.made_by:
-            found = {**scores(), MEASURED: self.made_by}
-            write_text(path, json.dumps(found, indent=2) + "\n")
-        return {name: value for name, value in found.items() if name != MEASURED}
+        found = self.known(path)
+        if found is None:
+            found = scores()
+            write_text(path, json.dumps({**found, MEASURED: self.made_by}, indent=2) + "\n")
+        return found
 
     def base(self) -> dict[str, Any]:
         """The scores of the model before training, and of the same model shown the demonstrations."""
@@ -203,14 +235,14 @@ def _exams(plan: Plan) -> str:
         return [values, *map(digest, rows)]
 
     skills = {skill.name: of(skill.settings, skill.rows.held_out, skill.choosing) for skill in plan.skills}
-    exams = [place_of(plan.model.model), skills, of(plan.settings, plan.general)]
+    begins = [place_of(plan.model.model), weights_digest(plan.model.model)]
+    exams = [begins, skills, of(plan.settings, plan.general)]
     return hashlib.sha256(json.dumps(exams, sort_keys=True).encode()).hexdigest()
 
 
-def _scores_of(stage: Stage, measure: Measure) -> dict[str, Any]:
+def _line(stage: Stage, scores: dict[str, Any]) -> dict[str, Any]:
     """A stage's line in the report: what was learned, its scores, and the numbers of its training."""
     summary = stage.summary()
-    scores = measure.kept(stage.folder / SCORES_FILE, lambda: measure.trained(stage.folder))
     return {
         "folder": str(stage.folder),
         "learned": [skill.name for skill in stage.learned],

@@ -16,6 +16,7 @@ import yaml
 from sdft.checkpoints.files import write_text
 from sdft.data import WHERE, Row
 from sdft.errors import UsageError, shown
+from sdft.models.files import weights_digest
 from sdft.run_files import RESOLVED_FILE, SCORES_FILE, STAGE_FILE, SUMMARY_FILE
 from sdft.settings.config import MethodSettings, SDFTConfig
 from sdft.settings.continual import OF_EXAMS, Method, Plan, Skill
@@ -68,11 +69,12 @@ class Stage:
         return self.given.resolved(ModelArguments, MethodSettings, SDFTConfig)
 
     def begin(self) -> None:
-        """Leave nothing of an earlier run that could pass for this one's, and say what rows it learns from."""
+        """Leave nothing of an earlier run that could pass for this one's, and say what it learns from."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (SUMMARY_FILE, SCORES_FILE, STAGE_FILE):
             (self.folder / name).unlink(missing_ok=True)
-        write_text(self.folder / STAGE_FILE, json.dumps({"train_rows": self._rows()}, indent=2) + "\n")
+        learns_from = {"train_rows": self._rows(), "weights": self._weights()}
+        write_text(self.folder / STAGE_FILE, json.dumps(learns_from, indent=2) + "\n")
 
     def forget(self) -> None:
         """Take it for one that is not there, as it learned from a model that is no more."""
@@ -84,10 +86,13 @@ class Stage:
         for name in sorted(before.keys() & now.keys()):
             if before[name] != now[name]:
                 self._refuse(f"with {name} {shown(before[name])}, and the recipe has {shown(now[name])}")
-        has_rows = (self.folder / STAGE_FILE).is_file()  # else it was trained before such files were written
-        if has_rows and self._read(STAGE_FILE, "train_rows")["train_rows"] != self._rows():
-            names = ", ".join(skill.name for skill in self.learned)
-            self._refuse(f"on other rows than train_file of {names} has")
+        if (self.folder / STAGE_FILE).is_file():  # else it was trained before such files were written
+            learned_from = self._read(STAGE_FILE, "train_rows")
+            if learned_from["train_rows"] != self._rows():
+                names = ", ".join(skill.name for skill in self.learned)
+                self._refuse(f"on other rows than train_file of {names} has")
+            if learned_from.get("weights", self._weights()) != self._weights():
+                self._refuse(f"from other weights than {self.given.values['model']} has")
         self.summary()
 
     def _refuse(self, how: str) -> NoReturn:
@@ -101,6 +106,9 @@ class Stage:
 
     def _rows(self) -> list[str]:
         return [digest(skill.rows.train) for skill in self.learned]
+
+    def _weights(self) -> str | None:
+        return weights_digest(str(self.given.values["model"]))
 
     def _decided(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Of a resolved recipe what decides what is learned, in one spelling, without what has no bearing on it."""

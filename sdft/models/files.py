@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -170,6 +171,27 @@ def damaged(folder: Path) -> str | None:
         except (OSError, SafetensorError):
             return path.name
     return None
+
+
+def weights_digest(name: str, pieces: int = 64, size: int = 1 << 14) -> str | None:
+    """A digest of the weights of a model on this machine, and of an adapter's model; None for a name of the hub.
+
+    It reads each file's length and some pieces of it, the last bytes among them, for training changes all of it.
+    """
+    path, found = local_path(name), hashlib.sha256()
+    if matching(name, (BUILT_IN,)) or not path.exists():
+        return None
+    kinds = ("*.safetensors", "*.bin", "*.gguf")
+    for file in [path] if path.is_file() else sorted(each for kind in kinds for each in path.glob(kind)):
+        length = file.stat().st_size
+        found.update(f"{length} ".encode())
+        with file.open("rb") as opened:
+            for piece in range(1, pieces + 1):
+                opened.seek(max(0, length * piece // pieces - size))
+                found.update(opened.read(size))
+    if (adapter := path / ADAPTER).is_file():
+        found.update(str(weights_digest(base_of(adapter))).encode())
+    return found.hexdigest()
 
 
 def base_of(adapter: Path) -> str:
