@@ -40,7 +40,7 @@ SKILLS = Path(__file__).parent.parent / "examples" / "skills"
 LEARNED = {
     "science": {"scorer": "choice", "teacher_template": "paper"},
     "tools": {"scorer": "json", "teacher_template": "turn"},
-    "triage": {"scorer": "contains", "teacher_template": "first"},
+    "triage": {"scorer": "contains", "teacher_template": "turn"},
 }
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft.cli import main
 from sdft.commands import continual
+from sdft.commands.stages import stages_of
 from sdft.evaluation.continual import backward_transfer, distance, report_of_run, skills_forgotten
 from sdft.report.continual import read_continual
 from sdft.settings.continual import fields_of_continual
@@ -131,6 +132,8 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     ]
     for stage in (stage for run in runs for stage in run["stages"]):
         assert stage["forgetting"] > 0 and stage["weights_moved"] > 0 and stage["seconds"] > 0
+    taught = [[sorted(stage.get("teacher_accuracy", {})) for stage in run["stages"]] for run in runs]
+    assert taught == [[["second"], []], [[], []], [[]]]  # by the model that is to learn it from itself
     assert "sft-joint" in Path("out/report.html").read_text()
     shown = read_continual(Path("out/continual.json"))
     assert (shown.methods, shown.evaluated) == (["sdft", "sft", "sft-joint"], ["first", "second", "general"])
@@ -310,6 +313,35 @@ def test_what_only_the_model_can_tell_is_said_before_anything_is_measured(
     monkeypatch.setattr(continual, "Measure", None)
     assert said in refused("recipe.yaml", capsys)
     assert not Path("out").exists()
+
+
+def test_what_a_stage_is_taught_by_is_said_and_measured_by_its_template(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that has learned a skill may no longer follow the demonstrations of the next one."""
+    assert main(["continual", recipe(methods={"sdft": {}}, seeds=[3])]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("shown the demonstration")]
+    first = Path("out/sdft/seed-3/stage-1-first")
+    scores = json.loads((first / "scores.json").read_text())
+    share = scores["teacher_accuracy"]["second"]
+    assert share > 0 and scores["teacher_accuracy"] == {"second": share}
+    exam = (
+        "--eval_file second_choose.jsonl --scorer contains --teacher --teacher_template turn --eval_completion_length 4"
+    )
+    assert main(["eval", "--model", str(first), "--summary_file", "teacher.json", *exam.split()]) == 0
+    assert json.loads(Path("teacher.json").read_text())["accuracy_by_template"] == {"turn": share}
+    del scores["teacher_accuracy"]  # as an earlier version left it
+    (first / "scores.json").write_text(json.dumps(scores))
+    assert main(["continual", recipe(methods={"sdft": {}}, seeds=[3])]) == 0
+    assert json.loads((first / "scores.json").read_text())["teacher_accuracy"] == {"second": share}
+
+    nothing = ": it has nothing to teach itself, unless by another teacher_template"
+    assert [nothing in line for line in said] == [True, False]
+    (stage, _), *_ = (list(stages_of(plan, plan.methods[0], 3)) for plan in [plan_of(recipe())])
+    before = {"accuracy": {"first": 0.25, "second": 0.0}, "teacher_accuracy": {"first": 0.5}}
+    assert [*continual.what_teaches(stage, before)] == [
+        "shown the demonstration, the model answers 50.0% of first, and alone 25.0%"
+    ]
 
 
 def test_the_table_names_skills_in_any_order(recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

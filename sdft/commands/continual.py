@@ -15,9 +15,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,13 @@ from sdft.report.page import page
 from sdft.rows import Rows, kept_as
 from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, SCORES_FILE
 from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
-from sdft.settings.continual import Plan
+from sdft.settings.continual import Plan, Skill
 from sdft.settings.inputs import LoraArguments, ModelArguments
 from sdft.teacher import Teacher
+from sdft.templates import Message
 
 STOPPED = 128 + 15  # the exit code where a stage was ended by SIGTERM, which is no failure of its own
+TEACHER = "teacher_accuracy"  # by skill, of a model that is shown the demonstrations
 CHOOSING = "choose_accuracy"  # by skill, on the rows of choose_file
 MEASURED = "measured_on"  # a digest of the rows and settings that scores are made by
 
@@ -55,7 +56,7 @@ def continual(plan: Plan) -> int:
     check_with_model(plan)
     folder.mkdir(parents=True, exist_ok=True)
     measure = Measure(plan)
-    base = measure.kept(folder / BASE_FILE, measure.base)
+    base = measure.base()
     for run in runs:
         run.read_lines(measure)
     for run in runs:
@@ -65,6 +66,8 @@ def continual(plan: Plan) -> int:
             else:
                 names = ", ".join(skill.name for skill in stage.learned)
                 print(f"\n{stage.folder}/: {run.method}, seed {run.seed}, learns {names}", flush=True)
+                if stage.teaches_itself:
+                    print(*what_teaches(stage, run.lines[-1] if run.lines else base), sep="\n", flush=True)
                 for later in reversed(run.stages[stage.number :]):  # before this one, so that none is taken for another
                     later.forget()
                 code = train_stage(stage)
@@ -72,8 +75,7 @@ def continual(plan: Plan) -> int:
                     print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
                     return code or STOPPED
             if stage.number > len(run.lines):
-                scores = measure.kept(stage.folder / SCORES_FILE, partial(measure.trained, stage.folder))
-                run.lines.append(_line(stage, scores))
+                run.lines.append(_line(stage, measure.stage(stage, run.taught_after(stage))))
             reports = reports_of(plan, runs)
             write_report(folder, plan, base, reports)
     with failing_clearly("the report", str(folder)):
@@ -95,10 +97,23 @@ class Run:
     def read_lines(self, measure: Measure) -> None:
         """Begin with what an earlier call has left, so that no report has less than the one before it."""
         for stage in self.stages:
-            scores = measure.known(stage.folder / SCORES_FILE) if stage.is_there else None
+            scores = measure.known(stage.folder / SCORES_FILE, self.taught_after(stage)) if stage.is_there else None
             if scores is None:
                 break
             self.lines.append(_line(stage, scores))
+
+    def taught_after(self, stage: Stage) -> Skill | None:
+        """The skill that the model of a stage is to teach itself next, if it is."""
+        following = self.stages[stage.number : stage.number + 1]
+        return following[0].learned[0] if following and following[0].teaches_itself else None
+
+
+def what_teaches(stage: Stage, before: dict[str, Any]) -> Iterator[str]:
+    """What the model that begins a stage answers when it is shown the demonstrations, for it learns from no other."""
+    for name in (skill.name for skill in stage.learned if skill.name in before.get(TEACHER, {})):
+        shown, alone = before[TEACHER][name], before["accuracy"][name]
+        line = f"shown the demonstration, the model answers {_percent(shown)} of {name}, and alone {_percent(alone)}"
+        yield line + ("" if shown > alone else ": it has nothing to teach itself, unless by another teacher_template")
 
 
 def reports_of(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -177,40 +192,58 @@ class Measure:
         self.on_general = Exam(None, plan.general or None, plan.settings, batch_size=size, seed=0)
         self.made_by = _exams(plan)
 
-    def known(self, path: Path) -> dict[str, Any] | None:
-        """The scores in a file, if there is one and they are of this exam."""
+    def known(self, path: Path, taught: Skill | None = None) -> dict[str, Any] | None:
+        """The scores in a file, if there is one and they are of this exam, as a teacher of a skill too if it is one."""
         found = read_kept(path, remove=path) if path.is_file() else {}
-        return found if found.pop(MEASURED, None) == self.made_by else None
-
-    def kept(self, path: Path, scores: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The scores in a file, if they are of this exam; else made and written."""
-        found = self.known(path)
-        if found is None:
-            found = scores()
-            write_text(path, json.dumps({**found, MEASURED: self.made_by}, indent=2) + "\n")
-        return found
+        same = found.pop(MEASURED, None) == self.made_by
+        teaches = taught is None or found.get(TEACHER, {}).keys() >= self._shown([taught]).keys()
+        return found if same and teaches else None
 
     def base(self) -> dict[str, Any]:
-        """The scores of the model before training, and of the same model shown the demonstrations."""
+        """The scores of the model before training, and of the same model shown the demonstrations: kept, or made."""
+        path = Path(str(self.plan.settings.output_dir)) / BASE_FILE
+        return self.known(path) or self._written(path, self._of_base())
+
+    def stage(self, stage: Stage, taught: Skill | None) -> dict[str, Any]:
+        """The scores of a stage's model, kept or made, and what it answers as a teacher of the skill that is next."""
+        path = stage.folder / SCORES_FILE
+        return self.known(path, taught) or self._written(path, self._of_trained(stage.folder, taught))
+
+    def _written(self, path: Path, scores: dict[str, Any]) -> dict[str, Any]:
+        write_text(path, json.dumps({**scores, MEASURED: self.made_by}, indent=2) + "\n")
+        return scores
+
+    def _of_base(self) -> dict[str, Any]:
         model, tokenizer = self._load(self.plan.model.model)
-        teacher = {}
         for skill in self.plan.skills:
-            exam, template = self.skills[skill.name], skill.settings.template
-            exam.check(model, tokenizer, [template] if exam.has_demonstrations else [])
+            exam = self.skills[skill.name]
+            exam.check(model, tokenizer, list(self._shown([skill]).values()))
             if skill.name in self.choosing:
                 self.choosing[skill.name].check(model, tokenizer)
-            if exam.has_demonstrations:
-                teacher[skill.name] = accuracy_of(exam.held_out(model, tokenizer, f"teacher, {skill.name}", template))
-        return {**self._scores(model, tokenizer), "teacher_accuracy": teacher}
+        teacher = self._as_teacher(model, tokenizer, self.plan.skills)
+        return {**self._scores(model, tokenizer), TEACHER: teacher}
 
-    def trained(self, folder: Path) -> dict[str, Any]:
+    def _of_trained(self, folder: Path, taught: Skill | None) -> dict[str, Any]:
         """The scores of a trained model, and its distance from the base model in nats a token and in weights."""
         model, tokenizer = self._load(str(folder))
         scores = self._scores(model, tokenizer)
+        if taught is not None:
+            scores[TEACHER] = self._as_teacher(model, tokenizer, [taught])
         base, _ = self._load(self.plan.model.model)
         forgetting = self.on_general.forgetting(model, tokenizer, Teacher(base), shown=True)
         moved, share = distance(model, base)
         return {**scores, "forgetting": forgetting, "weights_moved": moved, "weights_moved_share": share}
+
+    def _shown(self, skills: Sequence[Skill]) -> dict[str, list[Message]]:
+        """How the teachers of skills are shown the demonstrations, of those that have any to be measured with."""
+        return {skill.name: skill.settings.template for skill in skills if self.skills[skill.name].has_demonstrations}
+
+    def _as_teacher(self, model: Any, tokenizer: Any, skills: Sequence[Skill]) -> dict[str, float | None]:
+        """Accuracies of a model that is shown the demonstrations."""
+        return {
+            name: accuracy_of(self.skills[name].held_out(model, tokenizer, f"teacher, {name}", template))
+            for name, template in self._shown(skills).items()
+        }
 
     def _scores(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         def accuracies(of: dict[str, Exam], said: str) -> dict[str, float | None]:

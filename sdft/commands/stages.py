@@ -59,6 +59,11 @@ class Stage:
         """Whether it was trained to its end."""
         return (self.folder / SUMMARY_FILE).is_file()
 
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the model that begins it is its teacher."""
+        return self.given.make(MethodSettings).method == "sdft"
+
     def summary(self) -> dict[str, Any]:
         """What `sdft train` wrote at its end."""
         return self._read(SUMMARY_FILE, "steps", "loss_last", "training_seconds")

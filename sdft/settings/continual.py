@@ -149,7 +149,7 @@ def _check_joint(methods: Sequence[Method], skills: Sequence[Skill]) -> None:
     templates = {skill.name: skill.settings.teacher_template for skill in skills}
     one = all(template == skills[0].settings.teacher_template for template in templates.values())
     for method in methods:
-        if method.joint and not one and method.given.values.get("method", "sdft") == "sdft":
+        if method.joint and not one and method.given.make(MethodSettings).method == "sdft":
             raise UsageError(
                 f"methods.{method.name}: joint is True, and teacher_template is {shown(templates)}; a run has one for "
                 "all its rows, so it must be the same for all skills, or method sft"
