@@ -19,6 +19,8 @@ from sdft.commands import continual
 from sdft.commands.stages import stages_of
 from sdft.evaluation.continual import backward_transfer, distance, report_of_run, skills_forgotten
 from sdft.report.continual import read_continual
+from sdft.report.run_folder import read_run
+from sdft.report.what_ran import facts, headline
 from sdft.settings.continual import fields_of_continual
 from sdft.settings.continual import plan_of as settings_plan_of
 from sdft.settings.recipe import read
@@ -137,17 +139,22 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     assert "sft-joint" in Path("out/report.html").read_text()
     shown = read_continual(Path("out/continual.json"))
     assert (shown.methods, shown.evaluated) == (["sdft", "sft", "sft-joint"], ["first", "second", "general"])
-    assert [*shown.of("sft")] == ["base", "first", "second"] and [*shown.of("sft-joint")] == ["base", "all at once"]
+    before = ["base", "base as teacher"]
+    assert [*shown.of("sft")] == [*before, "first", "second"] and [*shown.of("sft-joint")] == [*before, "all at once"]
+    whole = read_run("out")
+    assert headline(whole) == f"{base}: first, second, learned in turn by sdft, sft, sft-joint"
+    assert facts(whole)["packages"].startswith("Python ") and whole.recipe["methods"].keys() == set(shown.methods)
     last = runs[1]["stages"][1]
     trained_model, start = (AutoModelForCausalLM.from_pretrained(each) for each in (last["folder"], "model"))
     assert last["weights_moved"] == pytest.approx(distance(trained_model, start)[0], rel=1e-5)
 
-    # A call that is killed while it reads what is there leaves no report with less.
+    # The resolved recipe is one. A call that is killed while it reads what is there leaves no report with less.
     with monkeypatch.context() as context:
         context.setattr(continual, "write_report", interrupted_after(continual.write_report))
         with pytest.raises(KeyboardInterrupt):
-            continual.continual(plan_of(recipe(seeds=[3])))
-    assert json.loads(Path("out/continual.json").read_text()) == report
+            continual.continual(plan_of("out/resolved_recipe.yaml"))
+    again = json.loads(Path("out/continual.json").read_text())
+    assert {**again, "made_with": None} == {**report, "made_with": None}
 
     trained.clear()
     Path("out/sft/seed-3/stage-2-second/summary.json").unlink()

@@ -1,9 +1,10 @@
 """`sdft continual`: skills learned one after the other, by several methods, and what is left of each after every stage.
 
-In output_dir, `base.json` has the scores of the model before training, `METHOD/seed-N/stage-K-SKILL/` a training run of
-`sdft train` with `scores.json` beside its summary, and `continual.json` all of it. A stage whose folder has
-`summary.json` is not trained again, unless one before it was, and is refused where it was trained in another way. A
-model whose scores are there is not measured again, unless the rows that it is measured on are others, or how.
+In output_dir, `resolved_recipe.yaml` has all settings, `base.json` the scores of the model before training,
+`METHOD/seed-N/stage-K-SKILL/` a training run of `sdft train` with `scores.json` beside its summary, and
+`continual.json` all numbers. A stage whose folder has `summary.json` is not trained again, unless one before it was,
+and is refused where it was trained in another way. A model whose scores are there is not measured again, unless the
+rows that it is measured on are others, or how.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ from sdft.commands.shared import accuracy_of, device_here, quiet
 from sdft.commands.stages import Stage, digest, place_of, read_kept, stages_of
 from sdft.commands.train import exam_of, train, trainer_of
 from sdft.data import Row
+from sdft.environment import made_with
 from sdft.evaluation.continual import distance, report_of_run
 from sdft.evaluation.exam import Exam
 from sdft.models.files import weights_digest
 from sdft.models.load import load_model
 from sdft.report.page import page
 from sdft.rows import Rows, kept_as
-from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, SCORES_FILE
+from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE, SCORES_FILE
+from sdft.settings.commands import ContinualCommand
 from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
 from sdft.settings.continual import Plan, Skill
-from sdft.settings.inputs import LoraArguments, ModelArguments
+from sdft.settings.inputs import ColumnArguments, EvalArguments, LoraArguments, ModelArguments
 from sdft.teacher import Teacher
 from sdft.templates import Message
 
@@ -55,6 +58,9 @@ def continual(plan: Plan) -> int:
         check_run(run.stages)
     check_with_model(plan)
     folder.mkdir(parents=True, exist_ok=True)
+    with failing_clearly(RESOLVED_FILE, str(folder)):
+        parts = (ContinualCommand, ModelArguments, ColumnArguments, EvalArguments, MethodSettings, SDFTConfig)
+        write_text(folder / RESOLVED_FILE, plan.given.resolved(*parts))
     measure = Measure(plan)
     base = measure.base()
     for run in runs:
@@ -289,8 +295,15 @@ def _line(stage: Stage, scores: dict[str, Any]) -> dict[str, Any]:
 def write_report(folder: Path, plan: Plan, base: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     """continual.json as far as it is known."""
     skills = [skill.name for skill in plan.skills]
-    report = {"model": plan.model.model, "skills": skills, "general_prompts": len(plan.general), "base": base}
-    write_text(folder / CONTINUAL_FILE, json.dumps({**report, "runs": runs}, indent=2, ensure_ascii=False) + "\n")
+    report = {
+        "model": plan.model.model,
+        "made_with": made_with(),
+        "skills": skills,
+        "general_prompts": len(plan.general),
+        "base": base,
+        "runs": runs,
+    }
+    write_text(folder / CONTINUAL_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def table(plan: Plan, base: dict[str, Any], runs: list[dict[str, Any]]) -> str:

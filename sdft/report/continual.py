@@ -1,7 +1,7 @@
 """continual.json, which `sdft continual` leaves, as the page shows it: who could do what after each stage.
 
 A stage is named by the skill that it taught, and one that taught several is "all at once". The model before training
-is the stage "base" of every method.
+is the stage "base" of every method, and the same model as a teacher a stage of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sdft.errors import UsageError, shown
+
+BASE, TEACHER = "base", "base as teacher"
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class Measurement:
 
 @dataclass
 class Continual:
-    """All that was measured. `stages` are those of the sequence, in their order."""
+    """All that was measured. `skills` are in the order in which they are learned; `made_with` is what it ran on."""
 
-    stages: list[str]
+    skills: list[str]
     measurements: list[Measurement] = field(default_factory=list)
+    made_with: Any = None
 
     @property
     def methods(self) -> list[str]:
@@ -45,7 +48,8 @@ class Continual:
 
     def of(self, method: str) -> dict[str, list[Measurement]]:
         """The measurements of a method by stage, one for each seed."""
-        found: dict[str, list[Measurement]] = {stage: [] for stage in self.stages}
+        before = [each.stage for each in self.measurements if each.method is None]
+        found: dict[str, list[Measurement]] = {stage: [] for stage in (*before, *self.skills)}
         for each in self.measurements:
             if each.method in (method, None):
                 found.setdefault(each.stage, []).append(each)
@@ -59,13 +63,16 @@ def read_continual(path: Path) -> Continual:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     try:
-        measurements = [_measurement(None, None, "base", {**found["base"], "forgetting": 0.0})]
+        base = found["base"]
+        measurements = [_measurement(None, None, BASE, {**base, "forgetting": 0.0})]
+        if teacher := base.get("teacher_accuracy"):
+            measurements.append(_measurement(None, None, TEACHER, {"accuracy": teacher}))
         measurements += [
             _measurement(run["method"], run["seed"], _name(stage["learned"]), stage)
             for run in found["runs"]
             for stage in run["stages"]
         ]
-        return Continual(["base", *map(str, found["skills"])], measurements)
+        return Continual([*map(str, found["skills"])], measurements, found.get("made_with"))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:

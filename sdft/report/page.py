@@ -80,7 +80,7 @@ def data(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "runs": [
             {
                 "name": run.name,
-                "headline": headline(run) if run.lines else "",
+                "headline": headline(run) if run.lines or run.continual else "",
                 "notes": run.notes,
                 "curves": curves(run),
                 "step_seconds": series(step_seconds(run.lines)),

@@ -41,6 +41,8 @@ def read_run(folder: str | Path) -> RunFolder:
     if (path / CONTINUAL_FILE).is_file():
         run.continual = read_continual(path / CONTINUAL_FILE)
     if not (path / METRICS_FILE).is_file():
+        run.record = {"made_with": run.continual and run.continual.made_with}
+        run.recipe = _recipe(run)
         return run
     run.lines = _lines(run)
     run.record, run.summary = _object(run, RECORD), _object(run, SUMMARY_FILE)

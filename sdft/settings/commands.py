@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError, shown
 from sdft.evaluation.scorers import SCORERS
-from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE
+from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE
 from sdft.settings.chats import BothChatSettings, ChatSettings
 from sdft.settings.checks import (
     check_at_least,
@@ -268,7 +268,7 @@ class ContinualCommand:
     def __post_init__(self) -> None:
         _check_names("skills", self.skills)
         _check_names("methods", self.methods)
-        if taken := sorted({BASE_FILE, CONTINUAL_FILE, REPORT_FILE} & self.methods.keys()):
+        if taken := sorted({BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE} & self.methods.keys()):
             raise UsageError(
                 f"methods has {taken[0]!r}; a name must be another, for output_dir has a file of that name"
             )
