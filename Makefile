@@ -1,17 +1,23 @@
-# The two to begin with: `make demo` trains a small model on this machine's CPU, `make test` runs the whole suite.
+# The two to begin with: `make demo` trains a small model on this machine's CPU, `make test` runs the tests.
 PYTHON ?= python3
 VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 READY  := $(VENV)/.installed
 
-.PHONY: demo test docs gpu gpu-wheels test-triton-3.6 test-vllm
+.PHONY: demo test test-slow docs gpu gpu-wheels test-triton-3.6 test-vllm
 
 demo: $(READY)
 	$(VENV)/bin/sdft train examples/demo.yaml --overwrite_output_dir true
 
-# In two processes, of which each takes whole files: what a file's tests share is made once.
+# In two processes, of which each takes whole files: what a file's tests share is made once. The slow ones take some ten
+# seconds each, and more.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 test: $(READY)
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 # The site of docs/ into site/, with warnings as errors. The tools come into the environment the first time; after that no
 # network is asked.

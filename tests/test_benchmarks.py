@@ -43,6 +43,7 @@ def check_files(found: list[Any], files: argparse.Namespace, draw: Any) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_speed_compares_every_method_in_turns(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("liger_kernel")
@@ -63,6 +64,7 @@ def test_speed_compares_every_method_in_turns(tmp_path: Path) -> None:
     check_files(found, given(tmp_path, "speed"), speed.draw)
 
 
+@pytest.mark.slow
 def test_speed_prints_each_other_divergence_on_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from benchmarks import plugins
 pytestmark = pytest.mark.peers
 
 
+@pytest.mark.slow
 def test_the_table_has_both_trainers_and_the_same_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.setattr(plugins, "measure_apart", plugins.measure)

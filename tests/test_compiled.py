@@ -15,6 +15,8 @@ import pytest
 from benchmarks.kernel_calls import OF_ENTRIES
 from sdft_kernels.backends.gpu.linear import PROCESS_TILES, SCORE_TILES
 
+pytestmark = pytest.mark.slow
+
 #: Shared memory that a program may have, in bytes.
 TARGETS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 #: How the instructions begin that multiply on each target's tensor cores: a warp's, a warp group's with operands in

@@ -341,6 +341,7 @@ def test_the_module_is_the_function_with_its_settings_kept() -> None:
         FusedLinearDivergence("jsd", beta=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_real_hidden_states(smollm2_hidden_states: tuple[torch.Tensor, ...], divergence: str, backend: str) -> None:

@@ -242,6 +242,7 @@ def test_a_random_model_is_made_where_and_as_it_is_to_be() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.slow
 def test_rollouts_of_a_toy() -> None:
     rows = list(rollouts.run(toy()))
     assert [(row["backend"], row["seeded"], row["prompts"]) for row in rows] == [
@@ -255,6 +256,7 @@ def test_rollouts_of_a_toy() -> None:
     assert rollouts.table(rows).count("seeded |") == len(rows)
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_as_long_as_what_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[Any, ...]] = []
 
@@ -267,6 +269,7 @@ def test_what_is_measured_is_as_long_as_what_went_before(monkeypatch: pytest.Mon
     assert taken[::2] == taken[1::2] and len(taken) == 2 * len(rows), "a turn before each measured one, like it in all"
 
 
+@pytest.mark.slow
 def test_a_back_end_that_breaks_does_not_stop_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(*_: Any) -> list[Completion]:
         raise RuntimeError("refused\nand why")

@@ -101,6 +101,7 @@ def interrupted_after(run: Callable[..., Any]) -> Callable[..., Any]:
     return interrupted
 
 
+@pytest.mark.slow
 def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, str, float, int, int]] = []
     templates: list[Any] = []
@@ -165,6 +166,7 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     assert again[0] == runs[0] and again[1]["stages"][1]["accuracy"] == last["accuracy"]
 
 
+@pytest.mark.slow
 def test_rows_to_choose_by_are_told_apart_and_measured_where_they_come_later(recipe: Callable[..., str]) -> None:
     told = yaml.safe_load(Path(recipe(seeds=[3], methods={"sft": {"method": "sft"}})).read_text())
     assert main(["continual", "recipe.yaml"]) == 0
@@ -239,6 +241,7 @@ def test_a_stage_that_was_trained_in_another_way_is_refused(
         assert stage == {**old, "folder": old["folder"].replace("out", "moved", 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", ["before", "after"])
 def test_stages_after_one_that_is_trained_anew_are_too(
     recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch, stopped: str
@@ -322,6 +325,7 @@ def test_what_only_the_model_can_tell_is_said_before_anything_is_measured(
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_what_a_stage_is_taught_by_is_said_and_measured_by_its_template(
     recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,6 +365,7 @@ def test_the_table_names_skills_in_any_order(recipe: Callable[..., str], capsys:
     assert lines[1][1:3] == ["50.0%", "25.0%"] and lines[2][3:5] == ["100.0%", "75.0%"]
 
 
+@pytest.mark.slow
 def test_other_rows_to_be_measured_on_are_measured(recipe: Callable[..., str]) -> None:
     assert main(["continual", recipe(**SFT)]) == 0
     summary = Path("out/sft/seed-3/stage-2-second/summary.json")

@@ -131,6 +131,7 @@ def peak_of(file, keep):
     return peak
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     grown = {}
     for name, keep in (("disk", on_disk(str(tmp_path))), ("memory", list)):

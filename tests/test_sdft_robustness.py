@@ -303,6 +303,7 @@ INTERRUPTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("options", INTERRUPTED, ids=str)
 @pytest.mark.parametrize(("step", "amid", "left"), [(3, "rollouts", 2), (5, "rollouts", 4), (2, "learning", 2)])
