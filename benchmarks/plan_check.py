@@ -136,9 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for case in tqdm(cases, unit="case"):
         rows.append(check(*case))
-        tqdm.write(f"{rows[-1]}")  # a long run that is cut short has said something
+        files.write(rows, given)  # a run that is cut short leaves what it has
     print(machine.heading(), table(rows), sep="\n")
-    files.write(rows, given)
     draw(rows, given.plot)
 
 
