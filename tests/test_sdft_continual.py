@@ -114,6 +114,9 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
         return run(model, lora, rows, config, **rest)
 
     monkeypatch.setattr(continual, "train", train)
+    noted: list[dict[str, Any]] = []
+    made_with = continual.made_with
+    monkeypatch.setattr(continual, "made_with", lambda: noted.append(made_with()) or noted[-1])
     assert main(["continual", recipe(seeds=[3])]) == 0
     base = str(Path("model").resolve())
     assert trained == [
@@ -143,7 +146,8 @@ def test_every_stage_is_run_once_and_reported(recipe: Callable[..., str], monkey
     before = ["base", "base as teacher"]
     assert [*shown.of("sft")] == [*before, "first", "second"] and [*shown.of("sft-joint")] == [*before, "all at once"]
     whole = read_run("out")
-    assert headline(whole) == f"{base}: first, second, learned in turn by sdft, sft, sft-joint"
+    assert headline(whole) == f"{base} learns first, second by sdft, sft, sft-joint"
+    assert noted == [report["made_with"]], "as it began, not as each stage ended"
     assert facts(whole)["packages"].startswith("Python ") and whole.recipe["methods"].keys() == set(shown.methods)
     last = runs[1]["stages"][1]
     trained_model, start = (AutoModelForCausalLM.from_pretrained(each) for each in (last["folder"], "model"))
@@ -234,6 +238,8 @@ def test_a_stage_that_was_trained_in_another_way_is_refused(
     # What decides nothing may change, or is only written in another way, and output_dir may be moved.
     same = {"logging_steps": 2, "max_forward_tokens": 500, "rollout_temperature": 0.5, "teacher": "base"}
     same |= {"methods": {"sft": {"method": "SFT"}}, "model": "model", "num_train_epochs": 3, "data_seed": 3}
+    plan = plan_of(recipe(**{**SFT, **same, "teacher_template": "first"}))  # of which sft knows nothing
+    continual.check_run([*stages_of(plan, plan.methods[0], 3)])
     Path("out").rename("moved")
     assert main(["continual", recipe(**{**SFT, **same}, output_dir="moved")]) == 0
     moved = json.loads(Path("moved/continual.json").read_text())
@@ -331,7 +337,7 @@ def test_what_a_stage_is_taught_by_is_said_and_measured_by_its_template(
 ) -> None:
     """A model that has learned a skill may no longer follow the demonstrations of the next one."""
     assert main(["continual", recipe(methods={"sdft": {}}, seeds=[3])]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("shown the demonstration")]
+    said = [line for line in capsys.readouterr().out.splitlines() if ", held out: " in line]
     first = Path("out/sdft/seed-3/stage-1-first")
     scores = json.loads((first / "scores.json").read_text())
     share = scores["teacher_accuracy"]["second"]
@@ -346,13 +352,30 @@ def test_what_a_stage_is_taught_by_is_said_and_measured_by_its_template(
     assert main(["continual", recipe(methods={"sdft": {}}, seeds=[3])]) == 0
     assert json.loads((first / "scores.json").read_text())["teacher_accuracy"] == {"second": share}
 
-    nothing = ": it has nothing to teach itself, unless by another teacher_template"
+    nothing = "; it has nothing to teach, unless by another teacher_template"
     assert [nothing in line for line in said] == [True, False]
-    (stage, _), *_ = (list(stages_of(plan, plan.methods[0], 3)) for plan in [plan_of(recipe())])
+    plan = plan_of(recipe())
+    stage = next(stages_of(plan, plan.methods[0], 3))
     before = {"accuracy": {"first": 0.25, "second": 0.0}, "teacher_accuracy": {"first": 0.5}}
     assert [*continual.what_teaches(stage, before)] == [
-        "shown the demonstration, the model answers 50.0% of first, and alone 25.0%"
+        "first, held out: 50.0% by the teacher, the model that begins, 25.0% alone"
     ]
+    for settings in ({"method": "sft"}, {"feedback": "sdpo"}):
+        plan = plan_of(recipe(methods={"other": settings}))
+        assert not [*continual.what_teaches(next(stages_of(plan, plan.methods[0], 3)), before)]
+
+
+def test_a_teacher_without_demonstrations_to_be_measured_with_is_not_spoken_of(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = yaml.safe_load(Path(recipe(methods={"sdft": {}}, seeds=[3])).read_text())
+    rows = [{name: row[name] for name in ("prompt", "answer")} for row in tiny.rows(2)]
+    Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told["skills"] = {"first": {**told["skills"]["first"], "eval_file": "held_out.jsonl"}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(told))
+    assert main(["continual", "recipe.yaml"]) == 0
+    assert "held out: " not in capsys.readouterr().out
+    assert json.loads(Path("out/base.json").read_text())["teacher_accuracy"] == {}
 
 
 def test_the_table_names_skills_in_any_order(recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,9 +181,9 @@ def table(rows: list[Row]) -> str:
     ]
     lines = [
         f"`sdft train`, {STEPS} steps on a model of Qwen2.5-1.5B's size with random weights, in bfloat16. s, the "
-        "command: from its start to its end, models loaded and reports written; of the phases, a step's. planned GiB: "
-        "what the command said before its first step, without the gibibyte for the CUDA context; peak GiB: the most "
-        "that torch had allocated.",
+        "command: from its start to its end, models loaded and reports written; of the phases, those of all steps. "
+        "planned GiB: what the command said before its first step, without the gibibyte for the CUDA context; peak "
+        "GiB: the most that torch had allocated.",
         "",
         markdown([row for row in rows if "seconds" in row], columns),
     ]

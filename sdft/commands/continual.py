@@ -32,7 +32,7 @@ from sdft.evaluation.exam import Exam
 from sdft.models.files import weights_digest
 from sdft.models.load import load_model
 from sdft.report.page import page
-from sdft.rows import Rows, kept_as
+from sdft.rows import Rows, can_ask_teacher, kept_as
 from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE, SCORES_FILE
 from sdft.settings.commands import ContinualCommand
 from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
@@ -57,14 +57,20 @@ def continual(plan: Plan) -> int:
     for run in runs:
         check_run(run.stages)
     check_with_model(plan)
+    known = {
+        "model": plan.model.model,
+        "made_with": made_with(),
+        "skills": [skill.name for skill in plan.skills],
+        "general_prompts": len(plan.general),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with failing_clearly(RESOLVED_FILE, str(folder)):
         parts = (ContinualCommand, ModelArguments, ColumnArguments, EvalArguments, MethodSettings, SDFTConfig)
         write_text(folder / RESOLVED_FILE, plan.given.resolved(*parts))
     measure = Measure(plan)
-    base = measure.base()
     for run in runs:
         run.read_lines(measure)
+    known["base"] = base = measure.base()
     for run in runs:
         for stage in run.stages:
             if stage.is_there:
@@ -72,8 +78,8 @@ def continual(plan: Plan) -> int:
             else:
                 names = ", ".join(skill.name for skill in stage.learned)
                 print(f"\n{stage.folder}/: {run.method}, seed {run.seed}, learns {names}", flush=True)
-                if stage.teaches_itself:
-                    print(*what_teaches(stage, run.lines[-1] if run.lines else base), sep="\n", flush=True)
+                for line in what_teaches(stage, run.lines[-1] if run.lines else base):
+                    print(line, flush=True)
                 for later in reversed(run.stages[stage.number :]):  # before this one, so that none is taken for another
                     later.forget()
                 code = train_stage(stage)
@@ -83,7 +89,7 @@ def continual(plan: Plan) -> int:
             if stage.number > len(run.lines):
                 run.lines.append(_line(stage, measure.stage(stage, run.taught_after(stage))))
             reports = reports_of(plan, runs)
-            write_report(folder, plan, base, reports)
+            write_report(folder, {**known, "runs": reports})
     with failing_clearly("the report", str(folder)):
         write_text(folder / REPORT_FILE, page([folder]))
     left = f"{folder / CONTINUAL_FILE} has all numbers, and {folder / REPORT_FILE} shows them"
@@ -101,7 +107,7 @@ class Run:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def read_lines(self, measure: Measure) -> None:
-        """Begin with what an earlier call has left, so that no report has less than the one before it."""
+        """Begin with what an earlier call has left and still holds, so that no report has less of it."""
         for stage in self.stages:
             scores = measure.known(stage.folder / SCORES_FILE, self.taught_after(stage)) if stage.is_there else None
             if scores is None:
@@ -115,11 +121,12 @@ class Run:
 
 
 def what_teaches(stage: Stage, before: dict[str, Any]) -> Iterator[str]:
-    """What the model that begins a stage answers when it is shown the demonstrations, for it learns from no other."""
+    """What the model that begins a stage answers as its own teacher: it can teach no more than that."""
     for name in (skill.name for skill in stage.learned if skill.name in before.get(TEACHER, {})):
         shown, alone = before[TEACHER][name], before["accuracy"][name]
-        line = f"shown the demonstration, the model answers {_percent(shown)} of {name}, and alone {_percent(alone)}"
-        yield line + ("" if shown > alone else ": it has nothing to teach itself, unless by another teacher_template")
+        if stage.teaches_itself:
+            line = f"{name}, held out: {_percent(shown)} by the teacher, the model that begins, {_percent(alone)} alone"
+            yield line + ("" if shown > alone else "; it has nothing to teach, unless by another teacher_template")
 
 
 def reports_of(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -199,7 +206,7 @@ class Measure:
         self.made_by = _exams(plan)
 
     def known(self, path: Path, taught: Skill | None = None) -> dict[str, Any] | None:
-        """The scores in a file, if there is one and they are of this exam, as a teacher of a skill too if it is one."""
+        """The scores in a file, if they are of this exam, and have the teacher's accuracy where that is asked for."""
         found = read_kept(path, remove=path) if path.is_file() else {}
         same = found.pop(MEASURED, None) == self.made_by
         teaches = taught is None or found.get(TEACHER, {}).keys() >= self._shown([taught]).keys()
@@ -241,11 +248,12 @@ class Measure:
         return {**scores, "forgetting": forgetting, "weights_moved": moved, "weights_moved_share": share}
 
     def _shown(self, skills: Sequence[Skill]) -> dict[str, list[Message]]:
-        """How the teachers of skills are shown the demonstrations, of those that have any to be measured with."""
-        return {skill.name: skill.settings.template for skill in skills if self.skills[skill.name].has_demonstrations}
+        """What the teachers of skills see, of those that can be asked."""
+        templates = {skill.name: skill.settings.template for skill in skills}
+        return {name: each for name, each in templates.items() if can_ask_teacher(self.skills[name].eval_rows, each)}
 
     def _as_teacher(self, model: Any, tokenizer: Any, skills: Sequence[Skill]) -> dict[str, float | None]:
-        """Accuracies of a model that is shown the demonstrations."""
+        """Accuracies of a model that sees what its teacher does."""
         return {
             name: accuracy_of(self.skills[name].held_out(model, tokenizer, f"teacher, {name}", template))
             for name, template in self._shown(skills).items()
@@ -292,17 +300,8 @@ def _line(stage: Stage, scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, plan: Plan, base: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+def write_report(folder: Path, report: dict[str, Any]) -> None:
     """continual.json as far as it is known."""
-    skills = [skill.name for skill in plan.skills]
-    report = {
-        "model": plan.model.model,
-        "made_with": made_with(),
-        "skills": skills,
-        "general_prompts": len(plan.general),
-        "base": base,
-        "runs": runs,
-    }
     write_text(folder / CONTINUAL_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -61,8 +61,9 @@ class Stage:
 
     @property
     def teaches_itself(self) -> bool:
-        """Whether the model that begins it is its teacher."""
-        return self.given.make(MethodSettings).method == "sdft"
+        """Whether the model that begins it is its teacher, and sees no feedback."""
+        settings = self.given.make(MethodSettings)
+        return settings.method == "sdft" and settings.feedback is None
 
     def summary(self) -> dict[str, Any]:
         """What `sdft train` wrote at its end."""
@@ -96,7 +97,8 @@ class Stage:
             if learned_from["train_rows"] != self._rows():
                 names = ", ".join(skill.name for skill in self.learned)
                 self._refuse(f"on other rows than train_file of {names} has")
-            if learned_from.get("weights", self._weights()) != self._weights():
+            weights = learned_from.get("weights"), self._weights()
+            if all(weights) and len(set(weights)) > 1:
                 self._refuse(f"from other weights than {self.given.values['model']} has")
         self.summary()
 
@@ -125,6 +127,7 @@ class Stage:
         meant["model"] = place_of(model) if self.number == 1 else Path(model).name
         without = idle(OF_TRAINING, meant)
         without |= {"num_train_epochs"} if meant.get("max_steps", -1) > 0 else set()
+        without |= {"teacher_template", "teacher_chat_template_kwargs"} if meant.get("method") == "sft" else set()
         return {name: meant[name] for name in DECIDES & meant.keys() - without}
 
 

@@ -174,15 +174,16 @@ def damaged(folder: Path) -> str | None:
 
 
 def weights_digest(name: str, pieces: int = 64, size: int = 1 << 14) -> str | None:
-    """A digest of the weights of a model on this machine, and of an adapter's model; None for a name of the hub.
+    """A digest of the weights of a model on this machine, and of an adapter's model; None where there are none.
 
     It reads each file's length and some pieces of it, the last bytes among them, for training changes all of it.
     """
     path, found = local_path(name), hashlib.sha256()
     if matching(name, (BUILT_IN,)) or not path.exists():
         return None
-    kinds = ("*.safetensors", "*.bin", "*.gguf")
-    for file in [path] if path.is_file() else sorted(each for kind in kinds for each in path.glob(kind)):
+    kinds = ("*.safetensors", "*.gguf", "pytorch_model*.bin", "adapter_model*.bin")
+    files = [path] if path.is_file() else sorted(each for kind in kinds for each in path.glob(kind))
+    for file in files:
         length = file.stat().st_size
         found.update(f"{length} ".encode())
         with file.open("rb") as opened:
@@ -191,7 +192,7 @@ def weights_digest(name: str, pieces: int = 64, size: int = 1 << 14) -> str | No
                 found.update(opened.read(size))
     if (adapter := path / ADAPTER).is_file():
         found.update(str(weights_digest(base_of(adapter))).encode())
-    return found.hexdigest()
+    return found.hexdigest() if files else None
 
 
 def base_of(adapter: Path) -> str:

@@ -30,10 +30,11 @@ class Measurement:
 
 @dataclass
 class Continual:
-    """All that was measured. `skills` are in the order in which they are learned; `made_with` is what it ran on."""
+    """All that was measured, of which model and on what. `skills` are in the order in which they are learned."""
 
     skills: list[str]
     measurements: list[Measurement] = field(default_factory=list)
+    model: Any = None
     made_with: Any = None
 
     @property
@@ -72,7 +73,7 @@ def read_continual(path: Path) -> Continual:
             for run in found["runs"]
             for stage in run["stages"]
         ]
-        return Continual([*map(str, found["skills"])], measurements, found.get("made_with"))
+        return Continual([*map(str, found["skills"])], measurements, found.get("model"), found.get("made_with"))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:

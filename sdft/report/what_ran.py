@@ -58,8 +58,8 @@ def numbers(run: RunFolder) -> dict[str, str]:
 def headline(run: RunFolder) -> str:
     """What was trained and how, in a few words."""
     if run.continual is not None and not run.lines:
-        model, methods = run.recipe.get("model"), ", ".join(run.continual.methods)
-        return f"{model}: {', '.join(run.continual.skills)}, learned in turn by {methods}" if model and methods else ""
+        model, skills, methods = run.continual.model, ", ".join(run.continual.skills), ", ".join(run.continual.methods)
+        return f"{model} learns {skills} by {methods}" if model and methods else ""
     said = {**run.recipe, **run.summary}
     how = {"sft": "cross-entropy on the demonstrations"}.get(said.get("method", ""), "self-distillation")
     if said.get("method") == "sdft":
