@@ -1,8 +1,9 @@
 """Learning without forgetting: what each method learns and what it forgets, over learning rates.
 
 `python -m benchmarks.continual` trains SmolLM2-135M-Instruct, or another model, on skills of `examples/skills/`, one
-after the other, by self-distillation (sdft), supervised fine-tuning (sft), and supervised fine-tuning with a penalty on
-the divergence from the base model (sft-kl), each with the same steps and with every learning rate. After each stage it
+after the other, by self-distillation (sdft), supervised fine-tuning (sft), supervised fine-tuning with a penalty on the
+divergence from the base model (sft-kl), and self-distillation on rollouts that the teacher writes (sdft-teacher), each
+with the same steps and with every learning rate; --methods chooses. After each stage it
 measures accuracy on held-out prompts of every skill, and on general prompts, of whose kinds none is trained on: their
 accuracy, and the divergence from the base model. It is `sdft continual` with a recipe that it writes; a run that was
 interrupted goes on with its next stage. It prints a table, and writes it as CSV and as a plot.
@@ -47,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sdft": {"method": "sdft"},
     "sft": {"method": "sft"},
     "sft-kl": {"method": "sft", "base_kl_weight": 1.0},
+    "sdft-teacher": {"method": "sdft", "rollout_from": "teacher"},
 }
 
 LEARNING_RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4)
@@ -72,7 +74,7 @@ SETTINGS: dict[str, Any] = {
 #: The columns of a CSV that are text, and those that are whole numbers.
 WORDS, COUNTS = ("method", "skill"), ("seed", "steps", "stage")
 
-COLOURS = {"sdft": "sdft-kernels", "sft": "TRL", "sft-kl": "teacher"}
+COLOURS = {"sdft": "sdft-kernels", "sft": "TRL", "sft-kl": "teacher", "sdft-teacher": "forward"}
 
 
 @dataclass(frozen=True)
@@ -328,9 +330,9 @@ def main(argv: list[str] | None = None) -> None:
         "--methods",
         nargs="+",
         type=method_of,
-        default=[(name, LEARNING_RATES) for name in METHODS],
+        default=[(name, LEARNING_RATES) for name in ("sdft", "sft", "sft-kl")],
         metavar="METHOD[:RATE,RATE]",
-        help=f"of {', '.join(METHODS)}; without learning rates with all of {rates}",
+        help=f"of {', '.join(METHODS)}; without learning rates with all of {rates} (default sdft sft sft-kl)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[40], help="of each stage, 8 rows each (default 40)")
