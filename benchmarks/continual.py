@@ -3,10 +3,10 @@
 `python -m benchmarks.continual` trains SmolLM2-135M-Instruct, or another model, on skills of `examples/skills/`, one
 after the other, by self-distillation (sdft), supervised fine-tuning (sft), supervised fine-tuning with a penalty on the
 divergence from the base model (sft-kl), and self-distillation on rollouts that the teacher writes (sdft-teacher), each
-with the same steps and with every learning rate; --methods chooses. After each stage it
-measures accuracy on held-out prompts of every skill, and on general prompts, of whose kinds none is trained on: their
-accuracy, and the divergence from the base model. It is `sdft continual` with a recipe that it writes; a run that was
-interrupted goes on with its next stage. It prints a table, and writes it as CSV and as a plot.
+with the same steps and with every learning rate; --methods chooses. After each stage it measures accuracy on held-out
+prompts of every skill, and on general prompts, of whose kinds none is trained on: their accuracy, and the divergence
+from the base model. It is `sdft continual` with a recipe that it writes; a run that was interrupted goes on with its
+next stage. It prints a table, and writes it as CSV and as a plot.
 
 A trial is a learning rate and a number of steps. By the accuracy on other rows than those held out (SKILL_choose.jsonl,
 the mean over seeds and skills after the last stage) a trial of each method is chosen: the best one, and the one that is

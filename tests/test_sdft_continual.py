@@ -358,7 +358,7 @@ def test_what_a_stage_is_taught_by_is_said_and_measured_by_its_template(
     stage = next(stages_of(plan, plan.methods[0], 3))
     before = {"accuracy": {"first": 0.25, "second": 0.0}, "teacher_accuracy": {"first": 0.5}}
     assert [*continual.what_teaches(stage, before)] == [
-        "first, held out: 50.0% by the teacher, the model that begins, 25.0% alone"
+        "first, held out: the model answers 50.0% as its own teacher, 25.0% alone"
     ]
     for settings in ({"method": "sft"}, {"feedback": "sdpo"}):
         plan = plan_of(recipe(methods={"other": settings}))

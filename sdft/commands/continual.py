@@ -122,11 +122,12 @@ class Run:
 
 def what_teaches(stage: Stage, before: dict[str, Any]) -> Iterator[str]:
     """What the model that begins a stage answers as its own teacher: it can teach no more than that."""
+    if not stage.teaches_itself:
+        return
     for name in (skill.name for skill in stage.learned if skill.name in before.get(TEACHER, {})):
         shown, alone = before[TEACHER][name], before["accuracy"][name]
-        if stage.teaches_itself:
-            line = f"{name}, held out: {_percent(shown)} by the teacher, the model that begins, {_percent(alone)} alone"
-            yield line + ("" if shown > alone else "; it has nothing to teach, unless by another teacher_template")
+        line = f"{name}, held out: the model answers {_percent(shown)} as its own teacher, {_percent(alone)} alone"
+        yield line + ("" if shown > alone else "; it has nothing to teach, unless by another teacher_template")
 
 
 def reports_of(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -173,11 +173,12 @@ def damaged(folder: Path) -> str | None:
     return None
 
 
-def weights_digest(name: str, pieces: int = 64, size: int = 1 << 14) -> str | None:
+def weights_digest(name: str) -> str | None:
     """A digest of the weights of a model on this machine, and of an adapter's model; None where there are none.
 
     It reads each file's length and some pieces of it, the last bytes among them, for training changes all of it.
     """
+    pieces, size = 64, 1 << 14
     path, found = local_path(name), hashlib.sha256()
     if matching(name, (BUILT_IN,)) or not path.exists():
         return None
