@@ -2,11 +2,11 @@
 
 `python -m benchmarks.continual` trains SmolLM2-135M-Instruct, or another model, on skills of `examples/skills/`, one
 after the other, by self-distillation (sdft), supervised fine-tuning (sft), supervised fine-tuning with a penalty on the
-divergence from the base model (sft-kl), and self-distillation on rollouts that the teacher writes (sdft-teacher), each
-with the same steps and with every learning rate; --methods chooses. After each stage it measures accuracy on held-out
-prompts of every skill, and on general prompts, of whose kinds none is trained on: their accuracy, and the divergence
-from the base model. It is `sdft continual` with a recipe that it writes; a run that was interrupted goes on with its
-next stage. It prints a table, and writes it as CSV and as a plot.
+divergence from the model that a stage began with (sft-kl), and self-distillation on rollouts that the teacher writes
+(sdft-teacher), each with the same steps and with every learning rate; --methods chooses. After each stage it measures
+accuracy on held-out prompts of every skill, and on general prompts, of whose kinds none is trained on: their accuracy,
+and the divergence from the base model. It is `sdft continual` with a recipe that it writes; a run that was interrupted
+goes on with its next stage. It prints a table, and writes it as CSV and as a plot.
 
 A trial is a learning rate and a number of steps. By the accuracy on other rows than those held out (SKILL_choose.jsonl,
 the mean over seeds and skills after the last stage) a trial of each method is chosen: the best one, and the one that is
@@ -176,7 +176,7 @@ def points(report: dict[str, Any], trials: Sequence[Trial]) -> list[Point]:
 def _choosing(stage: dict[str, Any], skills: Sequence[str]) -> float | None:
     """The mean accuracy on the rows to choose by, of the skills that were learned so far."""
     of_skill = stage.get("choose_accuracy", {})
-    return round(sum(of_skill[name] for name in skills) / len(skills), 4) if of_skill else None
+    return round(sum(of_skill[name] for name in skills) / len(skills), 9) if of_skill else None
 
 
 def _last(found: Sequence[Point]) -> dict[Trial, list[Point]]:
@@ -201,13 +201,13 @@ def chosen(found: Sequence[Point]) -> dict[str, tuple[Trial, Trial]]:
     """For each method, the trial with the best accuracy on the rows to choose by, and the one that is matched: whose
     accuracy there is nearest to the least of those bests.
     """
-    scores = {trial: round(_mean(rows, "choose_accuracy"), 9) for trial, rows in _last(found).items()}
+    scores = {trial: round(_mean(rows, "choose_accuracy"), 7) for trial, rows in _last(found).items()}
     methods = dict.fromkeys(trial.method for trial in scores)
     in_turn = sorted(scores, key=lambda trial: (trial.learning_rate, trial.steps))  # the first of equals is taken
     best = {m: max((t for t in in_turn if t.method == m), key=lambda t: scores[t]) for m in methods}
     target = min(scores[trial] for trial in best.values())
     return {
-        m: (best[m], min((t for t in in_turn if t.method == m), key=lambda t: round(abs(scores[t] - target), 9)))
+        m: (best[m], min((t for t in in_turn if t.method == m), key=lambda t: round(abs(scores[t] - target), 6)))
         for m in methods
     }
 
@@ -280,14 +280,16 @@ def table(found: Sequence[Point]) -> str:
 
 
 def draw(found: Sequence[Point], base: dict[str, Any] | None, path: Path) -> None:
-    """Accuracy on the last skill against what was forgotten, a point for each trial and seed."""
+    """Accuracy on the last skill against what is left of the rest, a point for each trial and seed."""
     least = min(point.steps for point in found)
     last = [point for point in found if point.stage == max(each.stage for each in found)]
-    sides = (
+    sides = [
         ("forgetting", "nats a token from the base model\non general prompts"),
         ("general_accuracy", "accuracy on general prompts"),
-    )
-    with plots.panels(path, 1, len(sides), (11, 4)) as axes:
+    ]
+    if last[0].stage > 1:
+        sides.append(("earlier_accuracy", "accuracy on the skills before, held out"))
+    with plots.panels(path, 1, len(sides), (5.5 * len(sides), 4)) as axes:
         for axis, (name, label) in zip(axes[0], sides, strict=True):
             for method in dict.fromkeys(point.method for point in last):
                 of_method = sorted((p for p in last if p.method == method), key=lambda p: p.learning_rate)
@@ -312,7 +314,8 @@ def method_of(text: str) -> tuple[str, Sequence[float]]:
     found: Sequence[float] = ()
     with contextlib.suppress(ValueError):
         found = [float(rate) for rate in rates.split(",")] if rates else LEARNING_RATES
-    if name not in METHODS or not found or not all(0 < rate < math.inf for rate in found):
+    once = len({f"{rate:g}" for rate in found}) == len(found)  # as Trial.name has it
+    if name not in METHODS or not found or not once or not all(0 < rate < math.inf for rate in found):
         names = ", ".join(METHODS)
         raise argparse.ArgumentTypeError(f"a method is {text!r}; it may be one of {names}, or as sft:1e-5,2e-5")
     return name, found

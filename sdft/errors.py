@@ -20,6 +20,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: a loss or a gradient that is no longer finite, a head that the loss cannot reproduce."""
 
 
+class Diverged(TrainingError):
+    """A loss or a gradient that is no longer finite."""
+
+
 class Terminated(KeyboardInterrupt):
     """What SIGTERM raises in the command: it ends as Ctrl-C would end it."""
 

@@ -25,7 +25,7 @@ from sdft._compat import is_compiled, use_one_gpu
 from sdft.batch import Batch, Sample, count_items, demonstrations_of, group, lay_out
 from sdft.data import Row, encode_prompt
 from sdft.early_checks import check_writable
-from sdft.errors import TrainingError, UsageError
+from sdft.errors import Diverged, UsageError
 from sdft.evaluation.completion_log import CompletionsFile
 from sdft.evaluation.exam import Exam
 from sdft.feedback.interface import FeedbackFunction
@@ -275,7 +275,7 @@ class SDFTTrainer(SamplingTrainer):
         self.step_log.add(tokens=inputs["labels"].numel(), **step_loss.sums)
         loss = step_loss.total
         if not torch.isfinite(loss):
-            raise TrainingError(
+            raise Diverged(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: training stopped before the weights "
                 "took it in (a lower learning_rate or a stricter max_grad_norm may help)"
             )
@@ -287,7 +287,7 @@ class SDFTTrainer(SamplingTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.autocast_type == torch.float16  # then the scaler skips such steps
         if not scaled and not torch.isfinite(torch.as_tensor(norm)):
-            raise TrainingError(
+            raise Diverged(
                 f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}: training stopped before "
                 "the weights took it in"
             )

@@ -186,7 +186,7 @@ def test_continual_has_a_point_for_each_stage_and_a_recipe_that_can_be_read(tmp_
     assert (last.skill, last.accuracy, last.earlier_accuracy, last.forgetting) == ("triage", 0.7, 0.6, 0.25)
     assert continual.table(found).count("\n") == 1 + len(found)
     assert continual.method_of("sft") == ("sft", continual.LEARNING_RATES)
-    for wrong in ("ppo", "sft:fast", "sft:1e-5,", "sft:nan", "sft:-1e-5", "sft:0"):
+    for wrong in ("ppo", "sft:fast", "sft:1e-5,", "sft:1e-5,0.00001", "sft:nan", "sft:-1e-5", "sft:0"):
         with pytest.raises(argparse.ArgumentTypeError, match="it may be one of sdft, sft, sft-kl"):
             continual.method_of(wrong)
     continual.draw(found, base, tmp_path / "plot.png")
@@ -239,13 +239,14 @@ def test_continual_takes_the_lower_rate_of_two_that_are_as_near() -> None:
     """Where their shares are, but for the digits that floats cannot have."""
     trials = continual.trials_of({"sdft": [1e-5, 2e-5, 5e-5], "sft": [1e-5]}, [40])
     numbers = {"accuracy": {"a": 0.5}, "general_accuracy": 1.0, "forgetting": 0.0, "weights_moved": 1.0, "seconds": 1.0}
-    shares = (0.1, 0.05, 0.5, 0.075)
-    runs = [
-        {"method": trial.name, "seed": 0, "stages": [{"learned": ["a"], "choose_accuracy": {"a": share}, **numbers}]}
-        for trial, share in zip(trials, shares, strict=True)
-    ]
-    found = continual.points({"skills": ["a"], "runs": runs}, trials)
-    assert continual.chosen(found)["sdft"] == (trials[2], trials[0])
+    thirds = (1 / 3, 0.35, 0.5, 0.35 / 2 + 1 / 6)  # as of 40 rows of each of three skills
+    for shares in ((0.1, 0.05, 0.5, 0.075), thirds):
+        runs = []
+        for trial, share in zip(trials, shares, strict=True):
+            stage = {"learned": ["a"], "choose_accuracy": {"a": share}, **numbers}
+            runs.append({"method": trial.name, "seed": 0, "stages": [stage]})
+        found = continual.points({"skills": ["a"], "runs": runs}, trials)
+        assert continual.chosen(found)["sdft"] == (trials[2], trials[0])
     with pytest.raises(SystemExit):
         continual.main(["--methods", "sft:1e-5", "sft:2e-5"])
 

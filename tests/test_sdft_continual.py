@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from sdft.checkpoints.claim import alone_in
 from sdft.cli import main
 from sdft.commands import continual
 from sdft.commands.stages import stages_of
@@ -193,6 +194,7 @@ def test_rows_to_choose_by_are_told_apart_and_measured_where_they_come_later(rec
     assert main(["continual", "recipe.yaml"]) == 2
 
 
+SKILL = {"train_file": "first_train.jsonl", "eval_file": "first_choose.jsonl"}
 SFT: dict[str, Any] = {"seeds": [3], "methods": {"sft": {"method": "sft"}}}
 STAGES = [f"out/sft/seed-3/stage-{name}" for name in ("1-first", "2-second")]
 
@@ -226,18 +228,24 @@ def test_a_stage_that_was_trained_in_another_way_is_refused(
     error = refused(recipe(**SFT), capsys)
     assert f"{STAGES[0]}, which was trained on other rows than train_file of first has;" in error
     Path("first_train.jsonl").write_text(rows)
-    other = tiny.saved(Path("other") / "model", tiny.tiny_model())
+    other = tiny.saved(Path("other") / "model", tiny.tiny_model(seed=5))
     assert f"{STAGES[0]}, which was trained with model '" in refused(recipe(**SFT, model=other), capsys)
     Path("model").rename("first")
     tiny.saved(Path("model"), tiny.tiny_model(seed=7))
     error = refused(recipe(**SFT), capsys)
-    assert f"{STAGES[0]}, which was trained from other weights than {Path('model').resolve()} has;" in error
+    assert f"{STAGES[0]}, which was trained from another model than {Path('model').resolve()} is by now (" in error
     shutil.rmtree("model")
     Path("first").rename("model")
+    settings = Path("model/config.json").read_text()
+    Path("model/config.json").write_text(settings.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1.0'))
+    assert Path("model/config.json").read_text() != settings
+    assert "which was trained from another model than" in refused(recipe(**SFT), capsys)
+    Path("model/config.json").write_text(settings)
+    shutil.copytree("model", "same")
 
     # What decides nothing may change, or is only written in another way, and output_dir may be moved.
     same = {"logging_steps": 2, "max_forward_tokens": 500, "rollout_temperature": 0.5, "teacher": "base"}
-    same |= {"methods": {"sft": {"method": "SFT"}}, "model": "model", "num_train_epochs": 3, "data_seed": 3}
+    same |= {"methods": {"sft": {"method": "SFT"}}, "model": "same", "num_train_epochs": 3, "data_seed": 3}
     plan = plan_of(recipe(**{**SFT, **same, "teacher_template": "first"}))  # of which sft knows nothing
     continual.check_run([*stages_of(plan, plan.methods[0], 3)])
     Path("out").rename("moved")
@@ -427,6 +435,15 @@ def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], m
             for name, value in (("lora_rank", 8), ("eval_file", "a"), ("scorer", "json"), ("eval_completion_length", 3))
         ),
         ({"methods": {"base.json": {}}}, "methods has 'base.json'; a name must be another"),
+        ({"methods": {"sft": {"chat_template_kwargs": {"thinks": True}}}}, "methods.sft has 'chat_template_kwargs'"),
+        ({"methods": {"sft": {"learning_rate": "fast"}}}, "methods.sft: learning_rate is 'fast'"),
+        ({"methods": {"own": {"teacher": "model"}}}, "methods.own: teacher is 'model'; no other model may teach"),
+        ({"skills": {"general": SKILL}}, "skills has 'general'; a name must be another"),
+        ({"skills": {"base": SKILL}}, "skills has 'base'; a name must be another"),
+        ({"skills": {"a": {**SKILL, "scorer": "near"}}}, "skills.a: scorer is 'near'"),
+        ({"skills": {"a": {**SKILL, "teacher_template": "{prompt}"}}}, "skills.a: teacher_template is '{prompt}'"),
+        ({"seed": 7}, "seed is 7; it must not be set, for seeds"),
+        ({"overwrite_output_dir": True}, "overwrite_output_dir is True; it must not be set"),
         ({"eval_strategy": "steps"}, "eval_strategy is 'steps'; it must not be set"),
         ({"resume_from_checkpoint": "last"}, "resume_from_checkpoint is 'last'; it must not be set"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; each must be there once"),
@@ -448,3 +465,101 @@ def test_a_mistake_is_one_sentence(
     assert main(["continual", recipe(**changes)]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_name_that_is_there_twice_is_refused(recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML would keep the second, and say nothing of the first."""
+    text = Path(recipe(methods={})).read_text()
+    for methods in ("{sft: {method: sft}, sft: {method: sdft}}", "{sft: {method: sft, max_steps: 1, max_steps: 2}}"):
+        Path("recipe.yaml").write_text(text.replace("methods: {}", f"methods: {methods}"))
+        assert "is set twice; line" in refused("recipe.yaml", capsys)
+
+
+def test_several_processes_are_refused(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "was started as 2 processes; it must be one" in refused(recipe(), capsys)
+
+
+def test_a_folder_is_for_one_command_at_a_time(recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    with alone_in("out"):
+        assert "where another run is under way (process" in refused(recipe(), capsys)
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    Path("out/metrics.jsonl").write_text('{"step": 1}\n')
+    said = refused(recipe(), capsys)
+    assert "output_dir is 'out', which holds a run of sdft train (metrics.jsonl); it must be another folder" in said
+    assert [path.name for path in Path("out").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_skill_without_a_scorer_has_the_recipes(recipe: Callable[..., str]) -> None:
+    skills = plan_of(recipe(scorer="contains", skills={"a": SKILL, "b": {**SKILL, "scorer": "exact"}})).skills
+    assert [skill.settings.scorer for skill in skills] == ["contains", "exact"]
+
+
+def test_scores_are_of_a_model_and_of_all_that_they_are_made_by(recipe: Callable[..., str]) -> None:
+    Path("own.py").write_text("def right(text, answer): return True\n")
+    skills = {"a": {**SKILL, "scorer": "own:right"}}
+    told: dict[str, Any] = {**SFT, "skills": skills}
+    assert main(["continual", recipe(**told)]) == 0
+    stage = next(stages_of(plan := plan_of("recipe.yaml"), plan.methods[0], 3))
+    kept = continual.Measure(plan)
+    assert kept.known_of(stage, None) is not None
+    assert continual.Measure(plan_of(recipe(**told, dtype="bfloat16"))).made_by != kept.made_by
+    Path("own.py").write_text("def right(text, answer): return False\n")
+    edited = continual.Measure(plan_of(recipe(**told)))
+    assert edited.made_by != kept.made_by and edited.known_of(stage, None) is None
+    Path("own.py").write_text("def right(text, answer): return True\n")
+    assert continual.Measure(plan_of(recipe(**told))).known_of(stage, None) is not None
+    tiny.saved(stage.folder, tiny.tiny_model(seed=9))
+    assert kept.known_of(stage, None) is None
+
+
+def test_a_stage_whose_own_functions_have_changed_is_refused(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import torch\n\ndef mine(**given): return torch.ones_like(given['labels'], dtype=torch.float32)\n"
+    Path("weighting_of_test.py").write_text(code)
+    told = {"seeds": [3], "methods": {"sdft": {"token_weighting": "weighting_of_test:mine"}}, "skills": {"a": SKILL}}
+    plan = plan_of(recipe(**told))
+    stage = next(stages_of(plan, plan.methods[0], 3))
+    stage.begin()
+    (stage.folder / "resolved_recipe.yaml").write_text(stage.recipe)
+    (stage.folder / "summary.json").write_text('{"steps": 1, "loss_last": 0.5, "training_seconds": 1.0}')
+    stage.check()
+    Path("weighting_of_test.py").write_text(code + "\n# another\n")
+    said = refused("recipe.yaml", capsys)
+    assert "was trained with another token_weighting: the file of weighting_of_test:mine has changed; that" in said
+
+
+def test_general_prompts_that_do_not_fit_are_refused_before_anything_is_answered(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("general.jsonl").write_text(json.dumps({"prompt": "hello " * 3000, "answer": "a"}) + "\n")
+    monkeypatch.setattr(continual.Exam, "held_out", None)
+    assert "general.jsonl, row 1: the prompt has" in refused(recipe(**SFT), capsys)
+    assert not Path("out").exists()
+
+
+def test_a_run_that_diverges_is_said_and_the_others_go_on(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = {
+        "nan": {"method": "sft", "learning_rate": "1e30", "max_steps": 3, "max_grad_norm": 1e30},
+        "late": {"method": "sft", "learning_rate": "1e30", "max_grad_norm": 1e30},
+        "sft": {"method": "sft"},
+    }
+    told = {"seeds": [3], "methods": methods, "skills": {"a": SKILL}}
+    for _ in range(2):
+        assert main(["continual", recipe(**told)]) == 1
+        given = capsys.readouterr()
+        assert "out/nan/seed-3/stage-1-a/: nan, seed 3, ends here: the loss is" in given.out
+        assert given.err.splitlines()[-1] == "sdft: 1 run of 3 came to no end, as is said above"
+        runs = json.loads(Path("out/continual.json").read_text(), parse_constant=pytest.fail)["runs"]
+        assert [run["method"] for run in runs] == ["late", "sft"]
+        assert runs[0]["stages"][0]["forgetting"] is None and runs[1]["stages"][0]["forgetting"] > 0
+        assert "sft" in Path("out/report.html").read_text()
+    told["methods"] = {"nan": methods["nan"]}
+    assert main(["continual", recipe(**told, output_dir="none")]) == 1
+    assert json.loads(Path("none/continual.json").read_text())["runs"] == []

@@ -20,7 +20,7 @@ from sdft.head import check_head
 from sdft.loss import distillation_loss
 from sdft.models import load as models
 from sdft.models.adapters import add_lora
-from sdft.models.files import weights_digest
+from sdft.models.files import model_digest
 from sdft.models.gguf_cache import cache_folder
 from sdft.models.load import BUILT_IN, eos_token_ids, limits, load_model, resolve
 from sdft.rollouts.generate import generate
@@ -322,19 +322,19 @@ def test_a_real_model_that_is_its_own_teacher_has_nothing_to_learn_at_step_0(bui
 def test_other_weights_have_another_digest(tmp_path):
     folder = tmp_path / "model"
     tiny.saved(folder, tiny.tiny_model())
-    before = weights_digest(str(folder))
+    before = model_digest(str(folder))
     (folder / "training_args.bin").write_bytes(b"which a Trainer leaves")
     shutil.copytree(folder, tmp_path / "copy")
-    assert before is not None and weights_digest(str(tmp_path / "copy")) == before
+    assert before is not None and model_digest(str(tmp_path / "copy")) == before
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    of_adapter = weights_digest(str(adapter))
+    of_adapter = model_digest(str(adapter))
     tiny.saved(folder, tiny.tiny_model(seed=1))
-    assert weights_digest(str(folder)) != before and weights_digest(str(adapter)) != of_adapter
+    assert model_digest(str(folder)) != before and model_digest(str(adapter)) != of_adapter
     for nothing in (tmp_path, "smollm2-135m-instruct", "Qwen/Qwen2.5-0.5B-Instruct"):
-        assert weights_digest(str(nothing)) is None
+        assert model_digest(str(nothing)) is None
 
 
 @pytest.mark.parametrize("place", [0, 2_500_000, 5_000_000, -1])
@@ -343,9 +343,9 @@ def test_the_digest_of_a_large_file_looks_into_all_of_it(tmp_path, place):
     path = tmp_path / "model.gguf"
     weights = np.zeros(10_000_001, np.uint8)
     path.write_bytes(weights)
-    before = weights_digest(str(path))
+    before = model_digest(str(path))
     weights[place if place < 0 else slice(place, place + 200_000)] = 1
     path.write_bytes(weights)
-    assert weights_digest(str(path)) != before
+    assert model_digest(str(path)) != before
     path.write_bytes(bytes(weights) + b"\0")
-    assert weights_digest(str(path)) != before
+    assert model_digest(str(path)) != before

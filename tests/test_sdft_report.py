@@ -17,8 +17,8 @@ import pytest
 
 from sdft import cli
 from sdft.errors import UsageError
-from sdft.report.continual import read_continual
-from sdft.report.page import CURVES, as_json, curves, page, step_seconds
+from sdft.report.continual import Continual, Measurement, read_continual
+from sdft.report.page import CURVES, as_json, continual, curves, page, step_seconds
 from sdft.report.rollouts import MOST_TOKENS, choose, samples
 from sdft.report.run_folder import MOST_POINTS, read_run, series
 from sdft.report.what_ran import beside, differing, duration, facts, headline
@@ -242,6 +242,18 @@ def test_prompts_that_were_answered_twice_come_first_and_others_from_all_of_the_
     once = [[(step, 100 + step)] for step in range(1, 10)]
     assert choose([*once, *twice], 2, 3) == [[11, 90], [10, 50], [101], [104], [109]]
     assert choose([], 2, 3) == []
+
+
+def test_forgetting_before_the_last_skill_is_said_to_be_that() -> None:
+    measured = [
+        Measurement("sdft", 0, "tools", {"tools": 0.5}, 0.1),
+        Measurement("sdft", 0, "triage", {"tools": 0.25}, 0.25),
+        Measurement("sft", 0, "tools", {"tools": 0.5}, 0.75),
+        Measurement("joint", 0, "all at once", {"tools": 0.5}, 0.5),
+    ]
+    tables = continual(Continual(["tools", "triage"], measured))["tables"]
+    said = {table["method"]: (table["after"], table["forgetting"]["mean"]) for table in tables}
+    assert said == {"sdft": (None, 0.25), "sft": ("tools", 0.75), "joint": (None, 0.5)}
 
 
 def test_tables_of_several_runs() -> None:

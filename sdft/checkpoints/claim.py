@@ -152,6 +152,29 @@ def claimed(
 
 
 @contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """A folder of several runs, for one command at a time. UsageError where another is in it, or a run has left its
+    own results right there.
+    """
+    path = Path(folder).absolute()
+    check_writable(folder)
+    with _locked(path, folder) as file:
+        left = [name for name in results_in(path) if name not in (REPORT_FILE, RESOLVED_FILE)]
+        if left:
+            if not read_record(path):
+                (path / RECORD).unlink()  # the one that was made just now
+            raise UsageError(
+                f"output_dir is {str(folder)!r}, which holds a run of sdft train ({_listed(left)}); it must be another "
+                "folder"
+            )
+        Claim(path, "", file=file).record()
+        try:
+            yield
+        finally:
+            (path / RECORD).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _locked(path: Path, named: str | Path) -> Iterator[IO[str]]:
     """The folder's record, made if need be and locked; it and the folder go again if no run has left anything there."""
     made = [parent for parent in (path, *path.parents) if not parent.exists()]

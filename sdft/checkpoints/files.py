@@ -7,11 +7,14 @@ checkpoint with a good name and empty files, and what is removed loses its name 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -159,6 +162,19 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file in one move."""
     with in_one_move(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file in one move. A number that is not finite, which JSON has no word for, is null."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync(path: str | Path) -> None:

@@ -21,16 +21,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sdft.checkpoints.files import failing_clearly, write_text
+from sdft.checkpoints.claim import alone_in
+from sdft.checkpoints.files import failing_clearly, write_json, write_text
 from sdft.commands.shared import accuracy_of, device_here, quiet
 from sdft.commands.stages import Stage, digest, place_of, read_kept, stages_of
 from sdft.commands.train import exam_of, train, trainer_of
 from sdft.data import Row
 from sdft.environment import made_with
+from sdft.errors import Diverged, TrainingError, counted
 from sdft.evaluation.continual import distance, report_of_run
 from sdft.evaluation.exam import Exam
-from sdft.models.files import weights_digest
+from sdft.models.files import model_digest
 from sdft.models.load import load_model
+from sdft.named_functions import source_digest
 from sdft.report.page import page
 from sdft.rows import Rows, can_ask_teacher, kept_as
 from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE, SCORES_FILE
@@ -51,6 +54,11 @@ def continual(plan: Plan) -> int:
     """`sdft continual`: every stage that is not there yet, and the report after each; the exit code."""
     quiet()
     folder = Path(str(plan.settings.output_dir))
+    with alone_in(folder):
+        return _continual(plan, folder)
+
+
+def _continual(plan: Plan, folder: Path) -> int:
     runs = [
         Run(method.name, seed, list(stages_of(plan, method, seed))) for method in plan.methods for seed in plan.seeds
     ]
@@ -63,37 +71,33 @@ def continual(plan: Plan) -> int:
         "skills": [skill.name for skill in plan.skills],
         "general_prompts": len(plan.general),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with failing_clearly(RESOLVED_FILE, str(folder)):
-        parts = (ContinualCommand, ModelArguments, ColumnArguments, EvalArguments, MethodSettings, SDFTConfig)
-        write_text(folder / RESOLVED_FILE, plan.given.resolved(*parts))
+    parts = (ContinualCommand, ModelArguments, ColumnArguments, EvalArguments, MethodSettings, SDFTConfig)
+    resolved = plan.given.resolved(*parts)
     measure = Measure(plan)
     for run in runs:
         run.read_lines(measure)
     known["base"] = base = measure.base()
+    diverged = 0
     for run in runs:
         for stage in run.stages:
-            if stage.is_there:
-                print(f"{stage.folder}/ is there: it is not trained again")
-            else:
-                names = ", ".join(skill.name for skill in stage.learned)
-                print(f"\n{stage.folder}/: {run.method}, seed {run.seed}, learns {names}", flush=True)
-                for line in what_teaches(stage, run.lines[-1] if run.lines else base):
-                    print(line, flush=True)
-                for later in reversed(run.stages[stage.number :]):  # before this one, so that none is taken for another
-                    later.forget()
-                code = train_stage(stage)
-                if not stage.is_there:
-                    print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
-                    return code or STOPPED
-            if stage.number > len(run.lines):
-                run.lines.append(_line(stage, measure.stage(stage, run.taught_after(stage))))
-            reports = reports_of(plan, runs)
-            write_report(folder, {**known, "runs": reports})
+            try:
+                code = run.go_through(stage, measure, base)
+            except Diverged as error:
+                diverged += 1
+                print(f"{stage.folder}/: {run.method}, seed {run.seed}, ends here: {error}", flush=True)
+                break
+            if code is not None:
+                print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
+                return code
+            write_report(folder, resolved, {**known, "runs": reports_of(plan, runs)})
+    reports = reports_of(plan, runs)
+    write_report(folder, resolved, {**known, "runs": reports})
     with failing_clearly("the report", str(folder)):
         write_text(folder / REPORT_FILE, page([folder]))
     left = f"{folder / CONTINUAL_FILE} has all numbers, and {folder / REPORT_FILE} shows them"
     print("", table(plan, base, reports), "", left, sep="\n")
+    if diverged:
+        raise TrainingError(f"{counted(diverged, 'run')} of {len(runs)} came to no end, as is said above")
     return 0
 
 
@@ -109,10 +113,28 @@ class Run:
     def read_lines(self, measure: Measure) -> None:
         """Begin with what an earlier call has left and still holds, so that no report has less of it."""
         for stage in self.stages:
-            scores = measure.known(stage.folder / SCORES_FILE, self.taught_after(stage)) if stage.is_there else None
+            scores = measure.known_of(stage, self.taught_after(stage)) if stage.is_there else None
             if scores is None:
                 break
             self.lines.append(_line(stage, scores))
+
+    def go_through(self, stage: Stage, measure: Measure, base: dict[str, Any]) -> int | None:
+        """Train and measure a stage, unless that was done; the exit code where training was stopped."""
+        if stage.is_there:
+            print(f"{stage.folder}/ is there: it is not trained again")
+        else:
+            names = ", ".join(skill.name for skill in stage.learned)
+            print(f"\n{stage.folder}/: {self.method}, seed {self.seed}, learns {names}", flush=True)
+            for line in what_teaches(stage, self.lines[-1] if self.lines else base):
+                print(line, flush=True)
+            for later in reversed(self.stages[stage.number :]):  # before this one, so that none is taken for another
+                later.forget()
+            code = train_stage(stage)
+            if not stage.is_there:
+                return code or STOPPED
+        if stage.number > len(self.lines):
+            self.lines.append(_line(stage, measure.stage(stage, self.taught_after(stage))))
+        return None
 
     def taught_after(self, stage: Stage) -> Skill | None:
         """The skill that the model of a stage is to teach itself next, if it is."""
@@ -206,29 +228,38 @@ class Measure:
         self.on_general = Exam(None, plan.general or None, plan.settings, batch_size=size, seed=0)
         self.made_by = _exams(plan)
 
-    def known(self, path: Path, taught: Skill | None = None) -> dict[str, Any] | None:
-        """The scores in a file, if they are of this exam, and have the teacher's accuracy where that is asked for."""
-        found = read_kept(path, remove=path) if path.is_file() else {}
-        same = found.pop(MEASURED, None) == self.made_by
-        teaches = taught is None or found.get(TEACHER, {}).keys() >= self._shown([taught]).keys()
-        return found if same and teaches else None
-
     def base(self) -> dict[str, Any]:
         """The scores of the model before training, and of the same model shown the demonstrations: kept, or made."""
         path = Path(str(self.plan.settings.output_dir)) / BASE_FILE
-        return self.known(path) or self._written(path, self._of_base())
+        return self._known(path, self.made_by) or self._written(path, self._of_base(), self.made_by)
 
     def stage(self, stage: Stage, taught: Skill | None) -> dict[str, Any]:
         """The scores of a stage's model, kept or made, and what it answers as a teacher of the skill that is next."""
-        path = stage.folder / SCORES_FILE
-        return self.known(path, taught) or self._written(path, self._of_trained(stage.folder, taught))
+        if known := self.known_of(stage, taught):
+            return known
+        return self._written(stage.folder / SCORES_FILE, self._of_trained(stage.folder, taught), self._made_of(stage))
 
-    def _written(self, path: Path, scores: dict[str, Any]) -> dict[str, Any]:
-        write_text(path, json.dumps({**scores, MEASURED: self.made_by}, indent=2) + "\n")
+    def known_of(self, stage: Stage, taught: Skill | None) -> dict[str, Any] | None:
+        """The scores of a stage's model that are there, if they have the teacher's accuracy where that is asked for."""
+        found = self._known(stage.folder / SCORES_FILE, self._made_of(stage))
+        teaches = taught is None or (found or {}).get(TEACHER, {}).keys() >= self._shown([taught]).keys()
+        return found if teaches else None
+
+    def _made_of(self, stage: Stage) -> str:
+        return _digest([self.made_by, model_digest(str(stage.folder))])
+
+    def _known(self, path: Path, made_by: str) -> dict[str, Any] | None:
+        """The scores in a file, if they are of this exam and model."""
+        found = read_kept(path, remove=path) if path.is_file() else {}
+        return found if found.pop(MEASURED, None) == made_by else None
+
+    def _written(self, path: Path, scores: dict[str, Any], made_by: str) -> dict[str, Any]:
+        write_json(path, {**scores, MEASURED: made_by})
         return scores
 
     def _of_base(self) -> dict[str, Any]:
         model, tokenizer = self._load(self.plan.model.model)
+        self.on_general.check(model, tokenizer)
         for skill in self.plan.skills:
             exam = self.skills[skill.name]
             exam.check(model, tokenizer, list(self._shown([skill]).values()))
@@ -280,12 +311,15 @@ def _exams(plan: Plan) -> str:
 
     def of(settings: MethodSettings, *rows: list[Row]) -> list[Any]:
         values = {name: str(value) for name, value in asdict(settings).items() if name in told}
-        return [values, *map(digest, rows)]
+        return [values, *map(source_digest, (settings.scorer, settings.general_scorer)), *map(digest, rows)]
 
     skills = {skill.name: of(skill.settings, skill.rows.held_out, skill.choosing) for skill in plan.skills}
-    begins = [place_of(plan.model.model), weights_digest(plan.model.model)]
-    exams = [begins, skills, of(plan.settings, plan.general)]
-    return hashlib.sha256(json.dumps(exams, sort_keys=True).encode()).hexdigest()
+    begins = [model_digest(plan.model.model) or place_of(plan.model.model), plan.model.dtype]
+    return _digest([begins, skills, of(plan.settings, plan.general)])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _line(stage: Stage, scores: dict[str, Any]) -> dict[str, Any]:
@@ -301,9 +335,11 @@ def _line(stage: Stage, scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """continual.json as far as it is known."""
-    write_text(folder / CONTINUAL_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+def write_report(folder: Path, recipe: str, report: dict[str, Any]) -> None:
+    """continual.json as far as it is known, and the recipe that it is of."""
+    with failing_clearly("the report", str(folder)):
+        write_text(folder / RESOLVED_FILE, recipe)
+        write_json(folder / CONTINUAL_FILE, report)
 
 
 def table(plan: Plan, base: dict[str, Any], runs: list[dict[str, Any]]) -> str:
@@ -314,14 +350,12 @@ def table(plan: Plan, base: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     lines.append(["base", *map(_percent, before), "", ""])
     for run in runs:
         last = run["stages"][-1]
-        nats = "" if last["forgetting"] is None else f"{last['forgetting']:.3f}"
         lines.append(
             [
                 f"{run['method']}, seed {run['seed']}",
                 *(_percent(last["accuracy"][name]) for name in names),
                 _percent(last["general_accuracy"]),
-                nats,
-                f"{last['weights_moved']:.3f}",
+                *("" if last[name] is None else f"{last[name]:.3f}" for name in ("forgetting", "weights_moved")),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

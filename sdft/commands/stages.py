@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 import yaml
 
-from sdft.checkpoints.files import write_text
+from sdft.checkpoints.files import write_json
 from sdft.data import WHERE, Row
 from sdft.errors import UsageError, shown
-from sdft.models.files import weights_digest
+from sdft.models.files import model_digest
+from sdft.named_functions import source_digest
 from sdft.run_files import RESOLVED_FILE, SCORES_FILE, STAGE_FILE, SUMMARY_FILE
 from sdft.settings.config import MethodSettings, SDFTConfig
 from sdft.settings.continual import OF_EXAMS, Method, Plan, Skill
@@ -79,8 +80,8 @@ class Stage:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (SUMMARY_FILE, SCORES_FILE, STAGE_FILE):
             (self.folder / name).unlink(missing_ok=True)
-        learns_from = {"train_rows": self._rows(), "weights": self._weights()}
-        write_text(self.folder / STAGE_FILE, json.dumps(learns_from, indent=2) + "\n")
+        learns_from = {"train_rows": self._rows(), "begins_with": self._begins_with(), "functions": self._functions()}
+        write_json(self.folder / STAGE_FILE, learns_from)
 
     def forget(self) -> None:
         """Take it for one that is not there, as it learned from a model that is no more."""
@@ -89,17 +90,26 @@ class Stage:
     def check(self) -> None:
         """UsageError where it was trained in another way than it would be now, or cannot be read."""
         before, now = self._decided(self._read(RESOLVED_FILE)), self._decided(yaml.safe_load(self.recipe))
+        there = (self.folder / STAGE_FILE).is_file()  # else it was trained before such files were written
+        learned_from = self._read(STAGE_FILE, "train_rows") if there else {}
+        models = learned_from.get("begins_with"), self._begins_with()
+        if all(models) and models[0] == models[1]:
+            now["model"] = before.get("model")  # the same one, wherever it is by now
         for name in sorted(before.keys() & now.keys()):
             if before[name] != now[name]:
                 self._refuse(f"with {name} {shown(before[name])}, and the recipe has {shown(now[name])}")
-        if (self.folder / STAGE_FILE).is_file():  # else it was trained before such files were written
-            learned_from = self._read(STAGE_FILE, "train_rows")
-            if learned_from["train_rows"] != self._rows():
-                names = ", ".join(skill.name for skill in self.learned)
-                self._refuse(f"on other rows than train_file of {names} has")
-            weights = learned_from.get("weights"), self._weights()
-            if all(weights) and len(set(weights)) > 1:
-                self._refuse(f"from other weights than {self.given.values['model']} has")
+        if there and learned_from["train_rows"] != self._rows():
+            names = ", ".join(skill.name for skill in self.learned)
+            self._refuse(f"on other rows than train_file of {names} has")
+        if all(models) and models[0] != models[1]:
+            self._refuse(
+                f"from another model than {self.given.values['model']} is by now (its weights, its configuration or "
+                "its tokenizer)"
+            )
+        functions = self._functions()
+        for name, code in learned_from.get("functions", {}).items():
+            if code and functions.get(name) not in (code, None):
+                self._refuse(f"with another {name}: the file of {self.given.values[name]} has changed")
         self.summary()
 
     def _refuse(self, how: str) -> NoReturn:
@@ -114,8 +124,12 @@ class Stage:
     def _rows(self) -> list[str]:
         return [digest(skill.rows.train) for skill in self.learned]
 
-    def _weights(self) -> str | None:
-        return weights_digest(str(self.given.values["model"]))
+    def _begins_with(self) -> str | None:
+        return model_digest(str(self.given.values["model"]))
+
+    def _functions(self) -> dict[str, str | None]:
+        """Digests of the code of functions that are the user's own."""
+        return {name: source_digest(str(self.given.values.get(name))) for name in ("feedback", "token_weighting")}
 
     def _decided(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Of a resolved recipe what decides what is learned, in one spelling, without what has no bearing on it."""

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from sdft.checkpoints.files import failing_clearly, in_one_move, write_text
+from sdft.checkpoints.files import failing_clearly, in_one_move, write_json
 from sdft.data import WHERE, Row
 from sdft.errors import counted
 from sdft.evaluation.completion_log import forget_after
@@ -212,7 +212,7 @@ def _name(divergence: str | None) -> str:
 
 
 def write_summary(path: str | Path, summary: Summary | Scores) -> None:
-    write_text(path, json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n")
+    write_json(path, asdict(summary))
 
 
 def draw_curves(folder: str | Path, history: list[dict[str, Any]], summary: Summary) -> None:

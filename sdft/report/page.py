@@ -130,7 +130,10 @@ def seconds(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
 
 
 def continual(measured: Continual) -> dict[str, Any]:
-    """The accuracies of each method as a table of stages and sets, and its forgetting after its last stage."""
+    """The accuracies of each method as a table of stages and sets, and its forgetting after its last stage.
+
+    `after` names that stage where it is not yet the last of the experiment.
+    """
     tables = []
     for method in measured.methods:
         of = measured.of(method)
@@ -138,8 +141,10 @@ def continual(measured: Continual) -> dict[str, Any]:
             [stage, [_spread(each.accuracy.get(name) for each in found) for name in measured.evaluated]]
             for stage, found in of.items()
         ]
-        last = next(reversed(of.values()))
-        tables.append({"method": method, "rows": rows, "forgetting": _spread(each.forgetting for each in last)})
+        stage, last = list(of.items())[-1]
+        after = stage if stage in measured.skills[:-1] else None
+        forgetting = _spread(each.forgetting for each in last)
+        tables.append({"method": method, "rows": rows, "after": after, "forgetting": forgetting})
     return {"evaluated": measured.evaluated, "tables": tables}
 
 

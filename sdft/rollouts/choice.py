@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from sdft.attention import of_any_length
-from sdft.errors import TrainingError
+from sdft.errors import Diverged
 from sdft.forward import evaluating
 from sdft.rollouts.interface import Completion, Request, Sampling
 from sdft.rollouts.row_sampler import RowSampler, sample_rows
@@ -83,7 +83,7 @@ def sampling_from(model: PreTrainedModel, sampler: RowSampler | None) -> Iterato
             sampler.check()
     except RuntimeError as error:
         if "probability tensor" in str(error):
-            raise TrainingError("the model's logits are no longer finite, so it cannot be sampled") from error
+            raise Diverged("the model's logits are no longer finite, so it cannot be sampled") from error
         raise
     finally:
         model.generation_config = defaults

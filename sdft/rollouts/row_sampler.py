@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sdft.errors import TrainingError
+from sdft.errors import Diverged
 
 
 def seed_of(*entropy: int) -> int:
@@ -75,9 +75,9 @@ class RowSampler(LogitsProcessor):
         return kept
 
     def check(self) -> None:
-        """TrainingError if there was nothing to draw from: a NaN, an infinity, or no token left."""
+        """Diverged if there was nothing to draw from: a NaN, an infinity, or no token left."""
         if not self.finite:
-            raise TrainingError("the model's logits are no longer finite, so it cannot be sampled")
+            raise Diverged("the model's logits are no longer finite, so it cannot be sampled")
 
 
 def _exponential(seed: int, device: torch.device) -> Callable[[Tensor], object]:

@@ -226,7 +226,7 @@ class SkillFiles:
     train_file: str
     eval_file: str
     choose_file: str | None = None
-    scorer: str = "exact"
+    scorer: str | None = None
     teacher_template: str | None = None
 
     @classmethod
@@ -239,8 +239,10 @@ class SkillFiles:
                 f"skills has {name}: {shown(values)}; it must be a mapping with train_file and eval_file, and may have "
                 "choose_file, scorer and teacher_template"
             )
-        scorer = chosen_or_own(f"skills.{name}: scorer", values.get("scorer", "exact"), SCORERS)
-        return cls(**{**values, "scorer": scorer})
+        found = cls(**values)
+        if found.scorer is None:
+            return found
+        return dataclasses.replace(found, scorer=chosen_or_own(f"skills.{name}: scorer", found.scorer, SCORERS))
 
 
 @dataclass
@@ -251,8 +253,8 @@ class ContinualCommand:
         default_factory=dict,
         metadata={
             "help": "The skills in the order in which they are learned: {science: {train_file: ..., eval_file: ..., "
-            "scorer: choice, teacher_template: first}, ...}; scorer and teacher_template may be left out. choose_file "
-            "has rows as eval_file, whose accuracy is told apart: to choose settings by."
+            "scorer: choice, teacher_template: first}, ...}; without scorer or teacher_template a skill has the "
+            "recipe's. choose_file has rows as eval_file, whose accuracy is told apart: to choose settings by."
         },
     )
     methods: dict[str, Any] = field(
@@ -268,6 +270,10 @@ class ContinualCommand:
     def __post_init__(self) -> None:
         _check_names("skills", self.skills)
         _check_names("methods", self.methods)
+        if taken := sorted({"base", "general"} & self.skills.keys()):
+            raise UsageError(
+                f"skills has {taken[0]!r}; a name must be another, for the report has a row or column of it"
+            )
         if taken := sorted({BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE} & self.methods.keys()):
             raise UsageError(
                 f"methods has {taken[0]!r}; a name must be another, for output_dir has a file of that name"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sdft.data import Row
@@ -17,7 +18,7 @@ from sdft.settings.commands import ContinualCommand, SkillFiles
 from sdft.settings.config import EvalSettings, MethodSettings
 from sdft.settings.fields import Field, own_fields, training_fields
 from sdft.settings.inherited import check_values
-from sdft.settings.inputs import ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
+from sdft.settings.inputs import SEED, ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
 from sdft.settings.recipe import Given
 from sdft.settings.teachers import MODEL
 
@@ -27,7 +28,7 @@ OF_EXAMS = {each.name for each in fields(EvalSettings)} - {each.name for each in
 #: What each stage is given by the command itself, or by its skill; and what all of them are measured by.
 OF_THE_COMMAND = {
     *("model", "output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint", "eval_strategy"),
-    "teacher_template",
+    *("teacher_template", "chat_template_kwargs", "teacher_chat_template_kwargs"),
     *own_fields(ContinualCommand, LoraArguments, ColumnArguments, EvalArguments),
     *OF_EXAMS,
 }
@@ -85,9 +86,15 @@ def plan_of(given: Given, known: Mapping[str, Field]) -> Plan:
         raise UsageError(f"eval_file is {evaluation.eval_file!r}; it must not be set, for each of skills has its own")
     if given.make(LoraArguments).lora_rank:
         raise UsageError(f"lora_rank is {given.values['lora_rank']}; it must be 0: sdft continual trains all weights")
-    for name in ("resume_from_checkpoint", "eval_strategy"):
-        if given.values.get(name) not in (None, "no"):
+    for name in ("resume_from_checkpoint", "eval_strategy", "overwrite_output_dir"):
+        if given.values.get(name) not in (None, False, "no"):
             raise UsageError(f"{name} is {shown(given.values[name])}; it must not be set, for sdft continual does it")
+    if given.values.get("seed", SEED) != SEED:
+        raise UsageError(f"seed is {shown(given.values['seed'])}; it must not be set, for seeds has that of each run")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise UsageError(
+            f"sdft continual was started as {processes} processes; it must be one, which trains and measures"
+        )
     check_own_teacher(settings)
     check_values(given.values)
     check_writable(str(settings.output_dir))
@@ -104,8 +111,9 @@ def plan_of(given: Given, known: Mapping[str, Field]) -> Plan:
 def check_own_teacher(settings: MethodSettings) -> None:
     """UsageError where another model is to teach."""
     if settings.teacher == MODEL:
+        name = "teacher" if settings.teacher_model is None else "teacher_model"
         raise UsageError(
-            f"teacher_model is {settings.teacher_model!r}; it must not be set, for in sdft continual the model that "
+            f"{name} is {getattr(settings, name)!r}; no other model may teach, for in sdft continual the model that "
             "learns is its own teacher, and is measured as one"
         )
 
@@ -117,8 +125,10 @@ def _skill(
     files = SkillFiles.of(name, values)
     for each in ("train_file", "eval_file", "choose_file"):
         check_rows(f"skills.{name}: {each}", getattr(files, each))
-    own = {"scorer": files.scorer, "teacher_template": files.teacher_template or settings.teacher_template}
-    settings = replace(given, values={**given.values, **own}).make(MethodSettings)
+    own = {name: getattr(files, name) for name in ("scorer", "teacher_template") if getattr(files, name) is not None}
+    of_skill = Given({**given.values, **own}, {**given.places, **dict.fromkeys(own, f"skills.{name}")})
+    with of_skill.located():
+        settings = of_skill.make(MethodSettings)
     rows = rows_of_train(DataArguments(files.train_file), EvalArguments(files.eval_file), settings, columns)
     choosing, _ = exam_rows(files.choose_file, None, settings, columns)
     return Skill(name, rows, settings, choosing)
@@ -135,7 +145,8 @@ def _method(name: str, values: Mapping[str, Any], given: Given, known: Mapping[s
             raise UsageError(
                 f"{where} has {setting!r}; it may have joint, and settings of training that methods can differ in"
             )
-        read[setting] = known[setting].read(_written(value))
+        with Given({}, {setting: where}).located():
+            read[setting] = known[setting].read(_written(value))
     places = {**given.places, **dict.fromkeys(read, where)}
     method = Method(name, Given({**given.values, **read}, places), joint)
     with method.given.located():

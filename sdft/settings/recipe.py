@@ -219,6 +219,7 @@ def _fields_of(node: yaml.MappingNode, loader: yaml.SafeLoader, path: str) -> di
         if name in found:
             raise UsageError(f"{place}: {name} is set twice; line {lines[name]} has set it before")
         lines[name] = line
+        _check_once(value, path)
         try:
             found[name] = Written(_value(value, loader), place)
             json.dumps(found[name].value, ensure_ascii=False, default=str).encode()
@@ -227,6 +228,26 @@ def _fields_of(node: yaml.MappingNode, loader: yaml.SafeLoader, path: str) -> di
         except (ValueError, TypeError) as error:  # what looks like a date or a number and is none
             raise UsageError(f"{place}: {name} cannot be read: {error}") from error
     return found
+
+
+def _check_once(node: yaml.Node, path: str) -> None:
+    """UsageError where a mapping within a field's value has a key twice: YAML keeps the last, and says nothing."""
+    waiting, seen = [node], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:  # an alias can make a mapping that has itself
+            continue
+        seen.add(id(each))
+        if isinstance(each, yaml.SequenceNode):
+            waiting += each.value
+        if isinstance(each, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in each.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and name in lines:
+                    raise UsageError(f"{path}, line {line}: {name} is set twice; line {lines[name]} has set it before")
+                lines[name] = line
+                waiting += [key, value]
 
 
 def _value(node: yaml.Node, loader: yaml.SafeLoader) -> Any:

@@ -244,16 +244,17 @@ function forgettingCard(tables) {
   const measured = tables.filter((table) => table.forgetting.mean !== null);
   if (!measured.length) return null;
   const seeds = Math.max(...measured.map((table) => table.forgetting.seeds.length));
+  const named = (table) => table.method + (table.after ? `, after ${table.after}` : "");
   const description = measured
     .map(
       (table) =>
-        `${table.method} ${table.forgetting.mean.toFixed(3)}, seeds ${table.forgetting.seeds.map((value) => value.toFixed(3)).join(" ")}`,
+        `${named(table)} ${table.forgetting.mean.toFixed(3)}, seeds ${table.forgetting.seeds.map((value) => value.toFixed(3)).join(" ")}`,
     )
     .join("; ");
   return plotCard("forgetting after the last stage (bar: mean, points: seeds)", description, () => ({
     type: "bar",
     data: {
-      labels: measured.map((table) => table.method),
+      labels: measured.map(named),
       datasets: [
         ...Array.from({ length: seeds }, (_, seed) => ({
           type: "line",
