@@ -11,7 +11,7 @@ from sdft.data import COLUMNS, WHERE, Limits, Row, TeacherReads, check_options, 
 from sdft.data.chats import can_be_shown
 from sdft.data.columns import CONTEXT
 from sdft.data.storage import Keep, on_disk
-from sdft.errors import UsageError
+from sdft.errors import UsageError, counted
 from sdft.evaluation.scorers import check_answers
 from sdft.settings.commands import DataCommand, EvalCommand
 from sdft.settings.config import EvalSettings, MethodSettings
@@ -56,7 +56,19 @@ def rows_of_train(
     check_learned(train, settings)
     if can_ask_teacher(held_out, settings.template):
         _check_teacher(held_out, settings.template)
+    for name, asked in (("eval_file", held_out), ("general_file", general)):
+        warn_of_trained(asked, train, name)
     return Rows(train, held_out, general)
+
+
+def warn_of_trained(asked: Sequence[Row], train: Iterable[Row], name: str) -> None:
+    """Say which prompts of an exam are learned from too: what is measured on them is no proof of anything learned."""
+    trained = {str(row["prompt"]) for row in train} if asked else set()
+    if both := [row for row in asked if str(row["prompt"]) in trained]:
+        logger.warning(
+            "%d of the %s of %s are in train_file too, %s the first: the accuracy there says nothing of others",
+            *(len(both), counted(len(asked), "prompt"), name, both[0][WHERE]),
+        )
 
 
 def kept_as(settings: MethodSettings) -> Keep:

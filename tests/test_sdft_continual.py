@@ -19,6 +19,7 @@ from sdft.cli import main
 from sdft.commands import continual
 from sdft.commands.stages import stages_of
 from sdft.evaluation.continual import backward_transfer, distance, report_of_run, skills_forgotten
+from sdft.evaluation.exam import Exam
 from sdft.report.continual import read_continual
 from sdft.report.run_folder import read_run
 from sdft.report.what_ran import facts, headline
@@ -247,7 +248,7 @@ def test_a_stage_that_was_trained_in_another_way_is_refused(
     same = {"logging_steps": 2, "max_forward_tokens": 500, "rollout_temperature": 0.5, "teacher": "base"}
     same |= {"methods": {"sft": {"method": "SFT"}}, "model": "same", "num_train_epochs": 3, "data_seed": 3}
     plan = plan_of(recipe(**{**SFT, **same, "teacher_template": "first"}))  # of which sft knows nothing
-    continual.check_run([*stages_of(plan, plan.methods[0], 3)])
+    continual.check_kept([[*stages_of(plan, plan.methods[0], 3)]])
     Path("out").rename("moved")
     assert main(["continual", recipe(**{**SFT, **same}, output_dir="moved")]) == 0
     moved = json.loads(Path("moved/continual.json").read_text())
@@ -382,7 +383,9 @@ def test_a_teacher_without_demonstrations_to_be_measured_with_is_not_spoken_of(
     told["skills"] = {"first": {**told["skills"]["first"], "eval_file": "held_out.jsonl"}}
     Path("recipe.yaml").write_text(yaml.safe_dump(told))
     assert main(["continual", "recipe.yaml"]) == 0
-    assert "held out: " not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "held out: " not in said
+    assert "first: eval_file has rows without a demonstration, so that no teacher is measured" in said
     assert json.loads(Path("out/base.json").read_text())["teacher_accuracy"] == {}
 
 
@@ -392,18 +395,32 @@ def test_the_table_names_skills_in_any_order(recipe: Callable[..., str], capsys:
     stage = {"accuracy": {"second": 0.75, "first": 1.0}, "general_accuracy": 0.0, "forgetting": 0.1}
     runs = [{"method": "sft", "seed": 3, "stages": [{**stage, "weights_moved": 2.0}]}]
     lines = [line.split() for line in continual.table(plan, base, runs).splitlines()]
-    assert lines[0][:2] == ["first", "second"]
-    assert lines[1][1:3] == ["50.0%", "25.0%"] and lines[2][3:5] == ["100.0%", "75.0%"]
+    assert lines[0][:2] == ["first", "second"] and lines[1] == ["prompts", "5", "5", "2"]
+    assert lines[2][1:3] == ["50.0%", "25.0%"] and lines[3][3:5] == ["100.0%", "75.0%"] and len(lines) == 4
+    other = {"accuracy": {"second": 0.25, "first": 0.5}, "general_accuracy": 1.0, "forgetting": None}
+    further = {**runs[0], "seed": 4, "stages": [{**other, "weights_moved": 4.0}]}
+    lines = [line.split() for line in continual.table(plan, base, [*runs, further]).splitlines()]
+    assert lines[-1] == ["sft,", "mean", "of", "2", "75.0%", "50.0%", "50.0%", "3.000"], "nats of one alone are no mean"
+    longer = {**runs[0], "seed": 4, "stages": [stage, {**other, "weights_moved": 4.0}]}
+    lines = [line.split() for line in continual.table(plan, base, [*runs, longer]).splitlines()]
+    assert lines[-1][:3] == ["sft,", "seed", "4"], "runs that did not come as far are no part of a mean"
 
 
 @pytest.mark.slow
-def test_other_rows_to_be_measured_on_are_measured(recipe: Callable[..., str]) -> None:
+def test_other_rows_to_be_measured_on_are_measured(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["continual", recipe(**SFT)]) == 0
     summary = Path("out/sft/seed-3/stage-2-second/summary.json")
     trained = summary.stat().st_mtime_ns
     before = json.loads(Path("out/continual.json").read_text())
     Path("general.jsonl").write_text('{"prompt": "good day", "answer": "never said"}\n')
+    capsys.readouterr()
     assert main(["continual", recipe(**SFT)]) == 0
+    again = [line for line in capsys.readouterr().out.splitlines() if " is measured again: " in line]
+    assert [line.partition(" ")[0] for line in again] == [
+        f"{place}.json" for place in ("out/base", *(f"{stage}/scores" for stage in STAGES))
+    ]
     after = json.loads(Path("out/continual.json").read_text())
     assert summary.stat().st_mtime_ns == trained
     assert (before["general_prompts"], after["general_prompts"]) == (2, 1)
@@ -422,11 +439,18 @@ def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], m
     ("changes", "message"),
     [
         ({"skills": {}}, "skills is not set"),
-        ({"skills": {"a": {"train_file": "first_train.jsonl"}}}, "skills has a: "),
+        ({"skills": {"a": 3}}, ": skills has a: 3; it must be a mapping of train_file, eval_file, choose_file,"),
+        ({"skills": {"a": {"train_file": "first_train.jsonl"}}}, "skills.a: eval_file is not set; it must name a file"),
+        ({"skills": {"a": {**SKILL, "chose_file": "b"}}}, "skills.a has 'chose_file'; it may have train_file, eval_"),
+        ({"skills": {"a": {**SKILL, "scorer": 3}}}, "skills.a: scorer is 3; it must be a text"),
         ({"skills": {"a/b": {}}}, "skills has 'a/b'; a name must be"),
         ({"methods": {"sft": 3}}, "methods has sft: 3; it must be a mapping"),
         ({"methods": {"sft": {"seed": 3}}}, "methods.sft has 'seed'"),
-        ({"methods": {"sft": {"lerning_rate": 3}}}, "methods.sft has 'lerning_rate'"),
+        (
+            {"methods": {"sft": {"lerning_rate": 3}}},
+            "methods.sft has 'lerning_rate'; it may have joint, and settings of",
+        ),
+        ({"methods": {"sft": {"lerning_rate": 3}}}, "; did you mean 'learning_rate'?"),
         ({"methods": {"sft": {"method": "stf"}}}, "methods.sft: method is 'stf'"),
         ({"methods": {"sft": {"joint": "maybe"}}}, "methods.sft: joint is 'maybe'"),
         ({"methods": {"all": {"joint": True}}}, "methods.all: joint is True, and"),
@@ -465,6 +489,38 @@ def test_a_mistake_is_one_sentence(
     assert main(["continual", recipe(**changes)]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_what_does_nothing_and_what_is_not_measured_is_said(recipe: Callable[..., str]) -> None:
+    """Of what all methods share, what one of them knows nothing of is no mistake."""
+    methods = {"sdft": {"learning_rate": "1e-3"}, "sft": {"method": "sft", "learning_rate": "1e-4"}}
+    plan = plan_of(recipe(methods=methods, divergence="forward_kl", general_file=None))
+    assert [*continual.notices(plan)] == [
+        "learning_rate is 0.001 and does nothing: each of methods has its own",
+        "general_file is not set: what the model forgets beside the skills is not measured",
+    ]
+    stages = [next(stages_of(plan, method, 0)) for method in plan.methods]
+    assert [stage.given.values.get("divergence") for stage in stages] == ["forward_kl", None]
+    alone = plan_of(recipe(methods={"sft": {"method": "sft"}}, divergence="forward_kl"))
+    assert [*continual.notices(alone)] == [
+        "divergence is 'forward_kl' and does nothing: method is 'sft' and base_kl_weight is 0.0",
+    ]
+    own = plan_of(recipe(methods={"sft": {"method": "sft", "divergence": "forward_kl"}}))
+    assert next(stages_of(own, own.methods[0], 0)).given.values["divergence"] == "forward_kl"
+
+
+def test_prompts_that_are_trained_on_and_measured_are_counted(
+    recipe: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    told = yaml.safe_load(Path(recipe()).read_text())
+    for name in ("first", "second"):
+        rows = Path(f"{name}_choose.jsonl").read_text().splitlines(keepends=True)
+        Path(f"{name}_held.jsonl").write_text(rows[0].replace(name, "another") + rows[1])
+        told["skills"][name]["eval_file"] = f"{name}_held.jsonl"
+    Path("recipe.yaml").write_text(yaml.safe_dump(told))
+    plan_of("recipe.yaml")
+    said = "are in train_file too, first_held.jsonl, row 2 the first: the accuracy there says nothing of others"
+    assert f"1 of the 2 prompts of eval_file {said}" in caplog.messages
 
 
 def test_a_name_that_is_there_twice_is_refused(recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -537,9 +593,24 @@ def test_general_prompts_that_do_not_fit_are_refused_before_anything_is_answered
     recipe: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("general.jsonl").write_text(json.dumps({"prompt": "hello " * 3000, "answer": "a"}) + "\n")
-    monkeypatch.setattr(continual.Exam, "held_out", None)
+    monkeypatch.setattr(Exam, "held_out", None)
     assert "general.jsonl, row 1: the prompt has" in refused(recipe(**SFT), capsys)
     assert not Path("out").exists()
+
+
+def test_all_stages_that_cannot_be_kept_are_named_at_once(
+    recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"seeds": [3, 4], "methods": {"sft": {"method": "sft"}}, "skills": {"a": SKILL}}
+    plan = plan_of(recipe(**told))
+    for seed in plan.seeds:
+        stage = next(stages_of(plan, plan.methods[0], seed))
+        stage.begin()
+        (stage.folder / "resolved_recipe.yaml").write_text(stage.recipe)
+        (stage.folder / "summary.json").write_text('{"steps": 1, "loss_last": 0.5, "training_seconds": 1.0}')
+    said = refused(recipe(**told, max_steps=2), capsys)
+    assert "output_dir has out/sft/seed-3/stage-1-a, which was trained with max_steps 1, and" in said
+    assert said.endswith("or output_dir be another; so it is with out/sft/seed-4/stage-1-a\n")
 
 
 def test_a_run_that_diverges_is_said_and_the_others_go_on(

@@ -9,45 +9,35 @@ rows that it is measured on are others, or how.
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import itertools
-import json
 import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sdft.checkpoints.claim import alone_in
 from sdft.checkpoints.files import failing_clearly, write_json, write_text
-from sdft.commands.shared import accuracy_of, device_here, quiet
-from sdft.commands.stages import Stage, digest, place_of, read_kept, stages_of
+from sdft.commands.measured import TEACHER, Measure
+from sdft.commands.shared import quiet
+from sdft.commands.stages import Stage, stages_of
 from sdft.commands.train import exam_of, train, trainer_of
-from sdft.data import Row
 from sdft.environment import made_with
-from sdft.errors import Diverged, TrainingError, counted
-from sdft.evaluation.continual import distance, report_of_run
-from sdft.evaluation.exam import Exam
-from sdft.models.files import model_digest
+from sdft.errors import Diverged, TrainingError, UsageError, counted, shown
+from sdft.evaluation.continual import report_of_run
 from sdft.models.load import load_model
-from sdft.named_functions import source_digest
 from sdft.report.page import page
 from sdft.rows import Rows, can_ask_teacher, kept_as
-from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE, SCORES_FILE
+from sdft.run_files import CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE
 from sdft.settings.commands import ContinualCommand
-from sdft.settings.config import EvalSettings, MethodSettings, SDFTConfig
+from sdft.settings.config import MethodSettings, SDFTConfig
 from sdft.settings.continual import Plan, Skill
+from sdft.settings.idle import OF_TRAINING, without_effect
 from sdft.settings.inputs import ColumnArguments, EvalArguments, LoraArguments, ModelArguments
-from sdft.teacher import Teacher
-from sdft.templates import Message
 
 STOPPED = 128 + 15  # the exit code where a stage was ended by SIGTERM, which is no failure of its own
-TEACHER = "teacher_accuracy"  # by skill, of a model that is shown the demonstrations
-CHOOSING = "choose_accuracy"  # by skill, on the rows of choose_file
-MEASURED = "measured_on"  # a digest of the rows and settings that scores are made by
 
 
 def continual(plan: Plan) -> int:
@@ -62,9 +52,10 @@ def _continual(plan: Plan, folder: Path) -> int:
     runs = [
         Run(method.name, seed, list(stages_of(plan, method, seed))) for method in plan.methods for seed in plan.seeds
     ]
-    for run in runs:
-        check_run(run.stages)
+    check_kept([run.stages for run in runs])
     check_with_model(plan)
+    for sentence in notices(plan):
+        print(sentence)
     known = {
         "model": plan.model.model,
         "made_with": made_with(),
@@ -78,16 +69,17 @@ def _continual(plan: Plan, folder: Path) -> int:
         run.read_lines(measure)
     known["base"] = base = measure.base()
     diverged = 0
+    places = {id(stage): number for number, stage in enumerate((s for run in runs for s in run.stages), start=1)}
     for run in runs:
         for stage in run.stages:
             try:
-                code = run.go_through(stage, measure, base)
+                code = run.go_through(stage, measure, base, f"{places[id(stage)]} of {len(places)}")
             except Diverged as error:
                 diverged += 1
                 print(f"{stage.folder}/: {run.method}, seed {run.seed}, ends here: {error}", flush=True)
                 break
             if code is not None:
-                print(f"stopped in {stage.folder}/: the same command goes on from the stages before it")
+                print(f"stopped in {stage.folder}/: the same command begins that stage anew and keeps those before it")
                 return code
             write_report(folder, resolved, {**known, "runs": reports_of(plan, runs)})
     reports = reports_of(plan, runs)
@@ -118,13 +110,16 @@ class Run:
                 break
             self.lines.append(_line(stage, scores))
 
-    def go_through(self, stage: Stage, measure: Measure, base: dict[str, Any]) -> int | None:
-        """Train and measure a stage, unless that was done; the exit code where training was stopped."""
+    def go_through(self, stage: Stage, measure: Measure, base: dict[str, Any], place: str) -> int | None:
+        """Train and measure a stage, unless that was done; the exit code where training was stopped.
+
+        `place` is where the stage stands among all of them.
+        """
         if stage.is_there:
             print(f"{stage.folder}/ is there: it is not trained again")
         else:
             names = ", ".join(skill.name for skill in stage.learned)
-            print(f"\n{stage.folder}/: {self.method}, seed {self.seed}, learns {names}", flush=True)
+            print(f"\n{stage.folder}/: {self.method}, seed {self.seed}, learns {names} (stage {place})", flush=True)
             for line in what_teaches(stage, self.lines[-1] if self.lines else base):
                 print(line, flush=True)
             for later in reversed(self.stages[stage.number :]):  # before this one, so that none is taken for another
@@ -134,6 +129,7 @@ class Run:
                 return code or STOPPED
         if stage.number > len(self.lines):
             self.lines.append(_line(stage, measure.stage(stage, self.taught_after(stage))))
+        print(f"{stage.folder}/: {scored(self.lines[stage.number - 1])}", flush=True)
         return None
 
     def taught_after(self, stage: Stage) -> Skill | None:
@@ -158,13 +154,37 @@ def reports_of(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [report_of_run(skills, run.method, run.seed, run.lines) for run in runs if run.lines]
 
 
-def check_run(stages: Sequence[Stage]) -> None:
+def check_kept(runs: Sequence[Sequence[Stage]]) -> None:
     """UsageError where a stage that would be kept was trained in another way, or where one cannot be trained."""
-    for stage in stages:
+    for stage in itertools.chain(*runs):
         with stage.given.located():
             stage.given.make(SDFTConfig)
-    for stage in itertools.takewhile(lambda stage: stage.is_there, stages):
-        stage.check()
+    refused: dict[str, str] = {}
+    for stages in runs:
+        for stage in itertools.takewhile(lambda stage: stage.is_there, stages):
+            try:
+                stage.check()
+            except UsageError as error:
+                refused[str(stage.folder)] = str(error)
+                break  # what comes after it began with its model
+    if refused:
+        first, *others = refused
+        raise UsageError(refused[first] + (f"; so it is with {', '.join(others)}" if others else ""))
+
+
+def notices(plan: Plan) -> Iterator[str]:
+    """What was set and does nothing, as every method has its own or none knows of it, and what is not measured."""
+    for name, value in plan.given.values.items():
+        if all(name in method.own for method in plan.methods):
+            yield f"{name} is {shown(value)} and does nothing: each of methods has its own"
+    idle = [without_effect(OF_TRAINING, method.given.make(MethodSettings)) for method in plan.methods]
+    yield from (sentence for sentence in idle[0] if all(sentence in other for other in idle[1:]))
+    if not plan.general:
+        yield "general_file is not set: what the model forgets beside the skills is not measured"
+    if any(method.given.make(MethodSettings).method == "sdft" for method in plan.methods):
+        for skill in plan.skills:
+            if not can_ask_teacher(skill.rows.held_out, skill.settings.template):
+                yield f"{skill.name}: eval_file has rows without a demonstration, so that no teacher is measured"
 
 
 def check_with_model(plan: Plan) -> None:
@@ -210,118 +230,6 @@ def train_stage(stage: Stage) -> int:
     )
 
 
-class Measure:
-    """Scores of a model on every skill and on the general prompts, and how far it is from the base model."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        size = plan.given.values.get("per_device_eval_batch_size", SDFTConfig.per_device_eval_batch_size)
-        self.skills = {
-            skill.name: Exam(skill.rows.held_out, None, skill.settings, batch_size=size, seed=0)
-            for skill in plan.skills
-        }
-        self.choosing = {
-            skill.name: Exam(skill.choosing, None, skill.settings, batch_size=size, seed=0)
-            for skill in plan.skills
-            if skill.choosing
-        }
-        self.on_general = Exam(None, plan.general or None, plan.settings, batch_size=size, seed=0)
-        self.made_by = _exams(plan)
-
-    def base(self) -> dict[str, Any]:
-        """The scores of the model before training, and of the same model shown the demonstrations: kept, or made."""
-        path = Path(str(self.plan.settings.output_dir)) / BASE_FILE
-        return self._known(path, self.made_by) or self._written(path, self._of_base(), self.made_by)
-
-    def stage(self, stage: Stage, taught: Skill | None) -> dict[str, Any]:
-        """The scores of a stage's model, kept or made, and what it answers as a teacher of the skill that is next."""
-        if known := self.known_of(stage, taught):
-            return known
-        return self._written(stage.folder / SCORES_FILE, self._of_trained(stage.folder, taught), self._made_of(stage))
-
-    def known_of(self, stage: Stage, taught: Skill | None) -> dict[str, Any] | None:
-        """The scores of a stage's model that are there, if they have the teacher's accuracy where that is asked for."""
-        found = self._known(stage.folder / SCORES_FILE, self._made_of(stage))
-        teaches = taught is None or (found or {}).get(TEACHER, {}).keys() >= self._shown([taught]).keys()
-        return found if teaches else None
-
-    def _made_of(self, stage: Stage) -> str:
-        return _digest([self.made_by, model_digest(str(stage.folder))])
-
-    def _known(self, path: Path, made_by: str) -> dict[str, Any] | None:
-        """The scores in a file, if they are of this exam and model."""
-        found = read_kept(path, remove=path) if path.is_file() else {}
-        return found if found.pop(MEASURED, None) == made_by else None
-
-    def _written(self, path: Path, scores: dict[str, Any], made_by: str) -> dict[str, Any]:
-        write_json(path, {**scores, MEASURED: made_by})
-        return scores
-
-    def _of_base(self) -> dict[str, Any]:
-        model, tokenizer = self._load(self.plan.model.model)
-        self.on_general.check(model, tokenizer)
-        for skill in self.plan.skills:
-            exam = self.skills[skill.name]
-            exam.check(model, tokenizer, list(self._shown([skill]).values()))
-            if skill.name in self.choosing:
-                self.choosing[skill.name].check(model, tokenizer)
-        teacher = self._as_teacher(model, tokenizer, self.plan.skills)
-        return {**self._scores(model, tokenizer), TEACHER: teacher}
-
-    def _of_trained(self, folder: Path, taught: Skill | None) -> dict[str, Any]:
-        """The scores of a trained model, and its distance from the base model in nats a token and in weights."""
-        model, tokenizer = self._load(str(folder))
-        scores = self._scores(model, tokenizer)
-        if taught is not None:
-            scores[TEACHER] = self._as_teacher(model, tokenizer, [taught])
-        base, _ = self._load(self.plan.model.model)
-        forgetting = self.on_general.forgetting(model, tokenizer, Teacher(base), shown=True)
-        moved, share = distance(model, base)
-        return {**scores, "forgetting": forgetting, "weights_moved": moved, "weights_moved_share": share}
-
-    def _shown(self, skills: Sequence[Skill]) -> dict[str, list[Message]]:
-        """What the teachers of skills see, of those that can be asked."""
-        templates = {skill.name: skill.settings.template for skill in skills}
-        return {name: each for name, each in templates.items() if can_ask_teacher(self.skills[name].eval_rows, each)}
-
-    def _as_teacher(self, model: Any, tokenizer: Any, skills: Sequence[Skill]) -> dict[str, float | None]:
-        """Accuracies of a model that sees what its teacher does."""
-        return {
-            name: accuracy_of(self.skills[name].held_out(model, tokenizer, f"teacher, {name}", template))
-            for name, template in self._shown(skills).items()
-        }
-
-    def _scores(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        def accuracies(of: dict[str, Exam], said: str) -> dict[str, float | None]:
-            return {name: accuracy_of(exam.held_out(model, tokenizer, f"{name}{said}")) for name, exam in of.items()}
-
-        accuracy, choosing = accuracies(self.skills, ""), accuracies(self.choosing, ", to choose by")
-        general = self.on_general.general(model, tokenizer, "general prompts")
-        scores = {"accuracy": accuracy, "general_accuracy": accuracy_of(general)}
-        return scores | ({CHOOSING: choosing} if choosing else {})
-
-    def _load(self, name: str) -> tuple[Any, Any]:
-        gc.collect()  # the model of the stage before
-        return load_model(name, self.plan.model.dtype, device_here(), **self.plan.model.trust)
-
-
-def _exams(plan: Plan) -> str:
-    """A digest of what scores are made by: the model that all begin with, and every exam's rows and settings."""
-    told = {each.name for each in fields(EvalSettings)} | {"teacher_template"}
-
-    def of(settings: MethodSettings, *rows: list[Row]) -> list[Any]:
-        values = {name: str(value) for name, value in asdict(settings).items() if name in told}
-        return [values, *map(source_digest, (settings.scorer, settings.general_scorer)), *map(digest, rows)]
-
-    skills = {skill.name: of(skill.settings, skill.rows.held_out, skill.choosing) for skill in plan.skills}
-    begins = [model_digest(plan.model.model) or place_of(plan.model.model), plan.model.dtype]
-    return _digest([begins, skills, of(plan.settings, plan.general)])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _line(stage: Stage, scores: dict[str, Any]) -> dict[str, Any]:
     """A stage's line in the report: what was learned, its scores, and the numbers of its training."""
     summary = stage.summary()
@@ -342,26 +250,53 @@ def write_report(folder: Path, recipe: str, report: dict[str, Any]) -> None:
         write_json(folder / CONTINUAL_FILE, report)
 
 
+def scored(line: dict[str, Any]) -> str:
+    """What a stage's model can do, in a line."""
+    shares = {**line["accuracy"], "general": line["general_accuracy"]}
+    said = [f"{name} {_percent(share)}" for name, share in shares.items() if share is not None]
+    nats = [] if line["forgetting"] is None else [f"{line['forgetting']:.3f} nats a token from the base model"]
+    return ", ".join([*said, *nats])
+
+
 def table(plan: Plan, base: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """Accuracy on every skill and on the general prompts before training, and after the last stage of each run."""
+    """Accuracy on every skill and on the general prompts before training, and after the last stage of each run.
+
+    Of several seeds there are means too, of the runs that came as far as any of their method.
+    """
     names = [skill.name for skill in plan.skills]
-    lines = [["", *names, "general", "nats a token", "weights moved"]]
-    before = [*(base["accuracy"][name] for name in names), base["general_accuracy"]]
-    lines.append(["base", *map(_percent, before), "", ""])
-    for run in runs:
+    prompts = {skill.name: len(skill.rows.held_out) for skill in plan.skills} | {"general": len(plan.general)}
+    lines = [["", *prompts, "nats a token", "weights moved"], ["prompts", *map(str, prompts.values()), "", ""]]
+    lines.append(["base", *(_percent(base["accuracy"][name]) for name in names), _percent(base["general_accuracy"])])
+
+    def values(run: dict[str, Any]) -> list[float | None]:
         last = run["stages"][-1]
-        lines.append(
-            [
-                f"{run['method']}, seed {run['seed']}",
-                *(_percent(last["accuracy"][name]) for name in names),
-                _percent(last["general_accuracy"]),
-                *("" if last[name] is None else f"{last[name]:.3f}" for name in ("forgetting", "weights_moved")),
-            ]
-        )
+        shares = [last["accuracy"][name] for name in names]
+        return [*shares, last["general_accuracy"], last["forgetting"], last["weights_moved"]]
+
+    def add(name: str, found: list[float | None]) -> None:
+        nats_and_moved = ["" if value is None else f"{value:.3f}" for value in found[-2:]]
+        lines.append([name, *map(_percent, found[:-2]), *nats_and_moved])
+
+    for method in dict.fromkeys(run["method"] for run in runs):
+        of = [run for run in runs if run["method"] == method]
+        for run in of:
+            add(f"{method}, seed {run['seed']}", values(run))
+        most = max(len(run["stages"]) for run in of)
+        as_far = [values(run) for run in of if len(run["stages"]) == most]
+        if len(as_far) > 1:
+            add(f"{method}, mean of {len(as_far)}", [_mean(column) for column in zip(*as_far, strict=True)])
+    for line in lines:
+        line += [""] * (len(lines[0]) - len(line))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _percent(value: float | None) -> str:

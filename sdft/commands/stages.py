@@ -172,13 +172,18 @@ def read_kept(path: Path, *needed: str, remove: Path) -> dict[str, Any]:
 
 
 def stages_of(plan: Plan, method: Method, seed: int) -> Iterator[Stage]:
-    """The stages of a run, each of which begins with the model of the one before it."""
+    """The stages of a run, each of which begins with the model of the one before it.
+
+    What all methods share and this one knows nothing of is left out.
+    """
     model = plan.model.model
+    without = idle(OF_TRAINING, vars(method.given.make(MethodSettings))) - method.own
+    shared = {name: value for name, value in method.given.values.items() if name not in without}
     for number, learned in enumerate(plan.stages(method), start=1):
         name = f"stage-{number}-{'all' if method.joint else learned[0].name}"
         folder = Path(str(plan.settings.output_dir)) / method.name / f"seed-{seed}" / name
         values: dict[str, Any] = {
-            **method.given.values,
+            **shared,
             "model": model,
             "seed": seed,
             "teacher_template": learned[0].settings.teacher_template,

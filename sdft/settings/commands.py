@@ -232,13 +232,18 @@ class SkillFiles:
     @classmethod
     def of(cls, name: str, values: Any) -> SkillFiles:
         """The skill called `name`, from the mapping in a recipe; UsageError where something is missing or too much."""
-        fields, needed = {each.name for each in dataclasses.fields(cls)}, {"train_file", "eval_file"}
-        right = isinstance(values, dict) and needed <= values.keys() <= fields
-        if not right or not all(isinstance(value, str) and value for value in values.values()):
-            raise UsageError(
-                f"skills has {name}: {shown(values)}; it must be a mapping with train_file and eval_file, and may have "
-                "choose_file, scorer and teacher_template"
-            )
+        fields = [each.name for each in dataclasses.fields(cls)]
+        if not isinstance(values, dict):
+            raise UsageError(f"skills has {name}: {shown(values)}; it must be a mapping of {', '.join(fields)}")
+        for key in values:
+            if key not in fields:
+                raise UsageError(f"skills.{name} has {key!r}; it may have {', '.join(fields)}")
+        for key in ("train_file", "eval_file"):
+            if key not in values:
+                raise UsageError(f"skills.{name}: {key} is not set; it must name a file of rows")
+        for key, value in values.items():
+            if not isinstance(value, str) or not value:
+                raise UsageError(f"skills.{name}: {key} is {shown(value)}; it must be a text")
         found = cls(**values)
         if found.scorer is None:
             return found

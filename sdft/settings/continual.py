@@ -11,7 +11,7 @@ from sdft.data import Row
 from sdft.early_checks import check_package, check_rows, check_writable
 from sdft.errors import UsageError, shown
 from sdft.models.files import check_model
-from sdft.rows import Rows, exam_rows, rows_of_train
+from sdft.rows import Rows, exam_rows, rows_of_train, warn_of_trained
 from sdft.settings.chats import BothChatSettings
 from sdft.settings.checks import check_switch
 from sdft.settings.commands import ContinualCommand, SkillFiles
@@ -19,7 +19,7 @@ from sdft.settings.config import EvalSettings, MethodSettings
 from sdft.settings.fields import Field, own_fields, training_fields
 from sdft.settings.inherited import check_values
 from sdft.settings.inputs import SEED, ColumnArguments, DataArguments, EvalArguments, LoraArguments, ModelArguments
-from sdft.settings.recipe import Given
+from sdft.settings.recipe import Given, suggestion
 from sdft.settings.teachers import MODEL
 
 #: How answers are made and scored, but for the chat template's settings, which training has too.
@@ -48,10 +48,13 @@ class Skill:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to learn: settings in place of the recipe's, and whether all skills are learned at once."""
+    """A way to learn: settings, the names of its own that stand in place of the recipe's, and whether all skills are
+    learned at once.
+    """
 
     name: str
     given: Given
+    own: frozenset[str]
     joint: bool
 
 
@@ -131,6 +134,7 @@ def _skill(
         settings = of_skill.make(MethodSettings)
     rows = rows_of_train(DataArguments(files.train_file), EvalArguments(files.eval_file), settings, columns)
     choosing, _ = exam_rows(files.choose_file, None, settings, columns)
+    warn_of_trained(choosing, rows.train, "choose_file")
     return Skill(name, rows, settings, choosing)
 
 
@@ -142,13 +146,15 @@ def _method(name: str, values: Mapping[str, Any], given: Given, known: Mapping[s
     read: dict[str, Any] = {}
     for setting, value in own.items():
         if setting in OF_THE_COMMAND or setting not in known:
+            can = {*known, "joint"} - OF_THE_COMMAND
             raise UsageError(
                 f"{where} has {setting!r}; it may have joint, and settings of training that methods can differ in"
+                + suggestion(setting, can, "sdft continual") * (setting not in known)
             )
         with Given({}, {setting: where}).located():
             read[setting] = known[setting].read(_written(value))
     places = {**given.places, **dict.fromkeys(read, where)}
-    method = Method(name, Given({**given.values, **read}, places), joint)
+    method = Method(name, Given({**given.values, **read}, places), frozenset(read), joint)
     with method.given.located():
         check_own_teacher(method.given.make(MethodSettings))
         check_values(method.given.values)

@@ -114,7 +114,7 @@ def read(
         written = read_recipe(path)
         for name, given in written.items():
             if name not in fields and name not in ignored:
-                raise UsageError(f"{given.place}: unknown field {name!r}{_suggestion(name, fields, command)}")
+                raise UsageError(f"{given.place}: unknown field {name!r}{suggestion(name, fields, command)}")
         if adapt is not None:
             adapt(written)
         written = {name: given for name, given in written.items() if name in fields}
@@ -160,7 +160,7 @@ def read_flags(
             flags[switched_off] = Written("false", flag)
             continue
         if name not in fields or not flag.startswith("--"):
-            raise UsageError(f"unknown field {flag!r}{_suggestion(name, fields, command, '--')}")
+            raise UsageError(f"unknown field {flag!r}{suggestion(name, fields, command, '--')}")
         field = fields[name]
         values = [value] if has_value else []
         while words and not words[0].startswith("--") and (field.is_list or not values):
@@ -261,12 +261,13 @@ def _value(node: yaml.Node, loader: yaml.SafeLoader) -> Any:
 def _locate(message: str, places: Mapping[str, str]) -> str:
     """The message, with the place where the field was set that is its first word."""
     name, space, rest = message.partition(" ")
-    place = places.get(name)
+    place = places.get(name) or places.get(name.partition(".")[0])  # methods.sft: method is ..
     if place is None:
         return message
     return f"{place}{space}{rest}" if place.startswith("--") else f"{place}: {message}"
 
 
-def _suggestion(name: str, known: Collection[str], command: str, prefix: str = "") -> str:
+def suggestion(name: str, known: Collection[str], command: str, prefix: str = "") -> str:
+    """What may be said of a name that is not known: the one that is closest, or where all of them are."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {prefix + close[0]!r}?" if close else f"; see {command} --help-all for the fields there are"
