@@ -22,7 +22,7 @@ from sdft.checkpoints.claim import alone_in
 from sdft.checkpoints.files import failing_clearly, write_json, write_text
 from sdft.commands.measured import TEACHER, Measure
 from sdft.commands.shared import quiet
-from sdft.commands.stages import Stage, stages_of
+from sdft.commands.stages import Stage, stages_of, teaches_itself
 from sdft.commands.train import exam_of, train, trainer_of
 from sdft.environment import made_with
 from sdft.errors import Diverged, TrainingError, UsageError, counted, shown
@@ -53,7 +53,7 @@ def _continual(plan: Plan, folder: Path) -> int:
         Run(method.name, seed, list(stages_of(plan, method, seed))) for method in plan.methods for seed in plan.seeds
     ]
     check_kept([run.stages for run in runs])
-    check_with_model(plan)
+    check_with_model(plan, runs)
     for sentence in notices(plan):
         print(sentence)
     known = {
@@ -69,11 +69,12 @@ def _continual(plan: Plan, folder: Path) -> int:
         run.read_lines(measure)
     known["base"] = base = measure.base()
     diverged = 0
-    places = {id(stage): number for number, stage in enumerate((s for run in runs for s in run.stages), start=1)}
+    folders = [stage.folder for run in runs for stage in run.stages]
     for run in runs:
         for stage in run.stages:
+            place = f"{1 + folders.index(stage.folder)} of {len(folders)}"
             try:
-                code = run.go_through(stage, measure, base, f"{places[id(stage)]} of {len(places)}")
+                code = run.go_through(stage, measure, base, place)
             except Diverged as error:
                 diverged += 1
                 print(f"{stage.folder}/: {run.method}, seed {run.seed}, ends here: {error}", flush=True)
@@ -181,19 +182,20 @@ def notices(plan: Plan) -> Iterator[str]:
     yield from (sentence for sentence in idle[0] if all(sentence in other for other in idle[1:]))
     if not plan.general:
         yield "general_file is not set: what the model forgets beside the skills is not measured"
-    if any(method.given.make(MethodSettings).method == "sdft" for method in plan.methods):
+    if any(teaches_itself(method.given.make(MethodSettings)) for method in plan.methods):
         for skill in plan.skills:
             if not can_ask_teacher(skill.rows.held_out, skill.settings.template):
                 yield f"{skill.name}: eval_file has rows without a demonstration, so that no teacher is measured"
 
 
-def check_with_model(plan: Plan) -> None:
+def check_with_model(plan: Plan, runs: Sequence[Run]) -> None:
     """UsageError for what only the model can tell of the stages to come, before others are trained for hours.
 
     Rows may not fit it, and rollouts may be such as it cannot write.
     """
-    last = plan.seeds[-1]  # which is not there where any is not
-    waiting = [stage for method in plan.methods for stage in stages_of(plan, method, last) if not stage.is_there]
+    waiting = {  # one seed is as good as another
+        (run.method, stage.number): stage for run in runs for stage in run.stages if not stage.is_there
+    }
     if not waiting:
         return
     model, tokenizer = load_model(plan.model.model, plan.model.dtype, **plan.model.trust)
@@ -201,7 +203,7 @@ def check_with_model(plan: Plan) -> None:
     logging.disable(logging.WARNING)  # what a stage warns of it says when it is trained
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for stage in waiting:
+            for stage in waiting.values():
                 given = replace(stage.given, values={**stage.given.values, "output_dir": folder})
                 with given.located():
                     config, rows = given.make(SDFTConfig), rows_of(stage)

@@ -63,8 +63,7 @@ class Stage:
     @property
     def teaches_itself(self) -> bool:
         """Whether the model that begins it is its teacher, and sees no feedback."""
-        settings = self.given.make(MethodSettings)
-        return settings.method == "sdft" and settings.feedback is None
+        return teaches_itself(self.given.make(MethodSettings))
 
     def summary(self) -> dict[str, Any]:
         """What `sdft train` wrote at its end."""
@@ -143,6 +142,11 @@ class Stage:
         without |= {"num_train_epochs"} if meant.get("max_steps", -1) > 0 else set()
         without |= {"teacher_template", "teacher_chat_template_kwargs"} if meant.get("method") == "sft" else set()
         return {name: meant[name] for name in DECIDES & meant.keys() - without}
+
+
+def teaches_itself(settings: MethodSettings) -> bool:
+    """Whether a model is taught by itself, shown demonstrations."""
+    return settings.method == "sdft" and settings.feedback is None
 
 
 def _one_spelling(value: Any) -> Any:
