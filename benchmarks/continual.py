@@ -365,13 +365,16 @@ def main(argv: list[str] | None = None) -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(told, sort_keys=False))
-    if code := sdft(["continual", str(path)]):
+    code = sdft(["continual", str(path)])
+    if code > 1:
         sys.exit(code)
     report = json.loads((given.folder / "continual.json").read_text())
     found = points(report, trials)
     print(machine.heading(), before(report["base"]), table(found), verdict(found, report["base"]), sep="\n")
     files.write(found, given)
     draw(found, report["base"], given.plot)
+    if code:  # a run has diverged
+        sys.exit(code)
 
 
 if __name__ == "__main__":

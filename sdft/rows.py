@@ -63,7 +63,8 @@ def rows_of_train(
 
 def warn_of_trained(asked: Sequence[Row], train: Iterable[Row], name: str) -> None:
     """Say which prompts of an exam are learned from too: what is measured on them is no proof of anything learned."""
-    trained = {str(row["prompt"]) for row in train} if asked else set()
+    prompts = {str(row["prompt"]) for row in asked}
+    trained = {prompt for row in train if (prompt := str(row["prompt"])) in prompts} if prompts else set()
     if both := [row for row in asked if str(row["prompt"]) in trained]:
         logger.warning(
             "%d of the %s of %s are in train_file too, %s the first: the accuracy there says nothing of others",

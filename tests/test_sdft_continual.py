@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -451,14 +452,18 @@ def test_a_stage_that_was_stopped_ends_the_command(recipe: Callable[..., str], m
             "methods.sft has 'lerning_rate'; it may have joint, and settings of",
         ),
         ({"methods": {"sft": {"lerning_rate": 3}}}, "; did you mean 'learning_rate'?"),
-        ({"methods": {"sft": {"method": "stf"}}}, "methods.sft: method is 'stf'"),
+        ({"methods": {"sft": {"method": "stf"}}}, "sdft: recipe.yaml, line 7: methods.sft: method is 'stf'"),
         ({"methods": {"sft": {"joint": "maybe"}}}, "methods.sft: joint is 'maybe'"),
         ({"methods": {"all": {"joint": True}}}, "methods.all: joint is True, and"),
         *(
             ({"methods": {"sft": {name: value}}}, f"methods.sft has '{name}'")
             for name, value in (("lora_rank", 8), ("eval_file", "a"), ("scorer", "json"), ("eval_completion_length", 3))
         ),
-        ({"methods": {"base.json": {}}}, "methods has 'base.json'; a name must be another"),
+        *(
+            ({"methods": {name: {}}}, f"methods has '{name}'; a name must be another")
+            for name in ("base.json", "run.json", "checkpoint-3")
+        ),
+        ({"methods": {"sft": {1: 2}}}, "methods.sft has 1; it may have joint"),
         ({"methods": {"sft": {"chat_template_kwargs": {"thinks": True}}}}, "methods.sft has 'chat_template_kwargs'"),
         ({"methods": {"sft": {"learning_rate": "fast"}}}, "methods.sft: learning_rate is 'fast'"),
         ({"methods": {"own": {"teacher": "model"}}}, "methods.own: teacher is 'model'; no other model may teach"),
@@ -503,8 +508,16 @@ def test_what_does_nothing_and_what_is_not_measured_is_said(recipe: Callable[...
     assert [stage.given.values.get("divergence") for stage in stages] == ["forward_kl", None]
     alone = plan_of(recipe(methods={"sft": {"method": "sft"}}, divergence="forward_kl"))
     assert [*continual.notices(alone)] == [
-        "divergence is 'forward_kl' and does nothing: method is 'sft' and base_kl_weight is 0.0",
+        "divergence is 'forward_kl' and does nothing beside the settings of any of methods",
     ]
+    both = plan_of(
+        recipe(methods={"sdft": {"dtype": "float32"}, "sft": {"method": "sft", "dtype": "float32"}}, beta=0.3)
+    )
+    assert [
+        *continual.notices(replace(both, given=replace(both.given, values={**both.given.values, "dtype": "auto"})))
+    ] == ["beta is 0.3 and does nothing beside the settings of any of methods"], (
+        "and dtype is what the models are measured in"
+    )
     own = plan_of(recipe(methods={"sft": {"method": "sft", "divergence": "forward_kl"}}))
     assert next(stages_of(own, own.methods[0], 0)).given.values["divergence"] == "forward_kl"
 
@@ -518,7 +531,10 @@ def test_prompts_that_are_trained_on_and_measured_are_counted(
         Path(f"{name}_held.jsonl").write_text(rows[0].replace(name, "another") + rows[1])
         told["skills"][name]["eval_file"] = f"{name}_held.jsonl"
     Path("recipe.yaml").write_text(yaml.safe_dump(told))
-    plan_of("recipe.yaml")
+    Path("general.jsonl").write_text(Path("second_held.jsonl").read_text())
+    plan = plan_of("recipe.yaml")
+    assert "1 of the 2 prompts of general_file are in train_file too, general.jsonl, row 2 " in caplog.text
+    assert len(plan.skills) == 2
     said = "are in train_file too, first_held.jsonl, row 2 the first: the accuracy there says nothing of others"
     assert f"1 of the 2 prompts of eval_file {said}" in caplog.messages
 
@@ -547,6 +563,13 @@ def test_a_folder_is_for_one_command_at_a_time(recipe: Callable[..., str], capsy
     said = refused(recipe(), capsys)
     assert "output_dir is 'out', which holds a run of sdft train (metrics.jsonl); it must be another folder" in said
     assert [path.name for path in Path("out").iterdir()] == ["metrics.jsonl"]
+    Path("out/run.json").write_text('{"run": "a"}')
+    assert "which holds a run of sdft train" in refused(recipe(), capsys)
+    assert Path("out/run.json").read_text() == '{"run": "a"}'
+    with alone_in("own"):
+        Path("own/report.html").write_text("of a call before")
+        assert json.loads(Path("own/run.json").read_text()).keys() == {"process", "host"}
+    assert [path.name for path in Path("own").iterdir()] == ["report.html"]
 
 
 def test_a_skill_without_a_scorer_has_the_recipes(recipe: Callable[..., str]) -> None:
@@ -610,7 +633,30 @@ def test_all_stages_that_cannot_be_kept_are_named_at_once(
         (stage.folder / "summary.json").write_text('{"steps": 1, "loss_last": 0.5, "training_seconds": 1.0}')
     said = refused(recipe(**told, max_steps=2), capsys)
     assert "output_dir has out/sft/seed-3/stage-1-a, which was trained with max_steps 1, and" in said
-    assert said.endswith("or output_dir be another; so it is with out/sft/seed-4/stage-1-a\n")
+    assert said.endswith("or output_dir be another; out/sft/seed-4/stage-1-a cannot be kept either\n")
+
+
+def test_a_home_folder_is_one_folder(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer expands it, and the command looks for stages where the Trainer leaves them."""
+    monkeypatch.setenv("HOME", str(Path.cwd() / "home"))
+    plan = plan_of(recipe(output_dir="~/out"))
+    stage = next(stages_of(plan, plan.methods[0], 0))
+    assert stage.folder == Path.cwd() / "home/out/sdft/seed-0/stage-1-first"
+
+
+def test_what_is_to_be_trained_anew_is_checked_with_the_model(
+    recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that is there, too, where one before it is not."""
+    plan = plan_of(recipe(**SFT))
+    run = continual.Run("sft", 3, [*stages_of(plan, plan.methods[0], 3)])
+    run.stages[1].folder.mkdir(parents=True)
+    (run.stages[1].folder / "summary.json").write_text("{}")
+    checked: list[Any] = []
+    monkeypatch.setattr(continual, "trainer_of", lambda *given: checked.append(given[4].output_dir))
+    monkeypatch.setattr(continual, "load_model", lambda *_, **__: (None, None))
+    continual.check_with_model(plan, [run])
+    assert len(checked) == 2
 
 
 def test_a_run_that_diverges_is_said_and_the_others_go_on(

@@ -71,6 +71,11 @@ def test_the_divergences_are_those_of_the_kernels() -> None:
             "recipe.yaml, line 5: unknown field 'learning_rte'; did you mean 'learning_rate'?",
         ),
         ("model: y", "recipe.yaml, line 3: model is set twice; line 1 has set it before"),
+        (
+            "chat_template_kwargs:\n  a: 1\n  a: 2",
+            "recipe.yaml, line 5: a is set twice; line 4 has set it before",
+        ),
+        ("teacher_template: [{a: 1, a: 2}]", "recipe.yaml, line 3: a is set twice; line 3 has set it before"),
         ("divergence: kl", "recipe.yaml, line 3: divergence is 'kl'; it may be reverse_kl"),
         ("save_strategy: often", "recipe.yaml, line 3: save_strategy is 'often'; it may be no, steps, epoch or best"),
         ("beta: 2", "recipe.yaml, line 3: beta is 2.0; it must be a number from 0.001 to 0.999"),
@@ -243,3 +248,16 @@ def test_what_needs_no_model_imports_neither_torch_nor_transformers(argv: list[s
     assert sum(os.times()[2:4]) - started < 1
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") == (code == 2)
+
+
+def test_mappings_that_are_merged_may_have_a_key_each(tmp_path: Path) -> None:
+    """As YAML has it: the one that stands there goes before what is merged."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "chat_template_kwargs: &c {<<: {a: 1}, <<: {b: 1}, a: 2}\nteacher_chat_template_kwargs: *c\n", "utf-8"
+    )
+    found = read_recipe(str(path))
+    assert {name: written.value for name, written in found.items()} == {
+        "chat_template_kwargs": {"a": 2, "b": 1},
+        "teacher_chat_template_kwargs": {"a": 2, "b": 1},
+    }

@@ -161,17 +161,16 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     with _locked(path, folder) as file:
         left = [name for name in results_in(path) if name not in (REPORT_FILE, RESOLVED_FILE)]
         if left:
-            if not read_record(path):
-                (path / RECORD).unlink()  # the one that was made just now
             raise UsageError(
                 f"output_dir is {str(folder)!r}, which holds a run of sdft train ({_listed(left)}); it must be another "
                 "folder"
             )
-        Claim(path, "", file=file).record()
+        claim = Claim(path, "", file=file)
+        claim.record()
         try:
             yield
         finally:
-            (path / RECORD).unlink(missing_ok=True)
+            claim.end()
 
 
 @contextlib.contextmanager
@@ -200,7 +199,7 @@ def _locked(path: Path, named: str | Path) -> Iterator[IO[str]]:
     try:
         yield file
     finally:
-        if not results_in(path):
+        if not results_in(path) or not os.fstat(file.fileno()).st_size:  # which nobody has written
             record.unlink(missing_ok=True)
         file.close()
         for folder in made:

@@ -9,6 +9,7 @@ rows that it is measured on are others, or how.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import tempfile
@@ -34,9 +35,10 @@ from sdft.run_files import CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE
 from sdft.settings.commands import ContinualCommand
 from sdft.settings.config import MethodSettings, SDFTConfig
 from sdft.settings.continual import Plan, Skill
-from sdft.settings.idle import OF_TRAINING, without_effect
+from sdft.settings.idle import OF_TRAINING, idle
 from sdft.settings.inputs import ColumnArguments, EvalArguments, LoraArguments, ModelArguments
 
+OF_MEASURING = ("dtype", "per_device_eval_batch_size")  # which the command reads too, whatever methods have
 STOPPED = 128 + 15  # the exit code where a stage was ended by SIGTERM, which is no failure of its own
 
 
@@ -170,19 +172,22 @@ def check_kept(runs: Sequence[Sequence[Stage]]) -> None:
                 break  # what comes after it began with its model
     if refused:
         first, *others = refused
-        raise UsageError(refused[first] + (f"; so it is with {', '.join(others)}" if others else ""))
+        raise UsageError(refused[first] + (f"; {', '.join(others)} cannot be kept either" if others else ""))
 
 
 def notices(plan: Plan) -> Iterator[str]:
     """What was set and does nothing, as every method has its own or none knows of it, and what is not measured."""
+    settings = [method.given.make(MethodSettings) for method in plan.methods]
+    unknown = set[str].intersection(*(idle(OF_TRAINING, vars(each)) for each in settings))
+    defaults = vars(MethodSettings())
     for name, value in plan.given.values.items():
-        if all(name in method.own for method in plan.methods):
+        if all(name in method.own for method in plan.methods) and name not in OF_MEASURING:
             yield f"{name} is {shown(value)} and does nothing: each of methods has its own"
-    idle = [without_effect(OF_TRAINING, method.given.make(MethodSettings)) for method in plan.methods]
-    yield from (sentence for sentence in idle[0] if all(sentence in other for other in idle[1:]))
+        elif name in unknown and value != defaults.get(name):
+            yield f"{name} is {shown(value)} and does nothing beside the settings of any of methods"
     if not plan.general:
         yield "general_file is not set: what the model forgets beside the skills is not measured"
-    if any(teaches_itself(method.given.make(MethodSettings)) for method in plan.methods):
+    if any(map(teaches_itself, settings)):
         for skill in plan.skills:
             if not can_ask_teacher(skill.rows.held_out, skill.settings.template):
                 yield f"{skill.name}: eval_file has rows without a demonstration, so that no teacher is measured"
@@ -193,8 +198,10 @@ def check_with_model(plan: Plan, runs: Sequence[Run]) -> None:
 
     Rows may not fit it, and rollouts may be such as it cannot write.
     """
-    waiting = {  # one seed is as good as another
-        (run.method, stage.number): stage for run in runs for stage in run.stages if not stage.is_there
+    waiting = {  # one seed is as good as another; what comes after a stage that is not there is trained anew
+        (run.method, stage.number): stage
+        for run in runs
+        for stage in itertools.dropwhile(lambda stage: stage.is_there, run.stages)
     }
     if not waiting:
         return
@@ -222,6 +229,7 @@ def rows_of(stage: Stage) -> Rows:
 def train_stage(stage: Stage) -> int:
     """Train what a stage learns; the exit code of the run."""
     stage.begin()
+    gc.collect()  # the model of the stage before
     return train(
         stage.given.make(ModelArguments),
         LoraArguments(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.errors import UsageError, shown
 from sdft.evaluation.scorers import SCORERS
-from sdft.run_files import BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE
+from sdft.run_files import BASE_FILE, READ_BY_REPORT, REPORT_FILE
 from sdft.settings.chats import BothChatSettings, ChatSettings
 from sdft.settings.checks import (
     check_at_least,
@@ -279,10 +279,9 @@ class ContinualCommand:
             raise UsageError(
                 f"skills has {taken[0]!r}; a name must be another, for the report has a row or column of it"
             )
-        if taken := sorted({BASE_FILE, CONTINUAL_FILE, REPORT_FILE, RESOLVED_FILE} & self.methods.keys()):
-            raise UsageError(
-                f"methods has {taken[0]!r}; a name must be another, for output_dir has a file of that name"
-            )
+        for name in self.methods:
+            if name in (BASE_FILE, *READ_BY_REPORT, REPORT_FILE) or name.startswith("checkpoint-"):
+                raise UsageError(f"methods has {name!r}; a name must be another, for it is that of what a run leaves")
         for name, values in self.methods.items():
             if not isinstance(values, dict):
                 raise UsageError(f"methods has {name}: {shown(values)}; it must be a mapping of settings of sdft train")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from sdft.data import Row
@@ -83,6 +84,8 @@ def fields_of_continual() -> dict[str, Field]:
 
 def plan_of(given: Given, known: Mapping[str, Field]) -> Plan:
     """The experiment that a recipe describes, with all rows; UsageError for what cannot be."""
+    if isinstance(folder := given.values.get("output_dir"), str):  # as the Trainer reads it
+        given = replace(given, values={**given.values, "output_dir": os.path.expanduser(folder)})
     command, model, evaluation = given.make(ContinualCommand), given.make(ModelArguments), given.make(EvalArguments)
     settings, columns = given.make(MethodSettings), given.make(ColumnArguments).columns
     if evaluation.eval_file:
@@ -104,11 +107,25 @@ def plan_of(given: Given, known: Mapping[str, Field]) -> Plan:
     check_rows("general_file", evaluation.general_file)
     check_model(model.model)
     check_package("sdft train draws curves", "matplotlib")
-    methods = [_method(name, values, given, known) for name, values in command.methods.items()]
-    skills = [_skill(name, values, given, settings, columns) for name, values in command.skills.items()]
+    methods, skills = [], []
+    for name, values in command.methods.items():
+        with _within(given, "methods", name):
+            methods.append(_method(name, values, given, known))
+    for name, values in command.skills.items():
+        with _within(given, "skills", name):
+            skills.append(_skill(name, values, given, settings, columns))
     _check_joint(methods, skills)
     _, general = exam_rows(None, evaluation.general_file or None, settings, columns)
+    for skill in skills:
+        warn_of_trained(general, skill.rows.train, "general_file")
     return Plan(given, model, settings, skills, general, methods, command.seeds)
+
+
+def _within(given: Given, field: str, name: str) -> AbstractContextManager[None]:
+    """Have a UsageError about a skill or a method say where the recipe has them."""
+    place = given.places.get(field, "--")
+    where = f"{field}.{name}"
+    return Given({}, {} if place.startswith("--") else {where: place, f"{where}:": place}).located()
 
 
 def check_own_teacher(settings: MethodSettings) -> None:
@@ -149,7 +166,7 @@ def _method(name: str, values: Mapping[str, Any], given: Given, known: Mapping[s
             can = {*known, "joint"} - OF_THE_COMMAND
             raise UsageError(
                 f"{where} has {setting!r}; it may have joint, and settings of training that methods can differ in"
-                + suggestion(setting, can, "sdft continual") * (setting not in known)
+                + suggestion(str(setting), can, "sdft continual") * (setting not in known)
             )
         with Given({}, {setting: where}).located():
             read[setting] = known[setting].read(_written(value))

@@ -29,6 +29,9 @@ Settings = TypeVar("Settings")
 _ROWS = "files of rows are named by fields: --train_file, --eval_file, --general_file or --prompt_file"
 NAMED_BY = {".jsonl": _ROWS, ".parquet": _ROWS, ".csv": _ROWS, ".gguf": "a model is named by --model"}
 
+#: The tag of `<<`, which may be there several times.
+MERGE = "tag:yaml.org,2002:merge"
+
 #: What is not in a resolved recipe: a secret, and how the run was begun.
 UNRESOLVED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
@@ -210,6 +213,8 @@ def read_recipe(path: str) -> dict[str, Written]:
 def _fields_of(node: yaml.MappingNode, loader: yaml.SafeLoader, path: str) -> dict[str, Written]:
     found: dict[str, Written] = {}
     lines: dict[str, int] = {}
+    for _, value in node.value:
+        _check_once(value, path)
     for key, value in node.value:
         line = key.start_mark.line + 1
         place = f"{path}, line {line}"
@@ -219,7 +224,6 @@ def _fields_of(node: yaml.MappingNode, loader: yaml.SafeLoader, path: str) -> di
         if name in found:
             raise UsageError(f"{place}: {name} is set twice; line {lines[name]} has set it before")
         lines[name] = line
-        _check_once(value, path)
         try:
             found[name] = Written(_value(value, loader), place)
             json.dumps(found[name].value, ensure_ascii=False, default=str).encode()
@@ -244,7 +248,7 @@ def _check_once(node: yaml.Node, path: str) -> None:
             lines: dict[str, int] = {}
             for key, value in each.value:
                 name, line = str(key.value), key.start_mark.line + 1
-                if isinstance(key, yaml.ScalarNode) and name in lines:
+                if key.tag != MERGE and isinstance(key, yaml.ScalarNode) and name in lines:
                     raise UsageError(f"{path}, line {line}: {name} is set twice; line {lines[name]} has set it before")
                 lines[name] = line
                 waiting += [key, value]
@@ -261,7 +265,7 @@ def _value(node: yaml.Node, loader: yaml.SafeLoader) -> Any:
 def _locate(message: str, places: Mapping[str, str]) -> str:
     """The message, with the place where the field was set that is its first word."""
     name, space, rest = message.partition(" ")
-    place = places.get(name) or places.get(name.partition(".")[0])  # methods.sft: method is ..
+    place = places.get(name)
     if place is None:
         return message
     return f"{place}{space}{rest}" if place.startswith("--") else f"{place}: {message}"
