@@ -289,7 +289,7 @@ def draw(found: Sequence[Point], base: dict[str, Any] | None, path: Path) -> Non
     ]
     if last[0].stage > 1:
         sides.append(("earlier_accuracy", "accuracy on the skills before, held out"))
-    with plots.panels(path, 1, len(sides), (5.5 * len(sides), 4)) as axes:
+    with plots.panels(path, 1, len(sides), (5 + 3 * len(sides), 4)) as axes:
         for axis, (name, label) in zip(axes[0], sides, strict=True):
             for method in dict.fromkeys(point.method for point in last):
                 of_method = sorted((p for p in last if p.method == method), key=lambda p: p.learning_rate)
