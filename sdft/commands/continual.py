@@ -3,8 +3,8 @@
 In output_dir, `resolved_recipe.yaml` has all settings, `base.json` the scores of the model before training,
 `METHOD/seed-N/stage-K-SKILL/` a training run of `sdft train` with `scores.json` beside its summary, and
 `continual.json` all numbers. A stage whose folder has `summary.json` is not trained again, unless one before it was,
-and is refused where it was trained in another way. A model whose scores are there is not measured again, unless the
-rows that it is measured on are others, or how.
+and is refused where it was trained in another way. A model whose scores are there is not measured again, unless it
+is another by now, or the rows that it is measured on are others, or how.
 """
 
 from __future__ import annotations
